@@ -1,0 +1,287 @@
+"""Reading the header of a GGUF file: metadata and tensor table, with every length checked against the file.
+
+The `gguf` package's reader makes numpy objects for each token of the vocabulary, which takes seconds for large ones, and meets
+damaged files with whatever exception comes first. This one walks the header once with `struct`, decodes arrays only when
+asked, and knows one failure: `GgufError` with a cause in half a sentence.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+MAGIC = b"GGUF"
+MAX_DIMS = 4
+
+_SCALARS: Mapping[int, str] = {
+    0: "B",
+    1: "b",
+    2: "H",
+    3: "h",
+    4: "I",
+    5: "i",
+    6: "f",
+    7: "?",
+    10: "Q",
+    11: "q",
+    12: "d",
+}
+_STRING = 8
+_ARRAY = 9
+
+
+class GgufError(Exception):
+    """Why a file cannot be read as GGUF; the callers know what the file is to the user and word the error."""
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One entry of the tensor table. ``shape`` is GGUF's: ``shape[0]`` is the contiguous axis."""
+
+    name: str
+    type: int
+    """ggml type number"""
+    type_name: str
+    """``F16``, ``Q4_0``, ``IQ2_XXS``, ... as the gguf package spells it"""
+    shape: tuple[int, ...]
+    offset: int
+    """bytes from the start of the file"""
+    n_bytes: int
+
+    @property
+    def row_length(self) -> int:
+        """Elements of one row."""
+        return self.shape[0]
+
+    @property
+    def n_rows(self) -> int:
+        rows = 1
+        for n in self.shape[1:]:
+            rows *= n
+        return rows
+
+    @property
+    def row_bytes(self) -> int:
+        return self.n_bytes // self.n_rows
+
+
+@dataclass(frozen=True)
+class _Array:
+    """An array that still lies in the file."""
+
+    type: int
+    count: int
+    offset: int
+
+
+def type_size(ggml_type: int) -> tuple[int, int]:
+    """Elements and bytes of one block of a ggml type. Raises GgufError for a type that ggml does not have."""
+    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    try:
+        return GGML_QUANT_SIZES[GGMLQuantizationType(ggml_type)]
+    except (KeyError, ValueError):
+        raise GgufError(f"tensor type {ggml_type} is unknown") from None
+
+
+def type_name(ggml_type: int) -> str:
+    """Name of a ggml type number, as the gguf package spells it."""
+    from gguf.constants import GGMLQuantizationType
+
+    return GGMLQuantizationType(ggml_type).name
+
+
+@dataclass(frozen=True)
+class GgufFile:
+    """A GGUF file whose header has been read and checked. The data is mapped on first use."""
+
+    path: Path
+    version: int
+    size: int
+    alignment: int
+    data_offset: int
+    tensors: Mapping[str, Tensor]
+    _values: Mapping[str, Any] = field(repr=False)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._values
+
+    def keys(self) -> list[str]:
+        """Names of the metadata keys, in the file's order."""
+        return list(self._values)
+
+    def get(self, key: str) -> Any:
+        """Value of a metadata key; arrays are decoded to lists; ``None`` where there is no such key."""
+        value = self._values.get(key)
+        return _decode_array(self._map, value) if isinstance(value, _Array) else value
+
+    def count(self, key: str) -> int:
+        """Length of an array without decoding it; 0 where the key is absent or not an array."""
+        value = self._values.get(key)
+        return value.count if isinstance(value, _Array) else 0
+
+    @cached_property
+    def _map(self) -> mmap.mmap:
+        with open(self.path, "rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+    @cached_property
+    def _bytes(self) -> NDArray[np.uint8]:
+        import numpy as np
+
+        return np.frombuffer(self._map, dtype=np.uint8)
+
+    def raw(self, tensor: Tensor) -> NDArray[np.uint8]:
+        """The tensor's bytes where they lie, as ``[n_rows, row_bytes]``, read-only."""
+        data = self._bytes[tensor.offset : tensor.offset + tensor.n_bytes]
+        return data.reshape(tensor.n_rows, tensor.row_bytes)
+
+    def array(self, tensor: Tensor) -> NDArray[Any]:
+        """A tensor of plain numbers where it lies, in numpy's axis order (the reverse of GGUF's), read-only."""
+        import numpy as np
+
+        plain = {"F32": "<f4", "F16": "<f2", "F64": "<f8", "I8": "i1", "I16": "<i2", "I32": "<i4", "I64": "<i8"}
+        if tensor.type_name not in plain:
+            raise GgufError(f"tensor {tensor.name} is of type {tensor.type_name}, not plain numbers")
+        data = self._bytes[tensor.offset : tensor.offset + tensor.n_bytes]
+        return data.view(np.dtype(plain[tensor.type_name])).reshape(tensor.shape[::-1])
+
+    def release(self) -> None:
+        """Lets go of the pages that reads have mapped, so that they do not count as this process's memory."""
+        self._map.madvise(mmap.MADV_DONTNEED)
+
+
+class _Cursor:
+    """Walks the header; each step checks that the bytes are there."""
+
+    def __init__(self, data: mmap.mmap) -> None:
+        self.data = data
+        self.size = len(data)
+        self.at = 0
+
+    def skip(self, n: int) -> int:
+        start = self.at
+        if n < 0 or start + n > self.size:
+            raise GgufError("the header ends too early")
+        self.at = start + n
+        return start
+
+    def scalar(self, code: str) -> Any:
+        start = self.skip(struct.calcsize("<" + code))
+        return struct.unpack_from("<" + code, self.data, start)[0]
+
+    def string(self) -> str:
+        n = self.scalar("Q")
+        start = self.skip(n)
+        try:
+            return self.data[start : start + n].decode("utf-8")
+        except UnicodeDecodeError:
+            raise GgufError("a name in the header is not text") from None
+
+    def skip_strings(self, count: int) -> None:
+        at, size, unpack = self.at, self.size, struct.Struct("<Q").unpack_from
+        data = self.data
+        for _ in range(count):
+            if at + 8 > size:
+                raise GgufError("the header ends too early")
+            at += 8 + unpack(data, at)[0]
+        self.at = at
+        self.skip(0)
+
+    def value(self, kind: int) -> Any:
+        if kind in _SCALARS:
+            return self.scalar(_SCALARS[kind])
+        if kind == _STRING:
+            # Some models carry names that are not UTF-8; a value is shown to people, not looked up.
+            n = self.scalar("Q")
+            start = self.skip(n)
+            return self.data[start : start + n].decode("utf-8", errors="replace")
+        if kind == _ARRAY:
+            item, count = self.scalar("I"), self.scalar("Q")
+            array = _Array(item, count, self.at)
+            if item == _STRING:
+                self.skip_strings(count)
+            elif item in _SCALARS:
+                self.skip(count * struct.calcsize("<" + _SCALARS[item]))
+            else:
+                raise GgufError(f"the header has an array of type {item}")
+            return array
+        raise GgufError(f"the header has a value of unknown type {kind}")
+
+
+def _decode_array(data: mmap.mmap, array: _Array) -> list[Any]:
+    if array.type != _STRING:
+        return list(struct.unpack_from(f"<{array.count}{_SCALARS[array.type]}", data, array.offset))
+    cursor = _Cursor(data)
+    cursor.at = array.offset
+    return [cursor.value(_STRING) for _ in range(array.count)]
+
+
+def _read_tensor(cursor: _Cursor) -> Tensor:
+    name = cursor.string()
+    n_dims = cursor.scalar("I")
+    if not 1 <= n_dims <= MAX_DIMS:
+        raise GgufError(f"tensor {name!r} has {n_dims} dimensions")
+    shape = tuple(cursor.scalar("Q") for _ in range(n_dims))
+    kind, offset = cursor.scalar("I"), cursor.scalar("Q")
+    block, n_bytes = type_size(kind)
+    if shape[0] % block:
+        raise GgufError(f"rows of tensor {name!r} have {shape[0]} elements, not a multiple of {block}")
+    if 0 in shape:
+        raise GgufError(f"tensor {name!r} is empty")
+    for n in shape[1:]:
+        n_bytes *= n
+    return Tensor(name, kind, type_name(kind), shape, offset, n_bytes * (shape[0] // block))
+
+
+def _read(path: Path, data: mmap.mmap) -> GgufFile:
+    cursor = _Cursor(data)
+    cursor.skip(len(MAGIC))
+    version = cursor.scalar("I")
+    if version & 0xFFFF == 0:
+        raise GgufError("it was made for a big-endian machine")
+    if version not in (2, 3):
+        raise GgufError(f"GGUF version {version} is not supported (2 and 3 are)")
+    n_tensors, n_values = cursor.scalar("Q"), cursor.scalar("Q")
+
+    values: dict[str, Any] = {}
+    for _ in range(n_values):
+        key = cursor.string()
+        values[key] = cursor.value(cursor.scalar("I"))
+    table = [_read_tensor(cursor) for _ in range(n_tensors)]
+
+    alignment = values.get("general.alignment", 32)
+    if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1):
+        raise GgufError(f"general.alignment is {alignment}")
+    data_offset = -(-cursor.at // alignment) * alignment
+
+    tensors: dict[str, Tensor] = {}
+    for t in table:
+        placed = Tensor(t.name, t.type, t.type_name, t.shape, data_offset + t.offset, t.n_bytes)
+        if t.name in tensors:
+            raise GgufError(f"tensor {t.name!r} occurs twice")
+        if t.offset % alignment:
+            raise GgufError(f"tensor {t.name!r} is not aligned")
+        if placed.offset + placed.n_bytes > len(data):
+            raise GgufError(f"it is cut off: tensor {t.name!r} ends at byte {placed.offset + t.n_bytes} of {len(data)}")
+        tensors[t.name] = placed
+    return GgufFile(path, version, len(data), alignment, data_offset, tensors, values)
+
+
+def read_gguf(path: Path) -> GgufFile:
+    """Reads and checks the header. Raises GgufError (damaged, not a GGUF) or OSError (missing, not readable)."""
+    with open(path, "rb") as file:
+        if os.fstat(file.fileno()).st_size < len(MAGIC) or file.read(len(MAGIC)) != MAGIC:
+            raise GgufError("it is not a GGUF file")
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            return _read(path, data)

@@ -1,0 +1,260 @@
+"""What pinfer knows about a model: its shape, its FFN tensors and what its FFN computes, all read from the GGUF."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pinfer.errors import PinferError
+from pinfer.gguf_file import GgufError, GgufFile, Tensor, read_gguf
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+ACTIVATIONS = ("relu", "relu2", "reglu", "drelu")
+GATED_ACTIVATIONS = ("reglu", "drelu")
+ACTIVATION_KEY = "pinfer.ffn.activation"
+
+__all__ = ["ACTIVATIONS", "FfnTensors", "GgufError", "Model", "Tensor", "dequantize", "open_model"]
+
+
+@dataclass(frozen=True)
+class FfnTensors:
+    """The FFN of one layer. ``gate`` and ``up`` are ``[n_embd, n_ff]``, ``down`` is ``[n_ff, n_embd]`` (GGUF's order)."""
+
+    gate: Tensor | None
+    up: Tensor | None
+    down: Tensor | None
+    gate_bias: Tensor | None
+    up_bias: Tensor | None
+    down_bias: Tensor | None
+
+
+@dataclass(frozen=True)
+class Model:
+    """A GGUF model. Layers that are no plain FFN (mixture of experts) have ``None`` for their tensors."""
+
+    path: Path
+    fingerprint: str
+    """32 hex digits"""
+    arch: str
+    name: str
+    """the file's name, which artefacts carry and messages show"""
+    n_layer: int
+    n_embd: int
+    n_ff: int
+    n_vocab: int
+    n_ctx_train: int
+    n_head: tuple[int, ...]
+    """per layer"""
+    n_head_kv: tuple[int, ...]
+    """per layer; 0 where a layer has no KV cache"""
+    head_dim_k: int
+    head_dim_v: int
+    activation: str
+    """``relu``, ``relu2``, ``reglu``, ``drelu`` or ``other``"""
+    gated: bool
+    ffn: tuple[FfnTensors, ...]
+    gguf: GgufFile = field(repr=False, compare=False)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Every tensor of the file."""
+        return tuple(self.gguf.tensors.values())
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether the FFN has exact zeros that pinfer can make use of."""
+        return self.activation in ACTIVATIONS and _is_plain(self.ffn, self.n_embd, self.n_ff)
+
+    def require_sparse(self) -> None:
+        """Raises PinferError where there is nothing for pinfer to do."""
+        if self.is_sparse:
+            return
+        if self.activation in ACTIVATIONS:
+            cause = "has layers without a plain FFN (a mixture of experts?)"
+        else:
+            cause = f"(architecture {self.arch}) is not known to have a ReLU-family FFN"
+        raise PinferError(
+            f"{self.name} {cause}",
+            f"name the activation if you know better: --activation {'|'.join(ACTIVATIONS)}",
+        )
+
+    def raw(self, tensor: Tensor) -> NDArray[np.uint8]:
+        """The tensor's bytes where they lie, ``[n_rows, row_bytes]``, read-only."""
+        return self.gguf.raw(tensor)
+
+    def kv_bytes_per_token(self, layer: int, bytes_per_value: float) -> float:
+        """Bytes that one token takes in the KV cache of a layer."""
+        return self.n_head_kv[layer] * (self.head_dim_k + self.head_dim_v) * bytes_per_value
+
+
+def dequantize(
+    model: Model, tensor: Tensor, rows: slice | Sequence[int] | NDArray[np.integer[Any]] = slice(None)
+) -> NDArray[np.float32]:
+    """Rows of a tensor of any type as float32, ``[len(rows), row_length]``."""
+    from pinfer import ggml
+
+    if not ggml.can_dequantise(tensor.type):
+        raise PinferError(
+            f"{tensor.name} of {model.name} is of type {tensor.type_name}, which cannot be read as numbers"
+        )
+    return ggml.dequantise(model.raw(tensor)[rows], tensor.type, tensor.row_length)
+
+
+def open_model(path: Path, activation: str | None = None) -> Model:
+    """Reads and checks a model's header; nothing of its weights is read.
+
+    ``activation`` (from ``--activation``) wins over the file's ``pinfer.ffn.activation``, which wins over the
+    architecture's own. Raises PinferError for anything that is not a whole, single GGUF of a language model.
+    """
+    path = Path(path)
+    if activation is not None and activation not in ACTIVATIONS:
+        raise PinferError(f"unknown activation {activation!r}", f"use one of: {', '.join(ACTIVATIONS)}")
+    gguf = _read(path)
+    try:
+        return _describe(path, gguf, activation)
+    except GgufError as error:
+        raise PinferError(f"{path} cannot be used: {error}", "get or convert the model again") from None
+
+
+def _read(path: Path) -> GgufFile:
+    try:
+        return read_gguf(path)
+    except GgufError as error:
+        raise PinferError(f"{path} cannot be used: {error}", "get or convert the model again") from None
+    except FileNotFoundError:
+        raise PinferError(f"{path} does not exist", "check the path of the model") from None
+    except IsADirectoryError:
+        raise PinferError(f"{path} is a folder", "name the GGUF file in it") from None
+    except OSError as error:
+        raise PinferError(
+            f"{path} cannot be read: {error.strerror or error}", "check the path and its permissions"
+        ) from None
+
+
+def _describe(path: Path, gguf: GgufFile, activation: str | None) -> Model:
+    from pinfer.artefact import fingerprint
+
+    arch = gguf.get("general.architecture")
+    if not isinstance(arch, str):
+        raise GgufError("it has no general.architecture")
+    if arch == "pinfer":
+        raise PinferError(f"{path} is an artefact of pinfer, not a model", "name the model it was made from")
+    if (gguf.get("split.count") or 0) > 1:
+        raise PinferError(
+            f"{path.name} is one part of {gguf.get('split.count')}",
+            "join the parts first: llama-gguf-split --merge FIRST_PART whole.gguf",
+        )
+    n_layer = _integer(gguf, f"{arch}.block_count")
+    n_embd = _integer(gguf, f"{arch}.embedding_length")
+    ffn = tuple(_ffn(gguf, layer) for layer in range(n_layer))
+    n_ff = _n_ff(gguf, arch, ffn, n_embd)
+    n_head = _per_layer(gguf, f"{arch}.attention.head_count", n_layer, 0)
+    head_dim = n_embd // max(max(n_head, default=0), 1)
+    n_head_kv = _per_layer(gguf, f"{arch}.attention.head_count_kv", n_layer, None) or n_head
+    found = activation or _activation(path, gguf, arch)
+    has_gate = any(f.gate is not None for f in ffn)
+    if found in ACTIVATIONS:
+        _check_gate(path, ffn, found)
+    token_embd = gguf.tensors.get("token_embd.weight")
+    return Model(
+        path=path,
+        fingerprint=fingerprint(path),
+        arch=arch,
+        name=path.name,
+        n_layer=n_layer,
+        n_embd=n_embd,
+        n_ff=n_ff,
+        n_vocab=token_embd.n_rows if token_embd else gguf.count("tokenizer.ggml.tokens"),
+        n_ctx_train=_integer(gguf, f"{arch}.context_length", default=0),
+        n_head=n_head,
+        n_head_kv=n_head_kv,
+        head_dim_k=_integer(gguf, f"{arch}.attention.key_length", default=head_dim),
+        head_dim_v=_integer(gguf, f"{arch}.attention.value_length", default=head_dim),
+        activation=found,
+        gated=found in GATED_ACTIVATIONS or (found not in ACTIVATIONS and has_gate),
+        ffn=ffn,
+        gguf=gguf,
+    )
+
+
+def _integer(gguf: GgufFile, key: str, default: int | None = None) -> int:
+    value = gguf.get(key)
+    if value is None and default is not None:
+        return default
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 31:
+        raise GgufError(f"its {key} is {'missing' if value is None else 'no number that makes sense'}")
+    return value
+
+
+def _per_layer(gguf: GgufFile, key: str, n_layer: int, default: int | None) -> tuple[int, ...]:
+    """A value that a GGUF gives once for all layers or once for each."""
+    value = gguf.get(key)
+    if value is None:
+        return () if default is None else (default,) * n_layer
+    values = value if isinstance(value, list) else [value] * n_layer
+    if len(values) < n_layer or not all(isinstance(v, int) and v >= 0 for v in values):
+        raise GgufError(f"its {key} makes no sense")
+    return tuple(values[:n_layer])
+
+
+def _ffn(gguf: GgufFile, layer: int) -> FfnTensors:
+    def find(name: str) -> Tensor | None:
+        return gguf.tensors.get(f"blk.{layer}.{name}")
+
+    return FfnTensors(
+        gate=find("ffn_gate.weight"),
+        up=find("ffn_up.weight"),
+        down=find("ffn_down.weight"),
+        gate_bias=find("ffn_gate.bias"),
+        up_bias=find("ffn_up.bias"),
+        down_bias=find("ffn_down.bias"),
+    )
+
+
+def _n_ff(gguf: GgufFile, arch: str, ffn: Sequence[FfnTensors], n_embd: int) -> int:
+    """The one n_ff of all layers by their tensors; the header's (largest) one for models without plain FFNs."""
+    sizes = {f.up.n_rows for f in ffn if f.up is not None}
+    if len(sizes) == 1 and _is_plain(ffn, n_embd, min(sizes)):
+        return min(sizes)
+    return max(_per_layer(gguf, f"{arch}.feed_forward_length", len(ffn), 0), default=0)
+
+
+def _is_plain(ffn: Sequence[FfnTensors], n_embd: int, n_ff: int) -> bool:
+    """Whether every layer is an FFN as pinfer computes it: no fused matrices, no experts, one width."""
+    for f in ffn:
+        if f.up is None or f.down is None:
+            return False
+        for tensor, shape in ((f.gate, (n_embd, n_ff)), (f.up, (n_embd, n_ff)), (f.down, (n_ff, n_embd))):
+            if tensor is not None and tensor.shape != shape:
+                return False
+        for bias in (f.gate_bias, f.up_bias):
+            if bias is not None and (bias.shape != (n_ff,) or bias.type_name != "F32"):
+                return False
+    return bool(ffn)
+
+
+def _activation(path: Path, gguf: GgufFile, arch: str) -> str:
+    from pinfer.native import load_plugin
+
+    named = gguf.get(ACTIVATION_KEY)
+    if named is None:
+        return load_plugin().arch_activation(arch)
+    if named not in (*ACTIVATIONS, "other"):
+        raise PinferError(f"{path} has {ACTIVATION_KEY} = {named!r}", f"pass --activation {'|'.join(ACTIVATIONS)}")
+    return str(named)
+
+
+def _check_gate(path: Path, ffn: Sequence[FfnTensors], activation: str) -> None:
+    wants_gate = activation in GATED_ACTIVATIONS
+    for layer, f in enumerate(ffn):
+        if f.up is not None and (f.gate is not None) != wants_gate:
+            raise PinferError(
+                f"activation {activation} {'needs' if wants_gate else 'has no'} ffn_gate tensors, "
+                f"layer {layer} of {path.name} has {'none' if wants_gate else 'one'}",
+                f"pass another --activation {'|'.join(ACTIVATIONS)}",
+            )
