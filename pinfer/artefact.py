@@ -1,11 +1,12 @@
 """Writing and opening pinfer's artefacts: what every file of docs/formats.md has in common.
 
-A file is written under a temporary name, fsynced and renamed, so that an interrupted command leaves the old one whole. An
-artefact that is opened has been checked: it is whole, of this format version, of the kind asked for and of this model.
+A file is written under a temporary name, fsynced and renamed, so that an interrupted command leaves the old one whole.
+An artefact that is opened has been checked: it is whole, of this format version, of the kind asked for, of this model.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -73,9 +74,9 @@ def _remove_leftovers(path: Path) -> None:
 class ArtefactWriter:
     """Writes one artefact: keys and tensors are declared first, then each tensor's data is streamed in that order.
 
-    ``with ArtefactWriter(path, "profile", model, settings) as out`` puts the file in place when the block is left without an
-    exception, and removes every trace of it otherwise. Several files that belong together are put in place by
-    ``replace_together`` at the end of the block. Raises PinferError when the disk is full or cannot be written.
+    ``with ArtefactWriter(path, "profile", model, settings) as out`` puts the file in place when the block is left
+    without an exception, and removes every trace of it otherwise. Several files that belong together are put in place
+    by ``replace_together`` at the end of the block. Raises PinferError when the disk is full or cannot be written.
     """
 
     def __init__(
@@ -142,7 +143,10 @@ class ArtefactWriter:
         self._header.add_key_value(key, list(values), GGUFValueType.ARRAY, sub_type=GGUFValueType[item])
 
     def declare(self, name: str, shape: Sequence[int], ggml_type: int | str) -> None:
-        """A tensor whose data ``write`` will bring. ``shape`` is GGUF's order; the type a number or a name (``"I8"``)."""
+        """A tensor whose data ``write`` will bring.
+
+        ``shape`` is GGUF's order; the type is ggml's number or a name (``"I8"``).
+        """
         import numpy as np
         from gguf import GGMLQuantizationType
 
@@ -182,7 +186,8 @@ class ArtefactWriter:
             free = shutil.disk_usage(self.path.parent).free
             if free < self.n_bytes:
                 raise PinferError(
-                    f"{self.path.name} needs {self.n_bytes / 1e6:.1f} MB, {self.path.parent} has {free / 1e6:.1f} MB free",
+                    f"{self.path.name} needs {self.n_bytes / 1e6:.1f} MB, "
+                    f"{self.path.parent} has {free / 1e6:.1f} MB free",
                     "free some space, or name another folder: export PINFER_HOME=FOLDER",
                 )
             self._header.write_header_to_file(self._temporary)
@@ -213,9 +218,7 @@ class ArtefactWriter:
     def _append(self, name: str, data: NDArray[Any] | bytes) -> None:
         import numpy as np
 
-        piece = memoryview(data if isinstance(data, bytes) else np.ascontiguousarray(data).view(np.uint8).data).cast(
-            "B"
-        )
+        piece = memoryview(data if isinstance(data, bytes) else np.ascontiguousarray(data)).cast("B")
         if piece.nbytes > self._left:
             raise ValueError(f"{name} gets {piece.nbytes - self._left} bytes too many")
         assert self._file is not None
@@ -271,10 +274,8 @@ class ArtefactWriter:
             return
         if self._file is not None and not self._finished:
             # A full disk makes closing fail as well, for buffered bytes are written then; they are not wanted.
-            try:
+            with contextlib.suppress(OSError):
                 self._file.close()
-            except OSError:
-                pass
         self._temporary.unlink(missing_ok=True)
 
     def __enter__(self) -> Self:

@@ -82,7 +82,7 @@ def can_quantise(ggml_type: int) -> bool:
 
 
 def dequantise(raw: NDArray[np.uint8], ggml_type: int, row_length: int) -> NDArray[np.float32]:
-    """Rows of any type, ``[n_rows, row_bytes]``, as float32 ``[n_rows, row_length]``. Runs without the interpreter lock."""
+    """Rows of any type, ``[n_rows, row_bytes]``, as float32 ``[n_rows, row_length]``; threads may call it at once."""
     import numpy as np
 
     raw = np.ascontiguousarray(raw)
@@ -95,7 +95,7 @@ def dequantise(raw: NDArray[np.uint8], ggml_type: int, row_length: int) -> NDArr
 
 
 def quantise(rows: NDArray[np.float32], ggml_type: int, row_bytes: int) -> NDArray[np.uint8]:
-    """float32 rows in a ggml type: ``[n_rows, row_length]`` to ``[n_rows, row_bytes]``. Runs without the interpreter lock."""
+    """float32 ``[n_rows, row_length]`` in a ggml type, ``[n_rows, row_bytes]``; threads may call it at once."""
     import numpy as np
 
     rows = np.ascontiguousarray(rows, dtype=np.float32)

@@ -1,8 +1,8 @@
 """Reading the header of a GGUF file: metadata and tensor table, with every length checked against the file.
 
-The `gguf` package's reader makes numpy objects for each token of the vocabulary, which takes seconds for large ones, and meets
-damaged files with whatever exception comes first. This one walks the header once with `struct`, decodes arrays only when
-asked, and knows one failure: `GgufError` with a cause in half a sentence.
+The `gguf` package's reader makes numpy objects for each token of the vocabulary, which takes seconds for large ones,
+and meets damaged files with whatever exception comes first. This one walks the header once with `struct`, decodes
+arrays only when asked, and knows one failure: `GgufError` with a cause in half a sentence.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ __all__ = ["ACTIVATIONS", "FfnTensors", "GgufError", "Model", "Tensor", "dequant
 
 @dataclass(frozen=True)
 class FfnTensors:
-    """The FFN of one layer. ``gate`` and ``up`` are ``[n_embd, n_ff]``, ``down`` is ``[n_ff, n_embd]`` (GGUF's order)."""
+    """The FFN of one layer, shapes in GGUF's order: gate and up ``[n_embd, n_ff]``, down ``[n_ff, n_embd]``."""
 
     gate: Tensor | None
     up: Tensor | None
@@ -57,7 +57,7 @@ class Model:
     activation: str
     """``relu``, ``relu2``, ``reglu``, ``drelu`` or ``other``"""
     gated: bool
-    ffn: tuple[FfnTensors, ...]
+    ffn: tuple[FfnTensors, ...] = field(repr=False)
     gguf: GgufFile = field(repr=False, compare=False)
 
     @property

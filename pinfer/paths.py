@@ -1,4 +1,4 @@
-"""Where the artefacts of a model lie: ``MODEL.pinfer/`` beside it, or under ``$PINFER_HOME`` where that can't be written."""
+"""Where the artefacts of a model lie: ``MODEL.pinfer/`` beside it, or under ``$PINFER_HOME``."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def _try_to_write(folder: Path) -> str:
 def artefact_dir(model_path: Path, fingerprint: str, *, for_writing: bool) -> Path:
     """The folder of a model's artefacts; made if ``for_writing``.
 
-    For reading, the folder that a writer would take comes first, so that what was written last is found; the other one is
-    taken when only it exists. Raises PinferError when neither place can be written.
+    For reading, the folder that a writer would take comes first, so that what was written last is found; the other one
+    is taken when only it exists. Raises PinferError when neither place can be written.
     """
     beside, home = _candidates(model_path, fingerprint)
     if not for_writing:
