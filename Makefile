@@ -1,0 +1,134 @@
+# make, make help: what there is to type.
+#
+# Needs python3 (3.11 or newer) with venv, g++, make and git; everything else goes into .venv and build.
+# CMAKE_ARGS="-DGGML_CUDA=on" make    builds llama.cpp for the GPU, as users of llama-cpp-python know it.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-builtin-rules
+
+PYTHON ?= python3
+JOBS   ?= $(shell nproc)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+VENV   := $(CURDIR)/.venv
+BIN    := $(VENV)/bin
+STAMPS := $(VENV)/stamps
+NATIVE := build/native
+PIN    := native/cmake/llama-cpp-python.txt
+SDIST  := .cache/llama_cpp_python-$(shell sed -n 's/^llama-cpp-python==\([^ ]*\).*/\1/p' $(PIN)).tar.gz
+# Ninja and CMake come from the virtual environment.
+export PATH := $(BIN):$(PATH)
+
+.PHONY: help demo test test-sanitize lint build bench docs clean distclean FORCE
+
+help:
+	@echo 'make demo           profile, solve, split and run the shipped models, next to stock llama.cpp'
+	@echo 'make test           build, then run every test'
+	@echo 'make test-sanitize  the native code under the address and undefined-behaviour sanitizers'
+	@echo 'make lint           formatting, lint, types, generated docs up to date'
+	@echo 'make build          .venv with the pinfer command, and the native part in build/native'
+	@echo 'make bench          the native benchmarks'
+	@echo 'make docs           regenerate docs/cli.md'
+	@echo 'make clean          remove what was built (distclean: .venv and the download as well)'
+	@echo
+	@echo 'CMAKE_ARGS="-DGGML_CUDA=on" make build    with CUDA; other llama.cpp backends alike'
+
+# --- the virtual environment: llama-cpp-python from the one pinned file, then the rest -------------------------------
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo 'pinfer needs Python 3.11 or newer; try make PYTHON=/path/to/python3' >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(STAMPS): | $(BIN)/python
+	mkdir -p $@
+
+$(SDIST): $(PIN) | $(BIN)/python
+	mkdir -p $(@D)
+	$(BIN)/pip download --quiet --no-deps --no-binary llama-cpp-python --require-hashes -r $(PIN) -d $(@D)
+	touch $@
+
+# Changes only when CMAKE_ARGS does, so that another set of arguments rebuilds llama.cpp.
+$(STAMPS)/cmake-args: FORCE | $(STAMPS)
+	@echo '$(CMAKE_ARGS)' | cmp -s - $@ || echo '$(CMAKE_ARGS)' > $@
+
+# pip's cache of built wheels does not know CMAKE_ARGS.
+$(STAMPS)/llama: $(SDIST) $(STAMPS)/cmake-args
+	@echo "$$(sed -n 's/.*--hash=sha256://p' $(PIN))  $(SDIST)" | sha256sum --check --quiet
+	@echo 'Building llama.cpp: a few minutes, once'
+	$(BIN)/pip install --quiet --no-deps --force-reinstall $(if $(CMAKE_ARGS),--no-cache-dir) $(SDIST)
+	touch $@
+
+$(STAMPS)/dependencies: pyproject.toml $(STAMPS)/llama
+	$(BIN)/python -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+	    print(*p["dependencies"], *p["optional-dependencies"]["dev"], sep="\n")' > $@.txt
+	$(BIN)/pip install --quiet -r $@.txt
+	touch $@
+
+# The package runs from this tree: no second native build, no reinstallation after an edit.
+$(BIN)/pinfer: $(STAMPS)/dependencies
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > $(STAMPS)/purelib
+	echo '$(CURDIR)' > "$$(cat $(STAMPS)/purelib)/pinfer.pth"
+	printf '#!%s\nimport sys\n\nfrom pinfer.cli import main\n\nsys.exit(main())\n' $(BIN)/python > $@
+	chmod +x $@
+
+# --- the native part -------------------------------------------------------------------------------------------------
+
+# $(call configure,preset)
+configure = cd native && cmake --preset $(1) -DCMAKE_PREFIX_PATH="$$(cat $(STAMPS)/purelib)" \
+    -DPINFER_LLAMA_SDIST=$(CURDIR)/$(SDIST) $(if $(filter sanitize,$(1)),-DPINFER_BENCH=OFF)
+
+CMAKE_FILES := native/CMakeLists.txt native/CMakePresets.json native/cmake/BackendHeader.cmake $(PIN)
+
+$(NATIVE)/build.ninja: $(CMAKE_FILES) $(STAMPS)/llama $(BIN)/pinfer
+	$(call configure,release) --log-level=WARNING
+	touch $@
+
+build: $(NATIVE)/build.ninja
+	@ninja --quiet -C $(NATIVE) -j $(JOBS)
+
+# --- what to do with it ----------------------------------------------------------------------------------------------
+
+demo: build
+	@$(BIN)/python -m pinfer.demo
+
+test: build
+	@$(BIN)/ctest --test-dir $(NATIVE) --output-on-failure --no-tests=error
+	@$(BIN)/python -m pytest -q
+
+build/sanitize/build.ninja: $(CMAKE_FILES) $(STAMPS)/llama $(BIN)/pinfer
+	$(call configure,sanitize) --log-level=WARNING
+	touch $@
+
+# The Python tests that drive the native code, against the sanitized plugin and runner. CPython and its extensions are not
+# built with the sanitizers, so the runtime is preloaded and leaks, which are mostly the interpreter's, are not reported.
+SANITIZED_TESTS := $(wildcard $(addprefix tests/test_,native.py engine.py exact.py run.py pipeline.py bad_input.py))
+
+test-sanitize: build/sanitize/build.ninja
+	@ninja --quiet -C build/sanitize -j $(JOBS)
+	@UBSAN_OPTIONS=print_stacktrace=1 $(BIN)/ctest --test-dir build/sanitize --output-on-failure --no-tests=error
+	@PINFER_NATIVE_DIR=$(CURDIR)/build/sanitize LD_PRELOAD="$$(g++ -print-file-name=libasan.so)" \
+	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	    $(BIN)/python -m pytest -q $(SANITIZED_TESTS)
+
+lint: $(BIN)/pinfer
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@$(BIN)/mypy --strict pinfer models/synth.py tests
+	@$(BIN)/python -m pinfer.cli_docs --check
+
+bench: build
+	@for bench in $(NATIVE)/bin/bench_*; do echo "$$bench"; $$bench; done
+
+docs: $(BIN)/pinfer
+	@$(BIN)/python -m pinfer.cli_docs
+
+clean:
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis models/*.pinfer
+	find pinfer models tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf .venv .cache
