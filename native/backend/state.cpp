@@ -1,0 +1,256 @@
+// state.cpp: the configuration half of pinfer.h.
+#include "state.h"
+
+#include "ggml-backend-impl.h"
+
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <unistd.h>
+
+// From this many tokens a batch goes through the dense products of llama.cpp.
+static const int64_t N_BATCH_DENSE = 32;
+
+pinfer_state & pinfer_state_get() {
+    static pinfer_state state;
+    return state;
+}
+
+static bool set_error(char * err, size_t err_len, const std::string & text) {
+    if (err && err_len) {
+        snprintf(err, err_len, "%s", text.c_str());
+    }
+    return false;
+}
+
+// Every neuron of every layer must be in exactly one shard.
+static bool shards_are_whole(const pinfer_hot * hot, const pinfer_cold & cold, std::string * err) {
+    std::vector<bool> seen;
+    for (size_t il = 0; il < cold.layers.size(); il++) {
+        seen.assign((size_t) cold.n_ff, false);
+        int64_t n   = 0;
+        auto    add = [&](const int32_t * ids, int64_t count) {
+            for (int64_t j = 0; j < count; j++) {
+                n += !seen[(size_t) ids[j]];
+                seen[(size_t) ids[j]] = true;
+            }
+            return count;
+        };
+        int64_t total = add(cold.layers[il].ids, cold.layers[il].n);
+        if (hot) {
+            total += add(hot->layers[il].ids, hot->layers[il].n);
+        }
+        if (n != cold.n_ff || total != cold.n_ff) {
+            *err = cold.file.path + ": the shards do not hold every neuron of layer " + std::to_string(il) +
+                   " exactly once; make them anew with: pinfer split";
+            return false;
+        }
+    }
+    return true;
+}
+
+static bool open_artefacts(const pinfer_params & p, std::unique_ptr<pinfer_predictor> * predictor,
+                           std::unique_ptr<pinfer_hot> * hot, std::unique_ptr<pinfer_cold> * cold, std::string * err) {
+    if (!p.predictor_path && !p.hot_path && !p.cold_path) {
+        return true;
+    }
+    std::string fingerprint;
+    if (!p.model_path) {
+        *err = "artefacts need the model they belong to";
+        return false;
+    }
+    if (!pinfer_fingerprint_file(p.model_path, &fingerprint, err)) {
+        return false;
+    }
+    if (p.predictor_path) {
+        *predictor = std::make_unique<pinfer_predictor>();
+        if (!pinfer_predictor_open(predictor->get(), p.predictor_path, p.model_path, fingerprint.c_str(), err)) {
+            return false;
+        }
+    }
+    if (p.cold_path) {
+        *cold = std::make_unique<pinfer_cold>();
+        if (!pinfer_cold_open(cold->get(), p.cold_path, p.model_path, fingerprint.c_str(), err)) {
+            return false;
+        }
+    }
+    if (p.hot_path) {
+        *hot = std::make_unique<pinfer_hot>();
+        if (!pinfer_hot_open(hot->get(), p.hot_path, p.device, p.model_path, fingerprint.c_str(), err)) {
+            return false;
+        }
+        if (!*cold || (*cold)->placement_id != (*hot)->placement_id || (*cold)->layers.size() != (*hot)->layers.size()) {
+            *err = std::string(p.hot_path) + " and the cold shard are of different placements; make both anew with: pinfer split " +
+                   p.model_path;
+            return false;
+        }
+    }
+    return !*cold || shards_are_whole(hot->get(), **cold, err);
+}
+
+bool pinfer_configure(const pinfer_params * params, char * err, size_t err_len) try {
+    std::unique_ptr<pinfer_predictor> predictor;
+    std::unique_ptr<pinfer_hot>       hot;
+    std::unique_ptr<pinfer_cold>      cold;
+    std::string                       why;
+    if (params->activation < PINFER_ACT_GRAPH || params->activation > PINFER_ACT_OTHER) {
+        return set_error(err, err_len, "unknown activation; allowed are relu, relu2, reglu and drelu");
+    }
+    if (!open_artefacts(*params, &predictor, &hot, &cold, &why)) {
+        return set_error(err, err_len, why);
+    }
+    pinfer_state &              s = pinfer_state_get();
+    std::lock_guard<std::mutex> lock(s.mutex);
+    s.activation    = (pinfer_activation) params->activation;
+    s.n_batch_dense = params->n_batch_dense > 0 ? params->n_batch_dense : N_BATCH_DENSE;
+    s.predictor     = std::move(predictor);
+    s.hot           = std::move(hot);
+    s.cold          = std::move(cold);
+    s.observer      = {};
+    s.stats         = {};
+    return true;
+} catch (const std::exception & e) {
+    return set_error(err, err_len, std::string("out of memory while opening the artefacts: ") + e.what());
+}
+
+void pinfer_state_configure_from_env() {
+    const char * activation = getenv("PINFER_ACTIVATION");
+    if (!activation) {
+        return;
+    }
+    const char * model  = getenv("PINFER_MODEL");
+    const char * folder = getenv("PINFER_ARTEFACTS");
+    auto         path   = [&](const char * name) {
+        const std::string p = model && folder ? std::string(folder) + "/" + name : "";
+        return !p.empty() && access(p.c_str(), R_OK) == 0 ? p : std::string();
+    };
+    auto or_null = [](const std::string & s) { return s.empty() ? nullptr : s.c_str(); };
+
+    const std::string predictor = path("predictor.gguf"), hot = path("hot.gguf"), cold = path("cold.gguf");
+    const pinfer_params params = {
+        .model_path     = model,
+        .predictor_path = or_null(predictor),
+        .hot_path       = or_null(hot),
+        .cold_path      = or_null(cold),
+        .device         = getenv("PINFER_DEVICE"),
+        .activation     = pinfer_activation_parse(activation),
+        .n_batch_dense  = 0,
+    };
+    char err[1024];
+    if (!pinfer_configure(&params, err, sizeof(err))) {
+        fprintf(stderr, "pinfer: %s\n", err);
+    }
+}
+
+void pinfer_get_stats(pinfer_stats * stats) {
+    pinfer_state &              s = pinfer_state_get();
+    std::lock_guard<std::mutex> lock(s.mutex);
+    *stats           = s.stats;
+    stats->hot_bytes = s.hot ? pinfer_hot_bytes(s.hot.get()) : 0;
+}
+
+void pinfer_stats_reset(void) {
+    pinfer_state &              s = pinfer_state_get();
+    std::lock_guard<std::mutex> lock(s.mutex);
+    s.stats = {};
+}
+
+const char * pinfer_isa(void) {
+    return pinfer_kernel_isa();
+}
+
+struct activation_entry {
+    pinfer_activation act;
+    const char *      name;
+};
+
+static const activation_entry activations[] = {
+    {PINFER_ACT_RELU, "relu"},   {PINFER_ACT_RELU2, "relu2"}, {PINFER_ACT_REGLU, "reglu"},
+    {PINFER_ACT_DRELU, "drelu"}, {PINFER_ACT_OTHER, "other"}, {PINFER_ACT_GRAPH, "graph"},
+};
+
+// Architectures whose graph in llama.cpp has a ReLU-family FFN.
+static const activation_entry architectures[] = {
+    {PINFER_ACT_RELU2, "arcee"},
+    {PINFER_ACT_RELU2, "nemotron"},
+    {PINFER_ACT_RELU2, "plm"},
+    {PINFER_ACT_RELU2, "jais2"},
+};
+
+const char * pinfer_activation_name(pinfer_activation act) {
+    for (const auto & a : activations) {
+        if (a.act == act) {
+            return a.name;
+        }
+    }
+    return "other";
+}
+
+pinfer_activation pinfer_activation_parse(const char * name) {
+    for (const auto & a : activations) {
+        if (!strcmp(a.name, name)) {
+            return a.act;
+        }
+    }
+    return PINFER_ACT_GRAPH;
+}
+
+pinfer_activation pinfer_arch_activation(const char * arch) {
+    for (const auto & a : architectures) {
+        if (!strcmp(a.name, arch)) {
+            return a.act;
+        }
+    }
+    return PINFER_ACT_OTHER;
+}
+
+bool pinfer_fingerprint(const char * path, char out[33], char * err, size_t err_len) try {
+    std::string hex, why;
+    if (!pinfer_fingerprint_file(path, &hex, &why)) {
+        return set_error(err, err_len, why);
+    }
+    memcpy(out, hex.c_str(), 33);
+    return true;
+} catch (const std::exception & e) {
+    return set_error(err, err_len, std::string(path) + " cannot be read: " + e.what());
+}
+
+bool pinfer_observer_start(const pinfer_observer_params * params, char * err, size_t err_len) {
+    pinfer_state &              s = pinfer_state_get();
+    std::lock_guard<std::mutex> lock(s.mutex);
+    if (s.activation == PINFER_ACT_OTHER) {
+        return set_error(err, err_len, "the model's activation has no exact zeros, there is nothing to count");
+    }
+    s.observer             = {};
+    s.observer.max_samples = params->n_samples;
+    s.observer.stride      = params->stride ? params->stride : 1;
+    s.observer.on          = true;
+    return true;
+}
+
+void pinfer_observer_stop(void) {
+    pinfer_state &              s = pinfer_state_get();
+    std::lock_guard<std::mutex> lock(s.mutex);
+    s.observer.on = false;
+}
+
+bool pinfer_observer_get(int32_t layer, pinfer_observer_layer * out) {
+    pinfer_state &              s = pinfer_state_get();
+    std::lock_guard<std::mutex> lock(s.mutex);
+    *out = {};
+    if (layer < 0 || (size_t) layer >= s.observer.layers.size()) {
+        return false;
+    }
+    const pinfer_observer_store & l = s.observer.layers[(size_t) layer];
+    *out = {
+        .count     = l.count.data(),
+        .mass      = l.mass.data(),
+        .x         = l.x.data(),
+        .active    = l.active.data(),
+        .n_ff      = l.n_ff,
+        .n_embd    = l.n_embd,
+        .n_samples = l.n_samples,
+        .n_tokens  = l.n_tokens,
+    };
+    return true;
+}

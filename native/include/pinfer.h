@@ -1,0 +1,97 @@
+// pinfer.h: the C interface of libggml-pinfer.so beyond the ggml backend it registers.
+//
+// One process holds one pinfer model at a time. The order is: load the plugin (ggml_backend_load), pinfer_configure(),
+// load the model with libllama, decode. Every function may be called through ctypes; strings are UTF-8.
+// Functions that can fail return false and write one line (cause, then the command that mends it) into err.
+#pragma once
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(PINFER_BUILD)
+#    define PINFER_API __attribute__((visibility("default")))
+#else
+#    define PINFER_API
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define PINFER_FORMAT_VERSION 1
+
+// What the FFN of the model computes (DESIGN section 4: relu, relu2, reglu, drelu).
+enum pinfer_activation {
+    PINFER_ACT_GRAPH = 0,  // whatever the graph of libllama says
+    PINFER_ACT_RELU  = 1,
+    PINFER_ACT_RELU2 = 2,
+    PINFER_ACT_REGLU = 3,
+    PINFER_ACT_DRELU = 4,
+    PINFER_ACT_OTHER = 5,  // SiLU, GELU, ...: no exact zeros, nothing for pinfer to do
+};
+
+// Zero-initialise, then set what is wanted: every zero is the default.
+struct pinfer_params {
+    const char * model_path;      // GGUF the artefacts must belong to; NULL: no artefacts
+    const char * predictor_path;  // predictor.gguf, NULL: exact mode
+    const char * hot_path;        // hot.gguf,  NULL: no hot part
+    const char * cold_path;       // cold.gguf, NULL: neurons are read from the model itself
+    const char * device;          // ggml device of the hot part; NULL: the first GPU, an error if there is none
+    int32_t      activation;      // enum pinfer_activation
+    int32_t      n_batch_dense;   // from this many tokens a batch is computed densely; 0: default
+};
+
+// Counters since pinfer_configure() or pinfer_stats_reset().
+struct pinfer_stats {
+    uint64_t n_tokens;       // (layer, token) pairs computed sparsely
+    uint64_t n_tokens_dense; // (layer, token) pairs computed densely (prefill)
+    uint64_t n_neurons;      // neurons of those sparse pairs
+    uint64_t n_candidates;   // neurons whose first product was computed
+    uint64_t n_active;       // neurons that fired
+    uint64_t n_hot;          // neurons that were computed on the hot device
+    uint64_t n_fallback;     // graph nodes computed by the plain CPU backend because nothing matched them
+    uint64_t hot_bytes;      // device memory taken by the hot part, measured
+};
+
+// Checks the artefacts against the model and maps them. Replaces an earlier configuration; call it while no
+// llama_context is alive. Returns false and changes nothing when an artefact is missing, damaged or of another model.
+PINFER_API bool pinfer_configure(const struct pinfer_params * params, char * err, size_t err_len);
+
+PINFER_API void pinfer_get_stats(struct pinfer_stats * stats);
+PINFER_API void pinfer_stats_reset(void);
+
+// "avx512", "avx2", "neon" or "scalar": the kernels in use (PINFER_ISA forces one).
+PINFER_API const char * pinfer_isa(void);
+
+// Activation a GGUF architecture has by itself in llama.cpp ("arcee" -> RELU2), OTHER when it has no exact zeros.
+PINFER_API enum pinfer_activation pinfer_arch_activation(const char * arch);
+PINFER_API const char *           pinfer_activation_name(enum pinfer_activation act); // "relu2"
+PINFER_API enum pinfer_activation pinfer_activation_parse(const char * name);         // GRAPH when unknown
+
+// Fingerprint of a GGUF: 32 hex digits and NUL into out[33]. Covers the whole header (metadata and tensor table), the file
+// size and 64 blocks of 4 KiB spread over the data, so it costs milliseconds whatever the size.
+PINFER_API bool pinfer_fingerprint(const char * path, char out[33], char * err, size_t err_len);
+
+// Observer: counts what fires. While it runs every FFN is computed exactly and densely.
+struct pinfer_observer_params {
+    uint64_t n_samples; // FFN inputs to keep per layer (the first of every stride tokens), 0: none
+    uint64_t stride;    // keep every stride-th token, >= 1
+};
+PINFER_API bool pinfer_observer_start(const struct pinfer_observer_params * params, char * err, size_t err_len);
+PINFER_API void pinfer_observer_stop(void); // keeps what was counted until the next start or configure
+// Pointers stay valid until the next start or configure; NULL/0 where a layer never ran.
+//   count [n_ff] uint64: tokens in which the neuron fired;  mass [n_ff] double: sum of its output |f_i(x)|
+//   x [n_samples, n_embd] F16 (row-major, IEEE half bits); active [n_samples, ceil(n_ff/8)] bits, neuron i at byte i/8, bit i%8
+struct pinfer_observer_layer {
+    const uint64_t * count;
+    const double *   mass;
+    const uint16_t * x;
+    const uint8_t *  active;
+    uint64_t n_ff, n_embd, n_samples, n_tokens;
+};
+PINFER_API bool pinfer_observer_get(int32_t layer, struct pinfer_observer_layer * out); // false: layer unknown
+
+#ifdef __cplusplus
+}
+#endif

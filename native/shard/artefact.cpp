@@ -1,0 +1,245 @@
+// artefact.cpp: mapping and checking of pinfer's GGUF files, and the fingerprint that ties them to a model.
+#include "artefact.h"
+
+#include "pinfer.h"
+
+#include <cerrno>
+#include <cinttypes>
+#include <cstdio>
+#include <cstring>
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+namespace {
+
+// The command that makes an artefact of a kind anew.
+const char * maker_of(const char * kind) {
+    if (!strcmp(kind, "predictor")) {
+        return "pinfer train";
+    }
+    return !strcmp(kind, "hot") || !strcmp(kind, "cold") ? "pinfer split" : "pinfer profile";
+}
+
+gguf_context * gguf_open(const char * path) {
+    return gguf_init_from_file(path, {.no_alloc = true, .ctx = nullptr});
+}
+
+// Index of a scalar (or array) key of the wanted type, -1 otherwise: gguf's getters abort on a wrong type.
+int64_t find_key(const gguf_context * gguf, const char * key, gguf_type type, bool array) {
+    const int64_t id = gguf_find_key(gguf, key);
+    if (id < 0) {
+        return -1;
+    }
+    const gguf_type have = gguf_get_kv_type(gguf, id);
+    if (array) {
+        return have == GGUF_TYPE_ARRAY && gguf_get_arr_type(gguf, id) == type ? id : -1;
+    }
+    return have == type ? id : -1;
+}
+
+bool fail(std::string * err, const std::string & text) {
+    *err = text;
+    return false;
+}
+
+// Two independent 64-bit multiply-xor chains over 8-byte words: quick, and enough to tell models apart.
+struct hash128 {
+    uint64_t a = 0x9e3779b97f4a7c15ull;
+    uint64_t b = 0xc2b2ae3d27d4eb4full;
+
+    void word(uint64_t w) {
+        a = (a ^ w) * 0xff51afd7ed558ccdull;
+        a ^= a >> 32;
+        b = (b + w) * 0xd6e8feb86659fd93ull;
+        b ^= b >> 29;
+    }
+
+    void bytes(const uint8_t * p, size_t n) {
+        while (n >= 8) {
+            uint64_t w;
+            memcpy(&w, p, 8);
+            word(w);
+            p += 8;
+            n -= 8;
+        }
+        uint64_t w = n;
+        memcpy((uint8_t *) &w + 1, p, n);
+        word(w);
+    }
+};
+
+} // namespace
+
+pinfer_artefact::~pinfer_artefact() {
+    if (map) {
+        munmap(map, size);
+    }
+    if (gguf) {
+        gguf_free(gguf);
+    }
+}
+
+bool pinfer_artefact_open(pinfer_artefact * a, const char * path, const char * kind, const char * model_path,
+                          const char * fingerprint, std::string * err) {
+    const std::string remake = std::string("; make it anew with: ") + maker_of(kind) + " " + model_path;
+    a->path = path;
+
+    const int fd = open(path, O_RDONLY | O_CLOEXEC);
+    if (fd < 0) {
+        return fail(err, std::string("cannot open ") + path + ": " + strerror(errno) + remake);
+    }
+    struct stat st = {};
+    if (fstat(fd, &st) != 0 || !S_ISREG(st.st_mode) || st.st_size < 32) {
+        close(fd);
+        return fail(err, std::string(path) + " is not a complete GGUF file" + remake);
+    }
+    a->gguf = gguf_open(path);
+    if (!a->gguf) {
+        close(fd);
+        return fail(err, std::string(path) + " is damaged (its GGUF header cannot be read)" + remake);
+    }
+    a->size = (size_t) st.st_size;
+    void * map = mmap(nullptr, a->size, PROT_READ, MAP_SHARED, fd, 0);
+    close(fd);
+    if (map == MAP_FAILED) {
+        return fail(err, std::string("cannot map ") + path + ": " + strerror(errno));
+    }
+    a->map = (uint8_t *) map;
+
+    const size_t base = gguf_get_data_offset(a->gguf);
+    for (int64_t i = 0; i < gguf_get_n_tensors(a->gguf); i++) {
+        const size_t offset = gguf_get_tensor_offset(a->gguf, i);
+        const size_t bytes  = gguf_get_tensor_size(a->gguf, i);
+        if (base > a->size || offset > a->size - base || bytes > a->size - base - offset) {
+            return fail(err, std::string(path) + " is truncated (tensor " + gguf_get_tensor_name(a->gguf, i) +
+                                 " reaches beyond its end)" + remake);
+        }
+    }
+
+    std::string have;
+    if (!pinfer_artefact_str(a, "pinfer.kind", &have) || have != kind) {
+        return fail(err, std::string(path) + " is not a pinfer " + kind + " file" + remake);
+    }
+    uint32_t version = 0;
+    if (!pinfer_artefact_u32(a, "pinfer.format_version", &version) || version != PINFER_FORMAT_VERSION) {
+        return fail(err, std::string(path) + " has format version " + std::to_string(version) + ", this pinfer reads " +
+                             std::to_string(PINFER_FORMAT_VERSION) + remake);
+    }
+    if (!pinfer_artefact_str(a, "pinfer.model.fingerprint", &have) || have != fingerprint) {
+        return fail(err, std::string(path) + " was made from another model than " + model_path + remake);
+    }
+    return true;
+}
+
+bool pinfer_artefact_tensor(const pinfer_artefact * a, const char * name, ggml_type type, int64_t ne0, int64_t ne1,
+                            pinfer_blob * out, std::string * err) {
+    *out             = {};
+    const int64_t id = gguf_find_tensor(a->gguf, name);
+    if (id < 0) {
+        return true;
+    }
+    const int64_t * ne = gguf_get_tensor_ne(a->gguf, id);
+    out->type          = gguf_get_tensor_type(a->gguf, id);
+    if (ne[0] != ne0 || ne[1] != ne1 || ne[2] != 1 || ne[3] != 1 || (type != GGML_TYPE_COUNT && out->type != type)) {
+        return fail(err, a->path + ": tensor " + name + " has an unexpected shape or type; make the file anew");
+    }
+    memcpy(out->ne, ne, sizeof(out->ne));
+    out->size = gguf_get_tensor_size(a->gguf, id);
+    out->data = a->map + gguf_get_data_offset(a->gguf) + gguf_get_tensor_offset(a->gguf, id);
+    return true;
+}
+
+bool pinfer_artefact_u32(const pinfer_artefact * a, const char * key, uint32_t * out) {
+    const int64_t id = find_key(a->gguf, key, GGUF_TYPE_UINT32, false);
+    if (id >= 0) {
+        *out = gguf_get_val_u32(a->gguf, id);
+    }
+    return id >= 0;
+}
+
+bool pinfer_artefact_str(const pinfer_artefact * a, const char * key, std::string * out) {
+    const int64_t id = find_key(a->gguf, key, GGUF_TYPE_STRING, false);
+    if (id >= 0) {
+        *out = gguf_get_val_str(a->gguf, id);
+    }
+    return id >= 0;
+}
+
+bool pinfer_artefact_u32_array(const pinfer_artefact * a, const char * key, std::vector<uint32_t> * out) {
+    const int64_t id = find_key(a->gguf, key, GGUF_TYPE_UINT32, true);
+    if (id >= 0) {
+        const uint32_t * data = (const uint32_t *) gguf_get_arr_data(a->gguf, id);
+        out->assign(data, data + gguf_get_arr_n(a->gguf, id));
+    }
+    return id >= 0;
+}
+
+bool pinfer_artefact_str_array(const pinfer_artefact * a, const char * key, std::vector<std::string> * out) {
+    const int64_t id = find_key(a->gguf, key, GGUF_TYPE_STRING, true);
+    if (id >= 0) {
+        out->clear();
+        for (size_t i = 0; i < gguf_get_arr_n(a->gguf, id); i++) {
+            out->push_back(gguf_get_arr_str(a->gguf, id, i));
+        }
+    }
+    return id >= 0;
+}
+
+bool pinfer_fingerprint_file(const char * path, std::string * out, std::string * err) {
+    const int fd = open(path, O_RDONLY | O_CLOEXEC);
+    if (fd < 0) {
+        return fail(err, std::string("cannot open ") + path + ": " + strerror(errno));
+    }
+    struct stat st = {};
+    gguf_context * gguf = fstat(fd, &st) == 0 && S_ISREG(st.st_mode) ? gguf_open(path) : nullptr;
+    if (!gguf) {
+        close(fd);
+        return fail(err, std::string(path) + " is not a GGUF file or its header is damaged");
+    }
+    const size_t header = gguf_get_data_offset(gguf);
+    gguf_free(gguf);
+
+    const size_t size = (size_t) st.st_size;
+    bool         ok   = header <= size;
+    hash128      hash;
+    hash.word(size);
+
+    std::vector<uint8_t> buf(header);
+    auto read_at = [&](size_t offset, size_t n) {
+        size_t done = 0;
+        while (done < n) {
+            const ssize_t got = pread(fd, buf.data() + done, n - done, (off_t) (offset + done));
+            if (got <= 0) {
+                return false;
+            }
+            done += (size_t) got;
+        }
+        hash.bytes(buf.data(), n);
+        return true;
+    };
+    ok = ok && read_at(0, header);
+
+    const size_t n_blocks = 64;
+    const size_t block    = 4096;
+    buf.resize(buf.size() > block ? buf.size() : block);
+    const size_t data = ok ? size - header : 0;
+    if (data <= n_blocks * block) {
+        for (size_t at = 0; ok && at < data; at += block) {
+            ok = read_at(header + at, data - at < block ? data - at : block);
+        }
+    } else {
+        for (size_t i = 0; ok && i < n_blocks; i++) {
+            ok = read_at(header + (data - block) / (n_blocks - 1) * i, block);
+        }
+    }
+    close(fd);
+    if (!ok) {
+        return fail(err, std::string(path) + " is truncated or cannot be read");
+    }
+    char hex[33];
+    snprintf(hex, sizeof(hex), "%016" PRIx64 "%016" PRIx64, hash.a, hash.b);
+    *out = hex;
+    return true;
+}

@@ -1,0 +1,34 @@
+// cold.h: the cold shard: the neurons the CPU computes, one contiguous bundle of rows a neuron (docs/formats.md).
+#pragma once
+
+#include "artefact.h"
+#include "kernels.h"
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+// Row j of one FFN matrix lies at data + j*stride; data is null where the matrix is absent.
+struct pinfer_rows {
+    const uint8_t *       data = nullptr;
+    size_t                stride = 0;
+    const pinfer_kernel * kernel = nullptr;
+    const float *         bias = nullptr; // [n], null: none
+};
+
+// n neurons a processor can compute; ids[j] is the neuron's number in the model, null: j itself.
+struct pinfer_neurons {
+    int64_t         n = 0;
+    const int32_t * ids = nullptr;
+    pinfer_rows     gate, up, down; // down: one row of n_embd a neuron; absent: the model's own matrix is used
+};
+
+struct pinfer_cold {
+    pinfer_artefact             file;
+    std::string                 placement_id;
+    int64_t                     n_embd = 0, n_ff = 0;
+    std::vector<pinfer_neurons> layers;
+};
+
+bool pinfer_cold_open(pinfer_cold * c, const char * path, const char * model_path, const char * fingerprint,
+                      std::string * err);
