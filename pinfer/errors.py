@@ -1,0 +1,18 @@
+"""The one exception that reaches a user: a cause and the command that mends it."""
+
+from __future__ import annotations
+
+
+class PinferError(Exception):
+    """What went wrong, in one line, and what to type next.
+
+    The command line prints ``message`` and ``hint`` on one line to stderr and leaves with exit code 1.
+    """
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message}; {self.hint}" if self.hint else self.message

@@ -1,0 +1,31 @@
+"""Progress of long work, as the stages see it; `ui.py` draws it, tests pass `NULL_PROGRESS`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol
+
+
+class Progress(Protocol):
+    """Something that can show one running task: ``with progress.task(...) as advance: advance(512)``."""
+
+    def task(self, label: str, total: int, unit: str) -> AbstractContextManager[Callable[[int], None]]:
+        """Open a task of ``total`` units (``unit`` is ``"tokens"``, ``"bytes"`` or ``"layers"``)."""
+        ...
+
+    def note(self, text: str) -> None:
+        """Say one line on stderr without disturbing the bar."""
+        ...
+
+
+class _NullProgress:
+    @contextmanager
+    def task(self, label: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+        yield lambda n: None
+
+    def note(self, text: str) -> None:
+        pass
+
+
+NULL_PROGRESS: Progress = _NullProgress()
