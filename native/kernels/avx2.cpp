@@ -1,0 +1,238 @@
+// avx2.cpp: primitives of 32 bytes, two registers for 64 weights. Needs AVX2, FMA and F16C; empty when compiled without them.
+// Only C headers and intrinsics here, see avx512.cpp.
+#include "tables.h"
+
+#if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+
+#    include "blocks.h"
+
+#    include <immintrin.h>
+
+namespace {
+
+typedef __m256 vec;
+
+struct int8x64 {
+    __m256i a, b;
+};
+
+struct scale64 { // four lanes for each 16 weights
+    __m256 a, b;
+};
+
+constexpr int VEC_LANES = 8;
+
+vec vec_zero(void) {
+    return _mm256_setzero_ps();
+}
+
+vec vec_set1(float f) {
+    return _mm256_set1_ps(f);
+}
+
+vec vec_load(const float * p) {
+    return _mm256_loadu_ps(p);
+}
+
+vec vec_load_f16(const void * p) {
+    return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) p));
+}
+
+vec vec_load_bf16(const void * p) {
+    const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *) p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+}
+
+void vec_store(float * p, vec v) {
+    _mm256_storeu_ps(p, v);
+}
+
+vec vec_add(vec a, vec b) {
+    return _mm256_add_ps(a, b);
+}
+
+vec vec_fma(vec a, vec b, vec c) {
+    return _mm256_fmadd_ps(a, b, c);
+}
+
+float vec_sum(vec v) {
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    const __m128 two  = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+
+float load_half(const void * p) {
+    return _cvtsh_ss(load_u16(p));
+}
+
+__m256i load_256(const void * p) {
+    return _mm256_loadu_si256((const __m256i *) p);
+}
+
+__m256i low_nibbles(__m256i v) {
+    return _mm256_and_si256(v, _mm256_set1_epi8(15));
+}
+
+int8x64 load_bytes(const void * a, const void * b) {
+    return { load_256(a), load_256(b) };
+}
+
+__m256i load_nibbles_32(const void * p) {
+    const __m128i bytes = _mm_loadu_si128((const __m128i *) p);
+    return low_nibbles(_mm256_set_m128i(_mm_srli_epi64(bytes, 4), bytes));
+}
+
+int8x64 load_nibbles(const void * a, const void * b) {
+    return { load_nibbles_32(a), load_nibbles_32(b) };
+}
+
+int8x64 load_nibbles_k(const void * p) {
+    const __m256i bytes = load_256(p);
+    return { low_nibbles(bytes), low_nibbles(_mm256_srli_epi64(bytes, 4)) };
+}
+
+int8x64 load_low_nibbles(const void * p) {
+    return { low_nibbles(load_256(p)), low_nibbles(load_256((const char *) p + 32)) };
+}
+
+int8x64 load_high_nibbles(const void * p) {
+    const __m256i a = load_256(p), b = load_256((const char *) p + 32);
+    return { low_nibbles(_mm256_srli_epi64(a, 4)), low_nibbles(_mm256_srli_epi64(b, 4)) };
+}
+
+// Byte i of the result looks at bit i of the four bytes: every byte is copied eight times, then one bit of it tested.
+__m256i load_fifth_bits_32(const void * p) {
+    const __m256i copies = _mm256_set_epi64x(0x0303030303030303, 0x0202020202020202, 0x0101010101010101, 0);
+    const __m256i bit    = _mm256_set1_epi64x((long long) 0x8040201008040201u);
+    const __m256i bytes  = _mm256_shuffle_epi8(_mm256_set1_epi32((int) load_u32(p)), copies);
+    const __m256i is_set = _mm256_cmpeq_epi8(_mm256_and_si256(bytes, bit), bit);
+    return _mm256_and_si256(is_set, _mm256_set1_epi8(16));
+}
+
+int8x64 load_fifth_bits(const void * a, const void * b) {
+    return { load_fifth_bits_32(a), load_fifth_bits_32(b) };
+}
+
+template <int s, int t> int8x64 load_shifted(const void * p) {
+    const __m256i bytes = load_256(p);
+    return { _mm256_srli_epi64(bytes, s), _mm256_srli_epi64(bytes, t) };
+}
+
+template <int mask> __m256i or_high_32(__m256i w, __m256i h) {
+    return _mm256_or_si256(w, _mm256_slli_epi64(_mm256_and_si256(h, _mm256_set1_epi8(mask)), 4));
+}
+
+template <int mask> int8x64 or_high(int8x64 w, int8x64 h) {
+    return { or_high_32<mask>(w.a, h.a), or_high_32<mask>(w.b, h.b) };
+}
+
+int8x64 add_bits(int8x64 w, int8x64 bits) {
+    return { _mm256_or_si256(w.a, bits.a), _mm256_or_si256(w.b, bits.b) };
+}
+
+template <int c> int8x64 subtract(int8x64 w) {
+    return { _mm256_sub_epi8(w.a, _mm256_set1_epi8(c)), _mm256_sub_epi8(w.b, _mm256_set1_epi8(c)) };
+}
+
+int8x64 ones(void) {
+    return { _mm256_set1_epi8(1), _mm256_set1_epi8(1) };
+}
+
+__m256 scale_f16_32(const uint8_t * p) {
+    return _mm256_cvtph_ps(_mm_set1_epi16((short) load_u16(p)));
+}
+
+scale64 scale_f16(const uint8_t * a, const uint8_t * b) {
+    return { scale_f16_32(a), scale_f16_32(b) };
+}
+
+scale64 scale_set1(float f) {
+    return { _mm256_set1_ps(f), _mm256_set1_ps(f) };
+}
+
+scale64 scale_f32x2(const float * p) {
+    return { _mm256_broadcast_ss(p), _mm256_broadcast_ss(p + 1) };
+}
+
+scale64 scale_f32x4(const float * p) {
+    return { _mm256_set_m128(_mm_broadcast_ss(p + 1), _mm_broadcast_ss(p)),
+             _mm256_set_m128(_mm_broadcast_ss(p + 3), _mm_broadcast_ss(p + 2)) };
+}
+
+scale64 scale_mul(scale64 a, scale64 b) {
+    return { _mm256_mul_ps(a.a, b.a), _mm256_mul_ps(a.b, b.b) };
+}
+
+// The sums of two products stay within 16 bits: at most 2 * 128 * 127.
+vec dot_unsigned_32(vec acc, __m256i w, __m256i x, __m256 s) {
+    const __m256i products = _mm256_madd_epi16(_mm256_maddubs_epi16(w, x), _mm256_set1_epi16(1));
+    return _mm256_fmadd_ps(_mm256_cvtepi32_ps(products), s, acc);
+}
+
+vec dot_unsigned(vec acc, int8x64 w, int8x64 x, scale64 s) {
+    return dot_unsigned_32(dot_unsigned_32(acc, w.a, x.a, s.a), w.b, x.b, s.b);
+}
+
+// maddubs multiplies unsigned by signed bytes: w gives its sign to x.
+vec dot_signed_32(vec acc, __m256i w, __m256i x, __m256 s) {
+    return dot_unsigned_32(acc, _mm256_abs_epi8(w), _mm256_sign_epi8(x, w), s);
+}
+
+vec dot_signed(vec acc, int8x64 w, int8x64 x, scale64 s) {
+    return dot_signed_32(dot_signed_32(acc, w.a, x.a, s.a), w.b, x.b, s.b);
+}
+
+// The 8 weights from byte `first` of one register; their scale is in lane group first / 16 of s.
+template <int first> __m256 widen(__m256i w) {
+    const __m128i half = first < 16 ? _mm256_castsi256_si128(w) : _mm256_extracti128_si256(w, 1);
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(first % 16 ? _mm_srli_si128(half, 8) : half));
+}
+
+template <int first> __m256 spread(__m256 s) {
+    return _mm256_permute2f128_ps(s, s, first < 16 ? 0x00 : 0x11);
+}
+
+template <int first> void axpy_8(float * y, __m256i w, __m256 s) {
+    vec_store(y + first, _mm256_fmadd_ps(spread<first>(s), widen<first>(w), vec_load(y + first)));
+}
+
+void axpy_32(float * y, __m256i w, __m256 s) {
+    axpy_8<0>(y, w, s);
+    axpy_8<8>(y, w, s);
+    axpy_8<16>(y, w, s);
+    axpy_8<24>(y, w, s);
+}
+
+void axpy_weights(float * y, int8x64 w, scale64 s) {
+    axpy_32(y, w.a, s.a);
+    axpy_32(y + 32, w.b, s.b);
+}
+
+template <int first> void axpy_offset_8(float * y, __m256i w, __m256 s, __m256 m) {
+    const __m256 term = _mm256_fmadd_ps(spread<first>(s), widen<first>(w), spread<first>(m));
+    vec_store(y + first, _mm256_add_ps(term, vec_load(y + first)));
+}
+
+void axpy_offset_32(float * y, __m256i w, __m256 s, __m256 m) {
+    axpy_offset_8<0>(y, w, s, m);
+    axpy_offset_8<8>(y, w, s, m);
+    axpy_offset_8<16>(y, w, s, m);
+    axpy_offset_8<24>(y, w, s, m);
+}
+
+void axpy_offset(float * y, int8x64 w, scale64 s, scale64 m) {
+    axpy_offset_32(y, w.a, s.a, m.a);
+    axpy_offset_32(y + 32, w.b, s.b, m.b);
+}
+
+} // namespace
+
+#    include "body.h"
+
+const struct pinfer_kernel_table pinfer_kernels_avx2 = { "avx2", kernels, sizeof(kernels) / sizeof(kernels[0]) };
+
+#else
+
+const struct pinfer_kernel_table pinfer_kernels_avx2 = { "avx2", nullptr, 0 };
+
+#endif

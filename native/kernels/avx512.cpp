@@ -1,0 +1,191 @@
+// avx512.cpp: primitives of 64 bytes. Needs AVX-512 F, BW, VL, DQ and VNNI; empty when compiled without them.
+// Only C headers and intrinsics here: an inline function of the C++ library compiled with these flags could be the copy
+// that the linker keeps for everyone.
+#include "tables.h"
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__) &&                  \
+    defined(__AVX512VNNI__)
+
+#    include "blocks.h"
+
+#    if defined(__GNUC__) && !defined(__clang__)
+// g++ 12 takes the don't-care operand inside its own intrinsics for an uninitialised variable of ours (GCC bug 105593).
+#        pragma GCC diagnostic ignored "-Wuninitialized"
+#        pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#    endif
+#    include <immintrin.h>
+
+namespace {
+
+typedef __m512  vec;
+typedef __m512i int8x64;
+typedef __m512  scale64; // four lanes for each 16 weights, as the dot product of four bytes leaves them
+
+constexpr int VEC_LANES = 16;
+
+vec vec_zero(void) {
+    return _mm512_setzero_ps();
+}
+
+vec vec_set1(float f) {
+    return _mm512_set1_ps(f);
+}
+
+vec vec_load(const float * p) {
+    return _mm512_loadu_ps(p);
+}
+
+vec vec_load_f16(const void * p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *) p));
+}
+
+vec vec_load_bf16(const void * p) {
+    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *) p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+
+void vec_store(float * p, vec v) {
+    _mm512_storeu_ps(p, v);
+}
+
+vec vec_add(vec a, vec b) {
+    return _mm512_add_ps(a, b);
+}
+
+vec vec_fma(vec a, vec b, vec c) {
+    return _mm512_fmadd_ps(a, b, c);
+}
+
+float vec_sum(vec v) {
+    return _mm512_reduce_add_ps(v);
+}
+
+float load_half(const void * p) {
+    return _cvtsh_ss(load_u16(p));
+}
+
+int8x64 load_bytes(const void * a, const void * b) {
+    const __m512i low = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *) a));
+    return _mm512_inserti64x4(low, _mm256_loadu_si256((const __m256i *) b), 1);
+}
+
+int8x64 load_nibbles(const void * a, const void * b) {
+    const __m256i low   = _mm256_castsi128_si256(_mm_loadu_si128((const __m128i *) a));
+    const __m512i both  = _mm512_castsi256_si512(_mm256_inserti128_si256(low, _mm_loadu_si128((const __m128i *) b), 1));
+    const __m512i twice = _mm512_shuffle_i64x2(both, both, 0x50); // a a b b
+    const __m512i count = _mm512_set_epi64(4, 4, 0, 0, 4, 4, 0, 0);
+    return _mm512_and_si512(_mm512_srlv_epi64(twice, count), _mm512_set1_epi8(15));
+}
+
+int8x64 load_nibbles_k(const void * p) {
+    const __m512i twice = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *) p));
+    const __m512i count = _mm512_set_epi64(4, 4, 4, 4, 0, 0, 0, 0);
+    return _mm512_and_si512(_mm512_srlv_epi64(twice, count), _mm512_set1_epi8(15));
+}
+
+int8x64 load_low_nibbles(const void * p) {
+    return _mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi8(15));
+}
+
+int8x64 load_high_nibbles(const void * p) {
+    return _mm512_and_si512(_mm512_srli_epi64(_mm512_loadu_si512(p), 4), _mm512_set1_epi8(15));
+}
+
+int8x64 load_fifth_bits(const void * a, const void * b) {
+    const __mmask64 bits = (__mmask64) load_u32(a) | (__mmask64) load_u32(b) << 32;
+    return _mm512_maskz_mov_epi8(bits, _mm512_set1_epi8(16));
+}
+
+template <int s, int t> int8x64 load_shifted(const void * p) {
+    const __m512i twice = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *) p));
+    return _mm512_srlv_epi64(twice, _mm512_set_epi64(t, t, t, t, s, s, s, s));
+}
+
+template <int mask> int8x64 or_high(int8x64 w, int8x64 h) {
+    return _mm512_or_si512(w, _mm512_slli_epi64(_mm512_and_si512(h, _mm512_set1_epi8(mask)), 4));
+}
+
+int8x64 add_bits(int8x64 w, int8x64 bits) {
+    return _mm512_or_si512(w, bits);
+}
+
+template <int c> int8x64 subtract(int8x64 w) {
+    return _mm512_sub_epi8(w, _mm512_set1_epi8(c));
+}
+
+int8x64 ones(void) {
+    return _mm512_set1_epi8(1);
+}
+
+scale64 scale_f16(const uint8_t * a, const uint8_t * b) {
+    const __m256i halves =
+        _mm256_mask_set1_epi16(_mm256_set1_epi16((short) load_u16(a)), 0xff00, (short) load_u16(b));
+    return _mm512_cvtph_ps(halves);
+}
+
+scale64 scale_set1(float f) {
+    return _mm512_set1_ps(f);
+}
+
+scale64 scale_f32x2(const float * p) {
+    return _mm512_mask_broadcastss_ps(_mm512_set1_ps(p[0]), 0xff00, _mm_load_ss(p + 1));
+}
+
+scale64 scale_f32x4(const float * p) {
+    const __m512i each = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
+    return _mm512_permutexvar_ps(each, _mm512_castps128_ps512(_mm_loadu_ps(p)));
+}
+
+scale64 scale_mul(scale64 a, scale64 b) {
+    return _mm512_mul_ps(a, b);
+}
+
+vec dot_unsigned(vec acc, int8x64 w, int8x64 x, scale64 s) {
+    const __m512i products = _mm512_dpbusd_epi32(_mm512_setzero_si512(), w, x);
+    return _mm512_fmadd_ps(_mm512_cvtepi32_ps(products), s, acc);
+}
+
+// VNNI multiplies unsigned by signed bytes: w gives its sign to x.
+vec dot_signed(vec acc, int8x64 w, int8x64 x, scale64 s) {
+    const __m512i signed_x = _mm512_mask_sub_epi8(x, _mm512_movepi8_mask(w), _mm512_setzero_si512(), x);
+    return dot_unsigned(acc, _mm512_abs_epi8(w), signed_x, s);
+}
+
+template <int quarter> void axpy_quarter(float * y, int8x64 w, scale64 s) {
+    const __m512 wf = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm512_extracti32x4_epi32(w, quarter)));
+    const __m512 sq = _mm512_shuffle_f32x4(s, s, quarter * 0x55);
+    vec_store(y + 16 * quarter, _mm512_fmadd_ps(sq, wf, vec_load(y + 16 * quarter)));
+}
+
+void axpy_weights(float * y, int8x64 w, scale64 s) {
+    axpy_quarter<0>(y, w, s);
+    axpy_quarter<1>(y, w, s);
+    axpy_quarter<2>(y, w, s);
+    axpy_quarter<3>(y, w, s);
+}
+
+template <int quarter> void axpy_offset_quarter(float * y, int8x64 w, scale64 s, scale64 m) {
+    const __m512 wf = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm512_extracti32x4_epi32(w, quarter)));
+    const __m512 sq = _mm512_shuffle_f32x4(s, s, quarter * 0x55);
+    const __m512 mq = _mm512_shuffle_f32x4(m, m, quarter * 0x55);
+    vec_store(y + 16 * quarter, _mm512_add_ps(_mm512_fmadd_ps(sq, wf, mq), vec_load(y + 16 * quarter)));
+}
+
+void axpy_offset(float * y, int8x64 w, scale64 s, scale64 m) {
+    axpy_offset_quarter<0>(y, w, s, m);
+    axpy_offset_quarter<1>(y, w, s, m);
+    axpy_offset_quarter<2>(y, w, s, m);
+    axpy_offset_quarter<3>(y, w, s, m);
+}
+
+} // namespace
+
+#    include "body.h"
+
+const struct pinfer_kernel_table pinfer_kernels_avx512 = { "avx512", kernels, sizeof(kernels) / sizeof(kernels[0]) };
+
+#else
+
+const struct pinfer_kernel_table pinfer_kernels_avx512 = { "avx512", nullptr, 0 };
+
+#endif

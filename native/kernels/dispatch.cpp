@@ -1,0 +1,112 @@
+// dispatch.cpp: the public interface of kernels.h. Chooses a table once, and gives the types that no table knows to ggml.
+#include "ggml-cpu.h"
+#include "tables.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+namespace {
+
+// PINFER_ISA if this machine has it, else the best there is.
+const struct pinfer_kernel_table * choose_table(void) {
+    size_t                                    n;
+    const struct pinfer_kernel_table * const * tables = pinfer_kernel_tables(&n);
+    const char *                              forced = getenv("PINFER_ISA");
+    if (forced == nullptr || forced[0] == '\0') {
+        return tables[0];
+    }
+    for (size_t i = 0; i < n; i++) {
+        if (strcmp(forced, tables[i]->isa) == 0) {
+            return tables[i];
+        }
+    }
+    fprintf(stderr, "pinfer: PINFER_ISA=%s is not among this machine's kernels (", forced);
+    for (size_t i = 0; i < n; i++) {
+        fprintf(stderr, "%s%s", i ? " " : "", tables[i]->isa);
+    }
+    fprintf(stderr, "); using %s\n", tables[0]->isa);
+    return tables[0];
+}
+
+struct kernel_set {
+    const char *         isa;
+    struct pinfer_kernel kernels[GGML_TYPE_COUNT];
+    bool                 known[GGML_TYPE_COUNT];
+
+    kernel_set() {
+        ggml_cpu_init(); // fills the tables that ggml's own vec_dot reads; does nothing the second time
+        const struct pinfer_kernel_table * table = choose_table();
+        isa                                      = table->isa;
+        for (int i = 0; i < GGML_TYPE_COUNT; i++) {
+            add((enum ggml_type) i, pinfer_kernel_table_find(table, (enum ggml_type) i));
+        }
+    }
+
+    void add(enum ggml_type type, const struct pinfer_kernel * own) {
+        known[type] = own != nullptr || ggml_can_multiply(type);
+        if (own != nullptr) {
+            kernels[type] = *own;
+        } else if (known[type]) {
+            kernels[type] = { type, ggml_get_type_traits_cpu(type)->vec_dot_type, nullptr, nullptr };
+        }
+    }
+
+    // Multiplied by ggml as a row of weights, readable as floats, and its x can be prepared.
+    static bool ggml_can_multiply(enum ggml_type type) {
+        const struct ggml_type_traits_cpu * cpu = ggml_get_type_traits_cpu(type);
+        return cpu->vec_dot != nullptr && ggml_get_type_traits(type)->to_float != nullptr &&
+               ggml_get_type_traits_cpu(cpu->vec_dot_type)->from_float != nullptr;
+    }
+};
+
+const kernel_set & kernels(void) {
+    static const kernel_set set;
+    return set;
+}
+
+} // namespace
+
+const struct pinfer_kernel * pinfer_kernel_get(enum ggml_type type) {
+    if ((int) type < 0 || type >= GGML_TYPE_COUNT) {
+        return nullptr;
+    }
+    const kernel_set & set = kernels();
+    return set.known[type] ? &set.kernels[type] : nullptr;
+}
+
+const char * pinfer_kernel_isa(void) {
+    return kernels().isa;
+}
+
+float pinfer_kernel_dot(const struct pinfer_kernel * k, int64_t n, const void * row, const void * x) {
+    if (k->dot != nullptr) {
+        return k->dot(n, row, x);
+    }
+    float sum = 0.0f;
+    ggml_get_type_traits_cpu(k->type)->vec_dot((int) n, &sum, 0, row, 0, x, 0, 1);
+    return sum;
+}
+
+void pinfer_kernel_axpy(const struct pinfer_kernel * k, int64_t n, float a, const void * row, float * y, float * scratch) {
+    if (k->axpy != nullptr) {
+        k->axpy(n, a, row, y, scratch);
+        return;
+    }
+    ggml_get_type_traits(k->type)->to_float(row, scratch, n);
+    const struct pinfer_kernel * f32 = pinfer_kernel_get(GGML_TYPE_F32);
+    f32->axpy(n, a, scratch, y, nullptr);
+}
+
+size_t pinfer_kernel_prepared_size(enum ggml_type x_type, int64_t n) {
+    return ggml_row_size(x_type, n);
+}
+
+void pinfer_kernel_prepare(enum ggml_type x_type, const float * x, void * dst, int64_t n) {
+    if (x_type == GGML_TYPE_F32) {
+        memcpy(dst, x, (size_t) n * sizeof(float));
+        return;
+    }
+    kernels(); // ggml_cpu_init
+    ggml_get_type_traits_cpu(x_type)->from_float(x, dst, n);
+}

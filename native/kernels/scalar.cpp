@@ -1,0 +1,192 @@
+// scalar.cpp: the reference kernels, in plain loops. Each quantised type is unpacked into integers, one scale per 16 weights
+// and one offset per 32; what the other files do is measured against this.
+#include "blocks.h"
+#include "tables.h"
+
+namespace {
+
+// One block as weight[i] = scale[i / 16] * q[i] + offset[i / 32].
+struct unpacked {
+    int8_t q[256];
+    float  scale[16];
+    float  offset[8];
+};
+
+void unpack_nibbles(const uint8_t * q, unpacked * u) {
+    for (int i = 0; i < 16; i++) {
+        u->q[i]      = (int8_t) (q[i] & 15);
+        u->q[i + 16] = (int8_t) (q[i] >> 4);
+    }
+}
+
+void unpack_fifth_bits(const uint8_t * qh, unpacked * u) {
+    const uint32_t bits = load_u32(qh);
+    for (int i = 0; i < 32; i++) {
+        u->q[i] = (int8_t) (u->q[i] + (((bits >> i) & 1) << 4));
+    }
+}
+
+void unpack_centre(int centre, unpacked * u) {
+    for (int i = 0; i < 32; i++) {
+        u->q[i] = (int8_t) (u->q[i] - centre);
+    }
+}
+
+void unpack_scale(const uint8_t * d, float offset, unpacked * u) {
+    u->scale[0] = u->scale[1] = load_f16(d);
+    u->offset[0]              = offset;
+}
+
+void unpack(const block_q8_0 * b, unpacked * u) {
+    memcpy(u->q, b->q, sizeof(b->q));
+    unpack_scale(b->d, 0.0f, u);
+}
+
+void unpack(const block_q4_0 * b, unpacked * u) {
+    unpack_nibbles(b->q, u);
+    unpack_centre(8, u);
+    unpack_scale(b->d, 0.0f, u);
+}
+
+void unpack(const block_q4_1 * b, unpacked * u) {
+    unpack_nibbles(b->q, u);
+    unpack_scale(b->d, load_f16(b->m), u);
+}
+
+void unpack(const block_q5_0 * b, unpacked * u) {
+    unpack_nibbles(b->q, u);
+    unpack_fifth_bits(b->qh, u);
+    unpack_centre(16, u);
+    unpack_scale(b->d, 0.0f, u);
+}
+
+void unpack(const block_q5_1 * b, unpacked * u) {
+    unpack_nibbles(b->q, u);
+    unpack_fifth_bits(b->qh, u);
+    unpack_scale(b->d, load_f16(b->m), u);
+}
+
+void unpack_k4(const uint8_t * d, const uint8_t * dmin, const uint8_t * scales, const uint8_t * q, unpacked * u) {
+    uint8_t scale[8], min[8];
+    unpack_scales_k4(scales, scale, min);
+    for (int g = 0; g < 8; g++) {
+        u->scale[2 * g] = u->scale[2 * g + 1] = load_f16(d) * scale[g];
+        u->offset[g]                          = -load_f16(dmin) * min[g];
+        for (int i = 0; i < 32; i++) {
+            const uint8_t byte = q[32 * (g / 2) + i];
+            u->q[32 * g + i]   = (int8_t) (g % 2 ? byte >> 4 : byte & 15);
+        }
+    }
+}
+
+void unpack(const block_q4_k * b, unpacked * u) {
+    unpack_k4(b->d, b->dmin, b->scales, b->q, u);
+}
+
+void unpack(const block_q5_k * b, unpacked * u) {
+    unpack_k4(b->d, b->dmin, b->scales, b->q, u);
+    for (int i = 0; i < 256; i++) {
+        u->q[i] = (int8_t) (u->q[i] + (((b->qh[i % 32] >> (i / 32)) & 1) << 4));
+    }
+}
+
+void unpack(const block_q6_k * b, unpacked * u) {
+    for (int g = 0; g < 16; g++) {
+        u->scale[g] = load_f16(b->d) * b->scales[g];
+    }
+    for (int g = 0; g < 8; g++) {
+        u->offset[g] = 0.0f;
+    }
+    for (int i = 0; i < 256; i++) {
+        const int     half = i / 128, k = i % 128; // k = 64 * (high nibble) + byte of ql
+        const uint8_t byte = b->ql[64 * half + k % 64];
+        const int     low  = k < 64 ? byte & 15 : byte >> 4;
+        const int     high = (b->qh[32 * half + k % 32] >> (2 * (k / 32))) & 3;
+        u->q[i]            = (int8_t) ((low | (high << 4)) - 32);
+    }
+}
+
+// x as 32 or 256 integers and one scale, whichever x type belongs to the block type.
+template <typename B> struct layout {
+    static constexpr int64_t size = 32;
+    static const int8_t *    x(const void * x, int64_t i, float * d) {
+        const block_q8_0 * b = (const block_q8_0 *) x + i;
+        *d                   = load_f16(b->d);
+        return b->q;
+    }
+};
+
+struct layout_k {
+    static constexpr int64_t size = 256;
+    static const int8_t *    x(const void * x, int64_t i, float * d) {
+        const block_q8_k * b = (const block_q8_k *) x + i;
+        *d                   = b->d;
+        return b->q;
+    }
+};
+
+template <> struct layout<block_q4_k> : layout_k {};
+template <> struct layout<block_q5_k> : layout_k {};
+template <> struct layout<block_q6_k> : layout_k {};
+
+template <typename B> float dot(int64_t n, const void * row, const void * x) {
+    float sum = 0.0f;
+    for (int64_t i = 0; i < n / layout<B>::size; i++) {
+        unpacked u;
+        unpack((const B *) row + i, &u);
+        float          d;
+        const int8_t * xq = layout<B>::x(x, i, &d);
+        for (int g = 0; g < layout<B>::size / 16; g++) {
+            int32_t products = 0, total = 0;
+            for (int j = 0; j < 16; j++) {
+                products += u.q[16 * g + j] * xq[16 * g + j];
+                total += xq[16 * g + j];
+            }
+            sum += d * (u.scale[g] * (float) products + u.offset[g / 2] * (float) total);
+        }
+    }
+    return sum;
+}
+
+template <typename B> void axpy(int64_t n, float a, const void * row, float * y, float *) {
+    for (int64_t i = 0; i < n / layout<B>::size; i++) {
+        unpacked u;
+        unpack((const B *) row + i, &u);
+        for (int j = 0; j < layout<B>::size; j++) {
+            y[i * layout<B>::size + j] += a * (u.scale[j / 16] * u.q[j] + u.offset[j / 32]);
+        }
+    }
+}
+
+template <float (*load)(const void *), int size> float dot_float(int64_t n, const void * row, const void * x) {
+    float sum = 0.0f;
+    for (int64_t i = 0; i < n; i++) {
+        sum += load((const char *) row + i * size) * ((const float *) x)[i];
+    }
+    return sum;
+}
+
+template <float (*load)(const void *), int size>
+void axpy_float(int64_t n, float a, const void * row, float * y, float *) {
+    for (int64_t i = 0; i < n; i++) {
+        y[i] += a * load((const char *) row + i * size);
+    }
+}
+
+const struct pinfer_kernel kernels[] = {
+    { GGML_TYPE_F32, GGML_TYPE_F32, dot_float<load_f32, 4>, axpy_float<load_f32, 4> },
+    { GGML_TYPE_F16, GGML_TYPE_F32, dot_float<load_f16, 2>, axpy_float<load_f16, 2> },
+    { GGML_TYPE_BF16, GGML_TYPE_F32, dot_float<load_bf16, 2>, axpy_float<load_bf16, 2> },
+    { GGML_TYPE_Q8_0, GGML_TYPE_Q8_0, dot<block_q8_0>, axpy<block_q8_0> },
+    { GGML_TYPE_Q4_0, GGML_TYPE_Q8_0, dot<block_q4_0>, axpy<block_q4_0> },
+    { GGML_TYPE_Q4_1, GGML_TYPE_Q8_0, dot<block_q4_1>, axpy<block_q4_1> },
+    { GGML_TYPE_Q5_0, GGML_TYPE_Q8_0, dot<block_q5_0>, axpy<block_q5_0> },
+    { GGML_TYPE_Q5_1, GGML_TYPE_Q8_0, dot<block_q5_1>, axpy<block_q5_1> },
+    { GGML_TYPE_Q4_K, GGML_TYPE_Q8_K, dot<block_q4_k>, axpy<block_q4_k> },
+    { GGML_TYPE_Q5_K, GGML_TYPE_Q8_K, dot<block_q5_k>, axpy<block_q5_k> },
+    { GGML_TYPE_Q6_K, GGML_TYPE_Q8_K, dot<block_q6_k>, axpy<block_q6_k> },
+};
+
+} // namespace
+
+const struct pinfer_kernel_table pinfer_kernels_scalar = { "scalar", kernels, sizeof(kernels) / sizeof(kernels[0]) };
