@@ -1,0 +1,53 @@
+"""What the tests share: a folder of their own to work in, and models whose artefacts cannot land in the repository."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+MODELS = ROOT / "models"
+
+
+@pytest.fixture(autouse=True)
+def isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test works in its own folder, with its own PINFER_HOME, offline, untouched by the user's settings.
+
+    PINFER_NATIVE_DIR and PINFER_ISA stay: they choose which build and which kernels are tested.
+    """
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+    monkeypatch.setenv("PINFER_HOME", str(tmp_path / "home"))
+    for name in ("PINFER_MODEL", "PINFER_DEBUG", "GGML_BACKEND_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "120")
+
+
+@pytest.fixture
+def copy_model(tmp_path: Path) -> Callable[[str], Path]:
+    """Copies a shipped model to a folder of the test. A link would not do: artefacts lie beside the file it names."""
+
+    def copy(name: str) -> Path:
+        folder = tmp_path / "models"
+        folder.mkdir(exist_ok=True)
+        return Path(shutil.copy(MODELS / name, folder / name))
+
+    return copy
+
+
+@pytest.fixture
+def tiny_relu2(copy_model: Callable[[str], Path]) -> Path:
+    """A copy of models/tiny-relu2.gguf: arcee, relu² without a gate; stock libllama computes it as it is meant."""
+    return copy_model("tiny-relu2.gguf")
+
+
+@pytest.fixture
+def tiny_reglu(copy_model: Callable[[str], Path]) -> Path:
+    """A copy of models/tiny-reglu.gguf: llama with pinfer.ffn.activation = reglu; stock libllama would apply SiLU."""
+    return copy_model("tiny-reglu.gguf")

@@ -1,0 +1,150 @@
+"""pinfer.native: the native part is found, loaded once into libllama's own ggml, and refuses another ggml."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pinfer import native
+from pinfer.errors import PinferError
+from pinfer.ggml import load_library
+
+LOAD_AND_SAY_WHY_NOT = """
+from pinfer import native
+from pinfer.errors import PinferError
+try:
+    native.load_plugin()
+except PinferError as error:
+    print(error)
+"""
+
+
+def run_python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """Runs ``code`` in a process of its own, where nothing has been loaded yet."""
+    return subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **env}, capture_output=True, text=True, check=False
+    )
+
+
+def copy_native(folder: Path) -> Path:
+    """A second native folder that only holds the plugin."""
+    (folder / "lib").mkdir(parents=True)
+    return Path(shutil.copy(native.plugin_path(), folder / "lib" / native.plugin_path().name))
+
+
+def test_plugin_and_runner_are_there() -> None:
+    assert native.plugin_path().name == "libggml-pinfer.so"
+    assert os.access(native.runner_path(), os.X_OK)
+
+
+def test_native_dir_is_obeyed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plugin = copy_native(tmp_path / "other")
+    monkeypatch.setenv("PINFER_NATIVE_DIR", str(tmp_path / "other"))
+    assert native.plugin_path() == plugin
+    with pytest.raises(PinferError, match=r"pinfer-runner is missing.*make build"):
+        native.runner_path()
+
+
+def test_one_ggml_in_the_process() -> None:
+    """Whichever comes first, the plugin or llama_cpp: one libggml, and libllama sees the device."""
+    code = """
+import sys
+from pathlib import Path
+from pinfer import native
+assert not native.is_loaded()
+if sys.argv[1:] == ["llama"]:
+    import llama_cpp
+native.load_plugin()
+assert native.is_loaded()
+import llama_cpp
+maps = Path("/proc/self/maps").read_text().splitlines()
+files = sorted({line.split()[-1] for line in maps if "libggml" in line or "libgomp" in line})
+print(*(Path(file).name.split(".so")[0] for file in files))
+"""
+    for first in ("plugin", "llama"):
+        done = run_python(code.replace("sys.argv[1:]", f"['{first}']"))
+        assert done.returncode == 0, done.stderr
+        names = done.stdout.split()
+        assert sorted(names) == ["libggml", "libggml-base", "libggml-cpu", "libggml-pinfer", "libgomp"]
+
+
+def test_loading_says_nothing() -> None:
+    done = run_python("from pinfer import native; native.load_plugin()")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_another_ggml_version_is_refused(tmp_path: Path) -> None:
+    """A plugin that was built for another ggml, here by patching the version in the file, says so in one line."""
+    base = load_library("ggml-base")
+    base.ggml_version.restype = ctypes.c_char_p
+    version: bytes = base.ggml_version()
+    other = version[:-1] + (b"8" if version.endswith(b"9") else b"9")
+    plugin = copy_native(tmp_path / "other")
+    content = plugin.read_bytes()
+    assert content.count(version + b"\0") >= 1
+    plugin.write_bytes(content.replace(version + b"\0", other + b"\0"))
+
+    done = run_python(LOAD_AND_SAY_WHY_NOT, PINFER_NATIVE_DIR=str(tmp_path / "other"))
+    assert done.stdout.count("\n") == 1
+    assert other.decode() in done.stdout
+    assert version.decode() in done.stdout
+    assert "make build" in done.stdout
+    assert done.stderr == ""
+
+
+def test_damaged_plugin_is_refused(tmp_path: Path) -> None:
+    plugin = copy_native(tmp_path / "other")
+    plugin.write_bytes(b"not a library")
+    done = run_python(LOAD_AND_SAY_WHY_NOT, PINFER_NATIVE_DIR=str(tmp_path / "other"))
+    assert str(plugin) in done.stdout
+    assert "make build" in done.stdout
+
+
+def test_architectures_have_their_activation() -> None:
+    plugin = native.load_plugin()
+    expected = {"arcee": "relu2", "nemotron": "relu2", "plm": "relu2", "jais2": "relu2", "llama": "other", "?": "other"}
+    assert {arch: plugin.arch_activation(arch) for arch in expected} == expected
+
+
+def test_errors_come_through(tmp_path: Path, tiny_relu2: Path) -> None:
+    plugin = native.load_plugin()
+    with pytest.raises(PinferError, match=r"missing\.gguf"):
+        plugin.fingerprint(tmp_path / "missing.gguf")
+    with pytest.raises(PinferError, match=r"missing\.gguf"):
+        plugin.configure(model=tiny_relu2, cold=tmp_path / "missing.gguf")
+    with pytest.raises(PinferError, match="unknown activation"):
+        plugin.configure(activation="gelu")
+
+
+def test_fingerprint_follows_the_content(tiny_relu2: Path, tmp_path: Path) -> None:
+    plugin = native.load_plugin()
+    first = plugin.fingerprint(tiny_relu2)
+    assert len(first) == 32
+    assert int(first, 16) >= 0
+    moved = tiny_relu2.rename(tmp_path / "another name.gguf")
+    assert plugin.fingerprint(moved) == first
+    with moved.open("r+b") as file:
+        content = file.read()
+        file.seek(content.index(b"general.architecture"))
+        file.write(b"general.architectura")
+    assert plugin.fingerprint(moved) != first
+    moved.write_bytes(content + b"\0")
+    assert plugin.fingerprint(moved) != first
+
+
+def test_isa_can_be_forced() -> None:
+    done = run_python("from pinfer import native; print(native.load_plugin().isa())", PINFER_ISA="scalar")
+    assert done.stdout == "scalar\n"
+    done = run_python("from pinfer import native; print(native.load_plugin().isa())", PINFER_ISA="mmx")
+    assert done.stdout.strip() in ("avx512", "avx2", "neon", "scalar")
+    assert "mmx" in done.stderr
+
+
+def test_observer_layer_that_never_ran() -> None:
+    assert native.load_plugin().observer_layer(0) is None
