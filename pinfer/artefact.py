@@ -176,18 +176,26 @@ class ArtefactWriter:
     def _padded(self, n: int) -> int:
         return -(-n // self._alignment) * self._alignment
 
-    def begin(self) -> None:
-        """Checks the free space, makes the temporary file and writes the header; ``write`` does it where needed."""
+    @property
+    def temporary(self) -> Path:
+        """Where the file lies until it is put in place."""
+        return self._temporary
+
+    def begin(self, also: int = 0) -> None:
+        """Checks the free space, makes the temporary file and writes the header; ``write`` does it where needed.
+
+        ``also`` are bytes that another file of the same command will take.
+        """
         if self._file is not None:
             return
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             _remove_leftovers(self.path)
             free = shutil.disk_usage(self.path.parent).free
-            if free < self.n_bytes:
+            needed = self.n_bytes + also
+            if free < needed:
                 raise PinferError(
-                    f"{self.path.name} needs {self.n_bytes / 1e6:.1f} MB, "
-                    f"{self.path.parent} has {free / 1e6:.1f} MB free",
+                    f"{self.path.name} needs {needed / 1e6:.1f} MB, {self.path.parent} has {free / 1e6:.1f} MB free",
                     "free some space, or name another folder: export PINFER_HOME=FOLDER",
                 )
             self._header.write_header_to_file(self._temporary)
@@ -218,7 +226,7 @@ class ArtefactWriter:
     def _append(self, name: str, data: NDArray[Any] | bytes) -> None:
         import numpy as np
 
-        piece = memoryview(data if isinstance(data, bytes) else np.ascontiguousarray(data)).cast("B")
+        piece = memoryview(data if isinstance(data, bytes) else np.ascontiguousarray(data).data).cast("B")
         if piece.nbytes > self._left:
             raise ValueError(f"{name} gets {piece.nbytes - self._left} bytes too many")
         assert self._file is not None

@@ -1,0 +1,252 @@
+"""hot.gguf and cold.gguf: types, sizes and layout of the shards (docs/formats.md), for solve, split and verify."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import gcd
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+from pinfer.artefact import Artefact, ArtefactWriter, open_artefact
+from pinfer.errors import PinferError
+from pinfer.gguf_file import type_name, type_size
+from pinfer.model import FfnTensors, Model, Tensor
+from pinfer.placement_file import GROUP
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+COLD_ALIGNMENT = 4096
+_ROW_ALIGNMENT = 64
+_DEFAULT_QUANTISED = "Q8_0"
+
+
+@dataclass(frozen=True)
+class QuantisationError:
+    """Most that a value changes by conversion: ``relative`` to the largest value of its block, or ``absolute``.
+
+    The absolute part is what a block scale that is a subnormal half leaves of very small values.
+    """
+
+    relative: float
+    absolute: float
+
+
+DOWN_TYPES: Mapping[str, QuantisationError] = {
+    "F32": QuantisationError(0.0, 0.0),
+    "F16": QuantisationError(2.0**-11, 2.0**-25),
+    "BF16": QuantisationError(2.0**-8, 0.0),
+    "Q8_0": QuantisationError(0.006, 1e-5),
+    "Q6_K": QuantisationError(0.035, 1e-4),
+    "Q5_K": QuantisationError(0.09, 1e-4),
+    "Q5_1": QuantisationError(0.042, 1e-5),
+    "Q5_0": QuantisationError(0.068, 1e-5),
+    "Q4_K": QuantisationError(0.16, 1e-4),
+    "Q4_1": QuantisationError(0.075, 1e-5),
+    "Q4_0": QuantisationError(0.13, 1e-5),
+    "IQ4_NL": QuantisationError(0.16, 1e-5),
+    "IQ4_XS": QuantisationError(0.18, 1e-4),
+    "Q3_K": QuantisationError(0.35, 1e-4),
+    "Q2_K": QuantisationError(0.75, 1e-4),
+}
+"""What ``--down-type`` may be. Types that need an importance matrix, or that are coarser, would spoil the model."""
+
+_PLAIN = ("F32", "F16", "BF16")
+
+
+def row_bytes(ggml_type: int, row_length: int) -> int:
+    """Bytes of a row of a ggml type."""
+    block, size = type_size(ggml_type)
+    return row_length // block * size
+
+
+def _type_number(name: str) -> int:
+    from gguf import GGMLQuantizationType
+
+    return int(GGMLQuantizationType[name])
+
+
+def _first_that_fits(names: Sequence[str], divisor: int) -> int:
+    """The first type whose blocks divide rows of ``divisor`` elements; F16 fits everything."""
+    for name in names:
+        number = _type_number(name)
+        if divisor % type_size(number)[0] == 0:
+            return number
+    return _type_number("F16")
+
+
+@dataclass(frozen=True)
+class DownTypes:
+    """ggml types of the requantised down rows of one layer."""
+
+    hot: int
+    cold: int
+
+
+def down_types(model: Model, layer: int, wanted: str | None) -> DownTypes:
+    """The types that the down rows of a layer get: ``wanted``, else by what the model has (see docs/shards.md).
+
+    Rows of the hot matrix are cut at multiples of 64 neurons, so K-quants (blocks of 256) give way to Q8_0 there; a
+    width that no block divides gets F16. Raises PinferError for a type that is not offered.
+    """
+    if wanted is not None:
+        if wanted.upper() not in DOWN_TYPES:
+            raise PinferError(f"down rows cannot be of type {wanted!r}", f"use one of: {', '.join(DOWN_TYPES)}")
+        names = [wanted.upper(), _DEFAULT_QUANTISED]
+    else:
+        down = _down(model, layer)
+        names = [down.type_name if down.type_name in _PLAIN else _DEFAULT_QUANTISED]
+    return DownTypes(hot=_first_that_fits(names, gcd(GROUP, model.n_ff)), cold=_first_that_fits(names, model.n_embd))
+
+
+def _down(model: Model, layer: int) -> Tensor:
+    down = model.ffn[layer].down
+    assert down is not None, "callers have asked model.require_sparse()"
+    return down
+
+
+@dataclass(frozen=True)
+class ColdLayout:
+    """How one neuron of cold.gguf is laid out, in bytes. ``gate`` is 0 in ungated models."""
+
+    gate: int
+    up: int
+    down: int
+
+    @property
+    def up_at(self) -> int:
+        return _padded(self.gate)
+
+    @property
+    def down_at(self) -> int:
+        return self.up_at + _padded(self.up)
+
+    @property
+    def stride(self) -> int:
+        return self.down_at + _padded(self.down)
+
+
+def _padded(n: int) -> int:
+    return -(-n // _ROW_ALIGNMENT) * _ROW_ALIGNMENT
+
+
+def cold_layout(model: Model, layer: int, types: DownTypes) -> ColdLayout:
+    """Layout of the cold neurons of a layer."""
+    f = model.ffn[layer]
+    assert f.up is not None
+    return ColdLayout(
+        gate=f.gate.row_bytes if f.gate is not None else 0,
+        up=f.up.row_bytes,
+        down=row_bytes(types.cold, model.n_embd),
+    )
+
+
+def _n_biases(f: FfnTensors) -> int:
+    return sum(b is not None for b in (f.gate_bias, f.up_bias))
+
+
+def hot_neuron_bytes(model: Model, layer: int, types: DownTypes) -> int:
+    """Bytes that one hot neuron of this layer takes on the device (matrices and biases)."""
+    f = model.ffn[layer]
+    assert f.up is not None
+    gate = f.gate.row_bytes if f.gate is not None else 0
+    block, size = type_size(types.hot)
+    # A group's down columns fill whole blocks, so the share of one neuron is the same for any count of groups.
+    down = model.n_embd * size / block
+    return int(-(-(gate + f.up.row_bytes + down + 4 * _n_biases(f)) // 1))
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """What goes into the two shards, by layer."""
+
+    placement_id: str
+    hot: tuple[NDArray[np.int32], ...]
+    cold: tuple[NDArray[np.int32], ...]
+    types: tuple[DownTypes, ...]
+
+    def hot_type(self, layer: int) -> int:
+        """Type of the hot down matrix; a layer that is wholly hot may have a width that no block divides."""
+        kind = self.types[layer].hot
+        return kind if len(self.hot[layer]) % type_size(kind)[0] == 0 else _type_number("F16")
+
+
+def hot_writer(path: Path, model: Model, plan: ShardPlan, settings: Mapping[str, object]) -> ArtefactWriter:
+    """A writer of hot.gguf with everything declared; gate, up and down of each layer are still to be written."""
+    out = ArtefactWriter(path, "hot", model, settings)
+    out.add_str("pinfer.placement.id", plan.placement_id)
+    for layer, neurons in enumerate(plan.hot):
+        f, n = model.ffn[layer], len(neurons)
+        if n == 0:
+            continue
+        _add_neurons(out, model, layer, neurons)
+        for kind, tensor in (("gate", f.gate), ("up", f.up)):
+            if tensor is not None:
+                out.declare(f"blk.{layer}.ffn_{kind}.weight", (model.n_embd, n), tensor.type)
+        out.declare(f"blk.{layer}.ffn_down.weight", (n, model.n_embd), plan.hot_type(layer))
+    return out
+
+
+def cold_writer(path: Path, model: Model, plan: ShardPlan, settings: Mapping[str, object]) -> ArtefactWriter:
+    """A writer of cold.gguf with everything declared; the bundles of each layer are still to be written."""
+    out = ArtefactWriter(path, "cold", model, settings, alignment=COLD_ALIGNMENT)
+    out.add_str("pinfer.placement.id", plan.placement_id)
+    if model.gated:
+        out.add_u32_array("pinfer.cold.gate_type", [f.gate.type for f in model.ffn if f.gate is not None])
+    out.add_u32_array("pinfer.cold.up_type", [f.up.type for f in model.ffn if f.up is not None])
+    out.add_u32_array("pinfer.cold.down_type", [t.cold for t in plan.types])
+    for layer, neurons in enumerate(plan.cold):
+        if len(neurons) == 0:
+            continue
+        _add_neurons(out, model, layer, neurons)
+        stride = cold_layout(model, layer, plan.types[layer]).stride
+        out.declare(f"blk.{layer}.cold", (stride, len(neurons)), "I8")
+    return out
+
+
+def _add_neurons(out: ArtefactWriter, model: Model, layer: int, neurons: NDArray[np.int32]) -> None:
+    """The numbers of the neurons and their biases, which are small enough to keep."""
+    f = model.ffn[layer]
+    out.add_array(f"blk.{layer}.neurons", neurons)
+    for kind, bias in (("gate", f.gate_bias), ("up", f.up_bias)):
+        if bias is not None:
+            out.add_array(f"blk.{layer}.ffn_{kind}.bias", model.gguf.array(bias)[neurons])
+
+
+@dataclass(frozen=True)
+class ShardFile:
+    """hot.gguf or cold.gguf, opened and checked against the model."""
+
+    artefact: Artefact
+    placement_id: str
+    neurons: tuple[NDArray[np.int32], ...]
+    """per layer; empty where the layer has no neurons in this shard"""
+    down_type: tuple[int, ...]
+    """per layer; meaningless where the layer has no neurons in this shard"""
+
+    @classmethod
+    def read(cls, path: Path, kind: str, model: Model) -> Self:
+        """Opens shard ``hot`` or ``cold``. Raises PinferError when it is missing, damaged or of another model."""
+        import numpy as np
+
+        file = open_artefact(path, kind, model)
+        neurons = []
+        for layer in range(model.n_layer):
+            name = f"blk.{layer}.neurons"
+            ids = file.array(name, type_name="I32").reshape(-1) if file.has(name) else np.empty(0, np.int32)
+            if len(ids) and not 0 <= ids.min() <= ids.max() < model.n_ff:
+                raise file.damaged(f"layer {layer} names neurons that the model has not")
+            neurons.append(ids)
+        if kind == "cold":
+            types = tuple(int(t) for t in file.get_list("pinfer.cold.down_type", model.n_layer))
+        else:
+            names = [f"blk.{layer}.ffn_down.weight" for layer in range(model.n_layer)]
+            types = tuple(file.tensor(name).type if file.has(name) else 0 for name in names)
+        return cls(file, file.get_str("pinfer.placement.id"), tuple(neurons), types)
+
+    def describe_types(self) -> str:
+        """The down types in use, for people."""
+        used = {t for t, n in zip(self.down_type, self.neurons, strict=True) if len(n)}
+        return ", ".join(sorted(type_name(t) for t in used)) or "none"

@@ -1,0 +1,287 @@
+"""`pinfer split`: writes the FFN of a model as hot.gguf and cold.gguf, neuron by neuron (docs/formats.md).
+
+Gate and up rows are copied byte for byte. A neuron's part of down is a column of the model's matrix: its values are
+dequantised and quantised again along the other axis, or moved as they are where neither type has blocks.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pinfer import ggml, paths
+from pinfer.artefact import ArtefactWriter, replace_together
+from pinfer.gguf_file import type_name, type_size
+from pinfer.model import Model, Tensor, open_model
+from pinfer.placement_file import PlacementFile, new_placement_id
+from pinfer.progress import NULL_PROGRESS, Progress
+from pinfer.shard_file import ColdLayout, ShardPlan, cold_layout, cold_writer, down_types, hot_writer, row_bytes
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+_PIECE = 32 << 20
+"""bytes handled at once where rows are copied"""
+_FLOATS = 64 << 20
+"""bytes of dequantised weights one thread holds"""
+_BAND = 512 << 20
+"""bytes of requantised down rows held at once"""
+_COLUMNS = 256
+"""columns are cut at multiples of this, which every block length divides"""
+
+
+@dataclass(frozen=True)
+class SplitOptions:
+    """What the command line can set."""
+
+    down_type: str | None = None
+    verify: bool = False
+    activation: str | None = None
+
+
+@dataclass(frozen=True)
+class SplitReport:
+    """What was written."""
+
+    hot: Path
+    cold: Path
+    hot_bytes: int
+    cold_bytes: int
+    n_hot: int
+    n_cold: int
+    order: str
+    """where the order of the neurons comes from: ``placement``, ``profile`` or ``model``"""
+    hot_down_types: tuple[str, ...]
+    cold_down_types: tuple[str, ...]
+    seconds: float
+    verified: bool
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "hot": str(self.hot), "cold": str(self.cold)}
+
+
+def split(model_path: Path, options: SplitOptions, progress: Progress = NULL_PROGRESS) -> SplitReport:
+    """Writes both shards beside the model, replacing older ones together.
+
+    The placement decides what is hot. Without one every neuron is cold, ordered by the profile if there is one. With
+    ``options.verify`` the written files are read again and proven to be the model before they replace the old ones.
+    """
+    from pinfer.verify import verify_shards
+
+    started = time.monotonic()
+    model = open_model(model_path, options.activation)
+    model.require_sparse()
+    folder = paths.artefact_dir(model.path, model.fingerprint, for_writing=True)
+    plan, source = _plan(model, folder, options, progress)
+    settings = {"down_type": options.down_type, "order": source}
+    hot_path, cold_path = folder / paths.HOT, folder / paths.COLD
+    with (
+        hot_writer(hot_path, model, plan, settings) as hot,
+        cold_writer(cold_path, model, plan, settings) as cold,
+        ThreadPoolExecutor(os.cpu_count() or 1) as threads,
+    ):
+        hot.begin(also=cold.n_bytes)
+        cold.begin()
+        with progress.task("split", hot.n_bytes + cold.n_bytes, "bytes") as advance:
+            for layer in range(model.n_layer):
+                _write_hot(model, plan, layer, hot, advance)
+                _write_cold(model, plan, layer, cold, threads, advance)
+        hot.finish()
+        cold.finish()
+        if options.verify:
+            verify_shards(model, hot.temporary, cold.temporary, progress)
+        replace_together((hot, cold))
+    return SplitReport(
+        hot=hot_path,
+        cold=cold_path,
+        hot_bytes=hot_path.stat().st_size,
+        cold_bytes=cold_path.stat().st_size,
+        n_hot=sum(len(n) for n in plan.hot),
+        n_cold=sum(len(n) for n in plan.cold),
+        order=source,
+        hot_down_types=_names(plan.hot_type(layer) for layer, n in enumerate(plan.hot) if len(n)),
+        cold_down_types=_names(t.cold for t, n in zip(plan.types, plan.cold, strict=True) if len(n)),
+        seconds=time.monotonic() - started,
+        verified=options.verify,
+    )
+
+
+def _names(types: Iterator[int]) -> tuple[str, ...]:
+    return tuple(sorted({type_name(t) for t in types}))
+
+
+def _plan(model: Model, folder: Path, options: SplitOptions, progress: Progress) -> tuple[ShardPlan, str]:
+    """Which neurons go where, in which order and type, and where that order comes from."""
+    types = tuple(down_types(model, layer, options.down_type) for layer in range(model.n_layer))
+    if options.down_type is not None:
+        got = {type_name(t.cold) for t in types} | {type_name(t.hot) for t in types}
+        if got != {options.down_type.upper()}:
+            progress.note(f"rows that blocks of {options.down_type} do not divide are kept as {', '.join(sorted(got))}")
+    if (folder / paths.PLACEMENT).exists():
+        placement = PlacementFile.read(folder / paths.PLACEMENT, model)
+        hot = tuple(order[:n] for order, n in zip(placement.order, placement.n_hot, strict=True))
+        cold = tuple(order[n:] for order, n in zip(placement.order, placement.n_hot, strict=True))
+        return ShardPlan(placement.id, hot, cold, types), "placement"
+    order, source = _order_without_placement(model, folder)
+    where = "their profile" if source == "profile" else "the model"
+    progress.note(f"no placement (pinfer solve makes one): every neuron stays cold, in the order of {where}")
+    none = tuple(neurons[:0] for neurons in order)
+    return ShardPlan(new_placement_id(), none, order, types), source
+
+
+def _order_without_placement(model: Model, folder: Path) -> tuple[tuple[NDArray[np.int32], ...], str]:
+    import numpy as np
+
+    from pinfer.profile_file import ProfileFile
+
+    if (folder / paths.PROFILE).exists():
+        counts = ProfileFile.read(folder / paths.PROFILE, model).count
+        return tuple(np.argsort(-c, kind="stable").astype(np.int32) for c in counts), "profile"
+    return tuple(np.arange(model.n_ff, dtype=np.int32) for _ in range(model.n_layer)), "model"
+
+
+def _pieces(n: int, bytes_each: int) -> Iterator[slice]:
+    """Cuts ``n`` rows into slices of about ``_PIECE`` bytes."""
+    step = max(1, _PIECE // max(bytes_each, 1))
+    for start in range(0, n, step):
+        yield slice(start, min(start + step, n))
+
+
+def _write_hot(model: Model, plan: ShardPlan, layer: int, out: ArtefactWriter, advance: Callable[[int], None]) -> None:
+    neurons, f = plan.hot[layer], model.ffn[layer]
+    if len(neurons) == 0:
+        return
+    for kind, tensor in (("gate", f.gate), ("up", f.up)):
+        if tensor is None:
+            continue
+        raw = model.raw(tensor)
+        for piece in _pieces(len(neurons), tensor.row_bytes):
+            rows = raw[neurons[piece]]
+            out.write(f"blk.{layer}.ffn_{kind}.weight", rows)
+            model.gguf.release()
+            advance(rows.nbytes)
+    assert f.down is not None
+    target = plan.hot_type(layer)
+    for piece in _pieces(model.n_embd, 4 * model.n_ff):
+        rows = _select_columns(model.raw(f.down)[piece], f.down, target, neurons)
+        out.write(f"blk.{layer}.ffn_down.weight", rows)
+        model.gguf.release()
+        advance(rows.nbytes)
+
+
+def _select_columns(
+    raw: NDArray[np.uint8], tensor: Tensor, target: int, columns: NDArray[np.int32]
+) -> NDArray[np.uint8]:
+    """Some columns of rows ``[n, row_bytes]`` as rows of the target type."""
+    import numpy as np
+
+    if _keeps_bytes(tensor.type, target):
+        picked = _elements(raw, tensor.type)[:, columns]
+        return np.ascontiguousarray(picked).view(np.uint8)
+    floats = ggml.dequantise(raw, tensor.type, tensor.row_length)[:, columns]
+    return ggml.quantise(floats, target, row_bytes(target, len(columns)))
+
+
+def _keeps_bytes(source: int, target: int) -> bool:
+    """Whether elements can be moved as they are: both types are the same and have no blocks."""
+    return source == target and type_size(source)[0] == 1
+
+
+def _elements(raw: NDArray[np.uint8], ggml_type: int) -> NDArray[Any]:
+    """Bytes of a type without blocks, seen element by element."""
+    import numpy as np
+
+    return np.ascontiguousarray(raw).view({2: np.uint16, 4: np.uint32}[type_size(ggml_type)[1]])
+
+
+def _write_cold(
+    model: Model,
+    plan: ShardPlan,
+    layer: int,
+    out: ArtefactWriter,
+    threads: ThreadPoolExecutor,
+    advance: Callable[[int], None],
+) -> None:
+    layout = cold_layout(model, layer, plan.types[layer])
+    neurons = plan.cold[layer]
+    band = max(_COLUMNS, _BAND // layout.down)
+    for start in range(0, len(neurons), band):
+        some = neurons[start : start + band]
+        down = _transposed_down(model, layer, plan.types[layer].cold, some, threads)
+        for piece in _pieces(len(some), layout.stride):
+            bundles = _bundle(model, layer, layout, some[piece], down[piece])
+            out.write(f"blk.{layer}.cold", bundles)
+            model.gguf.release()
+            advance(bundles.nbytes)
+
+
+def _bundle(
+    model: Model, layer: int, layout: ColdLayout, neurons: NDArray[np.int32], down: NDArray[np.uint8]
+) -> NDArray[np.uint8]:
+    """The rows of each neuron together, ``[len(neurons), stride]``."""
+    import numpy as np
+
+    f = model.ffn[layer]
+    assert f.up is not None
+    out = np.zeros((len(neurons), layout.stride), dtype=np.uint8)
+    if f.gate is not None:
+        out[:, : layout.gate] = model.raw(f.gate)[neurons]
+    out[:, layout.up_at : layout.up_at + layout.up] = model.raw(f.up)[neurons]
+    out[:, layout.down_at : layout.down_at + layout.down] = down
+    return out
+
+
+def _transposed_down(
+    model: Model, layer: int, target: int, neurons: NDArray[np.int32], threads: ThreadPoolExecutor
+) -> NDArray[np.uint8]:
+    """Down rows of some neurons in the target type, ``[len(neurons), row_bytes]``.
+
+    The columns are read in the order of the file, a block of them at a time, and land where their neuron belongs.
+    """
+    import numpy as np
+
+    tensor = model.ffn[layer].down
+    assert tensor is not None
+    out = np.empty((len(neurons), row_bytes(target, model.n_embd)), dtype=np.uint8)
+    place = np.full(model.n_ff, -1, dtype=np.int64)
+    place[neurons] = np.arange(len(neurons))
+    width = max(_COLUMNS, _FLOATS // (4 * model.n_embd) // _COLUMNS * _COLUMNS)
+
+    def convert(first: int) -> None:
+        _convert_columns(model, tensor, first, min(first + width, model.n_ff), target, place, out)
+        model.gguf.release()
+
+    for _ in threads.map(convert, range(0, model.n_ff, width)):
+        pass
+    return out
+
+
+def _convert_columns(
+    model: Model,
+    tensor: Tensor,
+    first: int,
+    end: int,
+    target: int,
+    place: NDArray[np.int64],
+    out: NDArray[np.uint8],
+) -> None:
+    """Puts the columns ``first..end`` of down into the rows of ``out`` that ``place`` gives them (-1: not wanted)."""
+    import numpy as np
+
+    wanted = np.flatnonzero(place[first:end] >= 0)
+    if len(wanted) == 0:
+        return
+    block, size = type_size(tensor.type)
+    raw = np.ascontiguousarray(model.raw(tensor)[:, first // block * size : end // block * size])
+    keep = _keeps_bytes(tensor.type, target)
+    values = _elements(raw, tensor.type) if keep else ggml.dequantise(raw, tensor.type, end - first)
+    for start in range(0, len(wanted), _COLUMNS):
+        columns = wanted[start : start + _COLUMNS]
+        rows = np.ascontiguousarray(values[:, columns].T)
+        out[place[first + columns]] = rows.view(np.uint8) if keep else ggml.quantise(rows, target, out.shape[1])

@@ -1,0 +1,205 @@
+"""Proves that two shards are the model: each neuron once, rows byte for byte, down within its type's error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pinfer import ggml
+from pinfer.errors import PinferError
+from pinfer.gguf_file import GgufError, type_name, type_size
+from pinfer.model import Model, Tensor
+from pinfer.progress import NULL_PROGRESS, Progress
+from pinfer.shard_file import DOWN_TYPES, ColdLayout, DownTypes, ShardFile, cold_layout
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+_PIECE = 16 << 20
+_ROWS = 256
+"""rows of down compared at once: every block length divides it"""
+
+
+def verify_shards(model: Model, hot_path: Path, cold_path: Path, progress: Progress = NULL_PROGRESS) -> None:
+    """Reads both shards again and compares them with the model. Raises PinferError that names the first difference."""
+    hot = ShardFile.read(hot_path, "hot", model)
+    cold = ShardFile.read(cold_path, "cold", model)
+    if hot.placement_id != cold.placement_id:
+        raise _failed(model, "hot.gguf and cold.gguf are of different placements")
+    with progress.task("verify", hot.artefact.gguf.size + cold.artefact.gguf.size, "bytes") as advance:
+        for layer in range(model.n_layer):
+            try:
+                _check_layer(_Layer(model, layer, hot, cold, advance))
+            except (_Difference, GgufError) as difference:
+                raise _failed(model, f"layer {layer}: {difference}") from None
+
+
+class _Difference(Exception):
+    """What differs, in half a sentence."""
+
+
+def _failed(model: Model, cause: str) -> PinferError:
+    return PinferError(f"the shards are not {model.name}: {cause}", f"make them again: pinfer split {model.path}")
+
+
+@dataclass(frozen=True)
+class _Layer:
+    model: Model
+    number: int
+    hot: ShardFile
+    cold: ShardFile
+    advance: Callable[[int], None]
+
+    def release(self) -> None:
+        for gguf in (self.model.gguf, self.hot.artefact.gguf, self.cold.artefact.gguf):
+            gguf.release()
+
+
+def _check_layer(at: _Layer) -> None:
+    import numpy as np
+
+    hot, cold = at.hot.neurons[at.number], at.cold.neurons[at.number]
+    times = np.bincount(np.concatenate([hot, cold]), minlength=at.model.n_ff)
+    if (times != 1).any():
+        neuron = int(np.argmax(times != 1))
+        raise _Difference(f"neuron {neuron} occurs {times[neuron]} times")
+    if len(hot):
+        _check_hot(at, hot)
+    if len(cold):
+        _check_cold(at, cold)
+
+
+def _check_biases(at: _Layer, shard: ShardFile, neurons: NDArray[np.int32]) -> None:
+    f = at.model.ffn[at.number]
+    for kind, bias in (("gate", f.gate_bias), ("up", f.up_bias)):
+        if bias is None:
+            continue
+        found = shard.artefact.array(f"blk.{at.number}.ffn_{kind}.bias", (len(neurons),), "F32")
+        if (found != at.model.gguf.array(bias)[neurons]).any():
+            raise _Difference(f"the {kind} biases of the {shard.artefact.kind} neurons differ")
+
+
+def _same_rows(found: NDArray[np.uint8], wanted: NDArray[np.uint8], neurons: NDArray[np.int32], what: str) -> None:
+    import numpy as np
+
+    if not np.array_equal(found, wanted):
+        first = int(np.argmax((found != wanted).any(axis=1)))
+        raise _Difference(f"the {what} row of neuron {neurons[first]} differs")
+
+
+def _pieces(n: int, bytes_each: int) -> Iterator[slice]:
+    step = max(1, _PIECE // bytes_each)
+    return (slice(start, min(start + step, n)) for start in range(0, n, step))
+
+
+def _check_hot(at: _Layer, neurons: NDArray[np.int32]) -> None:
+    model, f, shard = at.model, at.model.ffn[at.number], at.hot
+    _check_biases(at, shard, neurons)
+    for kind, tensor in (("gate", f.gate), ("up", f.up)):
+        if tensor is None:
+            continue
+        name = f"blk.{at.number}.ffn_{kind}.weight"
+        entry = shard.artefact.tensor(name)
+        if entry.shape != (model.n_embd, len(neurons)) or entry.type != tensor.type:
+            raise _Difference(f"{name} has another shape or type than the model")
+        rows = shard.artefact.raw(name)
+        for piece in _pieces(len(neurons), tensor.row_bytes):
+            _same_rows(rows[piece], model.raw(tensor)[neurons[piece]], neurons[piece], kind)
+            at.advance((piece.stop - piece.start) * tensor.row_bytes)
+            at.release()
+    _check_hot_down(at, neurons)
+
+
+def _check_hot_down(at: _Layer, neurons: NDArray[np.int32]) -> None:
+    model, down = at.model, at.model.ffn[at.number].down
+    assert down is not None
+    name = f"blk.{at.number}.ffn_down.weight"
+    entry = at.hot.artefact.tensor(name)
+    if entry.shape != (len(neurons), model.n_embd):
+        raise _Difference(f"{name} has another shape than its neurons")
+    rows = at.hot.artefact.raw(name)
+    for start in range(0, model.n_embd, _ROWS):
+        some = slice(start, min(start + _ROWS, model.n_embd))
+        wanted = ggml.dequantise(model.raw(down)[some], down.type, down.row_length)[:, neurons]
+        found = ggml.dequantise(rows[some], entry.type, len(neurons))
+        _close(found, wanted, entry.type, "hot")
+        at.advance((some.stop - some.start) * entry.row_bytes)
+        at.release()
+
+
+def _check_cold(at: _Layer, neurons: NDArray[np.int32]) -> None:
+    model, f, shard = at.model, at.model.ffn[at.number], at.cold
+    assert f.up is not None
+    assert f.down is not None
+    _check_biases(at, shard, neurons)
+    types = DownTypes(hot=shard.down_type[at.number], cold=shard.down_type[at.number])
+    layout = cold_layout(model, at.number, types)
+    for kind, tensor in (("gate", f.gate), ("up", f.up)):
+        types_found = shard.artefact.get_list(f"pinfer.cold.{kind}_type", model.n_layer) if tensor is not None else []
+        if tensor is not None and types_found[at.number] != tensor.type:
+            raise _Difference(f"the cold {kind} rows are said to be of another type than the model's")
+    name = f"blk.{at.number}.cold"
+    if shard.artefact.tensor(name).shape != (layout.stride, len(neurons)):
+        raise _Difference(f"{name} has another shape than its neurons")
+    bundles = shard.artefact.raw(name)
+    padding = _padding(layout)
+    for piece in _pieces(len(neurons), layout.stride):
+        some, ids = bundles[piece], neurons[piece]
+        if f.gate is not None:
+            _same_rows(some[:, : layout.gate], model.raw(f.gate)[ids], ids, "gate")
+        _same_rows(some[:, layout.up_at : layout.up_at + layout.up], model.raw(f.up)[ids], ids, "up")
+        if some[:, padding].any():
+            raise _Difference("the padding of the cold neurons is not zero")
+        at.advance(some.nbytes)
+        at.release()
+    _check_cold_down(at, neurons, f.down, layout, bundles)
+
+
+def _padding(layout: ColdLayout) -> NDArray[np.bool_]:
+    """Which bytes of a bundle belong to no row."""
+    import numpy as np
+
+    mask = np.ones(layout.stride, dtype=bool)
+    for start, n in ((0, layout.gate), (layout.up_at, layout.up), (layout.down_at, layout.down)):
+        mask[start : start + n] = False
+    return mask
+
+
+def _check_cold_down(
+    at: _Layer, neurons: NDArray[np.int32], down: Tensor, layout: ColdLayout, bundles: NDArray[np.uint8]
+) -> None:
+    kind = at.cold.down_type[at.number]
+    block, size = type_size(kind)
+    for start in range(0, at.model.n_embd, _ROWS):
+        end = min(start + _ROWS, at.model.n_embd)
+        model_rows = ggml.dequantise(at.model.raw(down)[start:end], down.type, down.row_length)
+        for piece in _pieces(len(neurons), 4 * (end - start)):
+            columns = slice(layout.down_at + start // block * size, layout.down_at + end // block * size)
+            found = ggml.dequantise(bundles[piece, columns], kind, end - start)
+            _close(found, model_rows[:, neurons[piece]].T, kind, "cold")
+        at.release()
+
+
+def _close(found: NDArray[np.float32], wanted: NDArray[np.float32], ggml_type: int, shard: str) -> None:
+    """Checks that no value is further off than its type explains; blocks run along the last axis."""
+    import numpy as np
+
+    name = type_name(ggml_type)
+    if name not in DOWN_TYPES:
+        raise _Difference(f"the {shard} down rows are of type {name}")
+    error = DOWN_TYPES[name]
+    n, length = wanted.shape
+    block = type_size(ggml_type)[0]
+    # Differences of two float32 values are rounded themselves.
+    largest = np.abs(wanted).reshape(n, length // block, block).max(axis=2)
+    allowed = largest * np.float32(error.relative * 1.001) + np.float32(error.absolute)
+    worst = np.abs(found - wanted).reshape(n, length // block, block).max(axis=2)
+    if not (worst <= allowed).all():
+        excess = np.where(np.isfinite(worst), worst - allowed, np.inf)
+        row, at = np.unravel_index(int(np.argmax(excess)), excess.shape)
+        raise _Difference(
+            f"the {shard} down rows are off by {worst[row, at]:.3g} where {name} explains {allowed[row, at]:.3g}"
+        )
