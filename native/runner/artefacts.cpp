@@ -1,0 +1,144 @@
+// artefacts.cpp: the folder of artefacts and the keys of placement.gguf (docs/formats.md).
+#include "artefacts.h"
+
+#include "model_file.h"
+#include "pinfer.h"
+
+#include <cstdlib>
+#include <sys/stat.h>
+#include <unistd.h>
+
+namespace {
+
+bool is_folder(const std::string & path) {
+    struct stat info;
+    return stat(path.c_str(), &info) == 0 && S_ISDIR(info.st_mode);
+}
+
+std::string file_in(const std::string & folder, const char * name) {
+    const std::string path = folder + "/" + name;
+    struct stat       info;
+    return stat(path.c_str(), &info) == 0 ? path : "";
+}
+
+// Whether a writer would put the folder there (pinfer/paths.py decides the same way).
+bool can_be_written(const std::string & folder) {
+    if (is_folder(folder)) {
+        return access(folder.c_str(), W_OK | X_OK) == 0;
+    }
+    const std::string parent = folder.substr(0, folder.find_last_of('/') + 1);
+    return access(folder.c_str(), F_OK) != 0 && access(parent.c_str(), W_OK | X_OK) == 0;
+}
+
+std::string pinfer_home(void) {
+    const auto        env  = [](const char * name) { const char * v = getenv(name); return std::string(v ? v : ""); };
+    const std::string home = env("PINFER_HOME");
+    const std::string user = env("HOME");
+    if (!home.empty()) {
+        return home.compare(0, 2, "~/") == 0 ? user + home.substr(1) : home;
+    }
+    const std::string data = env("XDG_DATA_HOME");
+    return (data.empty() ? user + "/.local/share" : data) + "/pinfer";
+}
+
+// Where artefacts may lie in both places, the one a writer would take now holds what was written last.
+bool folder_find(const std::string & model_path, std::string & folder, std::string & err) {
+    char fingerprint[33];
+    char cause[512] = "";
+    if (!pinfer_fingerprint(model_path.c_str(), fingerprint, cause, sizeof(cause))) {
+        err = cause;
+        return false;
+    }
+    char *            resolved = realpath(model_path.c_str(), nullptr);
+    const std::string path     = resolved ? resolved : model_path;
+    free(resolved);
+    const std::string name   = path.substr(path.find_last_of('/') + 1);
+    const std::string beside = path + ".pinfer";
+    const std::string home   = pinfer_home() + "/" + name + "-" + std::string(fingerprint, 12);
+
+    const bool          first_is_beside = can_be_written(beside);
+    const std::string & first           = first_is_beside ? beside : home;
+    const std::string & second          = first_is_beside ? home : beside;
+    folder = is_folder(first) ? first : is_folder(second) ? second : "";
+    return true;
+}
+
+uint64_t array_sum_u32(const struct gguf_context * gguf, const char * key) {
+    const int64_t id  = gguf_find_key(gguf, key);
+    uint64_t      sum = 0;
+    if (id >= 0 && gguf_get_kv_type(gguf, id) == GGUF_TYPE_ARRAY && gguf_get_arr_type(gguf, id) == GGUF_TYPE_UINT32) {
+        const uint32_t * values = (const uint32_t *) gguf_get_arr_data(gguf, id);
+        for (size_t i = 0; i < gguf_get_arr_n(gguf, id); i++) {
+            sum += values[i];
+        }
+    }
+    return sum;
+}
+
+// Budget, layers and context of the placement; it must be of this model and of this format.
+bool placement_read(const std::string & model_path, pinfer_artefacts & artefacts, std::string & err) {
+    const std::string     remedy = "run `pinfer solve " + model_path + "` again";
+    struct gguf_context * gguf   = pinfer_gguf_open(artefacts.placement, remedy, err);
+    if (!gguf) {
+        return false;
+    }
+    char fingerprint[33];
+    char cause[512] = "";
+    if (!pinfer_fingerprint(model_path.c_str(), fingerprint, cause, sizeof(cause))) {
+        err = cause;
+    } else if (pinfer_gguf_string(gguf, "pinfer.kind", "") != "placement") {
+        err = artefacts.placement + " is not a placement; " + remedy;
+    } else if (pinfer_gguf_uint(gguf, "pinfer.format_version", 0) != PINFER_FORMAT_VERSION) {
+        err = artefacts.placement + " has another format version than this pinfer; " + remedy;
+    } else if (pinfer_gguf_string(gguf, "pinfer.model.fingerprint", "") != fingerprint) {
+        err = artefacts.placement + " was made from another model than " + model_path + "; " + remedy;
+    } else {
+        artefacts.vram         = pinfer_gguf_uint(gguf, "pinfer.placement.vram", 0);
+        artefacts.n_gpu_layers = (uint32_t) pinfer_gguf_uint(gguf, "pinfer.placement.n_gpu_layers", 0);
+        artefacts.n_ctx        = (uint32_t) pinfer_gguf_uint(gguf, "pinfer.placement.n_ctx", 0);
+        artefacts.n_hot        = array_sum_u32(gguf, "pinfer.placement.n_hot");
+    }
+    gguf_free(gguf);
+    return err.empty();
+}
+
+} // namespace
+
+bool pinfer_artefacts_find(const std::string & model_path, const std::string & folder, pinfer_artefacts & artefacts,
+                           std::string & err) {
+    artefacts = {};
+    if (!folder.empty() && !is_folder(folder)) {
+        err = "there is no folder " + folder + "; leave out --artefacts, or run `pinfer profile " + model_path + "`";
+        return false;
+    }
+    artefacts.folder = folder;
+    if (folder.empty() && !folder_find(model_path, artefacts.folder, err)) {
+        return false;
+    }
+    if (artefacts.folder.empty()) {
+        return true;
+    }
+    artefacts.predictor = file_in(artefacts.folder, "predictor.gguf");
+    artefacts.hot       = file_in(artefacts.folder, "hot.gguf");
+    artefacts.cold      = file_in(artefacts.folder, "cold.gguf");
+    artefacts.placement = file_in(artefacts.folder, "placement.gguf");
+
+    if (!artefacts.placement.empty() && !placement_read(model_path, artefacts, err)) {
+        return false;
+    }
+    if (!artefacts.hot.empty() && artefacts.cold.empty()) {
+        err = artefacts.hot + " lies there without its cold.gguf; run `pinfer split " + model_path + "` again";
+        return false;
+    }
+    if (!artefacts.hot.empty()) {  // a placement for a machine without a device leaves hot.gguf without tensors
+        struct gguf_context * gguf = pinfer_gguf_open(artefacts.hot, "run `pinfer split " + model_path + "` again", err);
+        if (!gguf) {
+            return false;
+        }
+        if (gguf_get_n_tensors(gguf) == 0) {
+            artefacts.hot.clear();
+        }
+        gguf_free(gguf);
+    }
+    return true;
+}
