@@ -33,11 +33,12 @@ struct random_source {
 
 constexpr double EPS_F32 = 0x1p-24; // relative error of one rounding
 
-// Each of the n additions of a dot product is off by at most eps times the partial sum so far. The x of these tests have
-// random signs, so partial sums stay within about 4 |w||x| / sqrt(n). `terms` counts the roundings that each element goes
-// through before the sum, times how much larger than the weight its terms may be (scale * q and the offset of a block).
-inline double dot_tolerance(int64_t n, double terms, double norm_w, double norm_x) {
-    return EPS_F32 * ((double) n + terms) * 4.0 * norm_w * norm_x / sqrt((double) n) + 1e-37;
+// Tolerance of a dot product of n elements summed in n_sums steps. A step is off by at most eps times the partial sum so far;
+// the x of these tests have random signs, so a partial sum is about |w||x| / sqrt(n) and the errors of the steps grow with the
+// root of their number (four deviations). `terms` is for the roundings of scales and offsets before the sum. |w| is to
+// include what cancels within a weight (scale * q against the offset of its block).
+inline double dot_tolerance(int64_t n, int64_t n_sums, double terms, double norm_w, double norm_x) {
+    return EPS_F32 * (4.0 * sqrt((double) n_sums) + terms) * 2.0 * norm_w * norm_x / sqrt((double) n) + 1e-37;
 }
 
 inline double norm(const std::vector<double> & v) {
