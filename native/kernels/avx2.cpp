@@ -51,6 +51,14 @@ vec vec_add(vec a, vec b) {
     return _mm256_add_ps(a, b);
 }
 
+vec vec_mul(vec a, vec b) {
+    return _mm256_mul_ps(a, b);
+}
+
+vec vec_set1_f16(const void * p) {
+    return _mm256_cvtph_ps(_mm_set1_epi16((short) load_u16(p)));
+}
+
 vec vec_fma(vec a, vec b, vec c) {
     return _mm256_fmadd_ps(a, b, c);
 }
@@ -163,6 +171,24 @@ scale64 scale_mul(scale64 a, scale64 b) {
     return { _mm256_mul_ps(a.a, b.a), _mm256_mul_ps(a.b, b.b) };
 }
 
+void store_scales_u8(float * dst, uint64_t bytes, float f) {
+    const __m256i wide = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128((long long) bytes));
+    _mm256_storeu_ps(dst, _mm256_mul_ps(_mm256_cvtepi32_ps(wide), _mm256_set1_ps(f)));
+}
+
+void store_scales_i8(float * dst, const int8_t * p, float f) {
+    for (int i = 0; i < 16; i += 8) {
+        const __m256i wide = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *) (p + i)));
+        _mm256_storeu_ps(dst + i, _mm256_mul_ps(_mm256_cvtepi32_ps(wide), _mm256_set1_ps(f)));
+    }
+}
+
+vec add_mins(vec acc, uint64_t mins, const int16_t * sums, float f) {
+    const __m256i wide  = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128((long long) mins));
+    const __m256i pairs = _mm256_madd_epi16(load_256(sums), _mm256_set1_epi16(1));
+    return _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_mullo_epi32(wide, pairs)), _mm256_set1_ps(f), acc);
+}
+
 // The sums of two products stay within 16 bits: at most 2 * 128 * 127.
 vec dot_unsigned_32(vec acc, __m256i w, __m256i x, __m256 s) {
     const __m256i products = _mm256_madd_epi16(_mm256_maddubs_epi16(w, x), _mm256_set1_epi16(1));
@@ -223,6 +249,34 @@ void axpy_offset_32(float * y, __m256i w, __m256 s, __m256 m) {
 void axpy_offset(float * y, int8x64 w, scale64 s, scale64 m) {
     axpy_offset_32(y, w.a, s.a, m.a);
     axpy_offset_32(y + 32, w.b, s.b, m.b);
+}
+
+void axpy_bytes(float * y, const int8_t * p, vec s) {
+    for (int i = 0; i < 32; i += 8) {
+        const __m256i w = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *) (p + i)));
+        vec_store(y + i, _mm256_fmadd_ps(s, _mm256_cvtepi32_ps(w), vec_load(y + i)));
+    }
+}
+
+struct nibble_map {
+    __m256 s, m;
+};
+
+nibble_map map_nibbles(vec s, vec m) {
+    return { s, m };
+}
+
+void axpy_nibbles_8(__m256i w, float * y, nibble_map f) {
+    const __m256 term = _mm256_fmadd_ps(f.s, _mm256_cvtepi32_ps(w), f.m);
+    vec_store(y, _mm256_add_ps(term, vec_load(y)));
+}
+
+void axpy_nibbles(const uint8_t * p, float * y, nibble_map f, float * z, nibble_map g) {
+    for (int i = 0; i < 16; i += 8) {
+        const __m256i bytes = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *) (p + i)));
+        axpy_nibbles_8(_mm256_and_si256(bytes, _mm256_set1_epi32(15)), y + i, f);
+        axpy_nibbles_8(_mm256_srli_epi32(bytes, 4), z + i, g);
+    }
 }
 
 } // namespace

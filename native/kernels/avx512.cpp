@@ -52,6 +52,14 @@ vec vec_add(vec a, vec b) {
     return _mm512_add_ps(a, b);
 }
 
+vec vec_mul(vec a, vec b) {
+    return _mm512_mul_ps(a, b);
+}
+
+vec vec_set1_f16(const void * p) {
+    return _mm512_cvtph_ps(_mm256_set1_epi16((short) load_u16(p)));
+}
+
 vec vec_fma(vec a, vec b, vec c) {
     return _mm512_fmadd_ps(a, b, c);
 }
@@ -140,6 +148,23 @@ scale64 scale_mul(scale64 a, scale64 b) {
     return _mm512_mul_ps(a, b);
 }
 
+void store_scales_u8(float * dst, uint64_t bytes, float f) {
+    const __m256i wide = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128((long long) bytes));
+    _mm256_storeu_ps(dst, _mm256_mul_ps(_mm256_cvtepi32_ps(wide), _mm256_set1_ps(f)));
+}
+
+void store_scales_i8(float * dst, const int8_t * p, float f) {
+    const __m512i wide = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *) p));
+    _mm512_storeu_ps(dst, _mm512_mul_ps(_mm512_cvtepi32_ps(wide), _mm512_set1_ps(f)));
+}
+
+vec add_mins(vec acc, uint64_t mins, const int16_t * sums, float f) {
+    const __m256i wide  = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128((long long) mins));
+    const __m256i pairs = _mm256_madd_epi16(_mm256_loadu_si256((const __m256i *) sums), _mm256_set1_epi16(1));
+    const __m256  terms = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_mullo_epi32(wide, pairs)), _mm256_set1_ps(f));
+    return _mm512_add_ps(acc, _mm512_zextps256_ps512(terms));
+}
+
 vec dot_unsigned(vec acc, int8x64 w, int8x64 x, scale64 s) {
     const __m512i products = _mm512_dpbusd_epi32(_mm512_setzero_si512(), w, x);
     return _mm512_fmadd_ps(_mm512_cvtepi32_ps(products), s, acc);
@@ -176,6 +201,27 @@ void axpy_offset(float * y, int8x64 w, scale64 s, scale64 m) {
     axpy_offset_quarter<1>(y, w, s, m);
     axpy_offset_quarter<2>(y, w, s, m);
     axpy_offset_quarter<3>(y, w, s, m);
+}
+
+void axpy_bytes(float * y, const int8_t * p, vec s) {
+    for (int i = 0; i < 32; i += 16) {
+        const __m512 w = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *) (p + i))));
+        vec_store(y + i, _mm512_fmadd_ps(s, w, vec_load(y + i)));
+    }
+}
+
+typedef __m512 nibble_map; // its 16 values
+
+nibble_map map_nibbles(vec s, vec m) {
+    const __m512 nibbles = _mm512_set_ps(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    return _mm512_fmadd_ps(s, nibbles, m);
+}
+
+void axpy_nibbles(const uint8_t * p, float * y, nibble_map f, float * z, nibble_map g) {
+    const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *) p));
+    // The permutation looks at the low four bits of its index alone.
+    vec_store(y, _mm512_add_ps(_mm512_permutexvar_ps(bytes, f), vec_load(y)));
+    vec_store(z, _mm512_add_ps(_mm512_permutexvar_ps(_mm512_srli_epi32(bytes, 4), g), vec_load(z)));
 }
 
 } // namespace

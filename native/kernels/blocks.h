@@ -114,16 +114,18 @@ static inline float load_bf16(const void * p) {
     return load_f32(&bits);
 }
 
-// The 8 scales and 8 mins (0..63) of a Q4_K or Q5_K block: the first four have their six bits in bytes 0-3 (mins: 4-7); the
-// last four have their low bits in the nibbles of bytes 8-11 and their high two on top of the first four.
-static inline void unpack_scales_k4(const uint8_t * packed, uint8_t scale[8], uint8_t min[8]) {
+// The 8 scales and 8 mins (0..63) of a Q4_K or Q5_K block, one per byte, first in the lowest: the first four have their six
+// bits in bytes 0-3 (mins: 4-7); the last four have their low bits in the nibbles of bytes 8-11 and their high two on top of
+// the first four.
+struct scales_k4 {
+    uint64_t scale, min;
+};
+
+static inline scales_k4 unpack_scales_k4(const uint8_t * packed) {
     const uint32_t a = load_u32(packed), b = load_u32(packed + 4), c = load_u32(packed + 8);
     const uint32_t scale_low  = a & 0x3f3f3f3fu;
     const uint32_t scale_high = (c & 0x0f0f0f0fu) | ((a >> 2) & 0x30303030u);
     const uint32_t min_low    = b & 0x3f3f3f3fu;
     const uint32_t min_high   = ((c >> 4) & 0x0f0f0f0fu) | ((b >> 2) & 0x30303030u);
-    memcpy(scale, &scale_low, 4);
-    memcpy(scale + 4, &scale_high, 4);
-    memcpy(min, &min_low, 4);
-    memcpy(min + 4, &min_high, 4);
+    return { scale_low | (uint64_t) scale_high << 32, min_low | (uint64_t) min_high << 32 };
 }

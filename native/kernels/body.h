@@ -4,7 +4,7 @@
 // An int8x64 holds 64 integer weights. A scale64 holds one float for each 16 of them, in the shape dot_* and axpy_* want.
 //
 //   vec, VEC_LANES                    float vector
-//   vec_zero/load/load_f16/load_bf16/store/set1/add/fma(a, b, c) = a*b + c/sum
+//   vec_zero/load/load_f16/load_bf16/store/set1/set1_f16/add/mul/fma(a, b, c) = a*b + c/sum
 //   load_bytes(a, b)                  32 bytes at a, 32 bytes at b
 //   load_nibbles(a, b)                for a, then b: low nibbles of 16 bytes, then their high nibbles
 //   load_nibbles_k(p)                 low nibbles of 32 bytes, then their high nibbles
@@ -16,10 +16,16 @@
 //   ones()                            64 times 1
 //   scale_f16(a, b)                   F16 at a for the first 32 weights, at b for the last 32
 //   scale_set1(f), scale_f32x2(p), scale_f32x4(p), scale_mul(a, b)
+//   store_scales_u8(dst, bytes, f)    dst[0..7] = f * each of 8 unsigned bytes
+//   store_scales_i8(dst, p, f)        dst[0..15] = f * each of 16 signed bytes
+//   add_mins(acc, mins, sums, f)      acc + f * (each of 8 mins times the two sums of its 32 x), on any lanes
 //   dot_signed(acc, w, x, s)          acc + s * (w . x), lane by lane; w in -128..127, x in -127..127
 //   dot_unsigned(acc, w, x, s)        the same for w in 0..63
 //   axpy_weights(y, w, s)             y[0..63] += s * w
 //   axpy_offset(y, w, s, m)           y[0..63] += s * w + m
+//   axpy_bytes(y, p, s)               y[0..31] += s * (32 signed bytes at p), s a vec of equal lanes
+//   nibble_map, map_nibbles(s, m)     the function s * nibble + m, s and m vecs of equal lanes
+//   axpy_nibbles(p, y, f, z, g)       y[0..15] += f(low nibble), z[0..15] += g(high nibble) of 16 bytes at p
 #pragma once
 
 namespace {
@@ -144,6 +150,30 @@ template <typename B, bool has_min> void axpy_blocks(int64_t n, float a, const v
     }
 }
 
+void axpy_q8_0(int64_t n, float a, const void * row, float * y, float *) {
+    const vec va = vec_set1(a);
+    for (const block_q8_0 * b = (const block_q8_0 *) row; n >= 32; n -= 32, b++, y += 32) {
+        axpy_bytes(y, b->q, vec_mul(va, vec_set1_f16(b->d)));
+    }
+}
+
+void axpy_q4_0(int64_t n, float a, const void * row, float * y, float *) {
+    const vec va = vec_set1(a), centre = vec_set1(-8.0f);
+    for (const block_q4_0 * b = (const block_q4_0 *) row; n >= 32; n -= 32, b++, y += 32) {
+        const vec        s   = vec_mul(va, vec_set1_f16(b->d));
+        const nibble_map map = map_nibbles(s, vec_mul(s, centre));
+        axpy_nibbles(b->q, y, map, y + 16, map);
+    }
+}
+
+void axpy_q4_1(int64_t n, float a, const void * row, float * y, float *) {
+    const vec va = vec_set1(a);
+    for (const block_q4_1 * b = (const block_q4_1 *) row; n >= 32; n -= 32, b++, y += 32) {
+        const nibble_map map = map_nibbles(vec_mul(va, vec_set1_f16(b->d)), vec_mul(va, vec_set1_f16(b->m)));
+        axpy_nibbles(b->q, y, map, y + 16, map);
+    }
+}
+
 // ---- blocks of 256 weights, in four parts of 64 --------------------------------------------------------------------------
 
 template <int part> int8x64 weights(const block_q4_k * b) {
@@ -161,79 +191,98 @@ template <int part> int8x64 weights(const block_q6_k * b) {
     return subtract<32>(or_high<3>(low, load_shifted<bit, bit + 2>(b->qh + 32 * (part / 2))));
 }
 
-// Scales of the whole block times f: one per 32 weights (Q4_K, Q5_K, which also have mins) or one per 16 (Q6_K).
+// Scales and offsets of the 8 groups of a Q4_K or Q5_K block, times f.
 struct scales_k {
-    float scale[16];
+    float scale[8];
     float min[8];
 };
 
-template <typename B> void load_scales(const B * b, float f, scales_k * s) {
-    uint8_t scale[8], min[8];
-    unpack_scales_k4(b->scales, scale, min);
-    const float d = f * load_half(b->d), dmin = -f * load_half(b->dmin);
-    for (int g = 0; g < 8; g++) {
-        s->scale[g] = d * (float) scale[g];
-        s->min[g]   = dmin * (float) min[g];
-    }
+template <typename B> void load_scales(const B * b, const scales_k4 * packed, float f, scales_k * s) {
+    store_scales_u8(s->scale, packed->scale, f * load_half(b->d));
+    store_scales_u8(s->min, packed->min, -f * load_half(b->dmin));
 }
 
-void load_scales(const block_q6_k * b, float f, scales_k * s) {
-    const float d = f * load_half(b->d);
-    for (int g = 0; g < 16; g++) {
-        s->scale[g] = d * (float) b->scales[g];
-    }
-}
-
-template <typename B> constexpr bool has_min_k = true;
-template <> constexpr bool           has_min_k<block_q6_k> = false;
-
-template <typename B, int part> vec dot_part(vec acc, const B * b, const block_q8_k * x, const scales_k * s) {
+template <typename B, int part> vec dot_part_k4(vec acc, const B * b, const block_q8_k * x, const float * scale) {
     const int8x64 xq = load_bytes(x->q + 64 * part, x->q + 64 * part + 32);
-    if constexpr (has_min_k<B>) {
-        return dot_unsigned(acc, weights<part>(b), xq, scale_f32x2(s->scale + 2 * part));
-    } else {
-        return dot_signed(acc, weights<part>(b), xq, scale_f32x4(s->scale + 4 * part));
-    }
+    return dot_unsigned(acc, weights<part>(b), xq, scale_f32x2(scale + 2 * part));
 }
 
-template <typename B> float dot_k(int64_t n, const void * row, const void * x) {
-    const B *          w   = (const B *) row;
-    const block_q8_k * v   = (const block_q8_k *) x;
-    vec                s0  = vec_zero(), s1 = vec_zero();
-    float              off = 0.0f;
-    for (int64_t i = 0; i < n / 256; i++) {
-        scales_k s;
-        load_scales(w + i, v[i].d, &s);
-        s0 = dot_part<B, 0>(s0, w + i, v + i, &s);
-        s1 = dot_part<B, 1>(s1, w + i, v + i, &s);
-        s0 = dot_part<B, 2>(s0, w + i, v + i, &s);
-        s1 = dot_part<B, 3>(s1, w + i, v + i, &s);
-        if constexpr (has_min_k<B>) {
-            for (int g = 0; g < 8; g++) {
-                off += s.min[g] * (float) (v[i].sums[2 * g] + v[i].sums[2 * g + 1]);
-            }
+template <typename B> float dot_k4(int64_t n, const void * row, const void * x) {
+    const B *          w  = (const B *) row;
+    const block_q8_k * v  = (const block_q8_k *) x;
+    vec                s0 = vec_zero(), s1 = vec_zero(), offsets = vec_zero();
+    for (; n >= 256; n -= 256, w++, v++) {
+        const scales_k4 packed = unpack_scales_k4(w->scales);
+        float           scale[8];
+        store_scales_u8(scale, packed.scale, v->d * load_half(w->d));
+        s0      = dot_part_k4<B, 0>(s0, w, v, scale);
+        s1      = dot_part_k4<B, 1>(s1, w, v, scale);
+        s0      = dot_part_k4<B, 2>(s0, w, v, scale);
+        s1      = dot_part_k4<B, 3>(s1, w, v, scale);
+        offsets = add_mins(offsets, packed.min, v->sums, -v->d * load_half(w->dmin));
+    }
+    return vec_sum(vec_add(vec_add(s0, s1), offsets));
+}
+
+template <int part> vec dot_part_q6_k(vec acc, const block_q6_k * b, const block_q8_k * x, const float * scale) {
+    const int8x64 xq = load_bytes(x->q + 64 * part, x->q + 64 * part + 32);
+    return dot_signed(acc, weights<part>(b), xq, scale_f32x4(scale + 4 * part));
+}
+
+float dot_q6_k(int64_t n, const void * row, const void * x) {
+    const block_q6_k * w  = (const block_q6_k *) row;
+    const block_q8_k * v  = (const block_q8_k *) x;
+    vec                s0 = vec_zero(), s1 = vec_zero();
+    for (; n >= 256; n -= 256, w++, v++) {
+        float scale[16];
+        store_scales_i8(scale, w->scales, v->d * load_half(w->d));
+        s0 = dot_part_q6_k<0>(s0, w, v, scale);
+        s1 = dot_part_q6_k<1>(s1, w, v, scale);
+        s0 = dot_part_q6_k<2>(s0, w, v, scale);
+        s1 = dot_part_q6_k<3>(s1, w, v, scale);
+    }
+    return vec_sum(vec_add(s0, s1));
+}
+
+void axpy_q4_k(int64_t n, float a, const void * row, float * y, float *) {
+    for (const block_q4_k * b = (const block_q4_k *) row; n >= 256; n -= 256, b++) {
+        const scales_k4 packed = unpack_scales_k4(b->scales);
+        scales_k        s;
+        load_scales(b, &packed, a, &s);
+        for (int part = 0; part < 4; part++, y += 64) {
+            const float *    scale = s.scale + 2 * part, *min = s.min + 2 * part;
+            const nibble_map low   = map_nibbles(vec_set1(scale[0]), vec_set1(min[0]));
+            const nibble_map high  = map_nibbles(vec_set1(scale[1]), vec_set1(min[1]));
+            axpy_nibbles(b->q + 32 * part, y, low, y + 32, high);
+            axpy_nibbles(b->q + 32 * part + 16, y + 16, low, y + 48, high);
         }
     }
-    return vec_sum(vec_add(s0, s1)) + off;
 }
 
-template <typename B, int part> void axpy_part(const B * b, const scales_k * s, float * y) {
-    if constexpr (has_min_k<B>) {
-        axpy_offset(y + 64 * part, weights<part>(b), scale_f32x2(s->scale + 2 * part), scale_f32x2(s->min + 2 * part));
-    } else {
-        axpy_weights(y + 64 * part, weights<part>(b), scale_f32x4(s->scale + 4 * part));
+template <int part> void axpy_part_q5_k(const block_q5_k * b, const scales_k * s, float * y) {
+    axpy_offset(y + 64 * part, weights<part>(b), scale_f32x2(s->scale + 2 * part), scale_f32x2(s->min + 2 * part));
+}
+
+void axpy_q5_k(int64_t n, float a, const void * row, float * y, float *) {
+    for (const block_q5_k * b = (const block_q5_k *) row; n >= 256; n -= 256, b++, y += 256) {
+        const scales_k4 packed = unpack_scales_k4(b->scales);
+        scales_k        s;
+        load_scales(b, &packed, a, &s);
+        axpy_part_q5_k<0>(b, &s, y);
+        axpy_part_q5_k<1>(b, &s, y);
+        axpy_part_q5_k<2>(b, &s, y);
+        axpy_part_q5_k<3>(b, &s, y);
     }
 }
 
-template <typename B> void axpy_k(int64_t n, float a, const void * row, float * y, float *) {
-    const B * w = (const B *) row;
-    for (int64_t i = 0; i < n / 256; i++, y += 256) {
-        scales_k s;
-        load_scales(w + i, a, &s);
-        axpy_part<B, 0>(w + i, &s, y);
-        axpy_part<B, 1>(w + i, &s, y);
-        axpy_part<B, 2>(w + i, &s, y);
-        axpy_part<B, 3>(w + i, &s, y);
+void axpy_q6_k(int64_t n, float a, const void * row, float * y, float *) {
+    for (const block_q6_k * b = (const block_q6_k *) row; n >= 256; n -= 256, b++, y += 256) {
+        float scale[16];
+        store_scales_i8(scale, b->scales, a * load_half(b->d));
+        axpy_weights(y, weights<0>(b), scale_f32x4(scale));
+        axpy_weights(y + 64, weights<1>(b), scale_f32x4(scale + 4));
+        axpy_weights(y + 128, weights<2>(b), scale_f32x4(scale + 8));
+        axpy_weights(y + 192, weights<3>(b), scale_f32x4(scale + 12));
     }
 }
 
@@ -245,14 +294,14 @@ const struct pinfer_kernel kernels[] = {
     { GGML_TYPE_F32, GGML_TYPE_F32, dot_float<load_vec_f32, load_f32, 4>, axpy_float<load_vec_f32, load_f32, 4> },
     { GGML_TYPE_F16, GGML_TYPE_F32, dot_float<vec_load_f16, load_f16, 2>, axpy_float<vec_load_f16, load_f16, 2> },
     { GGML_TYPE_BF16, GGML_TYPE_F32, dot_float<vec_load_bf16, load_bf16, 2>, axpy_float<vec_load_bf16, load_bf16, 2> },
-    { GGML_TYPE_Q8_0, GGML_TYPE_Q8_0, dot_blocks<block_q8_0, false>, axpy_blocks<block_q8_0, false> },
-    { GGML_TYPE_Q4_0, GGML_TYPE_Q8_0, dot_blocks<block_q4_0, false>, axpy_blocks<block_q4_0, false> },
-    { GGML_TYPE_Q4_1, GGML_TYPE_Q8_0, dot_blocks<block_q4_1, true>, axpy_blocks<block_q4_1, true> },
+    { GGML_TYPE_Q8_0, GGML_TYPE_Q8_0, dot_blocks<block_q8_0, false>, axpy_q8_0 },
+    { GGML_TYPE_Q4_0, GGML_TYPE_Q8_0, dot_blocks<block_q4_0, false>, axpy_q4_0 },
+    { GGML_TYPE_Q4_1, GGML_TYPE_Q8_0, dot_blocks<block_q4_1, true>, axpy_q4_1 },
     { GGML_TYPE_Q5_0, GGML_TYPE_Q8_0, dot_blocks<block_q5_0, false>, axpy_blocks<block_q5_0, false> },
     { GGML_TYPE_Q5_1, GGML_TYPE_Q8_0, dot_blocks<block_q5_1, true>, axpy_blocks<block_q5_1, true> },
-    { GGML_TYPE_Q4_K, GGML_TYPE_Q8_K, dot_k<block_q4_k>, axpy_k<block_q4_k> },
-    { GGML_TYPE_Q5_K, GGML_TYPE_Q8_K, dot_k<block_q5_k>, axpy_k<block_q5_k> },
-    { GGML_TYPE_Q6_K, GGML_TYPE_Q8_K, dot_k<block_q6_k>, axpy_k<block_q6_k> },
+    { GGML_TYPE_Q4_K, GGML_TYPE_Q8_K, dot_k4<block_q4_k>, axpy_q4_k },
+    { GGML_TYPE_Q5_K, GGML_TYPE_Q8_K, dot_k4<block_q5_k>, axpy_q5_k },
+    { GGML_TYPE_Q6_K, GGML_TYPE_Q8_K, dot_q6_k, axpy_q6_k },
 };
 
 } // namespace

@@ -47,6 +47,10 @@ vec vec_add(vec a, vec b) {
     return vaddq_f32(a, b);
 }
 
+vec vec_mul(vec a, vec b) {
+    return vmulq_f32(a, b);
+}
+
 vec vec_fma(vec a, vec b, vec c) {
     return vfmaq_f32(c, a, b);
 }
@@ -59,6 +63,10 @@ float load_half(const void * p) {
     __fp16 h;
     memcpy(&h, p, sizeof(h));
     return (float) h;
+}
+
+vec vec_set1_f16(const void * p) {
+    return vdupq_n_f32(load_half(p));
 }
 
 int8x16_t load_128(const void * p) {
@@ -174,6 +182,28 @@ scale64 scale_mul(scale64 a, scale64 b) {
     return { { a.s[0] * b.s[0], a.s[1] * b.s[1], a.s[2] * b.s[2], a.s[3] * b.s[3] } };
 }
 
+void store_scales_u8(float * dst, uint64_t bytes, float f) {
+    const uint16x8_t wide = vmovl_u8(vcreate_u8(bytes));
+    vst1q_f32(dst, vmulq_n_f32(vcvtq_f32_u32(vmovl_u16(vget_low_u16(wide))), f));
+    vst1q_f32(dst + 4, vmulq_n_f32(vcvtq_f32_u32(vmovl_u16(vget_high_u16(wide))), f));
+}
+
+void store_scales_i8(float * dst, const int8_t * p, float f) {
+    for (int i = 0; i < 16; i += 8) {
+        const int16x8_t wide = vmovl_s8(vld1_s8(p + i));
+        vst1q_f32(dst + i, vmulq_n_f32(vcvtq_f32_s32(vmovl_s16(vget_low_s16(wide))), f));
+        vst1q_f32(dst + i + 4, vmulq_n_f32(vcvtq_f32_s32(vmovl_s16(vget_high_s16(wide))), f));
+    }
+}
+
+vec add_mins(vec acc, uint64_t mins, const int16_t * sums, float f) {
+    const int16x8_t wide  = vreinterpretq_s16_u16(vmovl_u8(vcreate_u8(mins)));
+    const int16x8_t pairs = vpaddq_s16(vld1q_s16(sums), vld1q_s16(sums + 8)); // at most 32 * 127
+    int32x4_t       terms = vmull_s16(vget_low_s16(wide), vget_low_s16(pairs));
+    terms                 = vmlal_s16(terms, vget_high_s16(wide), vget_high_s16(pairs));
+    return vfmaq_n_f32(acc, vcvtq_f32_s32(terms), f);
+}
+
 int32x4_t dot_16(int8x16_t w, int8x16_t x) {
 #    if defined(__ARM_FEATURE_DOTPROD)
     return vdotq_s32(vdupq_n_s32(0), w, x);
@@ -223,6 +253,39 @@ void axpy_offset(float * y, int8x64 w, scale64 s, scale64 m) {
             vst1q_f32(p, vaddq_f32(vld1q_f32(p), vfmaq_n_f32(vdupq_n_f32(m.s[i]), wf.v[j], s.s[i])));
         }
     }
+}
+
+void axpy_16(float * y, int8x16_t w, float32x4_t s) {
+    const floats16 wf = widen(w);
+    for (int j = 0; j < 4; j++) {
+        vst1q_f32(y + 4 * j, vfmaq_f32(vld1q_f32(y + 4 * j), wf.v[j], s));
+    }
+}
+
+void axpy_bytes(float * y, const int8_t * p, vec s) {
+    axpy_16(y, load_128(p), s);
+    axpy_16(y + 16, load_128(p + 16), s);
+}
+
+struct nibble_map {
+    float32x4_t s, m;
+};
+
+nibble_map map_nibbles(vec s, vec m) {
+    return { s, m };
+}
+
+void axpy_nibbles_16(int8x16_t w, float * y, nibble_map f) {
+    const floats16 wf = widen(w);
+    for (int j = 0; j < 4; j++) {
+        vst1q_f32(y + 4 * j, vaddq_f32(vld1q_f32(y + 4 * j), vfmaq_f32(f.m, wf.v[j], f.s)));
+    }
+}
+
+void axpy_nibbles(const uint8_t * p, float * y, nibble_map f, float * z, nibble_map g) {
+    const int8x16_t bytes = load_128(p);
+    axpy_nibbles_16(low_nibbles(bytes), y, f);
+    axpy_nibbles_16(shift_right<4>(bytes), z, g);
 }
 
 } // namespace

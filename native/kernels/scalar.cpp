@@ -67,11 +67,10 @@ void unpack(const block_q5_1 * b, unpacked * u) {
 }
 
 void unpack_k4(const uint8_t * d, const uint8_t * dmin, const uint8_t * scales, const uint8_t * q, unpacked * u) {
-    uint8_t scale[8], min[8];
-    unpack_scales_k4(scales, scale, min);
+    const scales_k4 s = unpack_scales_k4(scales);
     for (int g = 0; g < 8; g++) {
-        u->scale[2 * g] = u->scale[2 * g + 1] = load_f16(d) * scale[g];
-        u->offset[g]                          = -load_f16(dmin) * min[g];
+        u->scale[2 * g] = u->scale[2 * g + 1] = load_f16(d) * (float) ((s.scale >> (8 * g)) & 63);
+        u->offset[g]                          = -load_f16(dmin) * (float) ((s.min >> (8 * g)) & 63);
         for (int i = 0; i < 32; i++) {
             const uint8_t byte = q[32 * (g / 2) + i];
             u->q[32 * g + i]   = (int8_t) (g % 2 ? byte >> 4 : byte & 15);
