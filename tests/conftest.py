@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+# Threads that spin while they wait are quick on a quiet machine and ten times too slow on a shared one. libgomp reads
+# this once, when the first test loads it.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ROOT / "models"
