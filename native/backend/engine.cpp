@@ -64,8 +64,8 @@ static void mark_done(pinfer_engine * e, int layer, const ggml_tensor * h) {
 // model's rule, and a down product whose input came from elsewhere is refused: it would be silently wrong.
 static ggml_status compute_single(pinfer_engine * e, pinfer_state * s, ggml_tensor * node) {
     s->stats.n_fallback++;
-    if (!e->fallback_told) {
-        e->fallback_told = true;
+    if (s->announce_fallback) {
+        s->announce_fallback = false;
         fprintf(stderr, "pinfer: %s (%s) is no FFN pinfer knows; such nodes run on the plain CPU backend\n", node->name,
                 ggml_op_desc(node));
     }

@@ -21,7 +21,6 @@ struct pinfer_engine {
     std::vector<uint8_t>             hidden_prepared;
     std::vector<float>               hot_y;
     std::vector<const ggml_tensor *> activation_done; // per layer: the last activation node computed here
-    bool                             fallback_told = false;
 };
 
 bool pinfer_engine_init(pinfer_engine * e);

@@ -12,8 +12,9 @@
 static const int64_t N_BATCH_DENSE = 32;
 
 pinfer_state & pinfer_state_get() {
-    static pinfer_state state;
-    return state;
+    // never destroyed: at exit the libraries of a GPU may be gone before it, and freeing its buffers would abort
+    static pinfer_state * const state = new pinfer_state;
+    return *state;
 }
 
 static bool set_error(char * err, size_t err_len, const std::string & text) {
@@ -140,6 +141,7 @@ void pinfer_state_configure_from_env() {
     if (!pinfer_configure(&params, err, sizeof(err))) {
         fprintf(stderr, "pinfer: %s\n", err);
     }
+    pinfer_state_get().announce_fallback = true; // nobody else will ask for the counters
 }
 
 void pinfer_get_stats(pinfer_stats * stats) {

@@ -19,6 +19,7 @@ struct pinfer_state {
     std::unique_ptr<pinfer_cold>      cold;
     pinfer_observer                   observer;
     pinfer_stats                      stats = {};
+    bool                              announce_fallback = false; // say it once on stderr
     std::mutex                        mutex; // several contexts may compute; FFNs run one at a time
 };
 

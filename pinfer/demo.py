@@ -1,0 +1,113 @@
+"""`make demo`: the main job on a shipped model, command by command, then the same prompt next to stock llama.cpp."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+MODEL = Path("models", "tiny-relu2.gguf")
+TEXT = Path("tests", "data", "profile.txt")
+PROMPT = "Once upon a time, there was a little girl"
+N_PREDICT = 96
+ROUNDS = 5
+
+PIPELINE: tuple[tuple[str, ...], ...] = (
+    ("profile", str(MODEL), "--dataset", str(TEXT), "--tokens", "16k"),
+    ("train", str(MODEL)),
+    ("solve", str(MODEL)),
+    ("split", str(MODEL), "--verify"),
+    ("run", str(MODEL), "-p", PROMPT, "-n", str(N_PREDICT), "--temp", "0"),
+)
+# What the table compares; predicted mode is what `pinfer run` does once there is a predictor.
+MODES: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("stock llama.cpp", ("--dense",)),
+    ("pinfer, exact", ("--exact",)),
+    ("pinfer, predicted", ()),
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One generation as `pinfer run --json` reports it."""
+
+    tokens: tuple[int, ...]
+    tokens_per_second: float
+    computed: float | None  # share of the FFN neurons
+    mode: str
+
+
+def _command(words: tuple[str, ...]) -> list[str]:
+    return [sys.executable, "-m", "pinfer", *words]
+
+
+def _show(words: tuple[str, ...]) -> None:
+    print(f"\n$ pinfer {shlex.join(words)}", flush=True)
+    subprocess.run(_command(words), cwd=ROOT, check=True)
+
+
+def _generate(flags: tuple[str, ...]) -> Run:
+    words = ("run", str(MODEL), "-p", PROMPT, "-n", str(N_PREDICT), "--temp", "0", "--ignore-eos", "--json", *flags)
+    done = subprocess.run(_command(words), cwd=ROOT, check=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    report: dict[str, Any] = json.loads(done.stdout)
+    return Run(
+        tokens=tuple(report["tokens"]),
+        tokens_per_second=float(report["gen_tps"]),
+        computed=report["computed"],
+        mode=report["mode"],
+    )
+
+
+def _compare() -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    runs: dict[str, list[Run]] = {name: [] for name, _ in MODES}
+    for _ in range(ROUNDS):  # in turn, so that a busy moment hits all of them
+        for name, flags in MODES:
+            runs[name].append(_generate(flags))
+    stock = runs[MODES[0][0]]
+    table = Table(title=f"\n{N_PREDICT} tokens at temperature 0, medians of {ROUNDS} runs in turn")
+    for heading in ("", "tokens/s", "ratio to stock", "FFN neurons computed", "tokens as stock"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    for name, mine in runs.items():
+        ratios = sorted(a.tokens_per_second / b.tokens_per_second for a, b in zip(mine, stock, strict=True))
+        same = sum(a == b for a, b in zip(mine[0].tokens, stock[0].tokens, strict=False))
+        table.add_row(
+            name,
+            f"{median(r.tokens_per_second for r in mine):.0f}",
+            f"{median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})",
+            "100 %" if mine[0].computed is None else f"{mine[0].computed:.0%}",
+            f"{same} of {len(stock[0].tokens)}",
+        )
+    console = Console(width=110)
+    console.print(table)
+    console.print(
+        "This model is so small (a token takes a fraction of a millisecond) that fixed costs per layer decide its speed. "
+        "It shows that the words are right; docs/benchmarks.md has the speed of models that matter.",
+        highlight=False,
+    )
+
+
+def main() -> int:
+    """Run the demo and return its exit code."""
+    try:
+        for words in PIPELINE:
+            _show(words)
+        _compare()
+    except subprocess.CalledProcessError as error:
+        print(f"pinfer: the demo stopped: {shlex.join(error.cmd)} left with code {error.returncode}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
