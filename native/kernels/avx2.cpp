@@ -85,6 +85,10 @@ int8x64 load_bytes(const void * a, const void * b) {
     return { load_256(a), load_256(b) };
 }
 
+int8x64 load_bytes(const void * p) {
+    return { load_256(p), load_256((const char *) p + 32) };
+}
+
 __m256i load_nibbles_32(const void * p) {
     const __m128i bytes = _mm_loadu_si128((const __m128i *) p);
     return low_nibbles(_mm256_set_m128i(_mm_srli_epi64(bytes, 4), bytes));
@@ -193,6 +197,17 @@ vec add_mins(vec acc, uint64_t mins, const int16_t * sums, float f) {
 vec dot_unsigned_32(vec acc, __m256i w, __m256i x, __m256 s) {
     const __m256i products = _mm256_madd_epi16(_mm256_maddubs_epi16(w, x), _mm256_set1_epi16(1));
     return _mm256_fmadd_ps(_mm256_cvtepi32_ps(products), s, acc);
+}
+
+template <int c> vec dot_centred_32(vec acc, __m256i w, __m256i x, __m256 s) {
+    const __m256i surplus  = _mm256_maddubs_epi16(_mm256_set1_epi8(c), x);
+    const __m256i pairs    = _mm256_sub_epi16(_mm256_maddubs_epi16(w, x), surplus);
+    const __m256i products = _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+    return _mm256_fmadd_ps(_mm256_cvtepi32_ps(products), s, acc);
+}
+
+template <int c> vec dot_centred(vec acc, int8x64 w, int8x64 x, scale64 s) {
+    return dot_centred_32<c>(dot_centred_32<c>(acc, w.a, x.a, s.a), w.b, x.b, s.b);
 }
 
 vec dot_unsigned(vec acc, int8x64 w, int8x64 x, scale64 s) {

@@ -77,6 +77,10 @@ int8x64 load_bytes(const void * a, const void * b) {
     return _mm512_inserti64x4(low, _mm256_loadu_si256((const __m256i *) b), 1);
 }
 
+int8x64 load_bytes(const void * p) {
+    return _mm512_loadu_si512(p);
+}
+
 int8x64 load_nibbles(const void * a, const void * b) {
     const __m256i low   = _mm256_castsi128_si256(_mm_loadu_si128((const __m128i *) a));
     const __m512i both  = _mm512_castsi256_si512(_mm256_inserti128_si256(low, _mm_loadu_si128((const __m128i *) b), 1));
@@ -168,6 +172,12 @@ vec add_mins(vec acc, uint64_t mins, const int16_t * sums, float f) {
 vec dot_unsigned(vec acc, int8x64 w, int8x64 x, scale64 s) {
     const __m512i products = _mm512_dpbusd_epi32(_mm512_setzero_si512(), w, x);
     return _mm512_fmadd_ps(_mm512_cvtepi32_ps(products), s, acc);
+}
+
+template <int c> vec dot_centred(vec acc, int8x64 w, int8x64 x, scale64 s) {
+    const __m512i products = _mm512_dpbusd_epi32(_mm512_setzero_si512(), w, x);
+    const __m512i surplus  = _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_set1_epi8(c), x);
+    return _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(products, surplus)), s, acc);
 }
 
 // VNNI multiplies unsigned by signed bytes: w gives its sign to x.

@@ -5,7 +5,7 @@
 //
 //   vec, VEC_LANES                    float vector
 //   vec_zero/load/load_f16/load_bf16/store/set1/set1_f16/add/mul/fma(a, b, c) = a*b + c/sum
-//   load_bytes(a, b)                  32 bytes at a, 32 bytes at b
+//   load_bytes(a, b), load_bytes(p)   32 bytes at a, 32 bytes at b; 64 bytes at p
 //   load_nibbles(a, b)                for a, then b: low nibbles of 16 bytes, then their high nibbles
 //   load_nibbles_k(p)                 low nibbles of 32 bytes, then their high nibbles
 //   load_low/high_nibbles(p)          low / high nibbles of 64 bytes
@@ -21,6 +21,7 @@
 //   add_mins(acc, mins, sums, f)      acc + f * (each of 8 mins times the two sums of its 32 x), on any lanes
 //   dot_signed(acc, w, x, s)          acc + s * (w . x), lane by lane; w in -128..127, x in -127..127
 //   dot_unsigned(acc, w, x, s)        the same for w in 0..63
+//   dot_centred<c>(acc, w, x, s)      acc + s * ((w - c) . x) for w in 0..63, c in 1..32
 //   axpy_weights(y, w, s)             y[0..63] += s * w
 //   axpy_offset(y, w, s, m)           y[0..63] += s * w + m
 //   axpy_bytes(y, p, s)               y[0..31] += s * (32 signed bytes at p), s a vec of equal lanes
@@ -73,7 +74,7 @@ int8x64 weights(const block_q8_0 * a, const block_q8_0 * b) {
 }
 
 int8x64 weights(const block_q4_0 * a, const block_q4_0 * b) {
-    return subtract<8>(load_nibbles(a->q, b->q));
+    return load_nibbles(a->q, b->q);
 }
 
 int8x64 weights(const block_q4_1 * a, const block_q4_1 * b) {
@@ -81,12 +82,18 @@ int8x64 weights(const block_q4_1 * a, const block_q4_1 * b) {
 }
 
 int8x64 weights(const block_q5_0 * a, const block_q5_0 * b) {
-    return subtract<16>(add_bits(load_nibbles(a->q, b->q), load_fifth_bits(a->qh, b->qh)));
+    return add_bits(load_nibbles(a->q, b->q), load_fifth_bits(a->qh, b->qh));
 }
 
 int8x64 weights(const block_q5_1 * a, const block_q5_1 * b) {
     return add_bits(load_nibbles(a->q, b->q), load_fifth_bits(a->qh, b->qh));
 }
+
+// What is taken off the unsigned integers of a type: weight = d * (q - centre).
+template <typename B> constexpr int centre     = 0;
+template <> constexpr int           centre<block_q4_0> = 8;
+template <> constexpr int           centre<block_q5_0> = 16;
+template <> constexpr int           centre<block_q6_k> = 32;
 
 // The partner of the last block of an odd number of them: scale 0.
 const uint8_t zero_block[64] = {};
@@ -100,6 +107,8 @@ void dot_pair(vec * acc, const B * a, const B * b, const block_q8_0 * xa, const 
     if constexpr (has_min) {
         *acc = dot_unsigned(*acc, w, x, s);
         *acc = dot_unsigned(*acc, ones(), x, scale_mul(scale_f16(a->m, b->m), sx));
+    } else if constexpr (centre<B> > 0) {
+        *acc = dot_centred<centre<B>>(*acc, w, x, s);
     } else {
         *acc = dot_signed(*acc, w, x, s);
     }
@@ -130,7 +139,7 @@ template <typename B, bool has_min> void axpy_pair(scale64 va, const B * a, cons
     if constexpr (has_min) {
         axpy_offset(y, w, s, scale_mul(va, scale_f16(a->m, b->m)));
     } else {
-        axpy_weights(y, w, s);
+        axpy_weights(y, subtract<centre<B>>(w), s);
     }
 }
 
@@ -158,10 +167,10 @@ void axpy_q8_0(int64_t n, float a, const void * row, float * y, float *) {
 }
 
 void axpy_q4_0(int64_t n, float a, const void * row, float * y, float *) {
-    const vec va = vec_set1(a), centre = vec_set1(-8.0f);
+    const vec va = vec_set1(a), offset = vec_set1((float) -centre<block_q4_0>);
     for (const block_q4_0 * b = (const block_q4_0 *) row; n >= 32; n -= 32, b++, y += 32) {
         const vec        s   = vec_mul(va, vec_set1_f16(b->d));
-        const nibble_map map = map_nibbles(s, vec_mul(s, centre));
+        const nibble_map map = map_nibbles(s, vec_mul(s, offset));
         axpy_nibbles(b->q, y, map, y + 16, map);
     }
 }
@@ -188,7 +197,7 @@ template <int part> int8x64 weights(const block_q6_k * b) {
     const uint8_t * ql  = b->ql + 64 * (part / 2);
     const int8x64   low = part % 2 ? load_high_nibbles(ql) : load_low_nibbles(ql);
     constexpr int   bit = part % 2 ? 4 : 0;
-    return subtract<32>(or_high<3>(low, load_shifted<bit, bit + 2>(b->qh + 32 * (part / 2))));
+    return or_high<3>(low, load_shifted<bit, bit + 2>(b->qh + 32 * (part / 2)));
 }
 
 // Scales and offsets of the 8 groups of a Q4_K or Q5_K block, times f.
@@ -203,8 +212,7 @@ template <typename B> void load_scales(const B * b, const scales_k4 * packed, fl
 }
 
 template <typename B, int part> vec dot_part_k4(vec acc, const B * b, const block_q8_k * x, const float * scale) {
-    const int8x64 xq = load_bytes(x->q + 64 * part, x->q + 64 * part + 32);
-    return dot_unsigned(acc, weights<part>(b), xq, scale_f32x2(scale + 2 * part));
+    return dot_unsigned(acc, weights<part>(b), load_bytes(x->q + 64 * part), scale_f32x2(scale + 2 * part));
 }
 
 template <typename B> float dot_k4(int64_t n, const void * row, const void * x) {
@@ -225,8 +233,8 @@ template <typename B> float dot_k4(int64_t n, const void * row, const void * x) 
 }
 
 template <int part> vec dot_part_q6_k(vec acc, const block_q6_k * b, const block_q8_k * x, const float * scale) {
-    const int8x64 xq = load_bytes(x->q + 64 * part, x->q + 64 * part + 32);
-    return dot_signed(acc, weights<part>(b), xq, scale_f32x4(scale + 4 * part));
+    const scale64 s = scale_f32x4(scale + 4 * part);
+    return dot_centred<centre<block_q6_k>>(acc, weights<part>(b), load_bytes(x->q + 64 * part), s);
 }
 
 float dot_q6_k(int64_t n, const void * row, const void * x) {
@@ -275,14 +283,18 @@ void axpy_q5_k(int64_t n, float a, const void * row, float * y, float *) {
     }
 }
 
+template <int part> void axpy_part_q6_k(const block_q6_k * b, const float * scale, float * y) {
+    axpy_weights(y + 64 * part, subtract<centre<block_q6_k>>(weights<part>(b)), scale_f32x4(scale + 4 * part));
+}
+
 void axpy_q6_k(int64_t n, float a, const void * row, float * y, float *) {
     for (const block_q6_k * b = (const block_q6_k *) row; n >= 256; n -= 256, b++, y += 256) {
         float scale[16];
         store_scales_i8(scale, b->scales, a * load_half(b->d));
-        axpy_weights(y, weights<0>(b), scale_f32x4(scale));
-        axpy_weights(y + 64, weights<1>(b), scale_f32x4(scale + 4));
-        axpy_weights(y + 128, weights<2>(b), scale_f32x4(scale + 8));
-        axpy_weights(y + 192, weights<3>(b), scale_f32x4(scale + 12));
+        axpy_part_q6_k<0>(b, scale, y);
+        axpy_part_q6_k<1>(b, scale, y);
+        axpy_part_q6_k<2>(b, scale, y);
+        axpy_part_q6_k<3>(b, scale, y);
     }
 }
 

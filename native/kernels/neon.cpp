@@ -93,6 +93,10 @@ int8x64 load_bytes(const void * a, const void * b) {
     return load_64(a, (const char *) a + 16, b, (const char *) b + 16);
 }
 
+int8x64 load_bytes(const void * p) {
+    return load_bytes(p, (const char *) p + 32);
+}
+
 int8x64 load_nibbles(const void * a, const void * b) {
     const int8x16_t va = load_128(a), vb = load_128(b);
     return { { low_nibbles(va), shift_right<4>(va), low_nibbles(vb), shift_right<4>(vb) } };
@@ -223,6 +227,10 @@ vec dot_signed(vec acc, int8x64 w, int8x64 x, scale64 s) {
 
 vec dot_unsigned(vec acc, int8x64 w, int8x64 x, scale64 s) {
     return dot_signed(acc, w, x, s); // 0..63 are the same bytes
+}
+
+template <int c> vec dot_centred(vec acc, int8x64 w, int8x64 x, scale64 s) {
+    return dot_signed(acc, subtract<c>(w), x, s);
 }
 
 struct floats16 {
