@@ -1,0 +1,499 @@
+"""The command line: parses, calls one stage, prints its report. Everything heavy is imported inside the command."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shlex
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Literal, NoReturn
+
+import typer
+
+from pinfer import __version__
+from pinfer.errors import PinferError
+from pinfer.pick import is_gguf, pick_model, remember
+
+app = typer.Typer(
+    name="pinfer",
+    help="Run ReLU language models by their active neurons, on today's llama.cpp.",
+    epilog="The way through: pinfer profile, train, solve, split, run. Data goes to stdout, talk to stderr.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+
+_SIZE = re.compile(r"(?P<number>\d+(?:\.\d*)?|\.\d+)\s*(?P<unit>[kmgt]?)(?P<tail>i?b?)", re.IGNORECASE | re.ASCII)
+
+
+def parse_size(text: str | int) -> int:
+    """Bytes in ``24G``, ``512M``, ``7.5GiB`` or ``1073741824``: K M G T and KiB … count by 1024, KB … by 1000."""
+    if isinstance(text, int):  # Typer parses defaults as well
+        return text
+    match = _SIZE.fullmatch(text.strip())
+    if match is None or (match["tail"].lower() in ("i", "ib") and not match["unit"]):
+        raise typer.BadParameter(f"{text!r} is no size; write it like 24G, 512M, 7.5GiB or a number of bytes")
+    base = 1000 if match["unit"] and match["tail"].lower() == "b" else 1024
+    power = " kmgt".index(match["unit"].lower() or " ")
+    number = match["number"]  # whole numbers keep every digit
+    return int(number) * base**power if number.isdigit() else int(float(number) * base**power)
+
+
+def parse_count(text: str | int) -> int:
+    """A number of tokens, where ``128k`` is 131072."""
+    try:
+        return parse_size(text)
+    except typer.BadParameter:
+        raise typer.BadParameter(f"{text!r} is no number of tokens; write it like 2048 or 128k") from None
+
+
+def parse_layers(text: str | int) -> int:
+    """A number of layers, or ``all`` of them."""
+    if isinstance(text, str) and text.strip().lower() == "all":
+        from pinfer.run import ALL_LAYERS
+
+        return ALL_LAYERS
+    try:
+        return int(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is no number of layers; write it like 32, or all") from None
+
+
+# What several commands share. Names are llama.cpp's where llama.cpp has one.
+ModelArg = Annotated[
+    Path | None,
+    typer.Argument(
+        metavar="MODEL",
+        help="GGUF model. Left out: $PINFER_MODEL, else the last one used in this folder, else the only GGUF here.",
+        show_default=False,
+    ),
+]
+ModelOpt = Annotated[Path | None, typer.Option("-m", "--model", help="The same as MODEL.", metavar="FILE")]
+JsonOpt = Annotated[bool, typer.Option("--json", help="Print the report as JSON.")]
+ThreadsOpt = Annotated[
+    int | None, typer.Option("-t", "--threads", help="CPU threads. [default: physical cores]", min=1, metavar="N")
+]
+ActivationOpt = Annotated[
+    Literal["relu", "relu2", "reglu", "drelu"] | None,
+    typer.Option("--activation", help="What the FFN computes, where the GGUF does not say so."),
+]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"pinfer {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
+def _model(given: Path | None, flag: Path | None) -> Path:
+    """The model to work on: said on stderr when it was not typed, remembered for the next command in this folder."""
+    from pinfer import ui
+
+    if given is not None and flag is not None and given != flag:
+        raise typer.BadParameter(f"two models named, {given} and {flag}", param_hint="MODEL")
+    pick = pick_model(given or flag)
+    if pick.why:
+        ui.say(f"model: {pick.path} ({pick.why})")
+    if is_gguf(pick.path):
+        remember(pick.path)
+    return pick.path
+
+
+def _next(command: str, given: Path | None, flag: Path | None, rest: str = "") -> None:
+    """Say the next command to type; MODEL is in it when it was typed this time."""
+    from pinfer import ui
+
+    model = given or flag
+    words = ["pinfer", command] + ([shlex.quote(str(model))] if model else []) + ([rest] if rest else [])
+    ui.say(f"next: {' '.join(words)}")
+
+
+@app.command()
+def profile(
+    model: ModelArg = None,
+    dataset: Annotated[
+        str, typer.Option("--dataset", metavar="c4|wikitext|FILE|-", help="The text to count on; - is stdin.")
+    ] = "wikitext",
+    tokens: Annotated[
+        int,
+        typer.Option(
+            "--tokens", parser=parse_count, metavar="N", help="Tokens to count. [default: 128k]", show_default=False
+        ),
+    ] = 131072,
+    ctx: Annotated[
+        int,
+        typer.Option("-c", "--ctx-size", min=0, metavar="N", help="Context in tokens; 0: the model's, at most 2048."),
+    ] = 0,
+    samples: Annotated[
+        int | None,
+        typer.Option("--samples", min=0, metavar="N", help="FFN inputs to keep per layer. [default: as 1 GiB holds]"),
+    ] = None,
+    threads: ThreadsOpt = None,
+    n_gpu_layers: Annotated[
+        int, typer.Option("-ngl", "--n-gpu-layers", "--gpu-layers", min=0, metavar="N", help="Layers on the GPU.")
+    ] = 0,
+    activation: ActivationOpt = None,
+    as_json: JsonOpt = False,
+    model_flag: ModelOpt = None,
+) -> None:
+    """Count which neurons fire on a text; keeps samples for `train`. Ctrl-C keeps what was counted."""
+    from pinfer import profile as stage
+    from pinfer import ui
+
+    path = _model(model, model_flag)
+    options = stage.ProfileOptions(
+        dataset=dataset,
+        n_tokens=tokens,
+        n_ctx=ctx,
+        n_threads=threads,
+        n_samples=samples,
+        activation=activation,
+        n_gpu_layers=n_gpu_layers,
+    )
+    report = stage.profile(path, options, ui.stderr_progress())
+    ui.print_json(report.to_json()) if as_json else ui.print_profile(report)
+    _next("train", model, model_flag)
+    if report.interrupted:
+        raise typer.Exit(130)
+
+
+@app.command()
+def train(
+    model: ModelArg = None,
+    recall: Annotated[
+        float, typer.Option("--recall", min=0.5, max=1.0, metavar="R", help="Share of activation mass to keep.")
+    ] = 0.99,
+    max_rank: Annotated[
+        int | None, typer.Option("--max-rank", min=1, metavar="N", help="Largest rank tried. [default: by the model]")
+    ] = None,
+    type_: Annotated[Literal["f16", "q8_0"], typer.Option("--type", help="Type of the factors.")] = "f16",
+    activation: ActivationOpt = None,
+    as_json: JsonOpt = False,
+    model_flag: ModelOpt = None,
+) -> None:
+    """Make the predictor that names the neurons worth computing, from the samples of `profile`."""
+    from pinfer import train as stage
+    from pinfer import ui
+
+    path = _model(model, model_flag)
+    options = stage.TrainOptions(recall=recall, max_rank=max_rank, type=type_, activation=activation)
+    report = stage.train(path, options, ui.stderr_progress())
+    ui.print_json(report.to_json()) if as_json else ui.print_train(report)
+    _next("solve", model, model_flag)
+
+
+@app.command()
+def solve(
+    model: ModelArg = None,
+    vram: Annotated[
+        int | None,
+        typer.Option(
+            "--vram", parser=parse_size, metavar="SIZE", help="Device memory to use, like 24G. [default: what is free]"
+        ),
+    ] = None,
+    ctx: Annotated[
+        int | None, typer.Option("-c", "--ctx-size", "--ctx", min=1, metavar="N", help="Context to leave room for.")
+    ] = None,
+    batch: Annotated[
+        int, typer.Option("-b", "--batch-size", min=1, metavar="N", help="Batch to leave room for.")
+    ] = 512,
+    device: Annotated[
+        str | None, typer.Option("--device", "-dev", metavar="NAME", help="ggml device. [default: the first GPU]")
+    ] = None,
+    machine: Annotated[
+        Path | None, typer.Option("--machine", metavar="FILE", help="Solve for the machine described in this file.")
+    ] = None,
+    time_limit: Annotated[
+        float, typer.Option("--time-limit", min=0.1, metavar="SECONDS", help="Longest time for the solver.")
+    ] = 60.0,
+    cache_type: Annotated[str, typer.Option("--cache-type", metavar="TYPE", help="Type of the KV cache.")] = "f16",
+    activation: ActivationOpt = None,
+    as_json: JsonOpt = False,
+    model_flag: ModelOpt = None,
+) -> None:
+    """Decide which neurons go to the GPU, from the profile and the memory there is."""
+    from pinfer import solve as stage
+    from pinfer import ui
+
+    path = _model(model, model_flag)
+    options = stage.SolveOptions(
+        vram=vram,
+        n_ctx=ctx,
+        n_batch=batch,
+        device=device,
+        machine=machine,
+        time_limit=time_limit,
+        activation=activation,
+        cache_type=cache_type,
+    )
+    report = stage.solve(path, options, ui.stderr_progress())
+    ui.print_json(report.to_json()) if as_json else ui.print_solve(report)
+    _next("split", model, model_flag)
+
+
+@app.command()
+def split(
+    model: ModelArg = None,
+    down_type: Annotated[
+        str | None,
+        typer.Option("--down-type", metavar="TYPE", help="Type of the transposed down rows. [default: by the model]"),
+    ] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Prove that hot and cold together are the model.")] = False,
+    activation: ActivationOpt = None,
+    as_json: JsonOpt = False,
+    model_flag: ModelOpt = None,
+) -> None:
+    """Write the hot and the cold neurons as `solve` placed them."""
+    from pinfer import split as stage
+    from pinfer import ui
+
+    path = _model(model, model_flag)
+    options = stage.SplitOptions(down_type=down_type, verify=verify, activation=activation)
+    report = stage.split(path, options, ui.stderr_progress())
+    ui.print_json(report.to_json()) if as_json else ui.print_split(report)
+    _next("run", model, model_flag, "-p 'Once upon a time'")
+
+
+@app.command()
+def run(
+    model: ModelArg = None,
+    prompt: Annotated[str | None, typer.Option("-p", "--prompt", metavar="TEXT", help="Prompt; none: chat.")] = None,
+    prompt_file: Annotated[
+        Path | None, typer.Option("-f", "--file", metavar="FILE", help="Prompt from a file; - is stdin.")
+    ] = None,
+    n_predict: Annotated[
+        int,
+        typer.Option("-n", "--predict", "--n-predict", min=-2, metavar="N", help="Tokens to generate; -1: no limit."),
+    ] = -1,
+    conversation: Annotated[
+        bool | None, typer.Option("-cnv/-no-cnv", "--conversation/--no-conversation", help="Chat, or never.")
+    ] = None,
+    system_prompt: Annotated[
+        str | None, typer.Option("-sys", "--system-prompt", metavar="TEXT", help="System prompt of the chat.")
+    ] = None,
+    escape: Annotated[
+        bool, typer.Option("-e", "--escape/--no-escape", help="\\n and the like in -p and -sys are escapes.")
+    ] = True,
+    display_prompt: Annotated[
+        bool, typer.Option("--display-prompt/--no-display-prompt", help="Repeat the prompt on stdout.")
+    ] = True,
+    n_ctx: Annotated[
+        int | None,
+        typer.Option("-c", "--ctx-size", min=0, metavar="N", help="Context. [default: as solved, else up to 4096]"),
+    ] = None,
+    n_batch: Annotated[int, typer.Option("-b", "--batch-size", min=1, metavar="N", help="Logical batch.")] = 2048,
+    n_ubatch: Annotated[int, typer.Option("-ub", "--ubatch-size", min=1, metavar="N", help="Physical batch.")] = 512,
+    n_batch_dense: Annotated[
+        int | None,
+        typer.Option(
+            "--n-batch-dense", min=0, metavar="N", help="Compute batches from N tokens densely. [default: measured]"
+        ),
+    ] = None,
+    threads: ThreadsOpt = None,
+    threads_batch: Annotated[
+        int | None, typer.Option("-tb", "--threads-batch", min=1, metavar="N", help="Threads for the prompt.")
+    ] = None,
+    n_gpu_layers: Annotated[
+        int | None,
+        typer.Option(
+            "-ngl",
+            "--n-gpu-layers",
+            "--gpu-layers",
+            parser=parse_layers,
+            metavar="N|all",
+            help="Layers whose attention lies on the GPU. [default: as solved]",
+        ),
+    ] = None,
+    flash_attn: Annotated[
+        Literal["on", "off", "auto"], typer.Option("-fa", "--flash-attn", help="Flash attention.")
+    ] = "auto",
+    cache_type_k: Annotated[
+        str, typer.Option("-ctk", "--cache-type-k", metavar="TYPE", help="Type of the K cache.")
+    ] = "f16",
+    cache_type_v: Annotated[
+        str, typer.Option("-ctv", "--cache-type-v", metavar="TYPE", help="Type of the V cache.")
+    ] = "f16",
+    mlock: Annotated[bool, typer.Option("--mlock", help="Keep the model in memory.")] = False,
+    no_mmap: Annotated[bool, typer.Option("--no-mmap", help="Read the model instead of mapping it (--dense).")] = False,
+    seed: Annotated[int, typer.Option("-s", "--seed", min=-1, metavar="N", help="Seed; -1: another each time.")] = -1,
+    temp: Annotated[float, typer.Option("--temp", min=0, metavar="T", help="Temperature; 0: greedy.")] = 0.8,
+    top_k: Annotated[int, typer.Option("--top-k", metavar="N", help="0: all.")] = 40,
+    top_p: Annotated[float, typer.Option("--top-p", min=0, metavar="P", help="1: off.")] = 0.95,
+    min_p: Annotated[float, typer.Option("--min-p", min=0, metavar="P", help="0: off.")] = 0.05,
+    repeat_penalty: Annotated[float, typer.Option("--repeat-penalty", metavar="X", help="1: off.")] = 1.0,
+    repeat_last_n: Annotated[
+        int, typer.Option("--repeat-last-n", min=-1, metavar="N", help="Tokens the penalties look at; -1: the context.")
+    ] = 64,
+    presence_penalty: Annotated[float, typer.Option("--presence-penalty", metavar="X")] = 0.0,
+    frequency_penalty: Annotated[float, typer.Option("--frequency-penalty", metavar="X")] = 0.0,
+    grammar: Annotated[str | None, typer.Option("--grammar", metavar="GBNF", help="Grammar of the output.")] = None,
+    grammar_file: Annotated[
+        Path | None, typer.Option("--grammar-file", metavar="FILE", help="Grammar from a file.")
+    ] = None,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Never end before -n.")] = False,
+    exact: Annotated[bool, typer.Option("--exact", help="Without the predictor: lossless.")] = False,
+    dense: Annotated[bool, typer.Option("--dense", help="Stock libllama, for comparison.")] = False,
+    artefacts: Annotated[
+        Path | None,
+        typer.Option(
+            "--artefacts", metavar="FOLDER", help="Folder of the artefacts. [default: where they are written]"
+        ),
+    ] = None,
+    no_artefacts: Annotated[bool, typer.Option("--no-artefacts", help="Use the model alone.")] = False,
+    device: Annotated[
+        str | None, typer.Option("--device", "-dev", metavar="NAME", help="ggml device of the hot neurons, or none.")
+    ] = None,
+    activation: ActivationOpt = None,
+    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="libllama's log on stderr.")] = False,
+    as_json: JsonOpt = False,
+    model_flag: ModelOpt = None,
+) -> int:
+    """Generate text; without a prompt, chat. Sparse where the model allows it, with whatever artefacts there are."""
+    from pinfer import run as stage
+
+    path = _model(model, model_flag)
+    options = stage.RunOptions(
+        prompt=prompt,
+        prompt_file=prompt_file,
+        n_predict=n_predict,
+        conversation=conversation,
+        system_prompt=system_prompt,
+        escape=escape,
+        display_prompt=display_prompt,
+        n_ctx=n_ctx,
+        n_batch=n_batch,
+        n_ubatch=n_ubatch,
+        n_batch_dense=n_batch_dense,
+        n_threads=threads,
+        n_threads_batch=threads_batch,
+        n_gpu_layers=n_gpu_layers,
+        flash_attn=flash_attn,
+        cache_type_k=cache_type_k,
+        cache_type_v=cache_type_v,
+        mlock=mlock,
+        no_mmap=no_mmap,
+        seed=seed,
+        temp=temp,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repeat_penalty=repeat_penalty,
+        repeat_last_n=repeat_last_n,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        grammar=grammar,
+        grammar_file=grammar_file,
+        ignore_eos=ignore_eos,
+        exact=exact,
+        dense=dense,
+        artefacts=artefacts,
+        no_artefacts=no_artefacts,
+        device=device,
+        activation=activation,
+        verbose=verbose,
+        json=as_json,
+    )
+    return stage.run(path, options)
+
+
+def run_cli(args: list[str]) -> int:
+    """Run one command line and return its exit code: 0, 1 for an error, 2 for wrong usage, 130 for Ctrl-C."""
+    try:
+        code = app(_with_flash_attn(args), prog_name="pinfer", standalone_mode=False)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except typer.TyperException as error:
+        return _usage(error)
+    except typer.Abort:
+        return _fail("input ended")
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        return _mute()
+    except PinferError as error:
+        return _fail(str(error))
+    except MemoryError:
+        return _fail("out of memory; close other programs, or use a smaller model, context or batch")
+    except ImportError as error:
+        return _fail(f"a Python package is missing or broken ({error}); install pinfer again: pip install .")
+    except OSError as error:
+        return _mute() if error.errno == errno.EPIPE else _fail(_os_error(error))
+    except Exception as error:  # the last resort: a user gets a line, a developer the traceback
+        return _fail(f"internal error: {type(error).__name__}: {error}; rerun with PINFER_DEBUG=1 for the traceback")
+
+
+def _with_flash_attn(args: list[str]) -> list[str]:
+    """llama.cpp takes a bare ``-fa`` as ``-fa on``; Typer knows no option whose value may be left out."""
+    full: list[str] = []
+    for word, following in zip(args, [*args[1:], ""], strict=True):
+        full.append(word)
+        if word in ("-fa", "--flash-attn") and following not in ("on", "off", "auto"):
+            full.append("on")
+    return full
+
+
+def main() -> NoReturn:
+    """Entry point of the ``pinfer`` command."""
+    # A polite kill unwinds like an exception, so that temporary files go away; the default would leave them.
+    for signum in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, _leave)
+    sys.exit(run_cli(sys.argv[1:]))
+
+
+def _leave(signum: int, _frame: FrameType | None) -> NoReturn:
+    sys.exit(128 + signum)
+
+
+def _fail(text: str) -> int:
+    if os.environ.get("PINFER_DEBUG"):
+        import traceback
+
+        traceback.print_exc()
+    print("pinfer: " + " ".join(text.split()), file=sys.stderr)
+    return 1
+
+
+def _usage(error: typer.TyperException) -> int:
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context is not None else "pinfer"
+    text = error.format_message()
+    if "\n" in text:  # `pinfer` alone: the message is the help
+        print(text, file=sys.stderr)
+    else:
+        print(f"{command}: {text.rstrip('.')}; see {command} --help", file=sys.stderr)
+    return error.exit_code
+
+
+def _os_error(error: OSError) -> str:
+    cause = error.strerror or str(error)
+    where = f": {os.fsdecode(error.filename)}" if error.filename is not None else ""
+    hints = {
+        errno.ENOSPC: "; free some space, or set PINFER_HOME to a folder on another disk",
+        errno.EDQUOT: "; free some space, or set PINFER_HOME to a folder on another disk",
+        errno.EFBIG: "; the file size limit (ulimit -f) is too small",
+        errno.EACCES: "; check the rights of that file, or set PINFER_HOME to a folder you can write",
+        errno.EPERM: "; check the rights of that file, or set PINFER_HOME to a folder you can write",
+        errno.EROFS: "; set PINFER_HOME to a folder you can write",
+    }
+    return f"{cause}{where}{hints.get(error.errno or 0, '')}"
+
+
+def _mute() -> int:
+    # The reader of the pipe has gone: nothing more to say, and the interpreter must not try to at its end either.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 1

@@ -1,0 +1,248 @@
+"""What the user sees: progress on stderr, tables and JSON on stdout.
+
+Rich is imported where it is drawn with, so that ``pinfer --help`` does not wait for it.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from pinfer.progress import Progress
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from rich.progress import Progress as RichProgress
+    from rich.progress import Task
+    from rich.table import Table
+
+    from pinfer.profile import ProfileReport
+    from pinfer.split import SplitReport
+
+# Without a terminal a line is printed each time this share of the work, and at least this much time, has passed.
+_LINE_SHARE = 0.1
+_LINE_SECONDS = 2.0
+# A table that is piped somewhere is not folded to a terminal's width.
+_PIPE_WIDTH = 200
+
+_UNITS = ("", "Ki", "Mi", "Gi", "Ti", "Pi")
+
+
+def format_bytes(n: float) -> str:
+    """``1536`` -> ``1.5 KiB``; plain bytes below 1024."""
+    power = 0
+    while abs(n) >= 1024 and power < len(_UNITS) - 1:
+        n /= 1024
+        power += 1
+    return f"{n:.0f} B" if power == 0 else f"{n:.1f} {_UNITS[power]}B"
+
+
+def format_amount(n: float, unit: str) -> str:
+    """An amount of work: bytes in binary units, everything else as a grouped number."""
+    return format_bytes(n) if unit == "bytes" else f"{n:,.0f} {unit}"
+
+
+def format_done(done: float, total: float, unit: str) -> str:
+    """Work done of all there is; ``512 of 2,048 tokens``. A total of 0 is unknown and left out."""
+    if total <= 0:
+        return format_amount(done, unit)
+    return f"{format_bytes(done) if unit == 'bytes' else f'{done:,.0f}'} of {format_amount(total, unit)}"
+
+
+def format_rate(rate: float, unit: str) -> str:
+    """Work per second, e.g. ``4,812 tokens/s`` or ``1.2 GiB/s``; slow rates keep a decimal."""
+    if unit == "bytes":
+        return f"{format_bytes(rate)}/s"
+    return f"{rate:,.0f} {unit}/s" if rate >= 10 else f"{rate:.1f} {unit}/s"
+
+
+def format_seconds(seconds: float) -> str:
+    """``75`` -> ``1:15``, ``3675`` -> ``1:01:15``."""
+    whole = max(0, round(seconds))
+    hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def percent(share: float) -> str:
+    """A share of one as a percentage with a decimal."""
+    return f"{100 * share:.1f} %"
+
+
+def say(text: str) -> None:
+    """One line of talk on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def stderr_progress() -> Progress:
+    """The progress to hand to a stage: a bar where stderr is a terminal, plain lines where it is not."""
+    return _BarProgress() if sys.stderr.isatty() else _LineProgress()
+
+
+class _LineProgress:
+    """Progress as plain lines, for logs and pipes."""
+
+    @contextmanager
+    def task(self, label: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+        begin = last = time.monotonic()
+        done = shown = 0
+
+        def advance(n: int) -> None:
+            nonlocal done, shown, last
+            done += n
+            now = time.monotonic()
+            if now - last < _LINE_SECONDS or done - shown < _LINE_SHARE * total:
+                return
+            shown, last = done, now
+            rate = done / (now - begin)
+            share = f" ({100 * done / total:.0f} %)" if total > 0 else ""
+            eta = f", ETA {format_seconds((total - done) / rate)}" if total > done and rate > 0 else ""
+            say(f"{label}: {format_done(done, total, unit)}{share}, {format_rate(rate, unit)}{eta}")
+
+        yield advance
+        seconds = time.monotonic() - begin
+        say(f"{label}: {format_amount(done, unit)} in {seconds:.1f} s ({format_rate(done / max(seconds, 1e-9), unit)})")
+
+    def note(self, text: str) -> None:
+        say(text)
+
+
+class _BarProgress:
+    """Progress as Rich bars on the terminal; tasks may nest."""
+
+    def __init__(self) -> None:
+        self._live: RichProgress | None = None
+
+    @contextmanager
+    def task(self, label: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+        if self._live is not None:
+            with self._row(self._live, label, total, unit) as advance:
+                yield advance
+            return
+        self._live = _rich_progress()
+        try:
+            with self._live, self._row(self._live, label, total, unit) as advance:
+                yield advance
+        finally:
+            self._live = None
+
+    @contextmanager
+    def _row(self, live: RichProgress, label: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+        row = live.add_task(label, total=total if total > 0 else None, unit=unit)
+        yield lambda n: live.advance(row, n)
+        live.update(row, total=live.tasks[live.task_ids.index(row)].completed)
+
+    def note(self, text: str) -> None:
+        if self._live is not None:
+            self._live.console.print(text, markup=False, highlight=False)
+        else:
+            say(text)
+
+
+def _rich_progress() -> RichProgress:
+    from rich.console import Console
+    from rich.progress import BarColumn, ProgressColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as RichProgress
+    from rich.text import Text
+
+    class Amount(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            return Text(format_done(task.completed, task.total or 0, str(task.fields["unit"])))
+
+    class Rate(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            speed = task.finished_speed or task.speed
+            return Text(format_rate(speed, str(task.fields["unit"])) if speed else "")
+
+    return RichProgress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        Amount(),
+        Rate(),
+        TextColumn("ETA"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        speed_estimate_period=20,
+    )
+
+
+def print_json(value: Mapping[str, object]) -> None:
+    """One JSON object on stdout."""
+    print(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table on stdout, the first column to the left, the others to the right."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=title or None, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    _show(table)
+
+
+def print_facts(title: str, facts: Sequence[tuple[str, str]]) -> None:
+    """Names and values on stdout, one pair per line."""
+    from rich.table import Table
+
+    table = Table.grid(padding=(0, 2))
+    table.title, table.title_justify, table.title_style = title or None, "left", "bold"
+    table.add_column(no_wrap=True)
+    table.add_column()
+    for name, value in facts:
+        table.add_row(name, value)
+    _show(table)
+
+
+def _show(table: Table) -> None:
+    from rich.console import Console
+
+    console = Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH, highlight=False, markup=False, emoji=False)
+    with console.capture() as captured:
+        console.print(table)
+    # Rich fills every line up to the table's width; what is piped or copied should not carry that.
+    lines = [line.rstrip() for line in captured.get().splitlines()]
+    print("\n".join(line for line in lines if line))
+
+
+def print_profile(report: ProfileReport) -> None:
+    """What `pinfer profile` counted: active neurons, and how few of them do most of the work."""
+    rows = [
+        (str(layer.layer), percent(layer.active), percent(layer.most), percent(layer.never)) for layer in report.layers
+    ]
+    rows.append(("whole model", percent(report.active), percent(report.most), percent(report.never)))
+    title = f"{report.tokens:,} tokens of {report.corpus}"
+    if report.interrupted:
+        title += f", stopped before {report.tokens_wanted:,}"
+    print_table(title, ("layer", "active", "make 80 %", "never active"), rows)
+    print_paths(report.path, report.samples_path)
+
+
+def print_split(report: SplitReport) -> None:
+    """What `pinfer split` wrote."""
+    types = dict.fromkeys((*report.hot_down_types, *report.cold_down_types))
+    facts = [
+        ("hot neurons", f"{report.n_hot:,} ({format_bytes(report.hot_bytes)})"),
+        ("cold neurons", f"{report.n_cold:,} ({format_bytes(report.cold_bytes)})"),
+        ("ordered by", report.order),
+        ("down rows", ", ".join(types)),
+        ("speed", f"{format_bytes((report.hot_bytes + report.cold_bytes) / max(report.seconds, 1e-9))}/s"),
+        ("verified", "hot and cold together are the model" if report.verified else "no (--verify proves it)"),
+    ]
+    print_facts("", facts)
+    print_paths(report.hot, report.cold)
+
+
+def print_paths(*paths: Path | None) -> None:
+    """The files that were written, on stderr."""
+    for path in paths:
+        if path is not None:
+            say(f"wrote {path} ({format_bytes(path.stat().st_size)})")
