@@ -95,6 +95,9 @@ build: $(NATIVE)/build.ninja
 demo: build
 	@$(BIN)/python -m pinfer.demo
 
+# Threads that wait for each other by spinning cost a busy machine tenfold.
+test test-sanitize: export OMP_WAIT_POLICY ?= passive
+
 test: build
 	@$(BIN)/ctest --test-dir $(NATIVE) --output-on-failure --no-tests=error
 	@$(BIN)/python -m pytest -q

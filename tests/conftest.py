@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import os
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from models.synth import SynthOptions, write_model
+
 # Threads that spin while they wait are quick on a quiet machine and ten times too slow on a shared one. libgomp reads
 # this once, when the first test loads it.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+# Threads that wait for each other by spinning cost a busy machine tenfold; libgomp reads this when it is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -56,3 +62,18 @@ def tiny_relu2(copy_model: Callable[[str], Path]) -> Path:
 def tiny_reglu(copy_model: Callable[[str], Path]) -> Path:
     """A copy of models/tiny-reglu.gguf: llama with pinfer.ffn.activation = reglu; stock libllama would apply SiLU."""
     return copy_model("tiny-reglu.gguf")
+
+
+@pytest.fixture(scope="session")
+def _synthetic_master(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("synthetic") / "synthetic.gguf"
+    write_model(path, SynthOptions())
+    return path
+
+
+@pytest.fixture
+def synthetic(_synthetic_master: Path, tmp_path: Path) -> Path:
+    """A copy of a small synthetic reglu model (llama, 256 x 768, 2 layers) with planted activation frequencies."""
+    folder = tmp_path / "models"
+    folder.mkdir(exist_ok=True)
+    return Path(shutil.copy(_synthetic_master, folder / "synthetic.gguf"))
