@@ -1,0 +1,275 @@
+"""Counts which neurons fire on a text, at the speed of prefill, and keeps FFN inputs for training the predictor."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pinfer.corpus import Corpus, open_corpus
+from pinfer.errors import PinferError
+from pinfer.model import Model, open_model
+from pinfer.profile_file import ProfileFile, samples_writer
+from pinfer.progress import NULL_PROGRESS, Progress
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from pinfer.engine import Engine
+    from pinfer.native import PluginLibrary
+
+MAX_CONTEXT = 2048
+BATCH = 512
+MAX_SAMPLES = 8192
+SAMPLE_BYTES = 1 << 30
+
+# The share of a layer's activations by which its skewness is told (paper, section 2).
+MOST = 0.8
+
+
+@dataclass(frozen=True)
+class ProfileOptions:
+    """Settings of ``pinfer profile``; every default is the command line's."""
+
+    dataset: str = "wikitext"
+    n_tokens: int = 131072
+    n_ctx: int = 0  # 0: the model's own, at most MAX_CONTEXT
+    n_threads: int | None = None
+    n_samples: int | None = None  # None: MAX_SAMPLES, fewer where they would take more than SAMPLE_BYTES
+    activation: str | None = None
+    n_gpu_layers: int = 0
+
+
+@dataclass(frozen=True)
+class LayerProfile:
+    """What a layer's counts say."""
+
+    layer: int
+    active: float
+    """share of its neurons that fire for a token, on average"""
+    most: float
+    """share of its neurons that make 80 % of its activations"""
+    never: float
+    """share of its neurons that never fired"""
+
+
+@dataclass(frozen=True)
+class ProfileReport:
+    """What was counted, and where it was written."""
+
+    path: Path
+    samples_path: Path | None
+    corpus: str
+    tokens: int
+    tokens_wanted: int
+    n_samples: int
+    seconds: float
+    interrupted: bool
+    active: float
+    most: float
+    never: float
+    layers: tuple[LayerProfile, ...]
+
+    def to_json(self) -> dict[str, object]:
+        """The report as plain JSON values."""
+        report = asdict(self)
+        report["path"] = str(self.path)
+        report["samples_path"] = str(self.samples_path) if self.samples_path else None
+        report["tokens_per_second"] = self.tokens / self.seconds if self.seconds > 0 else 0.0
+        return report
+
+
+def share_of_most(count: NDArray[np.int64], share: float = MOST) -> float:
+    """Smallest share of neurons whose counts make ``share`` of the sum of ``count`` ``[n]``; 0 when nothing fired."""
+    import numpy as np
+
+    total = int(count.sum())
+    if total == 0:
+        return 0.0
+    sums = np.cumsum(np.sort(count)[::-1])
+    return float(np.searchsorted(sums, share * total) + 1) / count.size
+
+
+def profile(model_path: Path, options: ProfileOptions, progress: Progress = NULL_PROGRESS) -> ProfileReport:
+    """Run ``options.n_tokens`` tokens of text through the model and count what fires; write profile and samples.
+
+    After Ctrl-C what was counted is written all the same, and the report says ``interrupted``. Raises PinferError for a
+    model without exact zeros, a data set that cannot be had, or a folder that cannot be written.
+    """
+    from pinfer import paths
+    from pinfer.engine import Engine, PluginConfig
+    from pinfer.native import load_plugin
+
+    _check(options)
+    model = open_model(model_path, options.activation)
+    if not model.is_sparse:
+        raise PinferError(
+            f"{model.name} has no exact zeros to count: its FFN is not of the ReLU family",
+            "run it as it is: pinfer run, or name what its FFN computes: --activation relu|relu2|reglu|drelu",
+        )
+    folder = paths.artefact_dir(model.path, model.fingerprint, for_writing=True)
+    corpus = open_corpus(options.dataset, progress)
+    n_ctx = options.n_ctx or min(model.n_ctx_train or MAX_CONTEXT, MAX_CONTEXT)
+    with Engine(
+        model.path,
+        plugin=PluginConfig(activation=model.activation),
+        n_ctx=n_ctx,
+        n_batch=BATCH,
+        n_threads=options.n_threads,
+        n_gpu_layers=options.n_gpu_layers,
+    ) as engine:
+        windows = _collect(engine, corpus, options.n_tokens, n_ctx)
+        n_tokens = sum(map(len, windows))
+        if n_tokens == 0:
+            raise PinferError(f"{corpus.name} holds no text", "use another text: --dataset c4|wikitext|FILE")
+        if n_tokens < options.n_tokens:
+            progress.note(f"{corpus.name} has {n_tokens:,} tokens, fewer than the {options.n_tokens:,} asked for")
+        plugin = load_plugin()
+        n_samples = min(n_tokens, _n_samples(options, model))
+        plugin.observer_start(n_samples=n_samples, stride=_stride(n_tokens, n_samples, n_ctx))
+        seconds, interrupted = _count(engine, windows, n_tokens, progress)
+        plugin.observer_stop()
+        return _write(plugin, model, folder, corpus, options, seconds, interrupted, progress)
+
+
+def _check(options: ProfileOptions) -> None:
+    if options.n_tokens <= 0:
+        raise PinferError(f"cannot profile {options.n_tokens} tokens", "use --tokens 1 or more")
+    if options.n_ctx < 0 or (options.n_samples is not None and options.n_samples < 0):
+        raise PinferError("the context and the number of samples cannot be negative")
+
+
+def _n_samples(options: ProfileOptions, model: Model) -> int:
+    if options.n_samples is not None:
+        return options.n_samples
+    sample_bytes = model.n_layer * (2 * model.n_embd + -(-model.n_ff // 8))
+    return min(MAX_SAMPLES, SAMPLE_BYTES // sample_bytes)
+
+
+def _stride(n_tokens: int, n_samples: int, n_ctx: int) -> int:
+    """Every how many tokens one is kept: prime to the context, or the samples would favour some positions in it."""
+    stride = max(1, n_tokens // max(1, n_samples))
+    while math.gcd(stride, n_ctx) != 1:
+        stride -= 1
+    return stride
+
+
+def windows_of(engine: Engine, documents: Iterator[str], n_ctx: int) -> Iterator[list[int]]:
+    """Each document cut into sequences of at most ``n_ctx`` tokens, every one begun as the vocabulary asks."""
+    head = [engine.bos] if engine.bos is not None else []
+    for document in documents:
+        tokens = engine.tokenize(document, bos=False)
+        step = n_ctx - len(head)
+        for begin in range(0, len(tokens), step):
+            yield head + tokens[begin : begin + step]
+
+
+def _collect(engine: Engine, corpus: Corpus, n_tokens: int, n_ctx: int) -> list[list[int]]:
+    """Sequences of ``n_tokens`` tokens in all, or of all there are."""
+    windows: list[list[int]] = []
+    left = n_tokens
+    for window in windows_of(engine, corpus.documents(), n_ctx):
+        windows.append(window[:left])
+        left -= len(windows[-1])
+        if left == 0:
+            break
+    return windows
+
+
+def _count(
+    engine: Engine, windows: Sequence[Sequence[int]], n_tokens: int, progress: Progress
+) -> tuple[float, bool]:
+    """Run the windows through the observed model; seconds taken, and whether Ctrl-C ended it."""
+    import time
+
+    begin = time.monotonic()
+    interrupted = False
+    with progress.task("profile", n_tokens, "tokens") as advance:
+        try:
+            for window in windows:
+                engine.clear()
+                for at in range(0, len(window), engine.n_batch):
+                    piece = window[at : at + engine.n_batch]
+                    engine.feed(piece)
+                    advance(len(piece))
+        except KeyboardInterrupt:
+            interrupted = True
+    return time.monotonic() - begin, interrupted
+
+
+def _write(
+    plugin: PluginLibrary,
+    model: Model,
+    folder: Path,
+    corpus: Corpus,
+    options: ProfileOptions,
+    seconds: float,
+    interrupted: bool,
+    progress: Progress,
+) -> ProfileReport:
+    from pinfer import paths
+    from pinfer.artefact import replace_together
+
+    seen = [plugin.observer_layer(layer) for layer in range(model.n_layer)]
+    layers = [layer for layer in seen if layer is not None]
+    # A batch is in all layers or in none: the signal is seen between two calls of libllama.
+    tokens = min((layer.n_tokens for layer in layers), default=0)
+    if tokens == 0 and interrupted:
+        raise KeyboardInterrupt
+    if tokens == 0 or len(layers) < model.n_layer:
+        raise PinferError(
+            f"the plugin saw the FFN of {len(layers)} of the {model.n_layer} layers of {model.name}: "
+            "its graph is not one that pinfer knows",
+            "run it with --dense",
+        )
+    if interrupted:
+        progress.note(f"interrupted: keeping the {tokens:,} tokens that were counted")
+    settings = {**asdict(options), "command": "profile", "interrupted": interrupted}
+    result = ProfileFile(
+        tokens=tokens,
+        corpus=corpus.name,
+        corpus_sha256=corpus.sha256,
+        count=tuple(layer.count.astype("i8") for layer in layers),
+        mass=tuple(layer.mass for layer in layers),
+    )
+    n_samples = min(len(layer.x) for layer in layers)
+    writers = [result.writer(folder / paths.PROFILE, model, settings)]
+    try:
+        if n_samples:
+            samples = [(layer.x[:n_samples], layer.active[:n_samples]) for layer in layers]
+            writers.append(samples_writer(folder / paths.SAMPLES, model, settings, samples))
+        replace_together(writers)
+    finally:
+        for writer in writers:
+            writer.discard()
+    return _report(result, folder, options, n_samples, seconds, interrupted)
+
+
+def _report(
+    result: ProfileFile, folder: Path, options: ProfileOptions, n_samples: int, seconds: float, interrupted: bool
+) -> ProfileReport:
+    import numpy as np
+
+    from pinfer import paths
+
+    everything = np.concatenate(result.count)
+    return ProfileReport(
+        path=folder / paths.PROFILE,
+        samples_path=folder / paths.SAMPLES if n_samples else None,
+        corpus=result.corpus,
+        tokens=result.tokens,
+        tokens_wanted=options.n_tokens,
+        n_samples=n_samples,
+        seconds=seconds,
+        interrupted=interrupted,
+        active=float(everything.mean()) / result.tokens,
+        most=share_of_most(everything),
+        never=float((everything == 0).mean()),
+        layers=tuple(
+            LayerProfile(i, float(c.mean()) / result.tokens, share_of_most(c), float((c == 0).mean()))
+            for i, c in enumerate(result.count)
+        ),
+    )
