@@ -22,8 +22,8 @@ typedef void (*pinfer_axpy_fn)(int64_t n, float a, const void * row, float * y, 
 struct pinfer_kernel {
     enum ggml_type type;
     enum ggml_type x_type;
-    pinfer_dot_fn  dot;   // NULL only for the generic fallback, see pinfer_kernel_dot()
-    pinfer_axpy_fn axpy;
+    pinfer_dot_fn  dot;  // both NULL for a type without kernels of its own: call pinfer_kernel_dot()
+    pinfer_axpy_fn axpy; // and pinfer_kernel_axpy(), which know what to do then
 };
 
 // Kernels of a type for the instruction set in use, NULL for a type that llama.cpp cannot multiply.
