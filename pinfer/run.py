@@ -125,8 +125,8 @@ def runner_arguments(model_path: Path, options: RunOptions) -> list[str]:
 def run(model_path: Path, options: RunOptions) -> int:
     """Run the model with the terminal's stdin, stdout and stderr; returns the runner's exit code.
 
-    0, 1 after an error, which the runner has told, 2 for wrong usage, 130 after Ctrl-C, 141 when nobody reads stdout any
-    more. Raises PinferError when the runner is missing or is killed.
+    0, 1 after an error, which the runner has told, 2 for wrong usage, 130 after Ctrl-C, 141 when nobody reads stdout
+    any more. Raises PinferError when the runner is missing or is killed.
     """
     command = [str(runner_path()), *runner_arguments(model_path, options)]
     sys.stdout.flush()
@@ -148,8 +148,8 @@ def run(model_path: Path, options: RunOptions) -> int:
 def _ctrl_c_for(runner: subprocess.Popen[bytes]) -> Iterator[None]:
     """While the runner works, Ctrl-C is its business; whatever else ends this process ends the runner too.
 
-    A terminal sends Ctrl-C to both processes. Where there is none (a service, a script), the signal may have come to this
-    one alone, and is passed on.
+    A terminal sends Ctrl-C to both processes. Where there is none (a service, a script), the signal may have come to
+    this one alone, and is passed on.
     """
 
     def pass_on(signum: int, frame: FrameType | None) -> None:

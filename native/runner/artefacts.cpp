@@ -131,7 +131,8 @@ bool pinfer_artefacts_find(const std::string & model_path, const std::string & f
         return false;
     }
     if (!artefacts.hot.empty()) {  // a placement for a machine without a device leaves hot.gguf without tensors
-        struct gguf_context * gguf = pinfer_gguf_open(artefacts.hot, "run `pinfer split " + model_path + "` again", err);
+        const std::string     remedy = "run `pinfer split " + model_path + "` again";
+        struct gguf_context * gguf   = pinfer_gguf_open(artefacts.hot, remedy, err);
         if (!gguf) {
             return false;
         }

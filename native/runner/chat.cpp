@@ -1,7 +1,7 @@
 // chat.cpp: turns, the chat template, and the KV cache across turns.
 //
-// Only new tokens are decoded: the conversation is formatted whole, but as long as it begins with the text that is known
-// to lie in the cache, only the rest is tokenised and appended. Where a template rewrites the past, everything is
+// Only new tokens are decoded: the conversation is formatted whole, but as long as it begins with the text that is
+// known to lie in the cache, only the rest is tokenised and appended. Where a template rewrites the past, everything is
 // tokenised again and the longest common beginning is kept.
 #include "chat.h"
 
@@ -246,6 +246,10 @@ int turn_answer(chat & c) {
     if (!pinfer_sampler_create(c.args, c.grammar, c.seed++, c.session, sampler, err)) {
         pinfer_say_error(err);
         return 1;
+    }
+    if (c.args.verbose) {
+        pinfer_say_note(std::to_string(prompt.size()) + " tokens in the conversation, " +
+                        std::to_string(pinfer_session_common(c.session, prompt)) + " of them in the KV cache");
     }
     const bool    plain = c.chat_template.empty();
     const int32_t limit = c.args.n_predict >= 0 ? c.args.n_predict : plain ? plain_answer_tokens : -1;

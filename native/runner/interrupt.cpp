@@ -19,23 +19,33 @@ std::atomic<int> pending{ 0 };
 int              wake_pipe[2] = { -1, -1 };  // any thread may get the signal, so a flag and EINTR are not enough
 char             name_of_model[512];
 
-void say(const char * text) {
-    const ssize_t ignored = write(STDERR_FILENO, text, strlen(text));
-    (void) ignored;
-}
-
+// One line on stderr in one piece; only the first thread that gets here speaks.
 [[noreturn]] void leave_with_line(const char * cause) {
-    say("error: ");
-    if (current_stage.load() == PINFER_STAGE_LOADING) {
-        say(name_of_model);
-        say(": libllama cannot load this file (");
-        say(cause);
-        say("); its header is probably damaged, fetch it again\n");
-    } else {
-        say("libggml stopped: ");
-        say(cause);
-        say("; run with -v for its log\n");
+    static std::atomic<bool> spoken{ false };
+    if (spoken.exchange(true)) {
+        pause();
     }
+    char         line[1024];
+    const bool   loading  = current_stage.load() == PINFER_STAGE_LOADING;
+    const char * parts[4] = { "error: libggml stopped: ", cause, "; run with -v for its log\n", "" };
+    if (loading) {
+        parts[0] = "error: ";
+        parts[1] = name_of_model;
+        parts[2] = ": the header is probably damaged, fetch the model again; libllama stopped at ";
+        parts[3] = cause;
+    }
+    size_t n = 0;
+    for (const char * part : parts) {
+        const size_t length = strlen(part);
+        const size_t fits   = length < sizeof(line) - 1 - n ? length : sizeof(line) - 1 - n;
+        memcpy(line + n, part, fits);
+        n += fits;
+    }
+    if (line[n - 1] != '\n') {
+        line[n++] = '\n';
+    }
+    const ssize_t ignored = write(STDERR_FILENO, line, n);
+    (void) ignored;
     _exit(1);
 }
 

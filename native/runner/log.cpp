@@ -2,6 +2,7 @@
 #include "log.h"
 
 #include "llama.h"
+#include "text.h"
 
 #include <cctype>
 #include <cstdio>
@@ -13,11 +14,11 @@ namespace {
 
 // The log callback may be called from threads of a backend.
 std::mutex  log_mutex;
-std::string last_error;
+std::string first_error;
 bool        log_verbose    = false;
 int         stderr_saved   = -1;     // while stderr is caught: the real one, and the memory it goes to
 int         stderr_memory  = -1;
-bool        log_error_open = false;  // the last error line has not ended yet: continuations belong to it
+bool        log_error_open = false;  // the first error line has not ended yet: continuations belong to it
 
 // "llama_model_load: error loading model: x" -> "error loading model: x"
 std::string without_function_name(const std::string & line) {
@@ -37,22 +38,20 @@ void on_log(enum ggml_log_level level, const char * text, void *) {
         fputs(text, stderr);
         fflush(stderr);
     }
-    if (level == GGML_LOG_LEVEL_CONT ? !log_error_open : level != GGML_LOG_LEVEL_ERROR) {
-        log_error_open = level == GGML_LOG_LEVEL_CONT && log_error_open;
+    if (level == GGML_LOG_LEVEL_CONT ? !log_error_open : level != GGML_LOG_LEVEL_ERROR || !first_error.empty()) {
+        log_error_open = false;
         return;
     }
     std::string line(text);
+    log_error_open = line.empty() || line.back() != '\n';
     while (!line.empty() && (line.back() == '\n' || line.back() == ' ')) {
         line.pop_back();
     }
-    if (!line.empty()) {
-        last_error = level == GGML_LOG_LEVEL_CONT ? last_error + line : line;
-    }
-    log_error_open = true;
+    first_error += line;
 }
 
 void say(const char * kind, const std::string & text) {
-    std::string line = kind + text;
+    std::string line = kind + pinfer_utf8_clean(text);  // a damaged file may be quoted
     for (char & c : line) {
         if (c == '\n' || c == '\r') {
             c = ' ';
@@ -68,14 +67,14 @@ void pinfer_log_install(bool verbose) {
     llama_log_set(on_log, nullptr);
 }
 
-std::string pinfer_log_last_error(void) {
+std::string pinfer_log_error(void) {
     const std::lock_guard<std::mutex> guard(log_mutex);
-    return without_function_name(last_error);
+    return without_function_name(first_error);
 }
 
 void pinfer_log_clear(void) {
     const std::lock_guard<std::mutex> guard(log_mutex);
-    last_error.clear();
+    first_error.clear();
     log_error_open = false;
 }
 

@@ -65,7 +65,7 @@ struct gguf_context * pinfer_gguf_open(const std::string & path, const std::stri
     params.no_alloc                = true;
     struct gguf_context * gguf     = gguf_init_from_file(path.c_str(), params);
     if (!gguf) {
-        const std::string cause = pinfer_log_last_error();
+        const std::string cause = pinfer_log_error();
         err = path + ": damaged or cut short GGUF header" + (cause.empty() ? "" : " (" + cause + ")") + "; " + remedy;
         return nullptr;
     }

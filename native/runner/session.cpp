@@ -33,8 +33,8 @@ bool cache_type_parse(const std::string & name, enum ggml_type & type) {
 }
 
 // Activation to configure the plugin with; OTHER means that the model runs dense, with the reason in `why`.
-bool activation_choose(const pinfer_arguments & args, const pinfer_model_file & file, enum pinfer_activation & activation,
-                       std::string & why, std::string & err) {
+bool activation_choose(const pinfer_arguments & args, const pinfer_model_file & file,
+                       enum pinfer_activation & activation, std::string & why, std::string & err) {
     if (!args.activation.empty()) {
         activation = args.activation == "other" ? PINFER_ACT_OTHER : pinfer_activation_parse(args.activation.c_str());
         if (activation == PINFER_ACT_GRAPH) {
@@ -69,8 +69,8 @@ ggml_backend_reg_t plugin_register(std::string & err) {
     ggml_backend_reg_t reg  = ggml_backend_load(info.dli_fname);
     const std::string  said = pinfer_stderr_release();
     if (!reg) {
-        err = said.empty() ? std::string(info.dli_fname) + " cannot be loaded (" + pinfer_log_last_error() + "); run `make build`"
-                           : said.substr(0, said.find('\n'));
+        err = !said.empty() ? said.substr(0, said.find('\n'))
+                            : info.dli_fname + (" cannot be loaded (" + pinfer_log_error()) + "); run `make build`";
     } else if (!said.empty()) {
         fputs(said.c_str(), stderr);
     }
@@ -93,7 +93,7 @@ bool artefacts_choose(const pinfer_arguments & args, pinfer_session & session, s
         return true;
     }
     if (session.file.n_split > 1) {
-        pinfer_say_note(session.file.path + " is one of several files, artefacts are not used; merge it into one GGUF");
+        session.notes.push_back(session.file.path + " is one of several files: artefacts are not used; merge them");
         return true;
     }
     pinfer_artefacts & a = session.artefacts;
@@ -115,8 +115,8 @@ bool artefacts_choose(const pinfer_arguments & args, pinfer_session & session, s
         return false;
     }
     if (a.n_hot > 0 && a.cold.empty() && args.device != "none") {
-        pinfer_say_note("the placement is not split yet, nothing runs on the device; run `pinfer split " +
-                        session.file.path + "`");
+        session.notes.push_back("the placement is not split yet, nothing runs on the device; run `pinfer split " +
+                                session.file.path + "`");
     }
     return true;
 }
@@ -158,7 +158,9 @@ bool devices_choose(const pinfer_arguments & args, pinfer_session & session, ggm
         if (!device && session.artefacts.hot.empty()) {
             err = "there is no device " + args.device + "; devices are:";
             for (size_t i = 0; i < ggml_backend_dev_count(); i++) {
-                err += std::string(" ") + ggml_backend_dev_name(ggml_backend_dev_get(i));
+                if (ggml_backend_dev_type(ggml_backend_dev_get(i)) != GGML_BACKEND_DEVICE_TYPE_ACCEL) {
+                    err += std::string(" ") + ggml_backend_dev_name(ggml_backend_dev_get(i));
+                }
             }
             return false;
         }
@@ -203,7 +205,11 @@ bool model_load(const pinfer_arguments & args, pinfer_session & session, ggml_ba
     pinfer_log_clear();
     session.model = llama_model_load_from_file(session.file.path.c_str(), params);
     if (!session.model) {
-        const std::string cause = pinfer_log_last_error();
+        const std::string prefix = "error loading model: ";
+        std::string       cause  = pinfer_log_error();
+        if (cause.compare(0, prefix.size(), prefix) == 0) {
+            cause.erase(0, prefix.size());
+        }
         err = session.file.path + ": libllama cannot load it" + (cause.empty() ? "" : " (" + cause + ")") +
               "; -v shows its log";
         return false;
@@ -245,7 +251,7 @@ bool context_create(const pinfer_arguments & args, pinfer_session & session, std
     pinfer_log_clear();
     session.context = llama_init_from_model(session.model, params);
     if (!session.context) {
-        const std::string cause = pinfer_log_last_error();
+        const std::string cause = pinfer_log_error();
         err = "no context of " + std::to_string(n_ctx) + " tokens" + (cause.empty() ? "" : " (" + cause + ")") +
               "; try a smaller one with -c";
         return false;
@@ -285,11 +291,11 @@ int pinfer_session_open(const pinfer_arguments & args, pinfer_session & session)
         return 2;
     }
     if (!args.dense && !sparse) {
-        pinfer_say_note("running dense: " + why);
+        session.notes.push_back("running dense: " + why);
     } else if (args.dense && activation != PINFER_ACT_OTHER &&
                pinfer_arch_activation(session.file.arch.c_str()) != activation) {
-        pinfer_say_note(std::string("stock libllama does not know that this model's FFN is ") +
-                        pinfer_activation_name(activation) + ", its text will be wrong; leave out --dense");
+        session.notes.push_back(std::string("stock libllama does not know that this model's FFN is ") +
+                                pinfer_activation_name(activation) + ", its text will be wrong; leave out --dense");
     }
     llama_backend_init();
     ggml_backend_reg_t plugin = nullptr;
@@ -299,7 +305,13 @@ int pinfer_session_open(const pinfer_arguments & args, pinfer_session & session)
             return 1;
         }
     }
-    return model_load(args, session, plugin, err) && context_create(args, session, err) ? 0 : 1;
+    if (!model_load(args, session, plugin, err) || !context_create(args, session, err)) {
+        return 1;
+    }
+    for (const std::string & note : session.notes) {  // not before: an error should stand alone
+        pinfer_say_note(note);
+    }
+    return 0;
 }
 
 void pinfer_session_close(pinfer_session & session) {
@@ -377,16 +389,21 @@ static enum pinfer_decode_result decode(pinfer_session & session, const llama_to
     if (status == 1) {
         return PINFER_DECODE_FULL;
     }
-    const std::string cause = pinfer_log_last_error();
+    const std::string cause = pinfer_log_error();
     session.error = "decoding failed" + (cause.empty() ? "" : " (" + cause + ")") + "; -v shows libllama's log";
     return PINFER_DECODE_FAILED;
 }
 
-enum pinfer_decode_result pinfer_session_sync(pinfer_session & session, const std::vector<llama_token> & prompt) {
-    size_t keep = 0;
-    while (keep < prompt.size() && keep < session.tokens.size() && prompt[keep] == session.tokens[keep]) {
-        keep++;
+size_t pinfer_session_common(const pinfer_session & session, const std::vector<llama_token> & prompt) {
+    size_t n = 0;
+    while (n < prompt.size() && n < session.tokens.size() && prompt[n] == session.tokens[n]) {
+        n++;
     }
+    return n;
+}
+
+enum pinfer_decode_result pinfer_session_sync(pinfer_session & session, const std::vector<llama_token> & prompt) {
+    size_t keep = pinfer_session_common(session, prompt);
     if (keep == prompt.size() && keep > 0) {
         keep--;  // the last token's logits are needed
     }

@@ -32,6 +32,7 @@ struct pinfer_session {
     uint32_t                   n_ctx   = 0;  // tokens that may be used
     std::vector<llama_token>   tokens;       // what lies in the KV cache, in order
     std::string                error;
+    std::vector<std::string>   notes;        // what the user should know about the way the model runs
 
     // speed: prompt tokens and generated tokens are told apart by who asks for the decode
     uint64_t n_prompt = 0, n_generated = 0;
@@ -51,6 +52,9 @@ bool        pinfer_session_tokenize(const pinfer_session & session, const std::s
                                     std::vector<llama_token> & tokens);
 std::string pinfer_session_piece(const pinfer_session & session, llama_token token);
 bool        pinfer_session_has_token(const pinfer_session & session, const char * text);  // one token of the vocabulary
+
+// How many tokens at the beginning of `prompt` already lie in the KV cache.
+size_t pinfer_session_common(const pinfer_session & session, const std::vector<llama_token> & prompt);
 
 // Makes the KV cache hold exactly `prompt`, decoding only what differs from what lies there, with the logits of its
 // last token ready. After an interruption session.tokens says how far it came.
