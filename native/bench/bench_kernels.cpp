@@ -1,8 +1,9 @@
-// bench_kernels.cpp: how fast rows are multiplied (dot) and added (axpy), in GB/s of row bytes, against a plain read of the
-// same memory. Rows are visited in order (contiguous), in random order as active neurons are (scattered), and from a few
-// rows that stay in the cache, which shows what the arithmetic alone could do. Every kernel is checked before it is timed.
+// bench_kernels.cpp: how fast rows are multiplied (dot) and added (axpy), in GB/s of row bytes, against a plain read
+// of the same memory. Rows are visited in order (contiguous), in random order as active neurons are (scattered), and
+// from a few rows that stay in the cache, which shows what the arithmetic alone could do. Every kernel is checked
+// before it is timed.
 //
-//   bench_kernels [-n ROW_LENGTH] [-t THREADS] [-r REPETITIONS] [--mib BUFFER] [--type NAME]
+//   bench_kernels [-n ROW_LENGTH] [-t THREADS] [-r REPETITIONS] [--mib MIB] [--type NAME]
 #include "ggml-cpu.h"
 #include "tables.h"
 
@@ -115,9 +116,10 @@ static std::vector<float> random_values(int64_t n, std::mt19937_64 * rng) {
     return v;
 }
 
-// Fast but wrong is worth nothing: dot and axpy of one row against float64, to a relative error that no working kernel nears
-// (the tests hold them to the exact bound).
-static bool is_right(const options & o, const struct pinfer_kernel * k, const void * row, const std::vector<float> & x) {
+// Fast but wrong is worth nothing: dot and axpy of one row against float64, to a relative error that no working
+// kernel nears (the tests hold them to the exact bound).
+static bool is_right(const options & o, const struct pinfer_kernel * k, const void * row,
+                     const std::vector<float> & x) {
     std::vector<float> w((size_t) o.n), y((size_t) o.n), scratch((size_t) o.n);
     if (k->type == GGML_TYPE_F32) {
         memcpy(w.data(), row, w.size() * sizeof(float));
@@ -229,7 +231,7 @@ static bool parse(int argc, char ** argv, options * o) {
 int main(int argc, char ** argv) {
     options o;
     if (!parse(argc, argv, &o)) {
-        fprintf(stderr, "usage: bench_kernels [-n ROW_LENGTH] [-t THREADS] [-r REPETITIONS] [--mib BUFFER] [--type NAME]\n");
+        fprintf(stderr, "usage: bench_kernels [-n ROW_LENGTH] [-t THREADS] [-r REPETITIONS] [--mib MIB] [--type NAME]\n");
         return 2;
     }
     std::vector<uint64_t> memory(o.bytes / 8 + 1, 1);

@@ -1,5 +1,5 @@
-// avx2.cpp: primitives of 32 bytes, two registers for 64 weights. Needs AVX2, FMA and F16C; empty when compiled without them.
-// Only C headers and intrinsics here, see avx512.cpp.
+// avx2.cpp: primitives of 32 bytes, two registers for 64 weights. Needs AVX2, FMA and F16C; empty when compiled
+// without them. Only C headers and intrinsics here, see avx512.cpp.
 #include "tables.h"
 
 #if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)

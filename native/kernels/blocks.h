@@ -1,14 +1,14 @@
 // blocks.h: the byte layouts of ggml's quantised blocks that have kernels here, as documented for GGUF files.
 //
-// Scales are byte arrays, so that a block may lie at any address. Every function is static: this header is compiled into
-// files with different instruction set flags, and nothing of it may be shared between them by the linker.
+// Scales are byte arrays, so that a block may lie at any address. Every function is static: this header is compiled
+// into files with different instruction set flags, and nothing of it may be shared between them by the linker.
 #pragma once
 
 #include <stdint.h>
 #include <string.h>
 
-// 32 weights, weight = d * q. q is 8 bits; 4 bits minus 8 (low nibbles first half, high nibbles second half); 5 bits minus
-// 16 (the fifth bit of weight i is bit i of qh).
+// 32 weights, weight = d * q. q is 8 bits; 4 bits minus 8 (low nibbles first half, high nibbles second half); 5 bits
+// minus 16 (the fifth bit of weight i is bit i of qh).
 struct block_q8_0 {
     uint8_t d[2]; // F16
     int8_t  q[32];
@@ -39,8 +39,8 @@ struct block_q5_1 {
     uint8_t q[16];
 };
 
-// 256 weights in 8 groups of 32, weight = d * scale[group] * q - dmin * min[group]; scales and mins are packed to 6 bits.
-// Byte 32*j + i of q holds weight i of group 2j (low nibble) and of group 2j+1 (high nibble).
+// 256 weights in 8 groups of 32, weight = d * scale[group] * q - dmin * min[group]; scales and mins are packed to 6
+// bits. Byte 32*j + i of q holds weight i of group 2j (low nibble) and of group 2j+1 (high nibble).
 struct block_q4_k {
     uint8_t d[2];
     uint8_t dmin[2];
@@ -56,8 +56,9 @@ struct block_q5_k {
     uint8_t q[128];
 };
 
-// 256 weights in 16 groups of 16, weight = d * scale[group] * (q - 32), q of 6 bits. Each half of 128 weights takes 64 bytes
-// of ql (low nibbles: weights 0-63, high nibbles: 64-127) and 32 of qh (two bits each for weights i, i+32, i+64, i+96).
+// 256 weights in 16 groups of 16, weight = d * scale[group] * (q - 32), q of 6 bits. Each half of 128 weights takes
+// 64 bytes of ql (low nibbles: weights 0-63, high nibbles: 64-127) and 32 of qh (two bits each for weights i, i+32,
+// i+64, i+96).
 struct block_q6_k {
     uint8_t ql[128];
     uint8_t qh[64];
@@ -114,9 +115,9 @@ static inline float load_bf16(const void * p) {
     return load_f32(&bits);
 }
 
-// The 8 scales and 8 mins (0..63) of a Q4_K or Q5_K block, one per byte, first in the lowest: the first four have their six
-// bits in bytes 0-3 (mins: 4-7); the last four have their low bits in the nibbles of bytes 8-11 and their high two on top of
-// the first four.
+// The 8 scales and 8 mins (0..63) of a Q4_K or Q5_K block, one per byte, first in the lowest: the first four have
+// their six bits in bytes 0-3 (mins: 4-7); the last four have their low bits in the nibbles of bytes 8-11 and their
+// high two on top of the first four.
 struct scales_k4 {
     uint64_t scale, min;
 };

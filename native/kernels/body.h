@@ -1,7 +1,8 @@
 // body.h: the kernels themselves, written once over the primitives that an instruction set's file defines before it
 // includes this one. Everything is static, see blocks.h.
 //
-// An int8x64 holds 64 integer weights. A scale64 holds one float for each 16 of them, in the shape dot_* and axpy_* want.
+// An int8x64 holds 64 integer weights. A scale64 holds one float for each 16 of them, in the shape dot_* and axpy_*
+// want.
 //
 //   vec, VEC_LANES                    float vector
 //   vec_zero/load/load_f16/load_bf16/store/set1/set1_f16/add/mul/fma(a, b, c) = a*b + c/sum
@@ -10,7 +11,7 @@
 //   load_nibbles_k(p)                 low nibbles of 32 bytes, then their high nibbles
 //   load_low/high_nibbles(p)          low / high nibbles of 64 bytes
 //   load_fifth_bits(a, b)             bits of the 4 bytes at a, then at b: 16 where set, 0 where not
-//   load_shifted<s, t>(p)             32 bytes >> s, then the same 32 bytes >> t (bits above the low 8 - shift: undefined)
+//   load_shifted<s, t>(p)             32 bytes >> s, then the same 32 bytes >> t (high bits: undefined)
 //   or_high<mask>(w, h)               w | (h & mask) << 4
 //   subtract<c>(w)                    w - c
 //   ones()                            64 times 1
@@ -67,7 +68,7 @@ void axpy_float(int64_t n, float a, const void * row, float * y, float *) {
     }
 }
 
-// ---- blocks of 32 weights, two at a time --------------------------------------------------------------------------------
+// ---- blocks of 32 weights, two at a time ----------------------------------------------------------------------
 
 int8x64 weights(const block_q8_0 * a, const block_q8_0 * b) {
     return load_bytes(a->q, b->q);
@@ -183,7 +184,7 @@ void axpy_q4_1(int64_t n, float a, const void * row, float * y, float *) {
     }
 }
 
-// ---- blocks of 256 weights, in four parts of 64 --------------------------------------------------------------------------
+// ---- blocks of 256 weights, in four parts of 64 ---------------------------------------------------------------
 
 template <int part> int8x64 weights(const block_q4_k * b) {
     return load_nibbles_k(b->q + 32 * part);

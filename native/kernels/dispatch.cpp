@@ -1,4 +1,5 @@
-// dispatch.cpp: the public interface of kernels.h. Chooses a table once, and gives the types that no table knows to ggml.
+// dispatch.cpp: the public interface of kernels.h. Chooses a table once, and gives the types that no table knows to
+// ggml.
 #include "ggml-cpu.h"
 #include "tables.h"
 
@@ -88,7 +89,8 @@ float pinfer_kernel_dot(const struct pinfer_kernel * k, int64_t n, const void * 
     return sum;
 }
 
-void pinfer_kernel_axpy(const struct pinfer_kernel * k, int64_t n, float a, const void * row, float * y, float * scratch) {
+void pinfer_kernel_axpy(const struct pinfer_kernel * k, int64_t n, float a, const void * row, float * y,
+                        float * scratch) {
     if (k->axpy != nullptr) {
         k->axpy(n, a, row, y, scratch);
         return;

@@ -31,13 +31,15 @@ struct pinfer_kernel {
 const struct pinfer_kernel * pinfer_kernel_get(enum ggml_type type);
 
 float pinfer_kernel_dot (const struct pinfer_kernel * k, int64_t n, const void * row, const void * x);
-void  pinfer_kernel_axpy(const struct pinfer_kernel * k, int64_t n, float a, const void * row, float * y, float * scratch);
+void  pinfer_kernel_axpy(const struct pinfer_kernel * k, int64_t n, float a, const void * row, float * y,
+                         float * scratch);
 
 // Bytes of n prepared values, and the preparation itself (x_type F32: a copy).
 size_t pinfer_kernel_prepared_size(enum ggml_type x_type, int64_t n);
 void   pinfer_kernel_prepare(enum ggml_type x_type, const float * x, void * dst, int64_t n);
 
-// "avx512", "avx2", "neon", "scalar". PINFER_ISA forces one that the machine has; anything else is ignored with a warning.
+// "avx512", "avx2", "neon", "scalar". PINFER_ISA forces one that the machine has; anything else is ignored with a
+// warning.
 const char * pinfer_kernel_isa(void);
 
 #ifdef __cplusplus

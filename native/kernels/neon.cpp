@@ -1,5 +1,5 @@
-// neon.cpp: primitives of 16 bytes, four registers for 64 weights. Base ARMv8 suffices; the dot product instructions are
-// used where the compiler may (-march=armv8.2-a+dotprod). Empty on other machines.
+// neon.cpp: primitives of 16 bytes, four registers for 64 weights. Base ARMv8 suffices; the dot product instructions
+// are used where the compiler may (-march=armv8.2-a+dotprod). Empty on other machines.
 #include "tables.h"
 
 #if defined(__aarch64__) && defined(__ARM_NEON)

@@ -1,5 +1,5 @@
-// scalar.cpp: the reference kernels, in plain loops. Each quantised type is unpacked into integers, one scale per 16 weights
-// and one offset per 32; what the other files do is measured against this.
+// scalar.cpp: the reference kernels, in plain loops. Each quantised type is unpacked into integers, one scale per 16
+// weights and one offset per 32; what the other files do is measured against this.
 #include "blocks.h"
 #include "tables.h"
 

@@ -1,5 +1,5 @@
-// tables.h: one table of kernels per instruction set, and which of them this machine can run. Internal to native/kernels
-// and its tests.
+// tables.h: one table of kernels per instruction set, and which of them this machine can run. Internal to
+// native/kernels and its tests.
 #pragma once
 
 #include "kernels.h"

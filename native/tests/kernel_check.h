@@ -33,10 +33,10 @@ struct random_source {
 
 constexpr double EPS_F32 = 0x1p-24; // relative error of one rounding
 
-// Tolerance of a dot product of n elements summed in n_sums steps. A step is off by at most eps times the partial sum so far;
-// the x of these tests have random signs, so a partial sum is about |w||x| / sqrt(n) and the errors of the steps grow with the
-// root of their number (four deviations). `terms` is for the roundings of scales and offsets before the sum. |w| is to
-// include what cancels within a weight (scale * q against the offset of its block).
+// Tolerance of a dot product of n elements summed in n_sums steps. A step is off by at most eps times the partial sum
+// so far; the x of these tests have random signs, so a partial sum is about |w||x| / sqrt(n) and the errors of the
+// steps grow with the root of their number (four deviations). `terms` is for the roundings of scales and offsets
+// before the sum. |w| is to include what cancels within a weight (scale * q against the offset of its block).
 inline double dot_tolerance(int64_t n, int64_t n_sums, double terms, double norm_w, double norm_x) {
     return EPS_F32 * (4.0 * sqrt((double) n_sums) + terms) * 2.0 * norm_w * norm_x / sqrt((double) n) + 1e-37;
 }

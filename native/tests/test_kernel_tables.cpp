@@ -1,6 +1,6 @@
-// test_kernel_tables.cpp: every kernel table this machine can run against the scalar one, on rows of random bytes, which
-// reach the corners that a quantiser never writes (-128, full scales, any nibble). Links nothing of ggml, so it also runs
-// in an emulator of another architecture:
+// test_kernel_tables.cpp: every kernel table this machine can run against the scalar one, on rows of random bytes,
+// which reach the corners that a quantiser never writes (-128, full scales, any nibble). Links nothing of ggml, so it
+// also runs in an emulator of another architecture:
 //
 //   I="-I native/kernels -I <folder of ggml.h>"
 //   K="native/kernels/scalar.cpp native/kernels/neon.cpp native/kernels/isa.cpp"
@@ -71,7 +71,8 @@ static int8_t random_x(random_source * r) {
 }
 
 // x in the form a kernel takes, and as numbers.
-static std::vector<uint8_t> prepared_x(enum ggml_type x_type, int64_t n, random_source * r, std::vector<double> * values) {
+static std::vector<uint8_t> prepared_x(enum ggml_type x_type, int64_t n, random_source * r,
+                                       std::vector<double> * values) {
     values->resize((size_t) n);
     std::vector<uint8_t> x;
     if (x_type == GGML_TYPE_F32) {
@@ -138,7 +139,8 @@ static void test_type(const struct pinfer_kernel_table * table, const type_shape
     std::vector<float>       got  = y, expected = y;
     kernel->axpy(n, a, row, got.data(), scratch.data());
     reference->axpy(n, a, row, expected.data(), scratch.data());
-    const double largest = norm(weights) * 4.0 / sqrt((double) n); // of a block's scale * q or offset, before they cancel
+    // About the largest scale * q or offset, before they cancel.
+    const double  largest = norm(weights) * 4.0 / sqrt((double) n);
     worst_element axpy;
     for (int64_t i = 0; i < n; i++) {
         const double wi = t.block == 1 ? fabs(weights[(size_t) i]) : fabs(weights[(size_t) i]) + largest;

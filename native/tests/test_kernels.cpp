@@ -1,6 +1,7 @@
-// test_kernels.cpp: every type that llama.cpp multiplies, with every instruction set of this machine: dot and axpy against
-// float64 over the dequantised row and the dequantised x, and against ggml's own vec_dot. Rows come from ggml's quantiser.
-// Called with --forced ISA it checks, inside a process started with PINFER_ISA=ISA, that these are the kernels in use.
+// test_kernels.cpp: every type that llama.cpp multiplies, with every instruction set of this machine: dot and axpy
+// against float64 over the dequantised row and the dequantised x, and against ggml's own vec_dot. Rows come from
+// ggml's quantiser. Called with --forced ISA it checks, inside a process started with PINFER_ISA=ISA, that these are
+// the kernels in use.
 #include "blocks.h"
 #include "ggml-cpu.h"
 #include "kernel_check.h"
@@ -21,7 +22,8 @@ static const enum ggml_type TYPES[] = {
     GGML_TYPE_MXFP4,   GGML_TYPE_NVFP4,  GGML_TYPE_Q1_0,   GGML_TYPE_Q2_0,
 };
 
-static const enum ggml_type NOT_MULTIPLIED[] = { GGML_TYPE_I8, GGML_TYPE_I32, GGML_TYPE_F64, GGML_TYPE_Q8_1, GGML_TYPE_Q8_K };
+static const enum ggml_type NOT_MULTIPLIED[] = { GGML_TYPE_I8, GGML_TYPE_I32, GGML_TYPE_F64, GGML_TYPE_Q8_1,
+                                                  GGML_TYPE_Q8_K };
 
 // Types for which every table must have kernels of its own.
 static const enum ggml_type OWN[] = {
@@ -42,8 +44,8 @@ struct sample {
 // These quantisers spend seconds to build the tables they search, and every byte they could write is valid: their rows
 // are random bytes. The F16 scale leads a block, but for IQ1_M, where it is the high nibbles of the last four words.
 static bool is_slow_to_quantise(enum ggml_type type) {
-    return type == GGML_TYPE_IQ1_S || type == GGML_TYPE_IQ1_M || type == GGML_TYPE_IQ2_XXS || type == GGML_TYPE_IQ2_XS ||
-           type == GGML_TYPE_IQ2_S || type == GGML_TYPE_IQ3_XXS || type == GGML_TYPE_IQ3_S;
+    return type == GGML_TYPE_IQ1_S || type == GGML_TYPE_IQ1_M || type == GGML_TYPE_IQ2_XXS ||
+           type == GGML_TYPE_IQ2_XS || type == GGML_TYPE_IQ2_S || type == GGML_TYPE_IQ3_XXS || type == GGML_TYPE_IQ3_S;
 }
 
 static void random_row(enum ggml_type type, std::vector<uint8_t> * row, random_source * r) {
@@ -286,7 +288,8 @@ static void test_forcing(report * rep) {
     size_t                                    n;
     const struct pinfer_kernel_table * const * tables = pinfer_kernel_tables(&n);
     for (size_t i = 0; i < n; i++) {
-        rep->check(std::string("PINFER_ISA=") + tables[i]->isa + " is obeyed", runs_with(tables[i]->isa, tables[i]->isa));
+        const char * isa = tables[i]->isa;
+        rep->check(std::string("PINFER_ISA=") + isa + " is obeyed", runs_with(isa, isa));
     }
     rep->check("PINFER_ISA= means the best", runs_with("", tables[0]->isa));
     rep->check("an unknown PINFER_ISA is ignored", runs_with("mmx", tables[0]->isa));
