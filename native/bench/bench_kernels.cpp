@@ -231,7 +231,8 @@ static bool parse(int argc, char ** argv, options * o) {
 int main(int argc, char ** argv) {
     options o;
     if (!parse(argc, argv, &o)) {
-        fprintf(stderr, "usage: bench_kernels [-n ROW_LENGTH] [-t THREADS] [-r REPETITIONS] [--mib MIB] [--type NAME]\n");
+        fprintf(stderr, "usage: bench_kernels [-n ROW_LENGTH] [-t THREADS] [-r REPETITIONS] [--mib MIB] "
+                        "[--type NAME]\n");
         return 2;
     }
     std::vector<uint64_t> memory(o.bytes / 8 + 1, 1);
