@@ -39,17 +39,17 @@ DOWN_TYPES: Mapping[str, QuantisationError] = {
     "F16": QuantisationError(2.0**-11, 2.0**-25),
     "BF16": QuantisationError(2.0**-8, 0.0),
     "Q8_0": QuantisationError(0.006, 1e-5),
-    "Q6_K": QuantisationError(0.035, 1e-4),
-    "Q5_K": QuantisationError(0.09, 1e-4),
+    "Q6_K": QuantisationError(0.035, 2e-4),
+    "Q5_K": QuantisationError(0.09, 2e-4),
     "Q5_1": QuantisationError(0.042, 1e-5),
     "Q5_0": QuantisationError(0.068, 1e-5),
-    "Q4_K": QuantisationError(0.16, 1e-4),
+    "Q4_K": QuantisationError(0.16, 2e-4),
     "Q4_1": QuantisationError(0.075, 1e-5),
     "Q4_0": QuantisationError(0.13, 1e-5),
     "IQ4_NL": QuantisationError(0.16, 1e-5),
-    "IQ4_XS": QuantisationError(0.18, 1e-4),
-    "Q3_K": QuantisationError(0.35, 1e-4),
-    "Q2_K": QuantisationError(0.75, 1e-4),
+    "IQ4_XS": QuantisationError(0.18, 2e-4),
+    "Q3_K": QuantisationError(0.35, 2e-4),
+    "Q2_K": QuantisationError(0.75, 2e-4),
 }
 """What ``--down-type`` may be. Types that need an importance matrix, or that are coarser, would spoil the model."""
 

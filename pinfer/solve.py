@@ -278,8 +278,7 @@ def _report(
         "predictors": 0,
         "hot_neurons": hot_bytes,
     }
-    n_bytes["total"] = sum(n_bytes.values())
-    if n_bytes["total"] > budget.vram:
+    if sum(n_bytes.values()) > budget.vram:
         raise AssertionError(f"{n_bytes} exceed the budget of {budget.vram} bytes")
     all_activations = sum(float(layer.impact.sum()) for layer in layers)
     ffn = [cost.seconds(n) for cost, n in zip(costs, placed.n_groups, strict=True)]
