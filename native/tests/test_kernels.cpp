@@ -143,6 +143,13 @@ static double ggml_dot(const sample & s) {
     return sum;
 }
 
+// The row from element 1 on, which is at an odd address.
+static std::vector<uint8_t> shifted_by_one(const std::vector<uint8_t> & row) {
+    std::vector<uint8_t> shifted(1);
+    shifted.insert(shifted.end(), row.begin(), row.end());
+    return shifted;
+}
+
 // Quantised rows are summed as integers within 16 weights at least.
 static int64_t sums_of(enum ggml_type type, int64_t n) {
     return ggml_is_quantized(type) ? n / 16 : n;
@@ -165,8 +172,7 @@ static void test_dot(const struct pinfer_kernel * k, const sample & s, const std
     against_ggml.see(0, got, ggml_dot(s), 2.0 * tolerance + ggml_tolerance(s, xv));
     rep->line(name + " dot, ggml's", against_ggml);
 
-    std::vector<uint8_t> shifted(s.row.size() + 1);
-    memcpy(&shifted[1], s.row.data(), s.row.size());
+    const std::vector<uint8_t> shifted = shifted_by_one(s.row);
     if (k->dot != nullptr && k->dot(s.n, &shifted[1], x.data()) != got) {
         rep->check(name + " dot of a row at an odd address", false);
     }
@@ -186,8 +192,7 @@ static void test_axpy(const struct pinfer_kernel * k, const sample & s, const st
     }
     rep->line(name + " axpy", worst);
 
-    std::vector<uint8_t> shifted(s.row.size() + 1);
-    memcpy(&shifted[1], s.row.data(), s.row.size());
+    const std::vector<uint8_t> shifted = shifted_by_one(s.row);
     if (k->axpy != nullptr) {
         k->axpy(s.n, a, &shifted[1], again.data(), scratch.data());
         if (again != got) {
