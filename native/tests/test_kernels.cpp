@@ -12,6 +12,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <iterator>
 #include <set>
 
 static const enum ggml_type TYPES[] = {
@@ -146,7 +147,7 @@ static double ggml_dot(const sample & s) {
 // The row from element 1 on, which is at an odd address.
 static std::vector<uint8_t> shifted_by_one(const std::vector<uint8_t> & row) {
     std::vector<uint8_t> shifted(1);
-    shifted.insert(shifted.end(), row.begin(), row.end());
+    std::copy(row.begin(), row.end(), std::back_inserter(shifted));
     return shifted;
 }
 
