@@ -1,0 +1,429 @@
+"""The solver: never over budget, as good as brute force, better than greedy, quick at the size of OPT-175B."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from small_model import Shape, write_profile, write_small_model
+
+from pinfer import devices, paths
+from pinfer import integer_program as program
+from pinfer import solve as stage
+from pinfer.artefact import ArtefactWriter
+from pinfer.budget import compute_bytes, fit_dense, kv_bytes, layer_bytes, output_bytes
+from pinfer.errors import PinferError
+from pinfer.integer_program import Layer, Placed, place
+from pinfer.machine import HotDevice, Machine, probe, read_machine
+from pinfer.model import Model, open_model
+from pinfer.placement_file import GROUP, PlacementFile
+from pinfer.progress import NULL_PROGRESS
+from pinfer.shard_file import down_types, hot_neuron_bytes
+from pinfer.solve import SolveOptions, SolveReport, solve
+from pinfer.speed import PredictorCost, layer_cost
+from pinfer.split import SplitOptions, split
+
+MIB = 1 << 20
+
+
+def _brute_force(layers: list[Layer], budget: int) -> float:
+    choices = [[0, *range(x.least, min(x.most, len(x.impact)) + 1)] for x in layers]
+    return max(
+        float(sum(x.impact[:n].sum() for n, x in zip(chosen, layers, strict=True)))
+        for chosen in itertools.product(*choices)
+        if sum(n * x.group_bytes for n, x in zip(chosen, layers, strict=True)) <= budget
+    )
+
+
+def _check(layers: list[Layer], budget: int, placed: Placed) -> None:
+    assert sum(n * x.group_bytes for n, x in zip(placed.n_groups, layers, strict=True)) <= budget
+    for n, x in zip(placed.n_groups, layers, strict=True):
+        assert n == 0 or x.least <= n <= min(x.most, len(x.impact))
+    objective = sum(float(x.impact[:n].sum()) for n, x in zip(placed.n_groups, layers, strict=True))
+    assert placed.objective == pytest.approx(objective)
+    assert placed.greedy <= placed.objective <= placed.bound
+    assert 0 <= placed.gap <= 1
+
+
+@st.composite
+def _instances(draw: st.DrawFn) -> tuple[list[Layer], int]:
+    layers = []
+    for _ in range(draw(st.integers(1, 4))):
+        impact = sorted(draw(st.lists(st.floats(0, 100), min_size=1, max_size=6)), reverse=True)
+        layers.append(
+            Layer(
+                np.array(impact),
+                draw(st.integers(1, 60)),
+                least=draw(st.integers(1, 5)),
+                most=draw(st.integers(1, len(impact))),
+            )
+        )
+    total = sum(x.group_bytes * len(x.impact) for x in layers)
+    return layers, draw(st.integers(0, total + 5))
+
+
+@settings(max_examples=80, deadline=None)
+@given(_instances())
+def test_small_instances_equal_brute_force(instance: tuple[list[Layer], int]) -> None:
+    layers, budget = instance
+    placed = place(layers, budget)
+    _check(layers, budget, placed)
+    best = _brute_force(layers, budget)
+    assert placed.objective == pytest.approx(best, rel=1e-7, abs=1e-9)
+    assert placed.bound >= best - 1e-9 * max(best, 1)
+
+
+def _large(n_layers: int, n_groups: int, least: int, share: float, seed: int = 0) -> tuple[list[Layer], int]:
+    rng = np.random.default_rng(seed)
+    layers = [
+        Layer(np.sort(rng.pareto(1 + rng.random() / 2, n_groups))[::-1] * rng.random(), 64 * 40_000, least, n_groups)
+        for _ in range(n_layers)
+    ]
+    return layers, int(share * sum(x.group_bytes * len(x.impact) for x in layers))
+
+
+@pytest.mark.parametrize(("share", "least"), [(0.02, 20), (0.1, 150), (0.3, 8), (0.7, 300)])
+def test_opt_175b_in_seconds_and_no_worse_than_greedy(share: float, least: int) -> None:
+    """96 layers of 49152 neurons."""
+    layers, budget = _large(96, 49152 // GROUP, least, share)
+    placed = place(layers, budget)
+    _check(layers, budget, placed)
+    assert placed.seconds < 10
+    assert placed.status == "optimal"
+    assert placed.gap < 0.05
+    if share == 0.1:
+        # Greedy spreads the budget over so many layers that most stay under their least count.
+        assert placed.objective > 5 * placed.greedy
+
+
+def test_many_instances_between_the_extremes_keep_the_budget_and_the_gap() -> None:
+    for seed in range(12):
+        layers, budget = _large(24, 200, 1 + 7 * seed, 0.03 * (seed + 1), seed)
+        placed = place(layers, budget)
+        _check(layers, budget, placed)
+        assert placed.gap < 0.03, (seed, placed)
+
+
+def test_nothing_fits_or_nothing_pays() -> None:
+    layers = [Layer(np.array([3.0, 2.0]), 100, 1, 2)]
+    assert place(layers, 99).n_groups == (0,)
+    assert place(layers, 100).n_groups == (1,)
+    assert place(layers, 10_000).n_groups == (2,)
+    assert place([Layer(np.array([3.0, 2.0]), 100, 3, 2)], 10_000).n_groups == (0,)
+
+
+class _Result:
+    def __init__(self, status: int, x: Any) -> None:
+        self.status, self.x, self.message = status, x, "words of\nthe solver"
+
+
+@pytest.mark.parametrize(("status", "hint"), [(1, "--time-limit"), (2, "--vram"), (3, "--vram"), (4, "--vram")])
+def test_every_status_of_the_solver_is_checked(monkeypatch: pytest.MonkeyPatch, status: int, hint: str) -> None:
+    monkeypatch.setattr("scipy.optimize.milp", lambda *_, **__: _Result(status, None))
+    layers, budget = _large(4, 10, 2, 0.5)
+    with pytest.raises(PinferError, match="found no placement: words of the solver") as error:
+        place(layers, budget)
+    assert hint in error.value.hint
+
+
+def test_what_was_found_within_the_time_limit_is_used_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers, budget = _large(4, 10, 2, 0.5)
+    n_variables = 4 + 4 * 8
+    monkeypatch.setattr("scipy.optimize.milp", lambda *_, **__: _Result(1, np.zeros(n_variables)))
+    placed = place(layers, budget)
+    assert placed.status == "time limit"
+    _check(layers, budget, placed)
+
+
+def test_a_solver_that_oversteps_its_tolerance_is_corrected(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers, budget = _large(4, 10, 2, 0.5)
+    everything = np.ones(4 + 4 * 8)
+    monkeypatch.setattr("scipy.optimize.milp", lambda *_, **__: _Result(0, everything))
+    _check(layers, budget, place(layers, budget))
+    n_groups = [10] * 4
+    program._shrink(layers, n_groups, 0)
+    assert n_groups == [0] * 4
+
+
+GPU: dict[str, Any] = {
+    "name": "CUDA0",
+    "description": "a card",
+    "kind": "gpu",
+    "memory_total": 24 << 30,
+    "memory_free": 23 << 30,
+    "bandwidth": 9e11,
+    "sync_seconds": 1e-6,
+}
+MACHINE: dict[str, Any] = {"name": "desktop", "n_threads": 8, "cpu_bandwidth": 6e10, "scattered": 0.4, "device": GPU}
+
+
+@pytest.fixture
+def machine_file(tmp_path: Path) -> Path:
+    path = tmp_path / "machine.json"
+    path.write_text(json.dumps(MACHINE))
+    return path
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Model:
+    shape = Shape(type="Q4_0", n_layer=4, n_embd=512, n_ff=2048, n_vocab=512)
+    model = open_model(write_small_model(tmp_path / "m.gguf", shape))
+    write_profile(_folder(model) / paths.PROFILE, model)
+    return model
+
+
+def _folder(model: Model) -> Path:
+    return paths.artefact_dir(model.path, model.fingerprint, for_writing=True)
+
+
+class _Noting:
+    def __init__(self) -> None:
+        self.task = NULL_PROGRESS.task
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def _used(report: SolveReport) -> int:
+    return sum(report.n_bytes.values())
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    vram=st.integers(6 * MIB, 25 * MIB), n_ctx=st.integers(1, 512), cache_type=st.sampled_from(["f16", "q8_0", "f32"])
+)
+def test_a_budget_is_never_exceeded(model: Model, machine_file: Path, vram: int, n_ctx: int, cache_type: str) -> None:
+    """Counted anew from what the placement says, not from the solver's own sums."""
+    options = SolveOptions(vram=vram, n_ctx=n_ctx, n_batch=64, machine=machine_file, cache_type=cache_type)
+    report = solve(model.path, options)
+    placement = PlacementFile.read(report.placement, model)
+    assert placement.n_hot == report.n_hot
+    on_device = range(model.n_layer + 1 - placement.n_gpu_layers, model.n_layer)
+    total = output_bytes(model) + compute_bytes(model, n_ctx, 64)
+    total += sum(layer_bytes(model, i) + kv_bytes(model, i, n_ctx, cache_type) for i in on_device)
+    for layer, n in enumerate(placement.n_hot):
+        total += n * hot_neuron_bytes(model, layer, down_types(model, layer, None))
+    assert total <= _used(report) <= vram == placement.vram
+    # hot.gguf is what the device will be given.
+    hot = split(model.path, SplitOptions()).hot
+    tensors = sum(t.n_bytes for t in _tensors(hot) if not t.name.endswith("neurons"))
+    assert tensors <= report.n_bytes["hot_neurons"]
+
+
+def _tensors(path: Path) -> Any:
+    from pinfer.gguf_file import read_gguf
+
+    return read_gguf(path).tensors.values()
+
+
+def test_more_memory_brings_more_activations_to_the_device(model: Model, machine_file: Path) -> None:
+    shares = []
+    for vram in (6 * MIB, 10 * MIB, 12 * MIB, 15 * MIB, 30 * MIB):
+        report = solve(model.path, SolveOptions(vram=vram, n_batch=64, machine=machine_file))
+        assert report.greedy <= report.objective <= report.bound
+        shares.append(report.hot_activations)
+    assert shares == sorted(shares)
+    assert shares[0] < 0.9 < shares[-1]
+    assert report.tokens_per_s > report.tokens_per_s_cold
+
+
+def test_the_hottest_neurons_are_the_hot_ones(model: Model, machine_file: Path) -> None:
+    profile = write_profile(_folder(model) / paths.PROFILE, model, seed=3)
+    report = solve(model.path, SolveOptions(vram=12 * MIB, n_batch=64, machine=machine_file))
+    placement = PlacementFile.read(report.placement, model)
+    assert any(0 < n < model.n_ff for n in placement.n_hot)
+    activations = 0
+    for order, n, count in zip(placement.order, placement.n_hot, profile.count, strict=True):
+        assert n % GROUP == 0
+        assert n == 0 or count[order[:n]].min() >= count[order[n:]].max(initial=0)
+        activations += count[order[:n]].sum()
+    assert report.objective == pytest.approx(activations / profile.tokens)
+    assert report.hot_activations == pytest.approx(activations / sum(c.sum() for c in profile.count))
+
+
+def test_a_slow_way_to_the_device_keeps_layers_off_it(model: Model, tmp_path: Path) -> None:
+    path = tmp_path / "slow.json"
+    path.write_text(json.dumps({**MACHINE, "device": {**GPU, "sync_seconds": 1.0}}))
+    report = solve(model.path, SolveOptions(vram=30 * MIB, n_batch=64, machine=path))
+    assert report.n_hot == (0,) * model.n_layer
+    # In between, a layer gets its least count or nothing.
+    path.write_text(json.dumps({**MACHINE, "device": {**GPU, "sync_seconds": 2e-5}}))
+    report = solve(model.path, SolveOptions(vram=30 * MIB, n_batch=64, machine=path))
+    machine = read_machine(path)
+    profile = write_profile(_folder(model) / paths.PROFILE, model)
+    for layer, n in enumerate(report.n_hot):
+        frequency = np.sort(profile.count[layer])[::-1] / profile.tokens
+        cost = layer_cost(model, layer, down_types(model, layer, None), frequency, None, machine, GROUP)
+        groups = n // GROUP
+        assert groups >= cost.least_groups() > 1
+        assert cost.cpu[0] - cost.cpu[groups] >= cost.device[groups] >= 2e-5
+        assert cost.device[groups] <= cost.cpu[groups] or groups <= max(cost.least_groups(), cost.most_groups())
+
+
+def test_costs_by_hand(model: Model) -> None:
+    """One layer of 2048 neurons of 3 rows; Q4_0 rows of 512 values are 288 bytes, Q8_0 ones 544."""
+    device = HotDevice("X", "", "gpu", 1, 1, 1e9, 1e-3)
+    machine = Machine("m", 1, 2e9, 0.5, device)
+    frequency = np.full(2048, 0.25)
+    types = down_types(model, 0, None)
+    exact = layer_cost(model, 0, types, frequency, None, machine, GROUP)
+    assert exact.device[[0, 1, 32]] == pytest.approx([0, 1e-3 + 64 * 1120 / 1e9, 1e-3 + 2048 * 1120 / 1e9])
+    # All gates, a quarter of the other rows, at half of 2 GB/s.
+    per_neuron = (288 + 0.25 * (288 + 544)) / 1e9
+    assert exact.cpu[[0, 1, 32]] == pytest.approx([2048 * per_neuron, 1984 * per_neuron, 0])
+    predicted = layer_cost(model, 0, types, frequency, PredictorCost(10_000, 0.5), machine, GROUP)
+    per_neuron = (0.5 * 288 + 0.25 * (288 + 544)) / 1e9
+    assert predicted.cpu[[0, 31, 32]] == pytest.approx([2048 * per_neuron + 5e-6, 64 * per_neuron + 5e-6, 0])
+
+
+def test_a_predictor_that_is_there_is_counted(model: Model, machine_file: Path) -> None:
+    options = SolveOptions(vram=0, machine=machine_file)
+    exact = solve(model.path, options).tokens_per_s
+    with ArtefactWriter(_folder(model) / paths.PREDICTOR, "predictor", model, {}) as out:
+        out.add_str_array("pinfer.predictor.kind", ["low_rank"] * 3 + ["none"])
+        out.add_f32_array("pinfer.predictor.candidates", [0.2] * 4)
+        for layer in range(3):
+            out.add_array(f"blk.{layer}.pred_a", np.zeros((8, model.n_embd), np.float16))
+    cost = PredictorCost(8 * 512 * 2, float(np.float32(0.2)))
+    assert stage._predictors(model, _folder(model)) == [cost] * 3 + [None]
+    assert solve(model.path, options).tokens_per_s > exact
+
+
+def test_no_vram_leaves_everything_on_the_cpu(model: Model) -> None:
+    report = solve(model.path, SolveOptions(vram=0))
+    assert (report.n_hot, report.n_gpu_layers, _used(report)) == ((0,) * 4, 0, 0)
+    assert report.tokens_per_s > 0
+
+
+def test_without_a_profile_only_nothing_can_be_placed(model: Model, machine_file: Path) -> None:
+    (_folder(model) / paths.PROFILE).unlink()
+    noting = _Noting()
+    report = solve(model.path, SolveOptions(vram=0), noting)
+    placement = PlacementFile.read(report.placement, model)
+    assert all((o == np.arange(model.n_ff)).all() for o in placement.order)
+    assert "no profile" in noting.notes[0]
+    with pytest.raises(PinferError, match=r"m.gguf has no profile yet.*run: pinfer profile"):
+        solve(model.path, SolveOptions(vram=20 * MIB, machine=machine_file))
+
+
+def test_a_budget_too_small_for_the_dense_part_says_what_would_do(model: Model, machine_file: Path) -> None:
+    with pytest.raises(PinferError, match=r"1 MiB of VRAM are too little for m.gguf: output and one layer") as error:
+        solve(model.path, SolveOptions(vram=MIB, machine=machine_file))
+    enough = int(error.value.hint.split("--vram ")[1].split("M")[0])
+    with pytest.raises(PinferError, match="too little"):
+        solve(model.path, SolveOptions(vram=(enough - 1) * MIB, machine=machine_file))
+    assert solve(model.path, SolveOptions(vram=enough * MIB, machine=machine_file)).n_gpu_layers >= 2
+
+
+def test_dense_layers_fill_the_budget_from_the_output_back(model: Model) -> None:
+    sizes = [fit_dense(model, vram * MIB // 4, 512, 64, "f16").n_gpu_layers for vram in range(20, 60)]
+    assert sizes == sorted(sizes)
+    assert sizes[0] >= 2
+    assert sizes[-1] == model.n_layer + 1
+    assert set(sizes) == set(range(sizes[0], sizes[-1] + 1))
+    assert fit_dense(model, 0, 512, 64, "f16").total == 0
+
+
+def test_the_device_of_this_machine(model: Model, monkeypatch: pytest.MonkeyPatch, machine_file: Path) -> None:
+    """The CPU stands for a GPU here: what is chosen by name or by kind, and how much of it."""
+    cpu = devices.list_devices()[-1]
+    assert cpu.kind == "cpu"
+    monkeypatch.setattr(stage, "probe", lambda wanted, *_: _pretended(wanted, cpu.name))
+    noting = _Noting()
+    if len(devices.list_devices()) == 1:
+        report = solve(model.path, SolveOptions(), noting)
+        assert (report.vram, report.device, sum(report.n_hot)) == (0, "none", 0)
+        assert noting.notes == ["no GPU here: every neuron stays on the CPU"]
+        report = solve(model.path, SolveOptions(vram=30 * MIB, n_batch=64), noting)
+        assert report.device == "none"
+        assert sum(report.n_hot) > 0
+        assert "running this placement needs one" in noting.notes[1]
+        assert solve(model.path, SolveOptions(vram=30 * MIB, device="CUDA7")).device == "CUDA7"
+    with pytest.raises(PinferError, match=rf"there is no device 'CUDA7' here; choose one of: .*{cpu.name}"):
+        solve(model.path, SolveOptions(device="CUDA7"))
+    # A CPU device takes hot neurons by the budget alone, and no dense layers.
+    report = solve(model.path, SolveOptions(device="cpu", vram=4 * MIB))
+    assert (report.device, report.n_gpu_layers) == (cpu.name, 0)
+    assert 0 < sum(report.n_hot) < model.n_layer * model.n_ff
+    assert solve(model.path, SolveOptions(device="cpu")).n_hot == (model.n_ff,) * model.n_layer
+    with pytest.raises(PinferError, match="does not describe device CUDA1"):
+        solve(model.path, SolveOptions(device="CUDA1", machine=machine_file))
+    with pytest.raises(PinferError, match=r"asks for 25.0 GiB, CUDA0 has 24.0 GiB"):
+        solve(model.path, SolveOptions(vram=25 << 30, machine=machine_file))
+    assert solve(model.path, SolveOptions(machine=machine_file)).vram < 23 << 30
+
+
+def _pretended(wanted: str | None, cpu: str) -> Machine:
+    device = HotDevice(cpu, "", "cpu", 8 << 30, 8 << 30, 1e10, 1e-5) if wanted is not None else None
+    return Machine("here", 2, 1e10, 0.5, device)
+
+
+def test_the_probe_measures_plausible_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    from pinfer import machine
+
+    monkeypatch.setattr(machine, "_CPU_BYTES", 16 << 20)
+    found = probe("CPU", 256, 1024)
+    assert 1e7 < found.cpu_bandwidth < 1e13
+    assert 0.05 <= found.scattered <= 1
+    assert found.device is not None
+    assert (found.device.kind, found.device.name) == ("cpu", "CPU")
+    assert 1e-7 < found.device.sync_seconds < 10
+    assert found.device.memory_total >= found.device.memory_free > 0
+
+
+def test_a_machine_survives_its_file(tmp_path: Path) -> None:
+    machine = Machine("m", 4, 5e10, 0.4, HotDevice("CUDA0", "d", "gpu", 10, 9, 1e12, 1e-5))
+    path = tmp_path / "machine.json"
+    for content in (machine.to_json(), {"machine": machine.to_json(), "more": 1}):
+        path.write_text(json.dumps(content))
+        assert read_machine(path) == machine
+    path.write_text(json.dumps({**MACHINE, "device": None}))
+    assert read_machine(path).device is None
+
+
+@pytest.mark.parametrize(
+    ("content", "cause"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "it is no object"),
+        ("{}", "'device' is missing"),
+        ('{"device": 3}', "device is neither an object nor null"),
+        ('{"device": null, "cpu_bandwidth": 0, "scattered": 0.5}', "cpu_bandwidth is no positive number"),
+        ('{"device": null, "cpu_bandwidth": "fast", "scattered": 0.5}', "cpu_bandwidth is no positive number"),
+        ('{"device": null, "cpu_bandwidth": 1, "scattered": 2}', "scattered is a share"),
+        ('{"device": {"kind": "tpu"}, "cpu_bandwidth": 1, "scattered": 1}', "kind is none of gpu, igpu, cpu"),
+        ('{"device": {"kind": "gpu"}, "cpu_bandwidth": 1, "scattered": 1}', "'memory_total' is missing"),
+    ],
+)
+def test_a_machine_file_that_makes_no_sense_is_one_line(tmp_path: Path, content: str, cause: str) -> None:
+    path = tmp_path / "machine.json"
+    path.write_text(content)
+    with pytest.raises(PinferError, match=cause) as error:
+        read_machine(path)
+    assert "\n" not in str(error.value)
+    with pytest.raises(PinferError, match="cannot be read"):
+        read_machine(tmp_path / "missing.json")
+
+
+def test_what_does_not_exist_is_refused(model: Model) -> None:
+    with pytest.raises(PinferError, match="there is no cache type 'q3_9'; use one of: f32, f16"):
+        solve(model.path, SolveOptions(vram=0, cache_type="q3_9"))
+
+
+def test_the_report_is_json_and_lies_in_the_placement(model: Model, machine_file: Path) -> None:
+    report = solve(model.path, SolveOptions(vram=20 * MIB, n_batch=64, machine=machine_file))
+    told = json.loads(json.dumps(report.to_json()))
+    placement = PlacementFile.read(report.placement, model)
+    assert placement.report == told
+    assert told["machine"]["device"]["name"] == placement.device == "CUDA0"
+    assert told["n_bytes"]["hot_neurons"] > 0
+    again = solve(model.path, SolveOptions(vram=20 * MIB, n_batch=64, machine=machine_file))
+    assert PlacementFile.read(again.placement, model).id != placement.id
+    assert again.n_hot == report.n_hot
