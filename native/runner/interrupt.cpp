@@ -14,6 +14,13 @@
 
 namespace {
 
+// The sanitizer's own report says more.
+#if defined(__SANITIZE_ADDRESS__)
+const bool sanitized = true;
+#else
+const bool sanitized = false;
+#endif
+
 std::atomic<int> current_stage{ PINFER_STAGE_LOADING };
 std::atomic<int> pending{ 0 };
 int              wake_pipe[2] = { -1, -1 };  // any thread may get the signal, so a flag and EINTR are not enough
@@ -101,11 +108,11 @@ void pinfer_interrupt_install(const std::string & model_path) {
     }
     handle(SIGINT, on_interrupt);
     handle(SIGPIPE, SIG_IGN);  // a closed stdout is an error of write(), dealt with there
-#if !defined(__SANITIZE_ADDRESS__)
-    handle(SIGSEGV, on_crash);
-    handle(SIGFPE, on_crash);
-    handle(SIGBUS, on_crash);
-#endif
+    if (!sanitized) {
+        handle(SIGSEGV, on_crash);
+        handle(SIGFPE, on_crash);
+        handle(SIGBUS, on_crash);
+    }
     ggml_set_abort_callback(on_ggml_abort);
     std::set_terminate([] { leave_with_line("an exception was not caught"); });
 }
