@@ -168,10 +168,10 @@ def test_files_that_are_no_model(tmp_path: Path) -> None:
     empty.touch()
     text.write_text("no model " * 100)
     folder.mkdir()
-    assert "No such file" in runner("-m", tmp_path / "missing.gguf", "-p", "a").error()
+    assert "does not exist" in runner("-m", tmp_path / "missing.gguf", "-p", "a").error()
     assert "is empty" in runner("-m", empty, "-p", "a").error()
     assert "not a GGUF" in runner("-m", text, "-p", "a").error()
-    assert "not a file" in runner("-m", folder, "-p", "a").error()
+    assert "is a folder" in runner("-m", folder, "-p", "a").error()
 
 
 @pytest.mark.parametrize("share", [0.0001, 0.001, 0.005, 0.3, 0.7, 0.999])

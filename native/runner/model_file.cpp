@@ -15,7 +15,8 @@ namespace {
 bool file_probe(const std::string & path, const std::string & remedy, uint64_t & size, std::string & err) {
     const int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
     if (fd < 0) {
-        err = "cannot open " + path + ": " + strerror(errno);
+        err = errno == ENOENT ? path + " does not exist; check the path of the model"
+                              : path + " cannot be read: " + strerror(errno) + "; check the path and its permissions";
         return false;
     }
     struct stat info;
@@ -27,7 +28,7 @@ bool file_probe(const std::string & path, const std::string & remedy, uint64_t &
     }
     close(fd);
     if (!regular) {
-        err = path + " is not a file";
+        err = path + " is a folder or a device; name the GGUF file in it";
         return false;
     }
     if (n != (ssize_t) sizeof(magic) || memcmp(magic, GGUF_MAGIC, sizeof(magic)) != 0) {
