@@ -79,6 +79,10 @@ JsonOpt = Annotated[bool, typer.Option("--json", help="Print the report as JSON.
 ThreadsOpt = Annotated[
     int | None, typer.Option("-t", "--threads", help="CPU threads. [default: physical cores]", min=1, metavar="N")
 ]
+DeviceOpt = Annotated[
+    str | None,
+    typer.Option("--device", "-dev", metavar="NAME", help="ggml device of the hot neurons. [default: as solved]"),
+]
 ActivationOpt = Annotated[
     Literal["relu", "relu2", "reglu", "drelu"] | None,
     typer.Option("--activation", help="What the FFN computes, where the GGUF does not say so."),
@@ -269,6 +273,40 @@ def split(
     _next("run", model, model_flag, "-p 'Once upon a time'")
 
 
+@app.command("eval")
+def evaluate(
+    text: Annotated[Path, typer.Option("--text", metavar="FILE", help="Text to measure on.")],
+    model: ModelArg = None,
+    tokens: Annotated[
+        int,
+        typer.Option(
+            "--tokens", parser=parse_count, metavar="N", help="Tokens to measure. [default: 4k]", show_default=False
+        ),
+    ] = 4096,
+    ctx: Annotated[
+        int,
+        typer.Option("-c", "--ctx-size", min=0, metavar="N", help="Context in tokens; 0: the model's, at most 2048."),
+    ] = 0,
+    exact: Annotated[bool, typer.Option("--exact", help="Without the predictor.")] = False,
+    threads: ThreadsOpt = None,
+    device: DeviceOpt = None,
+    activation: ActivationOpt = None,
+    as_json: JsonOpt = False,
+    model_flag: ModelOpt = None,
+) -> None:
+    """Measure what the predictor costs: KL divergence to the dense model, agreement, perplexity."""
+    from pinfer import eval as stage
+    from pinfer import ui
+
+    path = _model(model, model_flag)
+    options = stage.EvalOptions(
+        text=text, n_tokens=tokens, n_ctx=ctx, exact=exact, activation=activation, n_threads=threads, device=device
+    )
+    report = stage.evaluate(path, options, ui.stderr_progress())
+    ui.print_json(report.to_json()) if as_json else ui.print_eval(report)
+    _next("run", model, model_flag, "-p 'Once upon a time'")
+
+
 @app.command()
 def run(
     model: ModelArg = None,
@@ -355,9 +393,7 @@ def run(
         ),
     ] = None,
     no_artefacts: Annotated[bool, typer.Option("--no-artefacts", help="Use the model alone.")] = False,
-    device: Annotated[
-        str | None, typer.Option("--device", "-dev", metavar="NAME", help="ggml device of the hot neurons, or none.")
-    ] = None,
+    device: DeviceOpt = None,
     activation: ActivationOpt = None,
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="libllama's log on stderr.")] = False,
     as_json: JsonOpt = False,
@@ -440,9 +476,9 @@ def run_cli(args: list[str]) -> int:
 def _with_flash_attn(args: list[str]) -> list[str]:
     """llama.cpp takes a bare ``-fa`` as ``-fa on``; Typer knows no option whose value may be left out."""
     full: list[str] = []
-    for word, following in zip(args, [*args[1:], ""], strict=True):
+    for i, word in enumerate(args):
         full.append(word)
-        if word in ("-fa", "--flash-attn") and following not in ("on", "off", "auto"):
+        if word in ("-fa", "--flash-attn") and args[i + 1 : i + 2] not in (["on"], ["off"], ["auto"]):
             full.append("on")
     return full
 
@@ -485,7 +521,7 @@ def _os_error(error: OSError) -> str:
     hints = {
         errno.ENOSPC: "; free some space, or set PINFER_HOME to a folder on another disk",
         errno.EDQUOT: "; free some space, or set PINFER_HOME to a folder on another disk",
-        errno.EFBIG: "; the file size limit (ulimit -f) is too small",
+        errno.EFBIG: "; free some space, or raise the limit on the size of files (ulimit -f)",
         errno.EACCES: "; check the rights of that file, or set PINFER_HOME to a folder you can write",
         errno.EPERM: "; check the rights of that file, or set PINFER_HOME to a folder you can write",
         errno.EROFS: "; set PINFER_HOME to a folder you can write",

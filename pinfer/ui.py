@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,8 +22,11 @@ if TYPE_CHECKING:
     from rich.progress import Task
     from rich.table import Table
 
+    from pinfer.eval import EvalReport
     from pinfer.profile import ProfileReport
+    from pinfer.solve import SolveReport
     from pinfer.split import SplitReport
+    from pinfer.train import LayerReport, TrainReport
 
 # Without a terminal a line is printed each time this share of the work, and at least this much time, has passed.
 _LINE_SHARE = 0.1
@@ -208,9 +212,9 @@ def _show(table: Table) -> None:
     console = Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH, highlight=False, markup=False, emoji=False)
     with console.capture() as captured:
         console.print(table)
-    # Rich fills every line up to the table's width; what is piped or copied should not carry that.
+    # Rich draws a margin and fills lines up to the table's width; what is piped or copied should not carry that.
     lines = [line.rstrip() for line in captured.get().splitlines()]
-    print("\n".join(line for line in lines if line))
+    print(textwrap.dedent("\n".join(line for line in lines if line)))
 
 
 def print_profile(report: ProfileReport) -> None:
@@ -226,6 +230,46 @@ def print_profile(report: ProfileReport) -> None:
     print_paths(report.path, report.samples_path)
 
 
+def print_train(report: TrainReport) -> None:
+    """What the predictor of each layer names, keeps and costs."""
+
+    def row(label: str, rank: str, part: LayerReport | TrainReport) -> tuple[str, ...]:
+        ratio = f"{part.candidates / part.active:.2f}" if part.active > 0 else ""
+        saved = f"{format_bytes(part.expected_bytes)} of {format_bytes(part.exact_bytes)}"
+        shares = (percent(part.recall), percent(part.candidates), percent(part.active))
+        return (label, rank, *shares, ratio, format_bytes(part.predictor_bytes), saved)
+
+    rows = [row(str(layer.layer), str(layer.rank) if layer.rank else layer.kind, layer) for layer in report.layers]
+    rows.append(row("whole model", "", report))
+    columns = ("layer", "rank", "recall", "candidates", "active", "cand./active", "predictor", "read per token")
+    print_table(f"learnt from {report.n_samples:,} tokens", columns, rows)
+    print_paths(report.path)
+
+
+def print_solve(report: SolveReport) -> None:
+    """What goes where, how good that is, and the speed expected of it."""
+    rows = [(str(layer), f"{n:,}", percent(n / report.n_ff)) for layer, n in enumerate(report.n_hot)]
+    rows.append(("whole model", f"{sum(report.n_hot):,}", percent(report.hot_share)))
+    print_table("", ("layer", "hot neurons", "share"), rows)
+    used = sum(report.n_bytes.values())
+    memory = ", ".join(f"{name.replace('_', ' ')} {format_bytes(n)}" for name, n in report.n_bytes.items())
+    quality = f"objective {report.objective:.4g}, bound {report.bound:.4g} (gap {percent(report.gap)}), greedy "
+    facts = [
+        ("device", f"{report.device or 'none'}, {format_bytes(used)} of {format_bytes(report.vram)} taken"),
+        ("memory", memory or "none"),
+        ("dense layers", f"{report.n_gpu_layers} on the device, context {report.n_ctx:,}"),
+        ("activations", f"{percent(report.hot_activations)} fall on hot neurons"),
+        ("solver", f"{report.status} in {report.solver_seconds:.2f} s: {quality}{report.greedy:.4g}"),
+        (
+            "expected",
+            f"{report.tokens_per_s:.1f} tokens/s; every neuron cold {report.tokens_per_s_cold:.1f}, "
+            f"dense {report.tokens_per_s_dense:.1f}",
+        ),
+    ]
+    print_facts("", facts)
+    print_paths(report.placement)
+
+
 def print_split(report: SplitReport) -> None:
     """What `pinfer split` wrote."""
     types = dict.fromkeys((*report.hot_down_types, *report.cold_down_types))
@@ -239,6 +283,19 @@ def print_split(report: SplitReport) -> None:
     ]
     print_facts("", facts)
     print_paths(report.hot, report.cold)
+
+
+def print_eval(report: EvalReport) -> None:
+    """What computing sparsely costs in quality."""
+    against = "stock llama.cpp" if report.reference == "libllama" else "pinfer's own dense computation"
+    facts = [
+        ("mode", f"{report.mode}, {report.tokens:,} tokens, against {against}"),
+        ("perplexity", f"{report.perplexity_sparse:.4f} (dense {report.perplexity_dense:.4f})"),
+        ("KL divergence", f"{report.kl_mean:.6f} mean, {report.kl_p99:.6f} at the 99th percentile"),
+        ("top-1 agreement", percent(report.top1_agreement)),
+        ("computed", f"{percent(report.computed)} of the neurons, {percent(report.active)} active"),
+    ]
+    print_facts("", facts)
 
 
 def print_paths(*paths: Path | None) -> None:
