@@ -5,7 +5,6 @@ from __future__ import annotations
 import codecs
 import gzip
 import hashlib
-import io
 import json
 import lzma
 import os
@@ -116,7 +115,7 @@ def _file_lines(path: Path) -> Iterator[str]:
         raise PinferError(f"cannot read {path}: {error}", "check the file, or use another text") from error
 
 
-def _open_bytes(path: Path) -> IO[bytes]:
+def _open_bytes(path: Path) -> IO[bytes] | gzip.GzipFile | lzma.LZMAFile:
     if path.suffix == ".gz":
         return gzip.open(path, "rb")
     if path.suffix == ".xz":
@@ -124,7 +123,7 @@ def _open_bytes(path: Path) -> IO[bytes]:
     return path.open("rb")
 
 
-def _text_lines(stream: IO[bytes], name: str) -> Iterator[str]:
+def _text_lines(stream: IO[bytes] | gzip.GzipFile | lzma.LZMAFile, name: str) -> Iterator[str]:
     """Lines of UTF-8 text with their ends normalised to LF; binary data is refused rather than counted as text."""
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     pending = ""
@@ -133,7 +132,9 @@ def _text_lines(stream: IO[bytes], name: str) -> Iterator[str]:
         try:
             pending += decoder.decode(chunk, final=not chunk)
         except UnicodeDecodeError as error:
-            raise PinferError(f"{name} is not UTF-8 text ({error.reason})", "convert it with iconv, or use another text")
+            raise PinferError(
+                f"{name} is not UTF-8 text ({error.reason})", "convert it with iconv, or use another text"
+            ) from None
         if "\0" in pending:
             raise PinferError(f"{name} is not a text file: it holds zero bytes", "use a text file")
         if not chunk:
@@ -208,14 +209,13 @@ def _open_hub(name: str, source: HubSource, progress: Progress, cache_dir: Path 
     path = _download(name, source, progress, cache_dir)
     if source.member is not None:
         return Corpus(name, _zip_lines(path, source.member), _split_wikitext)
-    corpus = _open_file(path, name)
-    return corpus
+    return _open_file(path, name)
 
 
 def _zip_lines(path: Path, member: str) -> Iterator[str]:
     try:
         with zipfile.ZipFile(path) as archive, archive.open(member) as stream:
-            yield from _text_lines(io.BufferedReader(stream), member)
+            yield from _text_lines(stream, member)
     except (OSError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise PinferError(f"cannot read {member} in {path}: {error}", f"remove {path} and try again") from error
 

@@ -95,7 +95,9 @@ class Engine:
         self.n_ctx: int = llama.llama_n_ctx(self._context)
         self.n_batch: int = llama.llama_n_batch(self._context)
         # Put before a text only where the vocabulary asks for it, as llama.cpp does.
-        self.bos: int | None = llama.llama_vocab_bos(self._vocab) if llama.llama_vocab_get_add_bos(self._vocab) else None
+        self.bos: int | None = (
+            llama.llama_vocab_bos(self._vocab) if llama.llama_vocab_get_add_bos(self._vocab) else None
+        )
         self.n_past = 0
 
     def _load(self, model_path: Path, n_gpu_layers: int, *, with_plugin: bool) -> None:

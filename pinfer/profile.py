@@ -179,9 +179,7 @@ def _collect(engine: Engine, corpus: Corpus, n_tokens: int, n_ctx: int) -> list[
     return windows
 
 
-def _count(
-    engine: Engine, windows: Sequence[Sequence[int]], n_tokens: int, progress: Progress
-) -> tuple[float, bool]:
+def _count(engine: Engine, windows: Sequence[Sequence[int]], n_tokens: int, progress: Progress) -> tuple[float, bool]:
     """Run the windows through the observed model; seconds taken, and whether Ctrl-C ended it."""
     import time
 

@@ -1,4 +1,4 @@
-"""profile.gguf and samples/samples.gguf: how often each neuron fires, and FFN inputs to learn from (docs/formats.md)."""
+"""profile.gguf and samples.gguf: how often each neuron fires, and FFN inputs to learn from (docs/formats.md)."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def samples_writer(
 ) -> ArtefactWriter:
     """A writer of samples.gguf, written and not yet in place.
 
-    ``layers`` holds x ``[n_samples, n_embd]`` and activity bits ``[n_samples, ceil(n_ff/8)]`` of each layer; neither is copied.
+    ``layers`` holds x ``[n_samples, n_embd]`` and activity bits ``[n_samples, ceil(n_ff/8)]`` of each, not copied.
     """
     out = ArtefactWriter(path, "samples", model, settings)
     tensors: list[tuple[str, NDArray[Any]]] = []

@@ -1,0 +1,241 @@
+"""What sparse computation costs in quality: perplexity, KL divergence to dense, agreement on the next token."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pinfer.corpus import open_corpus
+from pinfer.engine import ALWAYS_DENSE, NEVER_DENSE, Engine, PluginConfig
+from pinfer.errors import PinferError
+from pinfer.model import Model, open_model
+from pinfer.profile import MAX_CONTEXT, windows_of
+from pinfer.progress import NULL_PROGRESS, Progress
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+# Of the dense side's log-probabilities so much waits in memory for the sparse side; then the engines change places.
+_KEPT_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """Settings of ``pinfer eval``; every default is the command line's."""
+
+    text: Path
+    n_tokens: int = 4096
+    n_ctx: int = 0  # 0: the model's own, at most MAX_CONTEXT
+    exact: bool = False  # without the predictor
+    activation: str | None = None
+    n_threads: int | None = None
+    device: str | None = None  # of the hot part; None: the one it was placed for
+
+
+@dataclass(frozen=True)
+class EvalReport:
+    """Sparse against dense on the same tokens, each predicted from the ones before it in its window."""
+
+    mode: str
+    """``predicted`` or ``exact``"""
+    reference: str
+    """what dense is: ``libllama``, or ``pinfer`` where stock libllama would compute another activation"""
+    tokens: int
+    """that were predicted"""
+    tokens_wanted: int
+    perplexity_dense: float
+    perplexity_sparse: float
+    kl_mean: float
+    """KL(dense‖sparse) in nats"""
+    kl_p99: float
+    top1_agreement: float
+    computed: float
+    """share of neurons whose first product was computed"""
+    active: float
+    """share of neurons that fired"""
+
+    def to_json(self) -> dict[str, object]:
+        """The report as plain JSON values."""
+        return asdict(self)
+
+
+def evaluate(model_path: Path, options: EvalOptions, progress: Progress = NULL_PROGRESS) -> EvalReport:
+    """Measure the model as ``pinfer run`` would compute it, token by token, against dense.
+
+    Uses the predictor (unless ``exact``) and the shards that are there. Raises PinferError for a model that has nothing
+    to leave out, a text without tokens, or artefacts that do not fit.
+    """
+    model = open_model(model_path, options.activation)
+    model.require_sparse()
+    if options.n_tokens < 1 or options.n_ctx < 0 or options.n_ctx == 1:
+        raise PinferError("there is nothing to predict", "use at least --tokens 1, and a context of 2 or more")
+    sparse = _sparse_config(model, options)
+    dense, reference = _dense_config(model)
+    n_ctx = options.n_ctx or min(model.n_ctx_train or MAX_CONTEXT, MAX_CONTEXT)
+
+    def open_engine(config: PluginConfig | None) -> Engine:
+        return Engine(model.path, plugin=config, n_ctx=n_ctx, n_threads=options.n_threads)
+
+    with open_engine(dense) as engine:
+        windows = _windows(engine, options, n_ctx)
+        row_bytes = 4 * engine.n_vocab
+    n_targets = sum(len(window) - 1 for window in windows)
+    if n_targets < options.n_tokens:
+        progress.note(f"{options.text.name} has {n_targets:,} tokens, fewer than the {options.n_tokens:,} asked for")
+    totals = _Totals()
+    with progress.task("eval", 2 * n_targets, "tokens") as advance:
+        for chunk in _chunks(windows, row_bytes):
+            with open_engine(dense) as engine:
+                expected = [_log_probabilities(_whole(engine, window, advance)) for window in chunk]
+            with open_engine(sparse) as engine:
+                for window, wanted in zip(chunk, expected, strict=True):
+                    totals.add(wanted, _log_probabilities(_stepwise(engine, window, advance)), window[1:])
+                totals.add_stats()
+    mode = "predicted" if sparse.predictor else "exact"
+    return totals.report(mode, reference, options.n_tokens)
+
+
+def _sparse_config(model: Model, options: EvalOptions) -> PluginConfig:
+    """What ``pinfer run`` would use, but sparse whatever the batch."""
+    from pinfer import paths
+    from pinfer.placement_file import PlacementFile
+
+    folder = paths.artefact_dir(model.path, model.fingerprint, for_writing=False)
+    predictor = folder / paths.PREDICTOR
+    cold, hot, device = folder / paths.COLD, None, None
+    if cold.is_file() and (folder / paths.PLACEMENT).is_file():
+        placement = PlacementFile.read(folder / paths.PLACEMENT, model)
+        if any(placement.n_hot) and (folder / paths.HOT).is_file():
+            hot, device = folder / paths.HOT, options.device or placement.device
+    return PluginConfig(
+        activation=model.activation,
+        predictor=predictor if predictor.is_file() and not options.exact else None,
+        hot=hot,
+        cold=cold if cold.is_file() else None,
+        device=device,
+        n_batch_dense=NEVER_DENSE,
+    )
+
+
+def _dense_config(model: Model) -> tuple[PluginConfig | None, str]:
+    from pinfer.native import load_plugin
+
+    if load_plugin().arch_activation(model.arch) == model.activation:
+        return None, "libllama"
+    return PluginConfig(activation=model.activation, n_batch_dense=ALWAYS_DENSE), "pinfer"
+
+
+def _windows(engine: Engine, options: EvalOptions, n_ctx: int) -> list[list[int]]:
+    """Windows that hold ``options.n_tokens`` tokens to predict, or all there are."""
+    corpus = open_corpus(str(options.text))
+    windows: list[list[int]] = []
+    left = options.n_tokens
+    for window in windows_of(engine, corpus.documents(), n_ctx):
+        if len(window) > 1:
+            windows.append(window[: left + 1])
+            left -= len(windows[-1]) - 1
+        if left == 0:
+            break
+    if not windows:
+        raise PinferError(f"{options.text} holds no text to predict", "use a longer text")
+    return windows
+
+
+def _chunks(windows: Sequence[list[int]], row_bytes: int) -> Iterator[list[list[int]]]:
+    """Windows whose log-probabilities fit into _KEPT_BYTES together, one at least."""
+    chunk: list[list[int]] = []
+    n_bytes = 0
+    for window in windows:
+        if chunk and n_bytes + len(window) * row_bytes > _KEPT_BYTES:
+            yield chunk
+            chunk, n_bytes = [], 0
+        chunk.append(window)
+        n_bytes += len(window) * row_bytes
+    yield chunk
+
+
+def _whole(engine: Engine, window: list[int], advance: Callable[[int], None]) -> NDArray[np.float32]:
+    """Logits ``[len(window) - 1, n_vocab]``, in batches."""
+    engine.clear()
+    logits = engine.decode(window[:-1], logits=True)
+    advance(len(window) - 1)
+    return logits
+
+
+def _stepwise(engine: Engine, window: list[int], advance: Callable[[int], None]) -> NDArray[np.float32]:
+    """The same token by token, as generation goes: tokens in a batch would lend each other their candidates."""
+    import numpy as np
+
+    engine.clear()
+    logits = np.empty((len(window) - 1, engine.n_vocab), dtype=np.float32)
+    for i, token in enumerate(window[:-1]):
+        logits[i] = engine.decode([token])[0]
+        advance(1)
+    return logits
+
+
+def _log_probabilities(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    """log softmax of each row, in place."""
+    import numpy as np
+
+    logits -= logits.max(axis=1, keepdims=True)
+    logits -= np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    return logits
+
+
+@dataclass
+class _Totals:
+    """Sums over the windows."""
+
+    loss_dense: float = 0.0
+    loss_sparse: float = 0.0
+    n_agree: int = 0
+    divergence: list[NDArray[np.float64]] = field(default_factory=list)
+    n_neurons: int = 0
+    n_candidates: int = 0
+    n_active: int = 0
+
+    def add(self, dense: NDArray[np.float32], sparse: NDArray[np.float32], targets: Sequence[int]) -> None:
+        """One window: log-probabilities ``[n, n_vocab]`` of both sides, and the ``n`` tokens that came."""
+        import numpy as np
+
+        rows = np.arange(len(targets))
+        self.loss_dense -= float(dense[rows, targets].sum(dtype=np.float64))
+        self.loss_sparse -= float(sparse[rows, targets].sum(dtype=np.float64))
+        self.n_agree += int((dense.argmax(axis=1) == sparse.argmax(axis=1)).sum())
+        kl = np.einsum("ij,ij->i", np.exp(dense, dtype=np.float64), (dense - sparse).astype(np.float64))
+        self.divergence.append(np.maximum(kl, 0))  # rounding alone makes it negative
+
+    def add_stats(self) -> None:
+        """What the plugin counted since this engine was configured."""
+        from pinfer.native import load_plugin
+
+        stats = load_plugin().stats()
+        self.n_neurons += stats.n_neurons
+        self.n_candidates += stats.n_candidates
+        self.n_active += stats.n_active
+
+    def report(self, mode: str, reference: str, tokens_wanted: int) -> EvalReport:
+        """The means."""
+        import numpy as np
+
+        kl = np.concatenate(self.divergence)
+        if not self.n_neurons:
+            raise PinferError("the plugin computed no FFN sparsely: the model's graph is not one that pinfer knows")
+        return EvalReport(
+            mode=mode,
+            reference=reference,
+            tokens=len(kl),
+            tokens_wanted=tokens_wanted,
+            perplexity_dense=math.exp(self.loss_dense / len(kl)),
+            perplexity_sparse=math.exp(self.loss_sparse / len(kl)),
+            kl_mean=float(kl.mean()),
+            kl_p99=float(np.quantile(kl, 0.99)),
+            top1_agreement=self.n_agree / len(kl),
+            computed=self.n_candidates / self.n_neurons,
+            active=self.n_active / self.n_neurons,
+        )
