@@ -1,7 +1,7 @@
 """Records what a shipped model computes, by PyTorch, so that tests can compare without PyTorch.
 
-Writes ``tests/vectors/NAME.npz``: tokenizer ids of sample strings, logits of prompts, greedy continuations and how often
-every neuron fires on a held-out text. Example: ``python models/record_vectors.py models/tiny-reglu.gguf
+Writes ``tests/vectors/NAME.npz``: tokenizer ids of sample strings, logits of prompts, greedy continuations and how
+often every neuron fires on a held-out text. Example: ``python models/record_vectors.py models/tiny-reglu.gguf
 --tokenizer work/tokenizer.json --text heldout.txt.xz --out tests/vectors/tiny-reglu.npz``.
 """
 
@@ -46,7 +46,7 @@ PROMPTS = (
     "Ben liked to play with his toy car.",
     "In the forest there was an old tree",
     "The king said to the",
-    "Mom said, \"Do not",
+    'Mom said, "Do not',
     "It was a cold day and the",
     "One morning, the rabbit",
 )
@@ -74,6 +74,7 @@ def main(
     from tokenizers import Tokenizer
 
     torch.set_grad_enabled(False)
+    torch.set_num_threads(1)  # so small a model loses by more
     net = read_gguf(model).eval()
     vocabulary = Tokenizer.from_file(str(tokenizer))
     arrays: dict[str, NDArray[Any]] = {}
@@ -93,7 +94,7 @@ def main(
         arrays[f"continuation_{number}"] = np.asarray(continuation, np.int32)
         arrays[f"logits_{number}"] = net(torch.tensor([prompts[n]])).logits[0, -1].float().numpy()
         print(f"lead {lead:.3f}: {vocabulary.decode(prompts[n][1:] + continuation)}", file=sys.stderr)
-        arrays[f"lead_{number}"] = np.float32(lead)
+        arrays[f"lead_{number}"] = np.asarray(lead, np.float32)
 
     documents = [d for d in read_documents(text) if not held_out or is_held_out(d, held_out)]
     tokens = encode_documents(vocabulary, documents)[0][1 : n_tokens + 1].astype(np.int64)
@@ -106,7 +107,7 @@ def main(
     arrays["text_tokens"] = np.concatenate(windows).astype(np.int32)
     arrays["text_lengths"] = np.asarray([len(w) for w in windows], np.int32)
     arrays["counts"] = counts.astype(np.int32)
-    np.savez_compressed(out, **arrays)
+    np.savez_compressed(out, allow_pickle=False, **arrays)
     active = counts.sum(1) / counts.shape[1] / sum(len(w) for w in windows)
     print(f"{out}: active {active.mean():.3f} per layer {np.round(active, 3)}", file=sys.stderr)
 

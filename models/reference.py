@@ -1,4 +1,4 @@
-"""Independent forward pass in numpy for GGUFs of the architectures llama, arcee, falcon and gpt2 with a ReLU-family FFN.
+"""Independent forward pass in numpy for GGUFs of llama, arcee, falcon and gpt2 with a ReLU-family FFN.
 
 It shares no code with llama.cpp or with pinfer's native part: tests compare both with it. One sequence, no KV cache.
 """
@@ -28,7 +28,7 @@ class Result:
 
     def fired(self, layer: int) -> NDArray[np.bool_]:
         """[n, n_ff] which neurons fired."""
-        return self.neurons[layer] != 0
+        return np.asarray(self.neurons[layer] != 0)
 
 
 class Reference:
@@ -72,6 +72,12 @@ class Reference:
         """Weights by GGUF name, [rows, columns] for matrices."""
         return self._tensors[name]
 
+    def replace(self, name: str, values: Array) -> None:
+        """Compute with other weights of the same shape."""
+        if values.shape != self._tensors[name].shape:
+            raise ValueError(f"{name} is {self._tensors[name].shape}, not {values.shape}")
+        self._tensors[name] = np.asarray(values, self.dtype)
+
     def _linear(self, name: str, x: Array) -> Array:
         y = x @ self._tensors[f"{name}.weight"].T
         bias = self._tensors.get(f"{name}.bias")
@@ -82,7 +88,7 @@ class Reference:
             x = x - x.mean(-1, keepdims=True)
         y = x / np.sqrt((x * x).mean(-1, keepdims=True) + self._eps) * self._tensors[f"{name}.weight"]
         bias = self._tensors.get(f"{name}.bias")
-        return y if bias is None else y + bias
+        return np.asarray(y if bias is None else y + bias)
 
     def _rope(self, x: Array) -> Array:
         """Rotary embedding of x [n, head, n_head_dim]: neighbours are pairs, or halves in falcon; none in gpt2."""
@@ -135,7 +141,7 @@ class Reference:
             raise ValueError(f"no reference for activation {self.activation}")
         return self._linear(f"{blk}.ffn_down", neurons), neurons
 
-    def forward(self, tokens: Sequence[int]) -> Result:
+    def forward(self, tokens: Sequence[int] | NDArray[np.integer[Any]]) -> Result:
         """Logits, FFN inputs and neurons of a sequence of at most n_ctx tokens that starts at position 0."""
         ids = np.asarray(tokens, np.int64)
         h = self._tensors["token_embd.weight"][ids]

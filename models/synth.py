@@ -1,9 +1,9 @@
 """Writes shape-true synthetic models with planted power-law FFN activity, tensor by tensor, at any size.
 
 How the activity is planted: every token embedding has a common component along a unit vector u, so every FFN input has
-one too. Row i of the first FFN matrix is random noise minus c_i * u, and c_i fixes how often neuron i fires. The noise is
-low-rank plus a small remainder, as a predictor can learn nothing from rows without structure. Attention and FFN outputs are
-small and have no mean, so the activity stays as planted through the depth.
+one too. Row i of the first FFN matrix is random noise minus c_i * u, and c_i fixes how often neuron i fires. The noise
+is low-rank plus a small remainder, as a predictor can learn nothing from rows without structure. Attention and FFN
+outputs are small and have no mean, so the activity stays as planted through the depth.
 
 Example: ``python models/synth.py llama-7b.gguf --preset llama-7b --type Q4_0``. Needs gguf, numpy, scipy, typer, rich
 and llama-cpp-python (for ggml's own quantisation).
@@ -92,11 +92,15 @@ class SynthOptions:
         if self.ffn_activation not in ("relu", "relu2", "reglu", "drelu"):
             raise ValueError(f"unknown activation {self.ffn_activation}: relu, relu2, reglu or drelu")
         if self.gated != (self.arch == "llama"):
-            raise ValueError(f"{self.arch} has {'a' if self.arch == 'llama' else 'no'} gate, {self.ffn_activation} differs")
+            raise ValueError(
+                f"{self.arch} has {'a' if self.arch == 'llama' else 'no'} gate, {self.ffn_activation} differs"
+            )
         if self.type not in TYPES:
             raise ValueError(f"unknown type {self.type}: one of {', '.join(TYPES)}")
         if self.n_embd % self.n_head or self.n_head % self.n_head_kv or (self.n_embd // self.n_head) % 2:
-            raise ValueError(f"{self.n_head} heads and {self.n_head_kv} key/value heads do not divide n_embd {self.n_embd}")
+            raise ValueError(
+                f"{self.n_head} heads and {self.n_head_kv} key/value heads do not divide n_embd {self.n_embd}"
+            )
         if self.n_vocab < 257:
             raise ValueError(f"the vocabulary needs at least 257 tokens, not {self.n_vocab}")
         if not 0 < self.active < 0.5 or not 0 < self.hot_share < 0.8:
@@ -176,10 +180,10 @@ class Activity:
         threshold = -ndtri(np.sqrt(p) if options.ffn_activation == "drelu" else p)
         grid = ndtri((np.arange(512) + 0.5) / 512)
         mean, square = np.empty(len(p)), np.empty(len(p))
-        for low in range(0, len(p), 4096):
-            z = np.maximum(0.0, grid[None, :] - threshold[low : low + 4096, None])
+        for low in range(0, len(p), 256):
+            z = np.maximum(0.0, grid[None, :] - threshold[low : low + 256, None])
             f = z**2 if options.ffn_activation == "relu2" else z
-            mean[low : low + 4096], square[low : low + 4096] = f.mean(1), (f**2).mean(1)
+            mean[low : low + 256], square[low : low + 256] = f.mean(1), (f**2).mean(1)
         if options.ffn_activation == "reglu":
             mean[:] = 0.0  # times up, which is symmetric
         if options.ffn_activation == "drelu":
@@ -190,12 +194,12 @@ class Activity:
         """Rank of each neuron of a layer: neuron i has frequency[order[i]]."""
         return _rng(self.options.seed, 1_000_000 + layer).permutation(self.options.n_ff)
 
-    def common(self, layer: int) -> float:
-        """Share of the FFN input's norm along u: the stream grows with the outputs that were added before."""
-        o = self.options
-        added = layer if o.arch == "falcon" else layer + 0.5
-        positions = POSITION**2 if o.arch == "gpt2" else 0.0
-        return COMMON / float(np.sqrt(1 + positions + added * o.output**2))
+
+def common_share(options: SynthOptions, layer: int) -> float:
+    """Share of the FFN input's norm along u: the stream grows with the outputs that were added before."""
+    added = layer if options.arch == "falcon" else layer + 0.5
+    positions = POSITION**2 if options.arch == "gpt2" else 0.0
+    return COMMON / float(np.sqrt(1 + positions + added * options.output**2))
 
 
 def planted_frequencies(path: Path) -> list[Array]:
@@ -203,7 +207,7 @@ def planted_frequencies(path: Path) -> list[Array]:
     import gguf
 
     reader = gguf.GGUFReader(str(path))
-    layers = []
+    layers: list[Array] = []
     while (field := reader.fields.get(f"pinfer.synth.frequency.{len(layers)}")) is not None:
         layers.append(np.frombuffer(base64.b64decode(field.contents()), "<f4"))
     return layers
@@ -244,9 +248,11 @@ class Plan:
 class Model:
     """All tensors of a synthetic model as plans; nothing is generated before it is written."""
 
-    def __init__(self, options: SynthOptions, activity: Activity) -> None:
+    def __init__(self, options: SynthOptions) -> None:
         self.options = options
-        self.activity = activity
+        # What belongs to one layer is made when its first rows are, and kept no longer than a few layers.
+        self._ranks = functools.lru_cache(maxsize=4)(lambda layer: self.activity.order(layer))
+        self._basis = functools.lru_cache(maxsize=4)(self._make_basis)
         u = _rng(options.seed, 999).standard_normal(options.n_embd)
         u -= u.mean()  # LayerNorm would take a mean away
         self.u: Array = (u / np.linalg.norm(u)).astype(np.float32)
@@ -256,6 +262,11 @@ class Model:
         turned = self.signs * self.u
         turned -= (turned @ self.u) * self.u
         self.turned: Array = turned / np.linalg.norm(turned)
+
+    @functools.cached_property
+    def activity(self) -> Activity:
+        """The planted activity."""
+        return Activity.plan(self.options)
 
     def plans(self) -> list[Plan]:
         """The tensors in file order."""
@@ -278,7 +289,7 @@ class Model:
         return (x + np.float32(COMMON) * self.u) * np.float32(np.sqrt(self.options.n_embd))
 
     def _row_of_norm(self, norm: float) -> RowMaker:
-        """Rows without component along u, that turn an input of unit variance into an output of standard deviation norm."""
+        """Rows without component along u, of the given norm, the spread of their product with a normed input."""
 
         def make(rng: np.random.Generator, first: int, count: int) -> Array:
             return _unit_rows(_noise(rng, count, self.options.n_embd), self.u) * np.float32(norm)
@@ -340,7 +351,11 @@ class Model:
         if o.gated:
             plans.append(Plan(f"{blk}.ffn_gate.weight", o.n_ff, o.n_embd, kind, first))
             both = o.ffn_activation == "drelu"
-            up = self._first_matrix(layer, 1) if both else self._row_of_norm(1 / self._spread(layer))
+            up = (
+                self._first_matrix(layer, 1)
+                if both
+                else self._row_of_norm(1 / np.sqrt(1 - common_share(o, layer) ** 2))
+            )
             plans.append(Plan(f"{blk}.ffn_up.weight", o.n_ff, o.n_embd, kind, up))
         else:
             plans.append(Plan(f"{blk}.ffn_up.weight", o.n_ff, o.n_embd, kind, first))
@@ -351,50 +366,49 @@ class Model:
             plans.append(self._bias(f"{blk}.ffn_down.bias", o.n_embd, 0.001))
         return plans
 
-    def _spread(self, layer: int) -> float:
-        """Standard deviation of a unit row's product with the FFN input of a layer."""
-        return float(np.sqrt(1 - self.activity.common(layer) ** 2))
-
     def _first_matrix(self, layer: int, which: int) -> RowMaker:
         """Low-rank rows plus a remainder, minus c_i * u; the first product has unit variance and mean -threshold_i."""
         o = self.options
         rank = max(1, round(o.rank * o.n_embd))
-        threshold = self.activity.threshold[self.activity.order(layer)]
-        along = threshold / (self.activity.common(layer) * np.sqrt(o.n_embd))
-        if o.biased:
-            along = along / 2  # the bias does the other half
-
-        @functools.cache
-        def basis() -> Array:
-            return _unit_rows(_noise(_rng(o.seed, 2_000_000 + 2 * layer + which), rank, o.n_embd), self.u)
+        common = common_share(o, layer)
 
         def make(rng: np.random.Generator, first: int, count: int) -> Array:
-            x = _noise(rng, count, rank) @ basis()
+            x = _noise(rng, count, rank) @ self._basis(layer, which)
             x *= np.float32(np.sqrt((1 - o.remainder) / rank))
             x += _noise(rng, count, o.n_embd) * np.float32(np.sqrt(o.remainder / o.n_embd))
-            x = _unit_rows(x, self.u) / np.float32(self._spread(layer))
-            return x - np.outer(along[first : first + count].astype(np.float32), self.u)
+            x = _unit_rows(x, self.u) / np.float32(np.sqrt(1 - common**2))
+            along = self._thresholds(layer)[first : first + count] / np.float32(common * np.sqrt(o.n_embd))
+            return x - np.outer(along, self.u)
 
         return make
 
+    def _make_basis(self, layer: int, which: int) -> Array:
+        rank = max(1, round(self.options.rank * self.options.n_embd))
+        rng = _rng(self.options.seed, 2_000_000 + 2 * layer + which)
+        return _unit_rows(_noise(rng, rank, self.options.n_embd), self.u)
+
+    def _thresholds(self, layer: int) -> Array:
+        """Of each neuron [n_ff], in standard deviations; where there is a bias, it does one half and u the other."""
+        threshold = self.activity.threshold[self._ranks(layer)].astype(np.float32)
+        return threshold / np.float32(2) if self.options.biased else threshold
+
     def _threshold_bias(self, layer: int) -> RowMaker:
         def make(rng: np.random.Generator, first: int, count: int) -> Array:
-            return (-self.activity.threshold[self.activity.order(layer)] / 2).astype(np.float32)[None, :]
+            return -self._thresholds(layer)[None, :]
 
         return make
 
     def _down(self, layer: int) -> RowMaker:
         """Noise of the wanted output size whose mean output is zero, lest the mean shift the layers above."""
         o = self.options
-        mean = self.activity.mean[self.activity.order(layer)].astype(np.float32)
-        norm = float(mean @ mean)
-        scale = np.float32(o.output / np.sqrt(self.activity.power))
 
         def make(rng: np.random.Generator, first: int, count: int) -> Array:
             x = _noise(rng, count, o.n_ff)
+            mean = self.activity.mean[self._ranks(layer)].astype(np.float32)
+            norm = mean @ mean
             if norm > 0:
-                x -= np.outer(x @ mean / np.float32(norm), mean)
-            return x * scale
+                x -= np.outer(x @ mean / norm, mean)
+            return np.asarray(x * (o.output / self.activity.power**0.5), np.float32)
 
         return make
 
@@ -487,7 +501,9 @@ def _metadata(writer: Any, options: SynthOptions, activity: Activity, name: str)
 
     o = options
     writer.add_name(name)
-    writer.add_file_type(gguf.LlamaFileType[{"F32": "ALL_F32", "Q4_K": "MOSTLY_Q4_K_S"}.get(o.type, f"MOSTLY_{o.type}")])
+    writer.add_file_type(
+        gguf.LlamaFileType[{"F32": "ALL_F32", "Q4_K": "MOSTLY_Q4_K_S"}.get(o.type, f"MOSTLY_{o.type}")]
+    )
     writer.add_vocab_size(o.n_vocab)
     writer.add_context_length(o.n_ctx)
     writer.add_embedding_length(o.n_embd)
@@ -557,8 +573,8 @@ def write_model(path: Path, options: SynthOptions, advance: Callable[[int], None
     import gguf
 
     options.check()
-    activity = Activity.plan(options)
-    plans = Model(options, activity).plans()
+    model = Model(options)
+    plans = model.plans()
     needed = sum(n_bytes(plan) for plan in plans)
     free = shutil.disk_usage(path.absolute().parent).free
     if free < needed + (64 << 20):
@@ -566,17 +582,18 @@ def write_model(path: Path, options: SynthOptions, advance: Callable[[int], None
     temporary = path.with_name(path.name + ".tmp")
     writer = gguf.GGUFWriter(str(temporary), options.arch)
     try:
-        _metadata(writer, options, activity, path.stem)
+        _metadata(writer, options, model.activity, path.stem)
         for plan in plans:
             kind = gguf.GGMLQuantizationType[plan.type]
             shape: tuple[int, ...] = (plan.rows, plan.columns) if plan.rows else (plan.columns,)
             if plan.type not in ("F32", "F16"):
                 shape = gguf.quant_shape_to_byte_shape(shape, kind)
-            dtype = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16)}.get(plan.type, np.dtype(np.uint8))
+            dtype = np.dtype({"F32": "f4", "F16": "f2"}.get(plan.type, "u1"))
             writer.add_tensor_info(plan.name, shape, dtype, n_bytes(plan), raw_dtype=kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
+        assert writer.fout is not None
         file = writer.fout[0]
         file.write(bytes(-file.tell() % writer.data_alignment))
         for data, last in _pieces(plans, options.seed, options.n_threads):
@@ -597,7 +614,7 @@ def write_model(path: Path, options: SynthOptions, advance: Callable[[int], None
 
 def size_of(options: SynthOptions) -> int:
     """Bytes of all tensors."""
-    return sum(n_bytes(plan) for plan in Model(options, Activity.plan(options)).plans())
+    return sum(n_bytes(plan) for plan in Model(options).plans())
 
 
 def main(
@@ -605,7 +622,9 @@ def main(
     preset: Annotated[str, typer.Option(help=f"one of {', '.join(PRESETS)}; without it a custom shape")] = "",
     type: Annotated[str, typer.Option(help=f"one of {', '.join(TYPES)}")] = "F16",
     arch: Annotated[str, typer.Option(help=f"one of {', '.join(ARCHITECTURES)}")] = "llama",
-    activation: Annotated[str, typer.Option(help="relu, relu2, reglu or drelu; default: that of the architecture")] = "",
+    activation: Annotated[
+        str, typer.Option(help="relu, relu2, reglu or drelu; default: that of the architecture")
+    ] = "",
     n_embd: int = 256,
     n_ff: int = 768,
     n_layer: Annotated[int, typer.Option(help="0: that of the preset, 2 without one")] = 0,
@@ -642,9 +661,18 @@ def main(
         options = dataclasses.replace(PRESETS[preset], **planted)
         options = dataclasses.replace(options, n_layer=n_layer or options.n_layer)
     else:
-        shape = {"n_embd": n_embd, "n_ff": n_ff, "n_layer": n_layer or 2, "n_head": n_head, "n_head_kv": n_head_kv}
         options = SynthOptions(
-            arch=arch, activation=activation, n_vocab=n_vocab, n_ctx=n_ctx, tied=tied, **shape, **planted
+            arch=arch,
+            activation=activation,
+            n_embd=n_embd,
+            n_ff=n_ff,
+            n_layer=n_layer or 2,
+            n_head=n_head,
+            n_head_kv=n_head_kv,
+            n_vocab=n_vocab,
+            n_ctx=n_ctx,
+            tied=tied,
+            **planted,
         )
     columns = (
         TextColumn("{task.description}"),

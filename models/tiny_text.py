@@ -24,7 +24,21 @@ SEPARATOR = "<|endoftext|>"
 END_OF_TEXT = 0  # token id of the separator: BOS and EOS of the model
 
 _WORD = re.compile(r"[A-Za-z]+(?:'[a-z]+)?")
-_SPEECH = frozenset("said asked replied shouted cried yelled exclaimed answered called thought whispered added".split())
+_SPEECH = frozenset(
+    (
+        "said",
+        "asked",
+        "replied",
+        "shouted",
+        "cried",
+        "yelled",
+        "exclaimed",
+        "answered",
+        "called",
+        "thought",
+        "whispered",
+    )
+)
 
 
 @dataclass(frozen=True)
@@ -132,10 +146,15 @@ def restore_texts(texts: list[tuple[Source, list[str]]]) -> list[tuple[Source, l
     # Small texts first and long ones cut: names of stories matter, not those of an encyclopaedia.
     cased = [d for (_, docs), low in zip(texts, lower, strict=True) if not low for d in docs[:2000]]
     names = learn_names(d[:20000] for d in cased)
-    return [(s, [restore_case(d, names) for d in docs] if low else docs) for (s, docs), low in zip(texts, lower, strict=True)]
+    return [
+        (s, [restore_case(d, names) for d in docs] if low else docs)
+        for (s, docs), low in zip(texts, lower, strict=True)
+    ]
 
 
-def train_tokenizer(texts: list[tuple[Source, list[str]]], n_vocab: int, seed: int, n_chars: int = 12_000_000) -> Tokenizer:
+def train_tokenizer(
+    texts: list[tuple[Source, list[str]]], n_vocab: int, seed: int, n_chars: int = 12_000_000
+) -> Tokenizer:
     """Byte-level BPE with GPT-2's pre-tokenisation on a sample of ``n_chars`` drawn by the sources' weights."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import signal
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -52,6 +53,8 @@ class TrainOptions:
     lr_embd: float
     weight_decay: float
     active: float  # wanted active fraction, 0: no regulariser
+    sparse_by: float  # progress at which it is to be reached
+    decay_from: float  # progress from which the learning rate falls
     seed: int
 
 
@@ -96,14 +99,14 @@ class Training:
         return self.state.seconds + time.monotonic() - self._started
 
     def rate(self) -> float:
-        """Learning-rate factor: a short warm-up, constant for the first 45 %, then linearly down to 2 %."""
+        """Learning-rate factor: a short warm-up, constant for a while, then linearly down to 2 %."""
         warm = min(1.0, (self.state.step + 1) / 60)
-        return warm * min(1.0, 0.02 + 0.98 * (1 - self.progress) / 0.55)
+        return warm * min(1.0, 0.02 + 0.98 * (1 - self.progress) / (1 - self.options.decay_from))
 
     def target(self) -> float:
-        """Active fraction wanted now: from one half down to the final one within the first 35 %."""
+        """Active fraction wanted now: from one half evenly down to the final one."""
         final = self.options.active
-        return final + (0.5 - final) * max(0.0, 1 - self.progress / 0.35)
+        return final + (0.5 - final) * max(0.0, 1 - self.progress / self.options.sparse_by)
 
     def step(self) -> tuple[float, np.ndarray[Any, np.dtype[np.float32]]]:
         """One optimiser step; returns the cross-entropy and the active fraction of each layer."""
@@ -168,7 +171,9 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def prepare(sources: list[Source], n_vocab: int, held_out: float, work: Path, seed: int) -> tuple[Tokenizer, list[TokenStream]]:
+def prepare(
+    sources: list[Source], n_vocab: int, held_out: float, work: Path, seed: int
+) -> tuple[Tokenizer, list[TokenStream]]:
     """Tokenizer and token streams, from ``work`` where an earlier run left them."""
     from tokenizers import Tokenizer
 
@@ -197,7 +202,9 @@ def prepare(sources: list[Source], n_vocab: int, held_out: float, work: Path, se
 @app.command()
 def train(
     text: Annotated[list[str], typer.Option(help="FILE[:WEIGHT], documents each followed by a line <|endoftext|>")],
-    work: Annotated[Path, typer.Option(help="folder for tokenizer, tokens, checkpoint; a second call goes on from there")],
+    work: Annotated[
+        Path, typer.Option(help="folder for tokenizer, tokens, checkpoint; a second call goes on from there")
+    ],
     out: Annotated[Path, typer.Option(help="GGUF to write")],
     activation: Annotated[str, typer.Option(help="relu, relu2, reglu or drelu")] = "relu2",
     n_embd: int = 256,
@@ -214,6 +221,8 @@ def train(
     lr_embd: float = 0.004,
     weight_decay: float = 0.02,
     active: Annotated[float, typer.Option(help="active fraction of neurons to reach; 0: no regulariser")] = 0.12,
+    sparse_by: Annotated[float, typer.Option(help="share of the training within which it falls to that")] = 0.5,
+    decay_from: Annotated[float, typer.Option(help="share of the training after which the rates fall")] = 0.45,
     held_out: Annotated[float, typer.Option(help="share of documents kept out of training")] = 0.01,
     device: str = "cuda" if torch.cuda.is_available() else "cpu",
     threads: Annotated[int, typer.Option(help="CPU threads; 0: PyTorch's own choice")] = 0,
@@ -228,7 +237,7 @@ def train(
         torch.set_num_threads(threads)
     work.mkdir(parents=True, exist_ok=True)
     shape = Shape(activation, n_embd, n_ff, n_layer, n_head, n_head_kv, n_vocab, n_ctx)
-    options = TrainOptions(shape, steps, minutes, batch, lr, lr_embd, weight_decay, active, seed)
+    options = TrainOptions(shape, steps, minutes, batch, lr, lr_embd, weight_decay, active, sparse_by, decay_from, seed)
     tokenizer, streams = prepare([Source.parse(t) for t in text], n_vocab, held_out, work, seed)
     training = Training(options, streams, device, compile_model)
     checkpoint = work / "checkpoint.pt"
@@ -244,6 +253,7 @@ def train(
         write_gguf(out, training.model, tokenizer, out.stem, note)
 
     export()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill keeps the checkpoint, as Ctrl-C does
     try:
         _loop(training, export, export_every)
     except KeyboardInterrupt:
@@ -251,7 +261,8 @@ def train(
         training.save(checkpoint)
         raise typer.Exit(130) from None
     export()
-    say(f"wrote {out} after {training.state.step} steps, {training.state.tokens} tokens, {training.seconds / 60:.0f} minutes")
+    state = training.state
+    say(f"wrote {out} after {state.step} steps, {state.tokens} tokens, {training.seconds / 60:.0f} minutes")
 
 
 def _loop(training: Training, export: Any, export_every: float) -> None:
@@ -269,8 +280,9 @@ def _loop(training: Training, export: Any, export_every: float) -> None:
             rate = (training.state.tokens - tokens) / (now - spoke)
             layers = " ".join(f"{a:.2f}" for a in active)
             say(
-                f"{100 * training.progress:5.1f} % step {training.state.step} loss {np.mean(losses):.3f} {rate:.0f} tokens/s"
-                f" active {active.mean():.3f} [{layers}] target {training.target():.2f} l1 {training.state.l1_weight:.3f}"
+                f"{100 * training.progress:5.1f} % step {training.state.step} loss {np.mean(losses):.3f}"
+                f" {rate:.0f} tokens/s active {active.mean():.3f} [{layers}]"
+                f" target {training.target():.2f} l1 {training.state.l1_weight:.3f}"
             )
             losses, tokens, spoke = [], training.state.tokens, now
         if now - exported >= 60 * export_every:
@@ -285,7 +297,9 @@ def evaluate(
     tokenizer: Annotated[Path, typer.Option(help="tokenizer.json of the work folder")],
     held_out: Annotated[float, typer.Option(help="use only this held-out share of the documents; 0: all")] = 0.0,
     max_tokens: int = 65536,
-    names: Annotated[list[Path] | None, typer.Option(help="cased texts to learn names from, for a lower-case text")] = None,
+    names: Annotated[
+        list[Path] | None, typer.Option(help="cased texts to learn names from, for a lower-case text")
+    ] = None,
 ) -> None:
     """Perplexity in windows of the context length and active neurons per layer."""
     from tokenizers import Tokenizer
