@@ -273,8 +273,7 @@ PAIRS = [(kind, name) for kind, names in READS.items() for name in names]
 
 def _is_refused(command: CommandLine, kind: str, name: str, *words: str) -> None:
     before = fingerprints(artefacts_of(command))
-    device = ("--device", "CPU") if name == "run" else ()
-    complains(command(name, MODEL, *COMMANDS[name], *device), Path(KINDS[kind]).name, f"pinfer {MADE_BY[kind]}", *words)
+    complains(command(name, MODEL, *COMMANDS[name]), Path(KINDS[kind]).name, f"pinfer {MADE_BY[kind]}", *words)
     assert fingerprints(artefacts_of(command)) == before
 
 
@@ -313,7 +312,7 @@ def test_shards_of_another_placement(command: CommandLine) -> None:
     for again in (("solve", MODEL, "--device", "CPU", "--vram", "3M"), ("split", MODEL)):
         assert command(*again).code == 0
     (folder / paths.COLD).write_bytes(old)
-    complains(command("run", MODEL, *COMMANDS["run"], "--device", "CPU"), paths.COLD, paths.HOT, "pinfer split")
+    complains(command("run", MODEL, *COMMANDS["run"]), paths.HOT, "placement", "pinfer split")
 
 
 @pytest.mark.parametrize(("name", "missing"), [("train", paths.SAMPLES), ("solve", paths.PROFILE)])
@@ -451,7 +450,7 @@ def test_a_killed_split_loses_nothing(command: CommandLine, signum: signal.Signa
     if signum != signal.SIGKILL:
         assert left == before, "an interrupted command removes its temporary files"
     # The run and the next split go on as if nothing had happened, and what was left is cleared away.
-    ran = command("run", MODEL, *COMMANDS["run"], "--device", "CPU")
+    ran = command("run", MODEL, *COMMANDS["run"])
     assert ran.code == 0, ran.err
     again = command("split", MODEL, "--verify")
     assert again.code == 0, again.err

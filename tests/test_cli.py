@@ -479,7 +479,7 @@ WAY = {
     "solve": ("--device", "CPU", "--vram", "4M"),
     "split": ("--verify",),
     "eval": ("--text", "text.txt", "--tokens", "256"),
-    "run": ("-p", "One day", "-n", "8", "--temp", "0", "--device", "CPU"),
+    "run": ("-p", "One day", "-n", "8", "--temp", "0"),
 }
 NEXT = {"profile": "train", "train": "solve", "solve": "split", "split": "run", "eval": "run"}
 
@@ -540,7 +540,7 @@ def test_the_next_command_is_said_on_stderr(way: Way, name: str) -> None:
 
 def test_the_next_command_can_be_typed(way: Way) -> None:
     words = shlex.split(way.tables["split"].err_lines[-1].removeprefix("next: pinfer "))
-    outcome = way.command(*words, "-n", "4", "--device", "CPU")
+    outcome = way.command(*words, "-n", "4")
     assert outcome.code == 0, outcome.err
     assert outcome.out.startswith("Once upon a time")
 
@@ -588,6 +588,8 @@ def test_run_streams_text_alone_to_stdout(way: Way) -> None:
     assert shown.out == f"One day{report['text']}\n"
     assert shown.err_lines[-1].startswith("[ Prompt: ")
     assert report["mode"] == "predicted"
+    # The hot neurons run on the device they were solved for, without naming it again.
+    assert 0.3 < report["on_device"] < 1
 
 
 def test_no_temporary_file_is_left(way: Way) -> None:

@@ -97,6 +97,7 @@ bool placement_read(const std::string & model_path, pinfer_artefacts & artefacts
         artefacts.n_gpu_layers = (uint32_t) pinfer_gguf_uint(gguf, "pinfer.placement.n_gpu_layers", 0);
         artefacts.n_ctx        = (uint32_t) pinfer_gguf_uint(gguf, "pinfer.placement.n_ctx", 0);
         artefacts.n_hot        = array_sum_u32(gguf, "pinfer.placement.n_hot");
+        artefacts.device       = pinfer_gguf_string(gguf, "pinfer.placement.device", "");
     }
     gguf_free(gguf);
     return err.empty();

@@ -16,6 +16,7 @@ struct pinfer_artefacts {
     uint32_t    n_gpu_layers = 0;
     uint32_t    n_ctx        = 0;
     uint64_t    n_hot        = 0;  // over all layers
+    std::string device;            // ggml device it was solved for
 };
 
 // Looks in `folder` if it is given, else where the other commands write: MODEL.pinfer/ beside the model, or

@@ -103,13 +103,16 @@ bool artefacts_choose(const pinfer_arguments & args, pinfer_session & session, s
     if (args.exact) {
         a.predictor.clear();
     }
+    if (args.device.empty() && !a.hot.empty() && ggml_backend_dev_by_name(a.device.c_str())) {
+        session.device_name = a.device;
+    }
     if (args.device == "none") {  // the shards are halves of one thing; without a device the model itself is used
         if (!a.hot.empty()) {
             a.cold.clear();
         }
         a.hot.clear();
     }
-    if (!a.hot.empty() && args.device.empty() && !gpu_first()) {
+    if (!a.hot.empty() && session.device_name.empty() && !gpu_first()) {
         err = a.hot + " needs a device and libggml has no GPU here; name one with --device, or run `pinfer solve " +
               session.file.path + " --vram 0` and `pinfer split " + session.file.path + "`";
         return false;
@@ -132,7 +135,7 @@ bool plugin_configure(const pinfer_arguments & args, pinfer_session & session, e
     params.predictor_path = path_or_null(a.predictor);
     params.hot_path       = path_or_null(a.hot);
     params.cold_path      = path_or_null(a.cold);
-    params.device         = a.hot.empty() || args.device == "none" ? nullptr : path_or_null(args.device);
+    params.device         = a.hot.empty() || session.device_name == "none" ? nullptr : path_or_null(session.device_name);
     params.activation     = activation;
     params.n_batch_dense  = args.n_batch_dense;
 
@@ -146,17 +149,17 @@ bool plugin_configure(const pinfer_arguments & args, pinfer_session & session, e
 }
 
 // Devices that libllama may put layers on: none, the named GPU, or whatever it chooses itself (false: a wrong name).
-bool devices_choose(const pinfer_arguments & args, pinfer_session & session, ggml_backend_dev_t (&devices)[2],
-                    struct llama_model_params & params, std::string & err) {
+bool devices_choose(pinfer_session & session, ggml_backend_dev_t (&devices)[2], struct llama_model_params & params,
+                    std::string & err) {
     devices[0] = devices[1] = nullptr;
     session.device          = gpu_first();
-    if (args.device == "none") {
+    if (session.device_name == "none") {
         session.device = nullptr;
         params.devices = devices;
-    } else if (!args.device.empty()) {
-        ggml_backend_dev_t device = ggml_backend_dev_by_name(args.device.c_str());
+    } else if (!session.device_name.empty()) {
+        ggml_backend_dev_t device = ggml_backend_dev_by_name(session.device_name.c_str());
         if (!device && session.artefacts.hot.empty()) {
-            err = "there is no device " + args.device + "; devices are:";
+            err = "there is no device " + session.device_name + "; devices are:";
             for (size_t i = 0; i < ggml_backend_dev_count(); i++) {
                 if (ggml_backend_dev_type(ggml_backend_dev_get(i)) != GGML_BACKEND_DEVICE_TYPE_ACCEL) {
                     err += std::string(" ") + ggml_backend_dev_name(ggml_backend_dev_get(i));
@@ -175,7 +178,7 @@ bool model_load(const pinfer_arguments & args, pinfer_session & session, ggml_ba
     struct llama_model_params params = llama_model_default_params();
     const bool                sparse = session.mode != PINFER_MODE_DENSE;
     ggml_backend_dev_t        devices[2];
-    if (!devices_choose(args, session, devices, params, err)) {
+    if (!devices_choose(session, devices, params, err)) {
         return false;
     }
     if (args.n_gpu_layers >= 0) {
@@ -298,6 +301,7 @@ int pinfer_session_open(const pinfer_arguments & args, pinfer_session & session)
                                 pinfer_activation_name(activation) + ", its text will be wrong; leave out --dense");
     }
     llama_backend_init();
+    session.device_name       = args.device;
     ggml_backend_reg_t plugin = nullptr;
     if (sparse) {
         plugin = plugin_register(err);

@@ -39,6 +39,7 @@ struct pinfer_session {
     double   t_prompt = 0.0, t_generated = 0.0;  // seconds
 
     // device memory
+    std::string        device_name;              // asked for or solved for; empty: the first GPU; "none"
     ggml_backend_dev_t device      = nullptr;    // GPU that is used; NULL: none
     size_t             device_free = 0;          // before anything was loaded
 };
