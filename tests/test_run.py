@@ -379,14 +379,14 @@ def test_a_full_context_ends_the_text(tiny_relu2: Path) -> None:
 # --- artefacts --------------------------------------------------------------------------------------------------------
 
 
-def make_shards(path: Path, hot_share: float, n_ctx: int = 160) -> Path:
+def make_shards(path: Path, hot_share: float, device: str = "CPU") -> Path:
     """placement.gguf, hot.gguf and cold.gguf of a random placement; returns their folder."""
     model = open_model(path)
     rng = np.random.default_rng(3)
     n_hot = int(model.n_ff * hot_share) // 64 * 64
     order = tuple(rng.permutation(model.n_ff).astype(np.int32) for _ in range(model.n_layer))
     folder = paths.artefact_dir(path, model.fingerprint, for_writing=True)
-    placement = PlacementFile(new_placement_id(), (n_hot,) * model.n_layer, "CPU", 1 << 30, 0, n_ctx, {}, order)
+    placement = PlacementFile(new_placement_id(), (n_hot,) * model.n_layer, device, 1 << 30, 0, 160, {}, order)
     placement.write(folder / paths.PLACEMENT, model, {})
     split(path, SplitOptions())
     return folder
@@ -449,13 +449,17 @@ def test_a_hot_part_runs_on_the_device(tiny_relu2: Path) -> None:
     assert runs[0]["hot_bytes"] > 0
     line = runner("-m", tiny_relu2, "-p", PROMPT, "-n", 8, "--device", "CPU", "--temp", 0).err
     assert "on GPU 50 %" in line
+    # the device it was solved for is the default
+    assert report(tiny_relu2, "-n", 24)["tokens"] == runs[0]["tokens"]
+    assert report(tiny_relu2, "-n", 24)["hot"] == runs[0]["hot"]
     # no hot part at all: the model itself
     none = report(tiny_relu2, "-n", 24, "--device", "none")
     assert (none["hot"], none["tokens"]) == (None, report(tiny_relu2, "-n", 24, "--no-artefacts")["tokens"])
 
 
-def test_a_hot_part_without_a_device(tiny_relu2: Path) -> None:
-    folder = make_shards(tiny_relu2, 0.5)
+def test_a_hot_part_without_a_device(tiny_relu2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    folder = make_shards(tiny_relu2, 0.5, device="CUDA99")
     line = runner("-m", tiny_relu2, "-p", "a").error()
     assert "--vram 0" in line
     assert "--device" in line

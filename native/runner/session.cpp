@@ -135,7 +135,7 @@ bool plugin_configure(const pinfer_arguments & args, pinfer_session & session, e
     params.predictor_path = path_or_null(a.predictor);
     params.hot_path       = path_or_null(a.hot);
     params.cold_path      = path_or_null(a.cold);
-    params.device         = a.hot.empty() || session.device_name == "none" ? nullptr : path_or_null(session.device_name);
+    params.device         = a.hot.empty() ? nullptr : path_or_null(session.device_name);
     params.activation     = activation;
     params.n_batch_dense  = args.n_batch_dense;
 
