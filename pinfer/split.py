@@ -33,7 +33,9 @@ _FLOATS = 64 << 20
 _BAND = 512 << 20
 """bytes of requantised down rows held at once"""
 _COLUMNS = 256
-"""columns are cut at multiples of this, which every block length divides"""
+"""columns are read in multiples of this, which every block length divides"""
+_TILE = 64
+"""columns that are transposed at once, where blocks are no longer"""
 
 
 @dataclass(frozen=True)
@@ -274,14 +276,18 @@ def _convert_columns(
     """Puts the columns ``first..end`` of down into the rows of ``out`` that ``place`` gives them (-1: not wanted)."""
     import numpy as np
 
-    wanted = np.flatnonzero(place[first:end] >= 0)
-    if len(wanted) == 0:
-        return
     block, size = type_size(tensor.type)
-    raw = np.ascontiguousarray(model.raw(tensor)[:, first // block * size : end // block * size])
     keep = _keeps_bytes(tensor.type, target)
-    values = _elements(raw, tensor.type) if keep else ggml.dequantise(raw, tensor.type, end - first)
-    for start in range(0, len(wanted), _COLUMNS):
-        columns = wanted[start : start + _COLUMNS]
-        rows = np.ascontiguousarray(values[:, columns].T)
-        out[place[first + columns]] = rows.view(np.uint8) if keep else ggml.quantise(rows, target, out.shape[1])
+    raw = np.ascontiguousarray(model.raw(tensor)[:, first // block * size : end // block * size])
+    # A tile's floats and their transposition stay in the cache.
+    width = max(_TILE, block)
+    for start in range(0, end - first, width):
+        n_columns = min(width, end - first - start)
+        rows_of = place[first + start : first + start + n_columns]
+        wanted = np.flatnonzero(rows_of >= 0)
+        if len(wanted) == 0:
+            continue
+        tile = np.ascontiguousarray(raw[:, start // block * size : (start + n_columns) // block * size])
+        values = _elements(tile, tensor.type) if keep else ggml.dequantise(tile, tensor.type, n_columns)
+        rows = np.ascontiguousarray(values.T)[wanted]
+        out[rows_of[wanted]] = rows.view(np.uint8) if keep else ggml.quantise(rows, target, out.shape[1])
