@@ -185,20 +185,21 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     from rich import box
     from rich.table import Table
 
-    table = Table(title=title or None, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for i, column in enumerate(columns):
         table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
     for row in rows:
         table.add_row(*row)
+    if title:
+        print(title)
     _show(table)
 
 
-def print_facts(title: str, facts: Sequence[tuple[str, str]]) -> None:
+def print_facts(facts: Sequence[tuple[str, str]]) -> None:
     """Names and values on stdout, one pair per line."""
     from rich.table import Table
 
     table = Table.grid(padding=(0, 2))
-    table.title, table.title_justify, table.title_style = title or None, "left", "bold"
     table.add_column(no_wrap=True)
     table.add_column()
     for name, value in facts:
@@ -266,7 +267,7 @@ def print_solve(report: SolveReport) -> None:
             f"dense {report.tokens_per_s_dense:.1f}",
         ),
     ]
-    print_facts("", facts)
+    print_facts(facts)
     print_paths(report.placement)
 
 
@@ -281,7 +282,7 @@ def print_split(report: SplitReport) -> None:
         ("speed", f"{format_bytes((report.hot_bytes + report.cold_bytes) / max(report.seconds, 1e-9))}/s"),
         ("verified", "hot and cold together are the model" if report.verified else "no (--verify proves it)"),
     ]
-    print_facts("", facts)
+    print_facts(facts)
     print_paths(report.hot, report.cold)
 
 
@@ -295,7 +296,7 @@ def print_eval(report: EvalReport) -> None:
         ("top-1 agreement", percent(report.top1_agreement)),
         ("computed", f"{percent(report.computed)} of the neurons, {percent(report.active)} active"),
     ]
-    print_facts("", facts)
+    print_facts(facts)
 
 
 def print_paths(*paths: Path | None) -> None:

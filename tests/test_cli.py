@@ -365,7 +365,7 @@ def test_tables_are_not_folded_in_a_pipe(capsys: pytest.CaptureFixture[str]) -> 
     shown = capsys.readouterr().out
     assert "a rather long column 5" in shown
     assert shown.count("[x]") == 6
-    ui.print_facts("", [("name", "a [value] in brackets")])
+    ui.print_facts([("name", "a [value] in brackets")])
     assert "a [value] in brackets" in capsys.readouterr().out
 
 
