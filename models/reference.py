@@ -116,11 +116,11 @@ class Reference:
         v = v.reshape(n, self.n_head_kv, -1)
         repeat = self.n_head // self.n_head_kv
         k, v = np.repeat(k, repeat, axis=1), np.repeat(v, repeat, axis=1)
-        scores = np.einsum("qhd,khd->hqk", q, k, optimize=True) / np.sqrt(self.n_head_dim)
+        scores = q.transpose(1, 0, 2) @ k.transpose(1, 2, 0) / self.dtype(np.sqrt(self.n_head_dim))
         scores = np.where(np.tril(np.ones((n, n), bool)), scores, -np.inf)
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         weights /= weights.sum(-1, keepdims=True)
-        y = np.einsum("hqk,khd->qhd", weights, v, optimize=True).reshape(n, self.n_embd)
+        y = (weights @ v.transpose(1, 0, 2)).transpose(1, 0, 2).reshape(n, self.n_embd)
         return self._linear(f"{blk}.attn_output", y.astype(self.dtype))
 
     def _ffn(self, blk: str, x: Array) -> tuple[Array, Array]:
