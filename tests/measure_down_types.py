@@ -1,7 +1,7 @@
 """What each type of the requantised down rows costs and saves: prints the table of docs/shards.md.
 
-``python tests/measure_down_types.py models/tiny-relu2.gguf --text heldout.txt`` takes some minutes; the text has to be one
-that the model was not trained on.
+``python tests/measure_down_types.py models/tiny-relu2.gguf --text heldout.txt`` takes some minutes; the text has to be
+one that the model was not trained on.
 """
 
 from __future__ import annotations
