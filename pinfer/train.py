@@ -448,7 +448,7 @@ def _inverse_gain(gain: Matrix, power: int) -> Matrix:
     with np.errstate(divide="ignore"):
         log_gain = np.log(np.asarray(gain, dtype=np.float64))
     inside = np.interp(log_gain, table, at)
-    beyond = np.exp(np.minimum(log_gain, 600.0) / power)
+    beyond = np.exp(np.minimum(log_gain, 80.0) / power)
     result = np.where(log_gain > table[-1], beyond, np.where(log_gain < table[0], -np.inf, inside))
     return result.astype(np.float32)
 

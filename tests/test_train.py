@@ -1,0 +1,390 @@
+"""Train: the factors are the best there are, thresholds keep the recall, and no predictor costs more than none."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from small_model import Shape, write_small_model
+
+from pinfer import paths
+from pinfer.errors import PinferError
+from pinfer.model import Model, dequantize, open_model
+from pinfer.predictor_file import LayerPredictor, PredictorFile, quantised, row_bytes
+from pinfer.profile_file import SamplesFile, samples_writer
+from pinfer.train import (
+    LayerData,
+    TrainOptions,
+    _calibrate,
+    _Factors,
+    _gain,
+    _hold,
+    _inverse_gain,
+    _log_gain,
+    _parts,
+    fit_layer,
+    train,
+)
+
+Matrix = NDArray[np.float32]
+
+
+def _layer(
+    activation: str = "relu",
+    *,
+    n_samples: int = 2000,
+    n_embd: int = 96,
+    n_ff: int = 384,
+    rank: int = 24,
+    remainder: float = 0.1,
+    bias: float = -1.2,
+    seed: int = 0,
+) -> LayerData:
+    """FFN inputs with a mean and unequal directions, and a predicted matrix of low rank plus a remainder."""
+    rng = np.random.default_rng(seed)
+    spread = rng.normal(size=(n_embd, n_embd)) * np.geomspace(2, 0.1, n_embd)
+    x = (rng.normal(size=(n_samples, n_embd)) @ spread.T / np.sqrt(n_embd) + rng.normal(size=n_embd)).astype(np.float16)
+    weight = rng.normal(size=(n_ff, rank)) @ rng.normal(size=(rank, n_embd)) / rank
+    weight += remainder * rng.normal(size=(n_ff, n_embd)) * weight.std()
+    weight_f32: Matrix = weight.astype(np.float32)
+    z = x.astype(np.float32) @ weight_f32.T
+    other = rng.normal(size=(n_ff, n_embd)).astype(np.float32)
+    return LayerData(
+        x=x,
+        weight=weight_f32,
+        # Each neuron fires rarely, as those of a ReLU model do.
+        bias=(bias * z.std(axis=0) - z.mean(axis=0)).astype(np.float32),
+        partner=(lambda v: v @ other.T) if activation in ("reglu", "drelu") else None,
+        down_norm=rng.uniform(0.2, 2.0, n_ff).astype(np.float32),
+        activation=activation,
+        first_bytes=2 * n_embd,
+        rest_bytes=2 * n_embd * (2 if activation in ("reglu", "drelu") else 1),
+    )
+
+
+def _measure(data: LayerData, predictor: LayerPredictor, part: slice) -> tuple[float, float]:
+    """Recall and candidates of a predictor, computed from its factors as the plugin would."""
+    assert predictor.a is not None
+    assert predictor.b is not None
+    assert predictor.t is not None
+    held = _hold(data, part)
+    named = held.x @ predictor.a.T @ predictor.b.T > predictor.t
+    return float(held.mass[named].sum() / held.mass.sum()), float(named.mean())
+
+
+# -- factors ----------------------------------------------------------------------------------------------------------
+
+
+def test_low_rank_matrix_is_recovered() -> None:
+    data = _layer(remainder=0.0, rank=24)
+    factors = _Factors.of(data, data.x.astype(np.float32))
+    product = factors.b[:, :24] @ factors.a[:24]
+    assert np.abs(product - data.weight).max() < 1e-3 * np.abs(data.weight).max()
+
+
+@pytest.mark.parametrize("rank", [1, 8, 40])
+def test_factors_beat_every_other_of_that_rank(rank: int) -> None:
+    """E‖W x - B A x‖² is the sum of the squared singular values of W L that were left out: the least there is."""
+    data = _layer(remainder=0.5)
+    x = data.x.astype(np.float64)
+    factors = _Factors.of(data, data.x.astype(np.float32))
+    centred = x - x.mean(axis=0)
+    error = centred @ (data.weight - factors.b[:, :rank].astype(np.float64) @ factors.a[:rank]).T
+    left = np.linalg.svd(data.weight @ np.linalg.cholesky(centred.T @ centred / len(x)), compute_uv=False)[rank:]
+    assert (error**2).sum(axis=1).mean() == pytest.approx((left**2).sum(), rel=0.02)
+    plain_u, plain_s, plain_v = np.linalg.svd(data.weight, full_matrices=False)
+    plain = centred @ (data.weight - plain_u[:, :rank] * plain_s[:rank] @ plain_v[:rank]).T
+    assert (error**2).mean() < 0.98 * (plain**2).mean(), "the inputs' covariance was of no use"
+
+
+def test_factors_fit_half_floats_whatever_the_scale() -> None:
+    for scale in (1e-4, 1.0, 100.0):
+        data = _layer()
+        scaled = dataclasses.replace(data, x=(data.x * np.float16(scale)).astype(np.float16))
+        factors = _Factors.of(scaled, scaled.x.astype(np.float32))
+        for rows in (factors.a[:32], factors.b[:, :32]):
+            stored = quantised(np.ascontiguousarray(rows), "f16")
+            assert np.isfinite(stored).all()
+            assert np.abs(stored - rows).max() < 1e-3 * np.abs(rows).max()
+
+
+def test_fewer_samples_than_inputs_still_give_a_predictor() -> None:
+    data = _layer(n_samples=80, n_embd=128, n_ff=256)
+    predictor, report = fit_layer(data, 0, TrainOptions(recall=0.9))
+    assert 0 < report.recall <= 1
+    assert report.expected_bytes <= report.exact_bytes
+    assert predictor.rank == report.rank
+
+
+# -- thresholds -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("activation", ["relu", "relu2", "reglu", "drelu"])
+@pytest.mark.parametrize("recall", [0.9, 0.99])
+def test_recall_is_reached_on_samples_never_seen(activation: str, recall: float) -> None:
+    data = _layer(activation, n_samples=3000)
+    predictor, report = fit_layer(data, 0, TrainOptions(recall=recall))
+    assert report.kind == "low_rank"
+    measured, candidates = _measure(data, predictor, _parts(len(data.x))[2])
+    assert measured == pytest.approx(report.recall, abs=1e-6)
+    assert candidates == pytest.approx(report.candidates, abs=1e-6)
+    # The threshold is found on other samples than it is judged on; what is lost may differ by a third.
+    assert 1 - measured == pytest.approx(1 - recall, rel=0.34)
+    assert candidates < 0.6
+
+
+def test_more_recall_takes_more_candidates() -> None:
+    data = _layer("relu2")
+    factors = _Factors.of(data, data.x.astype(np.float32))
+    held = _hold(data, _parts(len(data.x))[1])
+    shares = []
+    for recall in (0.5, 0.9, 0.99, 0.999):
+        trial = _calibrate(data, factors, 16, held, TrainOptions(recall=recall))
+        named = held.x @ trial.a.T @ trial.b.T > trial.t
+        assert held.mass[named].sum() >= (recall - 1e-6) * held.mass.sum()
+        shares.append(named.mean())
+    assert shares == sorted(shares)
+    assert shares[0] < shares[-1] / 2
+
+
+def test_recall_of_one_names_every_neuron_that_fires() -> None:
+    data = _layer()
+    factors = _Factors.of(data, data.x.astype(np.float32))
+    held = _hold(data, _parts(len(data.x))[1])
+    trial = _calibrate(data, factors, 24, held, TrainOptions(recall=1.0))
+    named = held.x @ trial.a.T @ trial.b.T > trial.t
+    assert named[held.mass > 0].all()
+
+
+def test_priced_thresholds_beat_one_threshold_for_all() -> None:
+    """At the same mass kept, thresholds by expected worth take fewer candidates than one cut of the score."""
+    data = _layer("relu", remainder=0.8)
+    factors = _Factors.of(data, data.x.astype(np.float32))
+    held = _hold(data, _parts(len(data.x))[1])
+    trial = _calibrate(data, factors, 24, held, TrainOptions(recall=0.95))
+    scores = held.x @ trial.a.T @ trial.b.T
+    named = scores > trial.t
+    kept = held.mass[named].sum()
+    flat = (scores + data.bias).ravel()
+    order = np.argsort(flat)[::-1]
+    n_flat = int(np.searchsorted(np.cumsum(held.mass.ravel()[order]), kept)) + 1
+    assert named.sum() < 0.95 * n_flat
+
+
+def test_neurons_that_never_fire_and_weigh_nothing_are_left_out() -> None:
+    data = _layer("reglu")
+    data.bias[:10] = -1e3
+    data.down_norm[10:20] = 0.0
+    predictor, _ = fit_layer(data, 0, TrainOptions())
+    assert predictor.t is not None
+    assert np.isfinite(predictor.t).all()
+    held = _hold(data, _parts(len(data.x))[2])
+    assert predictor.a is not None
+    assert predictor.b is not None
+    named = held.x @ predictor.a.T @ predictor.b.T > predictor.t
+    assert not named[:, :20].any()
+
+
+def test_layer_in_which_nothing_fires() -> None:
+    data = _layer()
+    data.bias[:] = -1e3
+    predictor, report = fit_layer(data, 0, TrainOptions())
+    assert report.recall == 1.0
+    assert report.active == 0.0
+    assert report.candidates == 0.0 or predictor.rank == 0
+
+
+@pytest.mark.parametrize("power", [1, 2])
+@settings(max_examples=50)
+@given(u=st.floats(-5.9, 20))
+def test_gain_and_its_inverse(power: int, u: float) -> None:
+    at = np.array([u])
+    gain = _gain(at, power)
+    rng = np.random.default_rng(0)
+    if -1 < u < 3:
+        sample = (np.maximum(u + rng.normal(size=400_000), 0) ** power).mean()
+        assert sample == pytest.approx(float(gain[0]), rel=0.02)
+    # Above the table u^power stands for it, which at its end is 1/u² too little for the square.
+    tolerance = 0.02 if u <= 6 else 0.1
+    assert float(_inverse_gain(gain.astype(np.float64), power)[0]) == pytest.approx(u, abs=tolerance)
+    assert float(_log_gain(at.astype(np.float32), power)[0]) == pytest.approx(float(np.log(gain[0])), abs=0.05)
+
+
+# -- choice of the rank -----------------------------------------------------------------------------------------------
+
+
+def test_matrix_without_structure_gets_no_predictor() -> None:
+    data = _layer(rank=96, remainder=3.0, bias=0.0)
+    predictor, report = fit_layer(data, 0, TrainOptions(recall=0.999))
+    assert (report.kind, predictor.rank, predictor.a) == ("none", 0, None)
+    assert (report.recall, report.candidates) == (1.0, 1.0)
+    assert report.expected_bytes == report.exact_bytes
+
+
+def test_rank_follows_the_price() -> None:
+    data = _layer(rank=40, remainder=0.02)
+    dear = dataclasses.replace(data, first_bytes=16 * data.first_bytes)
+    cheap_rank, dear_rank = (fit_layer(d, 0, TrainOptions())[1].rank for d in (data, dear))
+    assert 16 <= cheap_rank < dear_rank
+    assert fit_layer(dear, 0, TrainOptions(max_rank=16))[1].rank == 16
+    assert fit_layer(data, 0, TrainOptions(max_rank=0))[1].kind == "none"
+
+
+@settings(max_examples=5, deadline=None)
+@given(
+    activation=st.sampled_from(["relu", "relu2", "reglu", "drelu"]),
+    rank=st.integers(1, 64),
+    remainder=st.floats(0, 2),
+    bias=st.floats(-2.5, 0.5),
+    factor_type=st.sampled_from(["f16", "q8_0"]),
+)
+def test_predictor_never_costs_more_than_none(
+    activation: str, rank: int, remainder: float, bias: float, factor_type: str
+) -> None:
+    data = _layer(activation, n_samples=1000, n_embd=64, n_ff=192, rank=rank, remainder=remainder, bias=bias)
+    options = TrainOptions(type=factor_type)
+    predictor, report = fit_layer(data, 0, options)
+    assert report.expected_bytes <= report.exact_bytes
+    if predictor.rank:
+        assert predictor.a is not None
+        assert predictor.b is not None
+        assert predictor.t is not None
+        n = predictor.rank * row_bytes(64, factor_type) + 192 * row_bytes(predictor.rank, factor_type) + 4 * 192
+        assert report.predictor_bytes == n < 192 * data.first_bytes
+        # What will be stored is what was measured.
+        np.testing.assert_array_equal(quantised(predictor.a, factor_type), predictor.a)
+        np.testing.assert_array_equal(quantised(predictor.b, factor_type), predictor.b)
+
+
+def test_held_back_samples_are_not_fitted_on() -> None:
+    for n in (64, 100, 8192, 10**6):
+        fit, calibration, test = _parts(n)
+        assert 0 == fit.start < fit.stop <= calibration.start < calibration.stop <= test.start < test.stop == n
+
+
+# -- the command ------------------------------------------------------------------------------------------------------
+
+
+def _write_samples(model: Model, n: int, seed: int = 0) -> None:
+    rng = np.random.default_rng(seed)
+    folder = paths.artefact_dir(model.path, model.fingerprint, for_writing=True)
+    layers: list[tuple[NDArray[np.float16], NDArray[np.uint8]]] = []
+    for ffn in model.ffn:
+        first = ffn.gate if model.gated else ffn.up
+        assert first is not None
+        # Inputs of few directions: what a predictor needs.
+        few = rng.normal(size=(n, 24)) @ rng.normal(size=(24, model.n_embd))
+        x = (few + 0.1 * rng.normal(size=(n, model.n_embd))).astype(np.float16)
+        fired = x.astype(np.float32) @ dequantize(model, first).T > 0
+        layers.append((x, np.packbits(fired, axis=1, bitorder="little")))
+    with samples_writer(folder / paths.SAMPLES, model, {}, layers):
+        pass
+
+
+@pytest.mark.parametrize("activation", ["relu2", "reglu", "drelu", "relu"])
+@pytest.mark.parametrize("factor_type", ["f16", "q8_0"])
+def test_file_holds_what_was_learnt(tmp_path: Path, activation: str, factor_type: str) -> None:
+    path = write_small_model(tmp_path / "m.gguf", Shape(activation=activation, n_ff=512, biases=True))
+    model = open_model(path)
+    _write_samples(model, 900)
+    report = train(path, TrainOptions(recall=0.98, type=factor_type))
+    assert report.path == path.with_name("m.gguf.pinfer") / paths.PREDICTOR
+    file = PredictorFile.read(report.path, model)
+    assert file.rank == tuple(layer.rank for layer in report.layers)
+    assert any(file.rank)
+    for i, layer in enumerate(report.layers):
+        read = file.layer(i)
+        assert read.recall == pytest.approx(layer.recall, rel=1e-6)
+        assert read.candidates == pytest.approx(layer.candidates, rel=1e-6)
+        if layer.kind == "none":
+            continue
+        data = LayerData.read(model, i, SamplesFile.read(path.with_name("m.gguf.pinfer") / paths.SAMPLES, model))
+        recall, candidates = _measure(data, read, _parts(900)[2])
+        assert recall == pytest.approx(layer.recall, abs=1e-4)
+        assert candidates == pytest.approx(layer.candidates, abs=1e-4)
+    assert report.expected_bytes < report.exact_bytes
+    plain = json.loads(json.dumps(report.to_json(), allow_nan=False))
+    assert len(plain["layers"]) == model.n_layer
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q8_0", "Q4_K", "BF16", "F32"])
+def test_quantised_models_are_learnt_as_they_are_run(tmp_path: Path, kind: str) -> None:
+    path = write_small_model(tmp_path / "m.gguf", Shape(activation="reglu", type=kind, n_ff=512, n_layer=1))
+    _write_samples(open_model(path), 600)
+    (layer,) = train(path, TrainOptions(recall=0.95)).layers
+    # A finer model leaves a predictor more to save, a coarse one may be cheaper without.
+    assert layer.kind == "none" or 1 - layer.recall == pytest.approx(0.05, abs=0.02)
+
+
+def test_training_twice_gives_the_same_bytes(tmp_path: Path) -> None:
+    path = write_small_model(tmp_path / "m.gguf", Shape(activation="relu2", n_ff=512))
+    _write_samples(open_model(path), 500)
+    first = train(path, TrainOptions()).path.read_bytes()
+    assert train(path, TrainOptions()).path.read_bytes() == first
+
+
+def test_without_samples_the_error_names_the_command(tmp_path: Path) -> None:
+    path = write_small_model(tmp_path / "m.gguf", Shape())
+    with pytest.raises(PinferError, match=r"has no samples yet .*run: pinfer profile .*m\.gguf"):
+        train(path, TrainOptions())
+    _write_samples(open_model(path), 20)
+    with pytest.raises(PinferError, match=r"holds 20 samples, too few"):
+        train(path, TrainOptions())
+    assert not (tmp_path / "m.gguf.pinfer" / paths.PREDICTOR).exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (TrainOptions(recall=0.0), "recall of 0.0"),
+        (TrainOptions(recall=1.5), "recall of 1.5"),
+        (TrainOptions(max_rank=-1), "rank cannot be negative"),
+        (TrainOptions(type="q4_0"), "unknown type 'q4_0'"),
+    ],
+)
+def test_wrong_options(tmp_path: Path, options: TrainOptions, message: str) -> None:
+    with pytest.raises(PinferError, match=message):
+        train(tmp_path / "m.gguf", options)
+
+
+def test_interrupted_training_leaves_the_old_predictor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_small_model(tmp_path / "m.gguf", Shape(activation="relu2", n_ff=512))
+    _write_samples(open_model(path), 500)
+    predictor = train(path, TrainOptions()).path
+    before = predictor.read_bytes()
+    calls: list[int] = []
+
+    def stop(data: LayerData, layer: int, options: TrainOptions) -> object:
+        calls.append(layer)
+        if layer == 1:
+            raise KeyboardInterrupt
+        return fit_layer(data, layer, options)
+
+    monkeypatch.setattr("pinfer.train.fit_layer", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train(path, TrainOptions(recall=0.9))
+    assert calls == [0, 1]
+    assert predictor.read_bytes() == before
+    assert sorted(p.name for p in predictor.parent.iterdir()) == [paths.PREDICTOR, "samples"]
+
+
+def _damage(name: str) -> Callable[[bytes], bytes]:
+    return lambda data: data.replace(b"low_rank", name.encode())
+
+
+@pytest.mark.parametrize("damage", [_damage("high_rnk"), lambda data: data[: len(data) // 2], lambda data: b"GGUF"])
+def test_damaged_predictor_is_refused(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
+    path = write_small_model(tmp_path / "m.gguf", Shape(activation="relu2", n_ff=512))
+    model = open_model(path)
+    _write_samples(model, 500)
+    predictor = train(path, TrainOptions()).path
+    predictor.write_bytes(damage(predictor.read_bytes()))
+    with pytest.raises(PinferError, match=r"damaged.*pinfer train"):
+        PredictorFile.read(predictor, model)
