@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -427,3 +429,37 @@ def test_the_report_is_json_and_lies_in_the_placement(model: Model, machine_file
     again = solve(model.path, SolveOptions(vram=20 * MIB, n_batch=64, machine=machine_file))
     assert PlacementFile.read(again.placement, model).id != placement.id
     assert again.n_hot == report.n_hot
+
+
+_BUFFERS = """
+import sys
+from llama_cpp import llama_cpp as llama
+said = []
+log = llama.llama_log_callback(lambda level, text, data: said.append(text.decode()))
+llama.llama_log_set(log, None)
+llama.llama_backend_init()
+model = llama.llama_model_load_from_file(sys.argv[1].encode(), llama.llama_model_default_params())
+for n_ctx, n_batch in ((256, 64), (2048, 512), (8192, 512)):
+    params = llama.llama_context_default_params()
+    params.n_ctx, params.n_batch, params.n_ubatch, params.n_threads = n_ctx, n_batch, n_batch, 1
+    params.flash_attn_type = 1
+    said.clear()
+    context = llama.llama_init_from_model(model, params)
+    lines = [line.split("=") for line in said if "buffer size" in line]
+    sizes = {name.split()[-3]: size.split()[0] for name, size in lines}
+    print(n_ctx, n_batch, sizes["KV"], sizes["compute"])
+    llama.llama_free(context)
+"""
+
+
+def test_cache_and_buffers_are_what_libllama_takes(tiny_relu2: Path) -> None:
+    model = open_model(tiny_relu2)
+    command = [sys.executable, "-c", _BUFFERS, str(tiny_relu2)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert len(lines) == 3
+    for n_ctx, n_batch, cache, compute in lines:
+        counted = sum(kv_bytes(model, layer, int(n_ctx), "f16") for layer in range(model.n_layer))
+        assert counted == pytest.approx(float(cache) * MIB, rel=0.01)
+        # An upper estimate, and one that does not waste a card.
+        assert 1 <= compute_bytes(model, int(n_ctx), int(n_batch)) / (float(compute) * MIB) < 6
