@@ -273,40 +273,6 @@ def split(
     _next("run", model, model_flag, "-p 'Once upon a time'")
 
 
-@app.command("eval")
-def evaluate(
-    text: Annotated[Path, typer.Option("--text", metavar="FILE", help="Text to measure on.")],
-    model: ModelArg = None,
-    tokens: Annotated[
-        int,
-        typer.Option(
-            "--tokens", parser=parse_count, metavar="N", help="Tokens to measure. [default: 4k]", show_default=False
-        ),
-    ] = 4096,
-    ctx: Annotated[
-        int,
-        typer.Option("-c", "--ctx-size", min=0, metavar="N", help="Context in tokens; 0: the model's, at most 2048."),
-    ] = 0,
-    exact: Annotated[bool, typer.Option("--exact", help="Without the predictor.")] = False,
-    threads: ThreadsOpt = None,
-    device: DeviceOpt = None,
-    activation: ActivationOpt = None,
-    as_json: JsonOpt = False,
-    model_flag: ModelOpt = None,
-) -> None:
-    """Measure what the predictor costs: KL divergence to the dense model, agreement, perplexity."""
-    from pinfer import eval as stage
-    from pinfer import ui
-
-    path = _model(model, model_flag)
-    options = stage.EvalOptions(
-        text=text, n_tokens=tokens, n_ctx=ctx, exact=exact, activation=activation, n_threads=threads, device=device
-    )
-    report = stage.evaluate(path, options, ui.stderr_progress())
-    ui.print_json(report.to_json()) if as_json else ui.print_eval(report)
-    _next("run", model, model_flag, "-p 'Once upon a time'")
-
-
 @app.command()
 def run(
     model: ModelArg = None,
@@ -445,6 +411,40 @@ def run(
         json=as_json,
     )
     return stage.run(path, options)
+
+
+@app.command("eval")
+def evaluate(
+    text: Annotated[Path, typer.Option("--text", metavar="FILE", help="Text to measure on.")],
+    model: ModelArg = None,
+    tokens: Annotated[
+        int,
+        typer.Option(
+            "--tokens", parser=parse_count, metavar="N", help="Tokens to measure. [default: 4k]", show_default=False
+        ),
+    ] = 4096,
+    ctx: Annotated[
+        int,
+        typer.Option("-c", "--ctx-size", min=0, metavar="N", help="Context in tokens; 0: the model's, at most 2048."),
+    ] = 0,
+    exact: Annotated[bool, typer.Option("--exact", help="Without the predictor.")] = False,
+    threads: ThreadsOpt = None,
+    device: DeviceOpt = None,
+    activation: ActivationOpt = None,
+    as_json: JsonOpt = False,
+    model_flag: ModelOpt = None,
+) -> None:
+    """Measure what the predictor costs: KL divergence to the dense model, agreement, perplexity."""
+    from pinfer import eval as stage
+    from pinfer import ui
+
+    path = _model(model, model_flag)
+    options = stage.EvalOptions(
+        text=text, n_tokens=tokens, n_ctx=ctx, exact=exact, activation=activation, n_threads=threads, device=device
+    )
+    report = stage.evaluate(path, options, ui.stderr_progress())
+    ui.print_json(report.to_json()) if as_json else ui.print_eval(report)
+    _next("run", model, model_flag, "-p 'Once upon a time'")
 
 
 def run_cli(args: list[str]) -> int:

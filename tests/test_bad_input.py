@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import hashlib
+import json
 import os
 import random
 import resource
@@ -33,7 +34,7 @@ from pinfer.shard_file import ShardFile
 COMMANDS: dict[str, tuple[str, ...]] = {
     "profile": ("--tokens", "256", "--dataset", "text.txt"),
     "train": (),
-    "solve": ("--vram", "0"),
+    "solve": ("--machine", "machine.json", "--vram", "0"),
     "split": (),
     "run": ("-p", "One", "-n", "2", "--temp", "0"),
     "eval": ("--text", "text.txt", "--tokens", "64"),
@@ -53,6 +54,22 @@ MADE_BY = {
     "placement": "solve",
     "hot": "split",
     "cold": "split",
+}
+# Solving for a machine that is described saves measuring this one every time.
+MACHINE = {
+    "name": "test",
+    "n_threads": 2,
+    "cpu_bandwidth": 2e10,
+    "scattered": 0.4,
+    "device": {
+        "name": "CPU",
+        "description": "a second CPU device",
+        "kind": "cpu",
+        "memory_total": 1 << 30,
+        "memory_free": 1 << 30,
+        "bandwidth": 2e10,
+        "sync_seconds": 1e-5,
+    },
 }
 TRUNCATIONS = 200
 MODEL = "tiny-relu2.gguf"
@@ -80,11 +97,12 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> CommandLine:
     work.mkdir()
     shutil.copy(MODELS / MODEL, work)
     (work / "text.txt").write_text((ROOT / "docs" / "formats.md").read_text(encoding="utf-8"), encoding="utf-8")
+    (work / "machine.json").write_text(json.dumps(MACHINE), encoding="utf-8")
     command = CommandLine(work, folder / "home")
     for args in (
         ("profile", MODEL, "--tokens", "512", "--dataset", "text.txt"),
         ("train", MODEL),
-        ("solve", MODEL, "--device", "CPU", "--vram", "4M"),
+        ("solve", MODEL, "--machine", "machine.json", "--vram", "4M"),
         ("split", MODEL),
     ):
         outcome = command(*args)
@@ -309,7 +327,7 @@ def test_a_damaged_artefact(command: CommandLine, kind: str, name: str) -> None:
 def test_shards_of_another_placement(command: CommandLine) -> None:
     folder = artefacts_of(command)
     old = (folder / paths.COLD).read_bytes()
-    for again in (("solve", MODEL, "--device", "CPU", "--vram", "3M"), ("split", MODEL)):
+    for again in (("solve", MODEL, *WRITERS["solve"]), ("split", MODEL)):
         assert command(*again).code == 0
     (folder / paths.COLD).write_bytes(old)
     complains(command("run", MODEL, *COMMANDS["run"]), paths.HOT, "placement", "pinfer split")
@@ -326,7 +344,7 @@ def test_a_missing_artefact_names_the_command_that_makes_it(command: CommandLine
 WRITERS: dict[str, tuple[str, ...]] = {
     "profile": COMMANDS["profile"],
     "train": (),
-    "solve": ("--device", "CPU", "--vram", "6M"),
+    "solve": ("--machine", "machine.json", "--vram", "3M"),
     "split": ("--down-type", "F32"),
 }
 
