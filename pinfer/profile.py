@@ -138,8 +138,12 @@ def profile(model_path: Path, options: ProfileOptions, progress: Progress = NULL
 def _check(options: ProfileOptions) -> None:
     if options.n_tokens <= 0:
         raise PinferError(f"cannot profile {options.n_tokens} tokens", "use --tokens 1 or more")
-    if options.n_ctx < 0 or (options.n_samples is not None and options.n_samples < 0):
-        raise PinferError("the context and the number of samples cannot be negative")
+    if options.n_ctx < 0 or options.n_ctx == 1:
+        raise PinferError(
+            f"a context of {options.n_ctx} tokens holds no text", "use at least 2, or 0 for the model's own"
+        )
+    if options.n_samples is not None and options.n_samples < 0:
+        raise PinferError("the number of samples cannot be negative")
 
 
 def _n_samples(options: ProfileOptions, model: Model) -> int:

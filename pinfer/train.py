@@ -237,9 +237,10 @@ def fit_layer(data: LayerData, layer: int, options: TrainOptions) -> tuple[Layer
     exact_bytes = n_ff * (data.first_bytes + active * data.rest_bytes)
 
     best_bytes, best = exact_bytes, None
-    factors = _Factors.of(data, data.x[fit].astype(np.float32))
+    ranks = list(_ranks(data, options))
+    factors = _Factors.of(data, data.x[fit].astype(np.float32), max(ranks, default=1))
     worse = 0
-    for rank in _ranks(data, options):
+    for rank in ranks:
         trial = _calibrate(data, factors, rank, held, options)
         expected = _expected_bytes(trial, data, rank, held, options)
         if expected < best_bytes:
@@ -286,17 +287,17 @@ def _hold(data: LayerData, part: slice) -> _Held:
 
 @dataclass(frozen=True)
 class _Factors:
-    """Factors of the highest rank; lower ranks are their beginnings."""
+    """Factors of the highest rank R that may pay; lower ranks are their beginnings."""
 
     mean: Matrix
     """``[n_embd]``"""
     a: Matrix
-    """``[n_embd, n_embd]``, rows by falling importance"""
+    """``[R, n_embd]``, rows by falling importance"""
     b: Matrix
-    """``[n_ff, n_embd]``"""
+    """``[n_ff, R]``"""
 
     @staticmethod
-    def of(data: LayerData, x: Matrix) -> _Factors:
+    def of(data: LayerData, x: Matrix, max_rank: int | None = None) -> _Factors:
         """Activation-aware factors of ``data.weight`` from FFN inputs ``x`` ``[n, n_embd]``."""
         import numpy as np
         from scipy.linalg import cholesky, eigh, solve_triangular
@@ -310,7 +311,8 @@ class _Factors:
         root = cholesky(c, lower=True)
         # The right singular vectors of W L are the eigenvectors of Lᵀ WᵀW L, which is small whatever n_ff is.
         gram = (data.weight.T @ data.weight).astype(np.float64)
-        vectors = eigh(root.T @ gram @ root)[1][:, ::-1]
+        lowest = max(0, n_embd - (max_rank or n_embd))
+        vectors = eigh(root.T @ gram @ root, subset_by_index=(lowest, n_embd - 1))[1][:, ::-1]
         a = solve_triangular(root, vectors, lower=True, trans="T").T
         # A x has variance 1 in each direction, so B holds the weights by importance and a block of it one scale. A
         # common factor keeps A well inside the range of half floats.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ from pinfer import paths
 from pinfer.engine import Engine, PluginConfig
 from pinfer.errors import PinferError
 from pinfer.model import Model, open_model
+from pinfer.native import Stats, load_plugin
 from pinfer.profile import ProfileOptions, ProfileReport, _stride, profile, share_of_most, windows_of
 from pinfer.profile_file import ProfileFile, SamplesFile
 
@@ -188,6 +190,22 @@ def test_interrupt_keeps_what_was_counted(tiny_relu2: Path, monkeypatch: pytest.
     assert samples.n_samples == report.n_samples == math.ceil(192 / _stride(2000, 100, 64))
 
 
+def test_a_real_signal_ends_it_at_a_batch(tiny_relu2: Path) -> None:
+    class Impatient(Notes):
+        @contextmanager
+        def task(self, label: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+            def advance(n: int) -> None:
+                self.advanced += n
+                if self.advanced >= 128:
+                    signal.raise_signal(signal.SIGINT)
+
+            yield advance
+
+    report = profile(tiny_relu2, ProfileOptions(str(TEXT), 1000, n_ctx=64, n_threads=1), Impatient())
+    assert (report.interrupted, report.tokens) == (True, 128)
+    assert ProfileFile.read(report.path, open_model(tiny_relu2)).tokens == 128
+
+
 def test_interrupt_before_anything_was_counted_leaves_the_old_profile(
     tiny_relu2: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -216,7 +234,9 @@ def test_model_without_exact_zeros_is_refused(tiny_reglu: Path) -> None:
     ("options", "message"),
     [
         (ProfileOptions(str(TEXT), 0), "cannot profile 0 tokens"),
-        (ProfileOptions(str(TEXT), 5, n_ctx=-1), "cannot be negative"),
+        (ProfileOptions(str(TEXT), 5, n_ctx=-1), "a context of -1 tokens holds no text"),
+        (ProfileOptions(str(TEXT), 5, n_ctx=1), "a context of 1 tokens holds no text"),
+        (ProfileOptions(str(TEXT), 5, n_samples=-1), "cannot be negative"),
         (ProfileOptions("no-such-file", 5), "unknown data set 'no-such-file'"),
     ],
 )
@@ -243,6 +263,9 @@ def test_observing_changes_nothing(tiny_relu2: Path) -> None:
     with Engine(tiny_relu2, n_ctx=128, n_threads=1) as engine:
         stock = engine.decode(tokens, logits=True)
     profile(tiny_relu2, ProfileOptions(str(TEXT), 16, n_threads=1))
+    with Engine(tiny_relu2, n_ctx=128, n_threads=1) as engine:
+        np.testing.assert_array_equal(engine.decode(tokens, logits=True), stock)
+        assert load_plugin().stats() == Stats(*[0] * 8), "an engine without the plugin was computed by it"
     with Engine(tiny_relu2, plugin=PluginConfig(activation="relu2"), n_ctx=128, n_threads=1) as engine:
         after = engine.decode(tokens, logits=True)
     assert float(((after - stock) ** 2).sum() / (stock**2).sum()) < 1e-6
@@ -273,3 +296,52 @@ def test_artefacts_lie_beside_the_model(tiny_relu2: Path) -> None:
     folder = tiny_relu2.with_name("tiny-relu2.gguf.pinfer")
     assert report.path == folder / paths.PROFILE
     assert report.samples_path == folder / paths.SAMPLES
+
+
+def test_layers_offered_to_a_gpu_are_counted_as_well(tiny_relu2: Path) -> None:
+    """The loader is told to leave the FFN with the plugin, which it would not by itself."""
+    model = open_model(tiny_relu2)
+    counts = []
+    for n_gpu_layers in (0, 99):
+        options = ProfileOptions(str(TEXT), 64, n_threads=1, n_gpu_layers=n_gpu_layers)
+        counts.append(np.stack(ProfileFile.read(profile(tiny_relu2, options).path, model).count))
+    np.testing.assert_array_equal(counts[0], counts[1])
+
+
+# -- the engine -------------------------------------------------------------------------------------------------------
+
+
+def test_engine_decodes_in_batches_as_in_one(tiny_reglu: Path) -> None:
+    config = PluginConfig(activation="reglu")
+    with Engine(tiny_reglu, plugin=config, n_ctx=64, n_batch=7, n_threads=1) as engine:
+        tokens = engine.tokenize("A man walked along the river and saw a boat.")
+        whole = engine.decode(tokens, logits=True)
+        assert whole.shape == (len(tokens), engine.n_vocab)
+        engine.clear()
+        last = engine.decode(tokens)
+        engine.clear()
+        steps = np.concatenate([engine.decode([token]) for token in tokens])
+    np.testing.assert_allclose(last[0], whole[-1], atol=1e-3)
+    np.testing.assert_allclose(steps, whole, atol=1e-2 * whole.std())
+
+
+def test_engine_writes_back_what_it_read(tiny_relu2: Path) -> None:
+    text = "Once upon a time, ä ö ü 漢字 \U0001f600 <|endoftext|> there was"
+    with Engine(tiny_relu2, n_ctx=64, n_threads=1) as engine:
+        tokens = engine.tokenize(text)
+        assert tokens[0] == engine.bos
+        assert engine.bos not in tokens[1:], "a control token in a text is text"
+        assert engine.detokenize(tokens[1:]) == text
+        assert engine.generate(tokens, 8) == engine.generate(tokens, 8)
+
+
+def test_engine_gives_the_last_words_of_libllama(tmp_path: Path, tiny_relu2: Path) -> None:
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(tiny_relu2.read_bytes()[:100_000])
+    with pytest.raises(PinferError, match=r"libllama cannot load .*broken\.gguf: .*model"):
+        Engine(broken)
+    with (
+        Engine(tiny_relu2, n_ctx=32, n_threads=1) as engine,
+        pytest.raises(PinferError, match=r"context of \d+ tokens is full"),
+    ):
+        engine.decode([1] * (engine.n_ctx + 1))
