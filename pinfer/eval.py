@@ -54,9 +54,9 @@ class EvalReport:
     kl_p99: float
     top1_agreement: float
     computed: float
-    """share of neurons whose first product was computed"""
+    """share of neurons whose first product was computed, those of the hot device included"""
     active: float
-    """share of neurons that fired"""
+    """share of the CPU's neurons that fired; what fires on a device is not known"""
 
     def to_json(self) -> dict[str, object]:
         """The report as plain JSON values."""
@@ -198,6 +198,7 @@ class _Totals:
     n_neurons: int = 0
     n_candidates: int = 0
     n_active: int = 0
+    n_hot: int = 0
 
     def add(self, dense: NDArray[np.float32], sparse: NDArray[np.float32], targets: Sequence[int]) -> None:
         """One window: log-probabilities ``[n, n_vocab]`` of both sides, and the ``n`` tokens that came."""
@@ -218,6 +219,7 @@ class _Totals:
         self.n_neurons += stats.n_neurons
         self.n_candidates += stats.n_candidates
         self.n_active += stats.n_active
+        self.n_hot += stats.n_hot
 
     def report(self, mode: str, reference: str, tokens_wanted: int) -> EvalReport:
         """The means."""
@@ -236,6 +238,6 @@ class _Totals:
             kl_mean=float(kl.mean()),
             kl_p99=float(np.quantile(kl, 0.99)),
             top1_agreement=self.n_agree / len(kl),
-            computed=self.n_candidates / self.n_neurons,
-            active=self.n_active / self.n_neurons,
+            computed=(self.n_candidates + self.n_hot) / self.n_neurons,
+            active=self.n_active / max(1, self.n_neurons - self.n_hot),
         )

@@ -294,7 +294,7 @@ def print_eval(report: EvalReport) -> None:
         ("perplexity", f"{report.perplexity_sparse:.4f} (dense {report.perplexity_dense:.4f})"),
         ("KL divergence", f"{report.kl_mean:.6f} mean, {report.kl_p99:.6f} at the 99th percentile"),
         ("top-1 agreement", percent(report.top1_agreement)),
-        ("computed", f"{percent(report.computed)} of the neurons, {percent(report.active)} active"),
+        ("computed", f"{percent(report.computed)} of the neurons; {percent(report.active)} of the CPU's were active"),
     ]
     print_facts(facts)
 

@@ -137,7 +137,7 @@ def test_damaged_predictor_is_named(tiny_relu2: Path) -> None:
 def test_divergence_and_agreement_of_known_distributions() -> None:
     p = np.array([[0.5, 0.25, 0.25], [0.8, 0.1, 0.1]], dtype=np.float32)
     q = np.array([[0.25, 0.5, 0.25], [0.8, 0.1, 0.1]], dtype=np.float32)
-    totals = _Totals(n_neurons=10, n_candidates=4, n_active=3)
+    totals = _Totals(n_neurons=10, n_candidates=4, n_active=3, n_hot=4)
     totals.add(np.log(p), np.log(q), [0, 1])
     report = totals.report("predicted", "libllama", 2)
     kl = 0.5 * math.log(2) + 0.25 * math.log(0.5)
@@ -146,7 +146,7 @@ def test_divergence_and_agreement_of_known_distributions() -> None:
     assert report.top1_agreement == 0.5
     assert report.perplexity_dense == pytest.approx(math.exp(-(math.log(0.5) + math.log(0.1)) / 2), rel=1e-5)
     assert report.perplexity_sparse == pytest.approx(math.exp(-(math.log(0.25) + math.log(0.1)) / 2), rel=1e-5)
-    assert (report.computed, report.active) == (0.4, 0.3)
+    assert (report.computed, report.active) == (0.8, 0.5)  # four of ten were hot
 
 
 @given(st.lists(st.lists(st.floats(-500, 500, width=32), min_size=3, max_size=3), min_size=1, max_size=5))
