@@ -28,9 +28,11 @@ if TYPE_CHECKING:
     from pinfer.split import SplitReport
     from pinfer.train import LayerReport, TrainReport
 
-# Without a terminal a line is printed each time this share of the work, and at least this much time, has passed.
+# Without a terminal a line is printed each time this share of the work and at least this much time have passed, and when
+# nothing was said for long.
 _LINE_SHARE = 0.1
 _LINE_SECONDS = 2.0
+_SILENT_SECONDS = 30.0
 # A table that is piped somewhere is not folded to a terminal's width.
 _PIPE_WIDTH = 200
 
@@ -99,7 +101,8 @@ class _LineProgress:
             nonlocal done, shown, last
             done += n
             now = time.monotonic()
-            if now - last < _LINE_SECONDS or done - shown < _LINE_SHARE * total:
+            due = _LINE_SECONDS if done - shown >= _LINE_SHARE * total else _SILENT_SECONDS
+            if now - last < due:
                 return
             shown, last = done, now
             rate = done / (now - begin)
