@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from pinfer.split import SplitReport
     from pinfer.train import LayerReport, TrainReport
 
-# Without a terminal a line is printed each time this share of the work and at least this much time have passed, and when
-# nothing was said for long.
+# Without a terminal a line is printed each time this share of the work and at least this much time have passed, and
+# when nothing was said for long.
 _LINE_SHARE = 0.1
 _LINE_SECONDS = 2.0
 _SILENT_SECONDS = 30.0
