@@ -181,11 +181,11 @@ def train(
     model: ModelArg = None,
     recall: Annotated[
         float, typer.Option("--recall", min=0.5, max=1.0, metavar="R", help="Share of activation mass to keep.")
-    ] = 0.99,
+    ] = 0.995,
     max_rank: Annotated[
         int | None, typer.Option("--max-rank", min=1, metavar="N", help="Largest rank tried. [default: by the model]")
     ] = None,
-    type_: Annotated[Literal["f16", "q8_0"], typer.Option("--type", help="Type of the factors.")] = "f16",
+    type_: Annotated[Literal["f16", "q8_0"], typer.Option("--type", help="Type of the factors.")] = "q8_0",
     activation: ActivationOpt = None,
     as_json: JsonOpt = False,
     model_flag: ModelOpt = None,

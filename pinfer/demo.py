@@ -14,6 +14,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = Path("models", "tiny-relu2.gguf")
 TEXT = Path("tests", "data", "profile.txt")
+HELDOUT = Path("tests", "data", "heldout.txt")
 PROMPT = "Once upon a time, there was a little girl"
 N_PREDICT = 96
 ROUNDS = 5
@@ -23,6 +24,7 @@ PIPELINE: tuple[tuple[str, ...], ...] = (
     ("train", str(MODEL)),
     ("solve", str(MODEL)),
     ("split", str(MODEL), "--verify"),
+    ("eval", str(MODEL), "--text", str(HELDOUT), "--tokens", "1k"),
     ("run", str(MODEL), "-p", PROMPT, "-n", str(N_PREDICT), "--temp", "0"),
 )
 # What the table compares; predicted mode is what `pinfer run` does once there is a predictor.
@@ -54,7 +56,7 @@ def _show(words: tuple[str, ...]) -> None:
 
 def _generate(flags: tuple[str, ...]) -> Run:
     words = ("run", str(MODEL), "-p", PROMPT, "-n", str(N_PREDICT), "--temp", "0", "--ignore-eos", "--json", *flags)
-    done = subprocess.run(_command(words), cwd=ROOT, check=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    done = subprocess.run(_command(words), cwd=ROOT, check=True, capture_output=True)
     report: dict[str, Any] = json.loads(done.stdout)
     return Run(
         tokens=tuple(report["tokens"]),
@@ -89,8 +91,8 @@ def _compare() -> None:
     console = Console(width=110)
     console.print(table)
     console.print(
-        "This model is so small (a token takes a fraction of a millisecond) that fixed costs per layer decide its speed. "
-        "It shows that the words are right; docs/benchmarks.md has the speed of models that matter.",
+        "This model is so small (a token takes a fraction of a millisecond) that fixed costs per layer decide its "
+        "speed. It shows that the words are right; docs/benchmarks.md has the speed of models that matter.",
         highlight=False,
     )
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pinfer.errors import PinferError
+from pinfer.gguf_file import type_size
 
 if TYPE_CHECKING:
     import numpy as np
@@ -101,8 +102,11 @@ def quantise(rows: NDArray[np.float32], ggml_type: int, row_bytes: int) -> NDArr
     rows = np.ascontiguousarray(rows, dtype=np.float32)
     if ggml_type == _F32:
         return rows.view(np.uint8)
-    out = np.empty((len(rows), row_bytes), dtype=np.uint8)
     n_rows, row_length = rows.shape
+    block, size = type_size(ggml_type)
+    if row_length % block or row_length // block * size != row_bytes:
+        raise ValueError(f"rows of {row_length} values do not fill {row_bytes} bytes in blocks of {block}")
+    out = np.empty((n_rows, row_bytes), dtype=np.uint8)
     written = _base().ggml_quantize_chunk(ggml_type, rows.ctypes.data, out.ctypes.data, 0, n_rows, row_length, None)
     if written != out.nbytes:
         raise AssertionError(f"ggml wrote {written} bytes where {out.nbytes} were expected")

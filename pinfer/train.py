@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -44,6 +44,9 @@ _MAX_CALIBRATION = 2048
 # Added to the covariance in units of its mean eigenvalue, times n_embd / samples: few samples, less trust in them.
 _SHRINKAGE = 0.1
 
+# Values in a block of Q8_0: ranks and widths must be multiples of it.
+_BLOCK = 32
+
 # Rows of a weight matrix that are float32 at a time, besides the matrix itself.
 _CHUNK_ROWS = 4096
 
@@ -52,9 +55,9 @@ _CHUNK_ROWS = 4096
 class TrainOptions:
     """Settings of ``pinfer train``; every default is the command line's."""
 
-    recall: float = 0.99
+    recall: float = 0.995
     max_rank: int | None = None
-    type: str = "f16"
+    type: str = "q8_0"
     activation: str | None = None
 
 
@@ -102,6 +105,9 @@ def train(model_path: Path, options: TrainOptions, progress: Progress = NULL_PRO
     _check(options)
     model = open_model(model_path, options.activation)
     model.require_sparse()
+    if options.type != "f16" and model.n_embd % _BLOCK:
+        progress.note(f"{model.n_embd} values do not fill blocks of {options.type}: the factors are kept as f16")
+        options = replace(options, type="f16")
     samples = SamplesFile.read(
         paths.artefact_dir(model.path, model.fingerprint, for_writing=False) / paths.SAMPLES, model
     )
@@ -126,7 +132,7 @@ def train(model_path: Path, options: TrainOptions, progress: Progress = NULL_PRO
 
 def _check(options: TrainOptions) -> None:
     if not 0 < options.recall <= 1:
-        raise PinferError(f"a recall of {options.recall} makes no sense", "use --recall 0.99, at most 1")
+        raise PinferError(f"a recall of {options.recall} makes no sense", "use --recall 0.995, at most 1")
     if options.max_rank is not None and options.max_rank < 0:
         raise PinferError("the rank cannot be negative", "use --max-rank 0 or more")
     if options.type not in FACTOR_TYPES:
@@ -340,7 +346,7 @@ def _scores(trial: _Trial, x: Matrix) -> Matrix:
 def _ranks(data: LayerData, options: TrainOptions) -> Iterator[int]:
     """Ranks to try: 16 up in growing steps, as far as they can pay at all."""
     n_ff, n_embd = data.weight.shape
-    step = 16 if options.type == "f16" else 32
+    step = 16 if options.type == "f16" else _BLOCK
     limit = min(n_embd, n_ff, options.max_rank if options.max_rank is not None else n_embd)
     rank = step
     while rank <= limit and _factor_bytes(data, rank, options) < n_ff * data.first_bytes:

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import os
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
-from models.synth import SynthOptions, write_model
-
-# Threads that spin while they wait are quick on a quiet machine and ten times too slow on a shared one. libgomp reads
-# this once, when the first test loads it.
+# Threads that wait for each other by spinning are quick on a quiet machine and ten times too slow on a shared one;
+# numpy's BLAS does so too. Both libraries read this once, when they are loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-# Threads that wait for each other by spinning cost a busy machine tenfold; libgomp reads this when it is loaded.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+from models.synth import SynthOptions, write_model  # noqa: E402
+
+# How long an example takes says more about the machine than about the code.
+settings.register_profile("pinfer", deadline=None)
+settings.load_profile("pinfer")
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ROOT / "models"

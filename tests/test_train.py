@@ -117,7 +117,7 @@ def test_factors_fit_half_floats_whatever_the_scale() -> None:
 
 def test_fewer_samples_than_inputs_still_give_a_predictor() -> None:
     data = _layer(n_samples=80, n_embd=128, n_ff=256)
-    predictor, report = fit_layer(data, 0, TrainOptions(recall=0.9))
+    predictor, report = fit_layer(data, 0, TrainOptions(recall=0.9, type="f16"))
     assert 0 < report.recall <= 1
     assert report.expected_bytes <= report.exact_bytes
     assert predictor.rank == report.rank
@@ -130,7 +130,7 @@ def test_fewer_samples_than_inputs_still_give_a_predictor() -> None:
 @pytest.mark.parametrize("recall", [0.9, 0.99])
 def test_recall_is_reached_on_samples_never_seen(activation: str, recall: float) -> None:
     data = _layer(activation, n_samples=3000)
-    predictor, report = fit_layer(data, 0, TrainOptions(recall=recall))
+    predictor, report = fit_layer(data, 0, TrainOptions(recall=recall, type="f16"))
     assert report.kind == "low_rank"
     measured, candidates = _measure(data, predictor, _parts(len(data.x))[2])
     assert measured == pytest.approx(report.recall, abs=1e-6)
@@ -146,7 +146,7 @@ def test_more_recall_takes_more_candidates() -> None:
     held = _hold(data, _parts(len(data.x))[1])
     shares = []
     for recall in (0.5, 0.9, 0.99, 0.999):
-        trial = _calibrate(data, factors, 16, held, TrainOptions(recall=recall))
+        trial = _calibrate(data, factors, 16, held, TrainOptions(recall=recall, type="f16"))
         named = held.x @ trial.a.T @ trial.b.T > trial.t
         assert held.mass[named].sum() >= (recall - 1e-6) * held.mass.sum()
         shares.append(named.mean())
@@ -158,7 +158,7 @@ def test_recall_of_one_names_every_neuron_that_fires() -> None:
     data = _layer()
     factors = _Factors.of(data, data.x.astype(np.float32))
     held = _hold(data, _parts(len(data.x))[1])
-    trial = _calibrate(data, factors, 24, held, TrainOptions(recall=1.0))
+    trial = _calibrate(data, factors, 24, held, TrainOptions(recall=1.0, type="f16"))
     named = held.x @ trial.a.T @ trial.b.T > trial.t
     assert named[held.mass > 0].all()
 
@@ -168,7 +168,7 @@ def test_priced_thresholds_beat_one_threshold_for_all() -> None:
     data = _layer("relu", remainder=0.8)
     factors = _Factors.of(data, data.x.astype(np.float32))
     held = _hold(data, _parts(len(data.x))[1])
-    trial = _calibrate(data, factors, 24, held, TrainOptions(recall=0.95))
+    trial = _calibrate(data, factors, 24, held, TrainOptions(recall=0.95, type="f16"))
     scores = held.x @ trial.a.T @ trial.b.T
     named = scores > trial.t
     kept = held.mass[named].sum()
@@ -182,7 +182,7 @@ def test_neurons_that_never_fire_and_weigh_nothing_are_left_out() -> None:
     data = _layer("reglu")
     data.bias[:10] = -1e3
     data.down_norm[10:20] = 0.0
-    predictor, _ = fit_layer(data, 0, TrainOptions())
+    predictor, _ = fit_layer(data, 0, TrainOptions(type="f16"))
     assert predictor.t is not None
     assert np.isfinite(predictor.t).all()
     held = _hold(data, _parts(len(data.x))[2])
@@ -195,7 +195,7 @@ def test_neurons_that_never_fire_and_weigh_nothing_are_left_out() -> None:
 def test_layer_in_which_nothing_fires() -> None:
     data = _layer()
     data.bias[:] = -1e3
-    predictor, report = fit_layer(data, 0, TrainOptions())
+    predictor, report = fit_layer(data, 0, TrainOptions(type="f16"))
     assert report.recall == 1.0
     assert report.active == 0.0
     assert report.candidates == 0.0 or predictor.rank == 0
@@ -222,7 +222,7 @@ def test_gain_and_its_inverse(power: int, u: float) -> None:
 
 def test_matrix_without_structure_gets_no_predictor() -> None:
     data = _layer(rank=96, remainder=3.0, bias=0.0)
-    predictor, report = fit_layer(data, 0, TrainOptions(recall=0.999))
+    predictor, report = fit_layer(data, 0, TrainOptions(recall=0.999, type="f16"))
     assert (report.kind, predictor.rank, predictor.a) == ("none", 0, None)
     assert (report.recall, report.candidates) == (1.0, 1.0)
     assert report.expected_bytes == report.exact_bytes
@@ -231,10 +231,10 @@ def test_matrix_without_structure_gets_no_predictor() -> None:
 def test_rank_follows_the_price() -> None:
     data = _layer(rank=40, remainder=0.02)
     dear = dataclasses.replace(data, first_bytes=16 * data.first_bytes)
-    cheap_rank, dear_rank = (fit_layer(d, 0, TrainOptions())[1].rank for d in (data, dear))
+    cheap_rank, dear_rank = (fit_layer(d, 0, TrainOptions(type="f16"))[1].rank for d in (data, dear))
     assert 16 <= cheap_rank < dear_rank
-    assert fit_layer(dear, 0, TrainOptions(max_rank=16))[1].rank == 16
-    assert fit_layer(data, 0, TrainOptions(max_rank=0))[1].kind == "none"
+    assert fit_layer(dear, 0, TrainOptions(max_rank=16, type="f16"))[1].rank == 16
+    assert fit_layer(data, 0, TrainOptions(max_rank=0, type="f16"))[1].kind == "none"
 
 
 @settings(max_examples=5, deadline=None)
