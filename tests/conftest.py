@@ -15,7 +15,7 @@ from hypothesis import settings
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-from models.synth import SynthOptions, write_model  # noqa: E402
+from models.synth import SynthOptions, write_model
 
 # How long an example takes says more about the machine than about the code.
 settings.register_profile("pinfer", deadline=None)
