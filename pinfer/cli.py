@@ -53,6 +53,16 @@ def parse_count(text: str | int) -> int:
         raise typer.BadParameter(f"{text!r} is no number of tokens; write it like 2048 or 128k") from None
 
 
+def parse_list(text: str, option: str) -> tuple[int, ...]:
+    """``1,4,16`` as numbers; whoever asks says what they have to be."""
+    try:
+        return tuple(parse_size(word) for word in text.split(","))
+    except typer.BadParameter:
+        raise typer.BadParameter(
+            f"{text!r} is no list of numbers; write it like 512 or 1,4,16", param_hint=option
+        ) from None
+
+
 def parse_layers(text: str | int) -> int:
     """A number of layers, or ``all`` of them."""
     if isinstance(text, str) and text.strip().lower() == "all":
@@ -445,6 +455,78 @@ def evaluate(
     report = stage.evaluate(path, options, ui.stderr_progress())
     ui.print_json(report.to_json()) if as_json else ui.print_eval(report)
     _next("run", model, model_flag, "-p 'Once upon a time'")
+
+
+@app.command()
+def bench(
+    model: ModelArg = None,
+    compare: Annotated[
+        Literal["dense", "none"], typer.Option("--compare", help="Measure stock libllama as well, in turn, or not.")
+    ] = "dense",
+    prompt: Annotated[
+        str, typer.Option("-p", "--n-prompt", metavar="N[,N]", help="Prompts of so many tokens; 0: none.")
+    ] = "512",
+    gen: Annotated[
+        str, typer.Option("-n", "--n-gen", metavar="N[,N]", help="Decode so many tokens one by one; 0: none.")
+    ] = "128",
+    sequences: Annotated[
+        str, typer.Option("-b", "--parallel", metavar="N[,N]", help="Decode so many sequences side by side.")
+    ] = "1,4,16",
+    repetitions: Annotated[
+        int, typer.Option("-r", "--repetitions", min=1, metavar="N", help="Repetitions of each test.")
+    ] = 5,
+    threads: ThreadsOpt = None,
+    ctx: Annotated[
+        int, typer.Option("-c", "--ctx-size", min=0, metavar="N", help="Context of a sequence; 0: what its test needs.")
+    ] = 0,
+    n_gpu_layers: Annotated[
+        int | None,
+        typer.Option(
+            "-ngl",
+            "--n-gpu-layers",
+            "--gpu-layers",
+            parser=parse_layers,
+            metavar="N|all",
+            help="Layers on the GPU, on both sides. [default: as solved]",
+        ),
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option("--text", metavar="FILE", help="Text to take the tokens from. [default: built in]")
+    ] = None,
+    exact: Annotated[bool, typer.Option("--exact", help="Without the predictor.")] = False,
+    dense: Annotated[bool, typer.Option("--dense", help="Stock libllama alone.")] = False,
+    no_artefacts: Annotated[bool, typer.Option("--no-artefacts", help="Use the model alone.")] = False,
+    device: DeviceOpt = None,
+    activation: ActivationOpt = None,
+    output: Annotated[
+        Literal["md", "csv", "json", "jsonl"], typer.Option("-o", "--output", help="Format of the report.")
+    ] = "md",
+    as_json: Annotated[bool, typer.Option("--json", help="The same as -o json.")] = False,
+    model_flag: ModelOpt = None,
+) -> None:
+    """Measure the speed against stock libllama: both in turn, in one run, on the same tokens."""
+    from pinfer import bench as stage
+    from pinfer import ui
+
+    n_prompt, n_gen, n_seq = parse_list(prompt, "-p"), parse_list(gen, "-n"), parse_list(sequences, "-b")
+    path = _model(model, model_flag)
+    options = stage.BenchOptions(
+        n_prompt=n_prompt,
+        n_gen=n_gen,
+        n_seq=n_seq,
+        repetitions=repetitions,
+        n_threads=threads,
+        n_ctx=ctx,
+        n_gpu_layers=n_gpu_layers,
+        compare=compare,
+        dense=dense,
+        exact=exact,
+        no_artefacts=no_artefacts,
+        device=device,
+        activation=activation,
+        text=text,
+    )
+    ui.print_bench(stage.bench(path, options, ui.stderr_progress()), "json" if as_json else output)
 
 
 def run_cli(args: list[str]) -> int:

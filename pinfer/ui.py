@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from rich.progress import Task
     from rich.table import Table
 
+    from pinfer.bench_report import BenchReport, Result
     from pinfer.eval import EvalReport
     from pinfer.profile import ProfileReport
     from pinfer.solve import SolveReport
@@ -300,6 +301,75 @@ def print_eval(report: EvalReport) -> None:
         ("computed", f"{percent(report.computed)} of the neurons; {percent(report.active)} of the CPU's were active"),
     ]
     print_facts(facts)
+
+
+def print_bench(report: BenchReport, output: str) -> None:
+    """What `pinfer bench` measured, as ``md``, ``csv``, ``json`` or ``jsonl``; its notes on stderr but for JSON."""
+    if output == "json":
+        print_json(report.to_json())
+        return
+    for note in report.notes:
+        say(f"note: {note}")
+    if output == "jsonl":
+        for record in report.records():
+            print(json.dumps(record, ensure_ascii=False, allow_nan=False))
+    elif output == "csv":
+        import csv
+
+        rows = [{k: json.dumps(v) if isinstance(v, list) else v for k, v in r.items()} for r in report.records()]
+        writer = csv.DictWriter(sys.stdout, rows[0].keys(), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    else:
+        _print_bench_markdown(report)
+
+
+def _print_bench_markdown(report: BenchReport) -> None:
+    columns = ("test", "side", "t/s", "median", "sparse ÷ dense", "computed", "active", "limit t/s", "of limit")
+    print("| " + " | ".join(columns) + " |")
+    print("|---|---|" + "---:|" * (len(columns) - 2))
+    for result in report.results:
+        print("| " + " | ".join(_bench_row(report, result)) + " |")
+    print()
+    for fact in _bench_facts(report):
+        print(f"- {fact}")
+
+
+def _bench_row(report: BenchReport, result: Result) -> list[str]:
+    ratio = report.ratio(result.test) if result.side == "sparse" else None
+    limit = report.limit(result)
+    return [
+        result.test.name,
+        report.mode if result.side == "sparse" else result.side,
+        f"{result.mean:.2f} ± {result.sd:.2f}",
+        f"{result.median:.2f}",
+        f"{ratio.median:.2f}× ({min(ratio.pairs):.2f}-{max(ratio.pairs):.2f})" if ratio else "",
+        percent(result.computed) if result.computed is not None else "",
+        percent(result.active) if result.active is not None else "",
+        f"{limit:.2f}" if limit is not None else "",
+        f"{100 * result.median / limit:.0f} %" if limit is not None else "",
+    ]
+
+
+def _bench_facts(report: BenchReport) -> list[str]:
+    e, m = report.environment, report.model
+    peaks = ", ".join(f"{side} {format_bytes(n)}" for side, n in report.peak.items())
+    if report.memory_ratio is not None:
+        peaks += f" (sparse ÷ dense {report.memory_ratio:.2f})"
+    build = f"pinfer {e.pinfer_version}" + (f" ({e.commit})" if e.commit else "")
+    facts = [
+        f"model: {m.filename}, {m.type}, {m.activation}, {format_bytes(m.size)}, {m.n_params / 1e6:,.0f} M parameters",
+        f"peak memory: {peaks}",
+        f"memory bandwidth: {report.bandwidth / 1e9:.1f} GB/s; tokens: {report.tokens_from}",
+        f"build: {build}, llama-cpp-python {e.llama_cpp_python}, ggml {e.ggml}" + (f", {e.isa}" if e.isa else ""),
+        f"machine: {e.cpu}, {e.n_threads} threads on {e.n_cpus} CPUs, {format_bytes(e.memory)}",
+        f"{e.time}, load average {e.load_average:.2f}"
+        + (f", others used {report.others:.2f} CPUs" if report.others is not None else ""),
+    ]
+    if report.recall is not None and report.candidates is not None:
+        named = f"{percent(report.candidates)} of the neurons named"
+        facts.insert(1, f"predictor, as trained: recall {percent(report.recall)}, {named}")
+    return facts
 
 
 def print_paths(*paths: Path | None) -> None:
