@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pinfer.corpus import Corpus, open_corpus
 from pinfer.errors import PinferError
+from pinfer.interrupt import HeldInterrupt, hold_interrupt
 from pinfer.model import Model, open_model
 from pinfer.profile_file import ProfileFile, samples_writer
 from pinfer.progress import NULL_PROGRESS, Progress
@@ -129,10 +130,12 @@ def profile(model_path: Path, options: ProfileOptions, progress: Progress = NULL
             progress.note(f"{corpus.name} has {n_tokens:,} tokens, fewer than the {options.n_tokens:,} asked for")
         plugin = load_plugin()
         n_samples = min(n_tokens, _n_samples(options, model))
-        plugin.observer_start(n_samples=n_samples, stride=_stride(n_tokens, n_samples, n_ctx))
-        seconds, interrupted = _count(engine, windows, n_tokens, progress)
-        plugin.observer_stop()
-        return _write(plugin, model, folder, corpus, options, seconds, interrupted, progress)
+        with hold_interrupt() as held:
+            plugin.observer_start(n_samples=n_samples, stride=_stride(n_tokens, n_samples, n_ctx))
+            seconds = _count(engine, windows, n_tokens, held, progress)
+            plugin.observer_stop()
+            report = _write(plugin, model, folder, corpus, options, seconds, held.seen, progress)
+        return replace(report, interrupted=held.seen)
 
 
 def _check(options: ProfileOptions) -> None:
@@ -183,23 +186,23 @@ def _collect(engine: Engine, corpus: Corpus, n_tokens: int, n_ctx: int) -> list[
     return windows
 
 
-def _count(engine: Engine, windows: Sequence[Sequence[int]], n_tokens: int, progress: Progress) -> tuple[float, bool]:
-    """Run the windows through the observed model; seconds taken, and whether Ctrl-C ended it."""
+def _count(
+    engine: Engine, windows: Sequence[Sequence[int]], n_tokens: int, held: HeldInterrupt, progress: Progress
+) -> float:
+    """Run the windows through the observed model, until Ctrl-C; seconds taken."""
     import time
 
     begin = time.monotonic()
-    interrupted = False
     with progress.task("profile", n_tokens, "tokens") as advance:
-        try:
-            for window in windows:
-                engine.clear()
-                for at in range(0, len(window), engine.n_batch):
-                    piece = window[at : at + engine.n_batch]
-                    engine.feed(piece)
-                    advance(len(piece))
-        except KeyboardInterrupt:
-            interrupted = True
-    return time.monotonic() - begin, interrupted
+        for window in windows:
+            engine.clear()
+            for at in range(0, len(window), engine.n_batch):
+                if held.seen:
+                    return time.monotonic() - begin
+                piece = window[at : at + engine.n_batch]
+                engine.feed(piece)
+                advance(len(piece))
+    return time.monotonic() - begin
 
 
 def _write(
@@ -217,7 +220,6 @@ def _write(
 
     seen = [plugin.observer_layer(layer) for layer in range(model.n_layer)]
     layers = [layer for layer in seen if layer is not None]
-    # A batch is in all layers or in none: the signal is seen between two calls of libllama.
     tokens = min((layer.n_tokens for layer in layers), default=0)
     if tokens == 0 and interrupted:
         raise KeyboardInterrupt

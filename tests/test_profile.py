@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from models.reference import Reference
 from models.synth import planted_frequencies
 from pinfer import paths
+from pinfer.artefact import ArtefactWriter, replace_together
 from pinfer.engine import Engine, PluginConfig
 from pinfer.errors import PinferError
 from pinfer.model import Model, open_model
@@ -85,10 +86,12 @@ def test_counts_are_those_of_an_independent_forward_pass(name: str, copy_model: 
     for layer in range(model.n_layer):
         fired = np.concatenate([r.fired(layer) for r in results])
         expected = fired.sum(axis=0)
-        # Where a product is zero to rounding, its sign is nobody's: a few of all the tokens and neurons.
+        # Where a product is zero to rounding, its sign is nobody's. libllama rounds x to 11 bits and keeps KV in F16,
+        # and some neurons hover near zero: at most 2 % of the tokens.
         wrong = np.abs(expected - counted.count[layer])
-        assert wrong.max() <= 3, (layer, wrong.argmax(), expected[wrong.argmax()], counted.count[layer][wrong.argmax()])
-        assert wrong.sum() <= 3e-4 * fired.size
+        worst = wrong.argmax()
+        assert wrong.max() <= 0.02 * n_tokens, (layer, worst, expected[worst], counted.count[layer][worst])
+        assert wrong.sum() <= 1e-3 * fired.size
         mass = np.concatenate([np.abs(r.neurons[layer]) for r in results]).sum(axis=0, dtype=np.float64)
         np.testing.assert_allclose(counted.mass[layer], mass, rtol=5e-3, atol=2e-3 * mass.mean())
 
@@ -165,18 +168,19 @@ def test_each_document_begins_anew(tiny_relu2: Path, tmp_path: Path) -> None:
     np.testing.assert_array_equal(samples.x(3)[: len(one)], samples.x(3)[len(one) :])
 
 
-def _interrupt_after(monkeypatch: pytest.MonkeyPatch, n_batches: int) -> None:
-    feed = Engine.feed
-    fed = 0
+def _interrupt_after(monkeypatch: pytest.MonkeyPatch, n_windows: int) -> None:
+    """Press Ctrl-C before window number ``n_windows``."""
+    clear = Engine.clear
+    begun = 0
 
-    def stop(self: Engine, tokens: Sequence[int]) -> None:
-        nonlocal fed
-        if fed == n_batches:
-            raise KeyboardInterrupt
-        fed += 1
-        feed(self, tokens)
+    def stop(self: Engine) -> None:
+        nonlocal begun
+        if begun == n_windows:
+            signal.raise_signal(signal.SIGINT)
+        begun += 1
+        clear(self)
 
-    monkeypatch.setattr(Engine, "feed", stop)
+    monkeypatch.setattr(Engine, "clear", stop)
 
 
 def test_interrupt_keeps_what_was_counted(tiny_relu2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,6 +208,17 @@ def test_a_real_signal_ends_it_at_a_batch(tiny_relu2: Path) -> None:
     report = profile(tiny_relu2, ProfileOptions(str(TEXT), 1000, n_ctx=64, n_threads=1), Impatient())
     assert (report.interrupted, report.tokens) == (True, 128)
     assert ProfileFile.read(report.path, open_model(tiny_relu2)).tokens == 128
+
+
+def test_interrupt_while_writing_loses_nothing(tiny_relu2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def replace_slowly(writers: Sequence[ArtefactWriter]) -> None:
+        signal.raise_signal(signal.SIGINT)
+        replace_together(writers)
+
+    monkeypatch.setattr("pinfer.artefact.replace_together", replace_slowly)
+    report = profile(tiny_relu2, ProfileOptions(str(TEXT), 64, n_threads=1))
+    assert (report.interrupted, report.tokens) == (True, 64)
+    assert _read(report, open_model(tiny_relu2))[0].tokens == 64
 
 
 def test_interrupt_before_anything_was_counted_leaves_the_old_profile(
