@@ -19,6 +19,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+from command_line import CommandLine
 
 from models.synth import SynthOptions, write_model
 from pinfer import bench as stage
@@ -34,7 +35,6 @@ from pinfer.profile import ProfileOptions, profile
 from pinfer.solve import SolveOptions, solve
 from pinfer.split import SplitOptions, split
 from pinfer.train import TrainOptions, train
-from tests.command_line import CommandLine
 
 TEXT = Path(__file__).resolve().parent / "data" / "profile.txt"
 QUICK = BenchOptions(
