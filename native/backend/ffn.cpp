@@ -64,15 +64,26 @@ float fire(const job & j, int64_t i, int64_t t) {
     return j.act == PINFER_ACT_DRELU && !(u > 0.0f) ? 0.0f : g * u;
 }
 
-// First bytes of each row: enough to start the hardware prefetcher.
+void prefetch_row(const pinfer_rows & rows, int64_t i, int64_t n) {
+    const uint8_t * row  = rows.data + (size_t) i * rows.stride;
+    const size_t    size = ggml_row_size(rows.kernel->type, n);
+    for (size_t at = 0; at < size; at += 64) {
+        __builtin_prefetch(row + at);
+    }
+}
+
+// Scattered rows are too short for the hardware prefetcher to get going, so every line is asked for. Behind a predictor
+// most candidates fire, and the rest of the bundle will be wanted; in exact mode nine of ten will not.
 void prefetch(const job & j, int64_t i) {
-    for (const pinfer_rows * rows : {j.first, j.second, &j.neurons->down}) {
-        if (rows && rows->data) {
-            const uint8_t * row = rows->data + (size_t) i * rows->stride;
-            __builtin_prefetch(row);
-            __builtin_prefetch(row + 64);
-            __builtin_prefetch(row + 128);
-        }
+    prefetch_row(*j.first, i, j.n_embd);
+    if (!j.predictor) {
+        return;
+    }
+    if (j.second) {
+        prefetch_row(*j.second, i, j.n_embd);
+    }
+    if (j.neurons->down.data) {
+        prefetch_row(j.neurons->down, i, j.n_embd);
     }
 }
 
