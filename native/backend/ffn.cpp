@@ -16,7 +16,9 @@ namespace {
 
 struct job {
     const pinfer_neurons *         neurons;
+    const int32_t *                walk;   // order in which neurons are visited, null: as they lie
     const pinfer_rows *            first;  // decides whether a neuron fires: gate, or up where there is no gate
+    bool                           first_of_model; // first holds every row of the model, found by the neuron's id
     const pinfer_rows *            second; // null: ungated
     const pinfer_predictor_layer * predictor; // null: every neuron is a candidate
     pinfer_activation              act;
@@ -39,6 +41,15 @@ int64_t neuron_id(const job & j, int64_t i) {
     return j.neurons->ids ? j.neurons->ids[i] : i;
 }
 
+// Neuron at place k of the walk.
+int64_t visited(const job & j, int64_t k) {
+    return j.walk ? j.walk[k] : k;
+}
+
+int64_t first_row(const job & j, int64_t i) {
+    return j.first_of_model ? neuron_id(j, i) : i;
+}
+
 float dot(const pinfer_rows & rows, int64_t i, int64_t n, const uint8_t * x) {
     const float d = pinfer_kernel_dot(rows.kernel, n, rows.data + (size_t) i * rows.stride, x);
     return rows.bias ? d + rows.bias[i] : d;
@@ -53,7 +64,7 @@ bool is_candidate(const job & j, int64_t i, int64_t t) {
 
 // f_i(x_t); 0 when the neuron does not fire.
 float fire(const job & j, int64_t i, int64_t t) {
-    const float g = dot(*j.first, i, j.n_embd, j.x_first + (size_t) t * j.x_first_row);
+    const float g = dot(*j.first, first_row(j, i), j.n_embd, j.x_first + (size_t) t * j.x_first_row);
     if (!(g > 0.0f)) {
         return 0.0f;
     }
@@ -75,7 +86,7 @@ void prefetch_row(const pinfer_rows & rows, int64_t i, int64_t n) {
 // Scattered rows are too short for the hardware prefetcher to get going, so every line is asked for. Behind a predictor
 // most candidates fire, and the rest of the bundle will be wanted; in exact mode nine of ten will not.
 void prefetch(const job & j, int64_t i) {
-    prefetch_row(*j.first, i, j.n_embd);
+    prefetch_row(*j.first, first_row(j, i), j.n_embd);
     if (!j.predictor) {
         return;
     }
@@ -87,17 +98,18 @@ void prefetch(const job & j, int64_t i) {
     }
 }
 
-// Neurons [begin, end) for every token; y [n_tokens, n_embd] takes the sums. `named` holds CHUNK flags per token.
+// Places [begin, end) of the walk for every token; y [n_tokens, n_embd] takes the sums. `named` holds CHUNK flags per token.
 counts compute_chunk(const job & j, int64_t begin, int64_t end, float * y, float * scratch, uint8_t * named) {
     counts        c;
     int64_t       list[CHUNK];
     int64_t       n_list = 0;
     const int64_t n_tok  = j.n_tokens;
-    for (int64_t i = begin; i < end; i++) {
-        bool any = !j.predictor;
+    for (int64_t k = begin; k < end; k++) {
+        const int64_t i   = visited(j, k);
+        bool          any = !j.predictor;
         for (int64_t t = 0; j.predictor && t < n_tok; t++) {
-            const bool yes                     = is_candidate(j, i, t);
-            named[(i - begin) * n_tok + t] = yes;
+            const bool yes              = is_candidate(j, i, t);
+            named[n_list * n_tok + t] = yes;
             any |= yes;
         }
         if (any) {
@@ -110,7 +122,7 @@ counts compute_chunk(const job & j, int64_t begin, int64_t end, float * y, float
         }
         const int64_t i = list[k];
         for (int64_t t = 0; t < n_tok; t++) {
-            if (j.predictor && !named[(i - begin) * n_tok + t]) {
+            if (j.predictor && !named[k * n_tok + t]) {
                 continue;
             }
             c.candidates++;
@@ -316,6 +328,13 @@ ggml_status pinfer_ffn_compute(pinfer_engine * e, pinfer_state * s, const pinfer
     job j       = {};
     j.neurons   = neurons;
     j.first     = f.gated() ? &neurons->gate : &neurons->up;
+    // Exact mode reads the first row of every neuron: from the model, where these rows lie side by side, it streams.
+    const pinfer_rows whole = model_rows(f.gated() ? f.gate : f.up);
+    if (cold && !pred && whole.kernel) {
+        j.walk           = neurons->by_id.data();
+        j.first          = &whole;
+        j.first_of_model = true;
+    }
     j.second    = f.gated() ? &neurons->up : nullptr;
     j.predictor = pred;
     j.act       = act;

@@ -1,7 +1,8 @@
 // cold.cpp: reads cold.gguf in place.
 #include "cold.h"
 
-#include <cstring>
+#include <algorithm>
+#include <numeric>
 
 // Rows inside a bundle start at multiples of this, so that none shares a cache line with its neighbour.
 static const size_t ROW_ALIGN = 64;
@@ -56,6 +57,9 @@ static bool read_layer(pinfer_cold * c, int il, bool gated, uint32_t gate_type, 
             return false;
         }
     }
+    layer.by_id.resize((size_t) layer.n);
+    std::iota(layer.by_id.begin(), layer.by_id.end(), 0);
+    std::sort(layer.by_id.begin(), layer.by_id.end(), [&](int32_t a, int32_t b) { return layer.ids[a] < layer.ids[b]; });
     layer.gate.stride = layer.up.stride = layer.down.stride = (size_t) stride;
     layer.gate.bias = (const float *) gate_bias.data;
     layer.up.bias   = (const float *) up_bias.data;
