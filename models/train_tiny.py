@@ -306,8 +306,8 @@ def evaluate(
 
     net = read_gguf(model).eval()
     vocabulary = Tokenizer.from_file(str(tokenizer))
-    sources = [Source(path, 1.0) for path in [*text, *(names or [])]]
-    texts = [(s, [d for d in read_documents(s.path) if not held_out or is_held_out(d, held_out)]) for s in sources]
+    texts = [(Source(p, 1.0), [d for d in read_documents(p) if not held_out or is_held_out(d, held_out)]) for p in text]
+    texts += [(Source(p, 0.0), read_documents(p)) for p in names or []]
     for source, documents in restore_texts(texts)[: len(text)]:
         tokens = encode_documents(vocabulary, documents)[0][1 : max_tokens + 1].astype(np.int64)
         n_window = net.shape.n_ctx
