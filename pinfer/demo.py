@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -76,23 +77,25 @@ def _compare() -> None:
             runs[name].append(_generate(flags))
     stock = runs[MODES[0][0]]
     table = Table(title=f"\n{N_PREDICT} tokens at temperature 0, medians of {ROUNDS} runs in turn")
-    for heading in ("", "tokens/s", "ratio to stock", "FFN neurons computed", "tokens as stock"):
+    for heading in ("", "tokens/s", "ratio to stock", "FFN neurons computed", "same tokens as stock"):
         table.add_column(heading, justify="left" if not heading else "right")
     for name, mine in runs.items():
         ratios = sorted(a.tokens_per_second / b.tokens_per_second for a, b in zip(mine, stock, strict=True))
-        same = sum(a == b for a, b in zip(mine[0].tokens, stock[0].tokens, strict=False))
+        pairs = zip(mine[0].tokens, stock[0].tokens, strict=False)
+        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
         table.add_row(
             name,
             f"{median(r.tokens_per_second for r in mine):.0f}",
             f"{median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})",
             "100 %" if mine[0].computed is None else f"{mine[0].computed:.0%}",
-            f"{same} of {len(stock[0].tokens)}",
+            "all" if same == len(stock[0].tokens) else f"the first {same}",
         )
     console = Console(width=110)
     console.print(table)
     console.print(
         "This model is so small (a token takes a fraction of a millisecond) that fixed costs per layer decide its "
-        "speed. It shows that the words are right; docs/benchmarks.md has the speed of models that matter.",
+        "speed. It shows that the words are right: exactly in exact mode, and as closely as eval says above behind a "
+        "predictor, where one near-tie decided otherwise changes what follows.",
         highlight=False,
     )
 
