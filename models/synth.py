@@ -13,10 +13,8 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import ctypes
 import dataclasses
 import functools
-import importlib.util
 import os
 import shutil
 import sys
@@ -432,25 +430,6 @@ def n_bytes(plan: Plan) -> int:
     return max(1, plan.rows) * plan.columns // block * size
 
 
-@functools.cache
-def _ggml() -> ctypes.CDLL:
-    spec = importlib.util.find_spec("llama_cpp")
-    if spec is None or not spec.submodule_search_locations:
-        raise RuntimeError("quantised types need llama-cpp-python: pip install llama-cpp-python")
-    library = ctypes.CDLL(str(Path(next(iter(spec.submodule_search_locations))) / "lib" / "libggml-base.so.0"))
-    library.ggml_quantize_chunk.restype = ctypes.c_size_t
-    library.ggml_quantize_chunk.argtypes = [
-        ctypes.c_int,
-        ctypes.c_void_p,
-        ctypes.c_void_p,
-        ctypes.c_int64,
-        ctypes.c_int64,
-        ctypes.c_int64,
-        ctypes.c_void_p,
-    ]
-    return library
-
-
 def encode(rows: Array, kind: str) -> bytes:
     """Rows in the bytes of a GGUF type."""
     if kind == "F32":
@@ -459,14 +438,10 @@ def encode(rows: Array, kind: str) -> bytes:
         return rows.astype(np.float16).tobytes()
     import gguf
 
-    rows = np.ascontiguousarray(rows, np.float32)
+    from pinfer import ggml
+
     block, size = _BLOCK[kind]
-    out = np.empty(rows.size // block * size, np.uint8)
-    number = int(gguf.GGMLQuantizationType[kind])
-    done = _ggml().ggml_quantize_chunk(number, rows.ctypes.data, out.ctypes.data, 0, rows.shape[0], rows.shape[1], None)
-    if done != out.size:
-        raise RuntimeError(f"ggml_quantize_chunk wrote {done} bytes of {out.size} for {kind}")
-    return out.tobytes()
+    return ggml.quantise(rows, int(gguf.GGMLQuantizationType[kind]), rows.shape[1] // block * size).tobytes()
 
 
 # -- file --------------------------------------------------------------------------------------------------------------

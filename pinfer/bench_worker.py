@@ -45,14 +45,6 @@ class BenchEngine(Engine):
         self.n_ctx = self._llama.llama_n_ctx(self._context)
         self.n_batch = self._llama.llama_n_batch(self._context)
 
-    def _close_context(self) -> None:
-        if self._batch is not None:
-            self._llama.llama_batch_free(self._batch)
-            self._batch = None
-        if self._context:
-            self._llama.llama_free(self._context)
-            self._context = None
-
     def _open(self, model_path: Path, n_ctx: int, n_batch: int, n_threads: int) -> None:
         """Like an engine's, but with ``n_seq_max`` and batches cut as llama-bench cuts them."""
         llama = self._llama

@@ -229,14 +229,17 @@ class Engine:
             step = [token]
         return answer
 
-    def close(self) -> None:
-        """Free the context and the model. Safe to call twice."""
+    def _close_context(self) -> None:
         if self._batch is not None:
             self._llama.llama_batch_free(self._batch)
             self._batch = None
         if self._context:
             self._llama.llama_free(self._context)
             self._context = None
+
+    def close(self) -> None:
+        """Free the context and the model. Safe to call twice."""
+        self._close_context()
         if self._model:
             self._llama.llama_model_free(self._model)
             self._model = None
