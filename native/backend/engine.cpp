@@ -60,8 +60,36 @@ static void mark_done(pinfer_engine * e, int layer, const ggml_tensor * h) {
     e->activation_done[(size_t) layer] = h;
 }
 
-// A node outside a whole FFN. Where the model's activation is not the graph's, the activation nodes are computed by the
-// model's rule, and a down product whose input came from elsewhere is refused: it would be silently wrong.
+// Whether the graph's own operations, taken as they are, end in h = act(...).
+static bool graph_computes(const ggml_tensor * h, pinfer_activation act) {
+    const auto is_relu = [](const ggml_tensor * t) { return t->op == GGML_OP_UNARY && ggml_get_unary_op(t) == GGML_UNARY_OP_RELU; };
+    switch (act) {
+        case PINFER_ACT_RELU:
+            return is_relu(h);
+        case PINFER_ACT_RELU2:
+            return h->op == GGML_OP_SQR && is_relu(h->src[0]);
+        case PINFER_ACT_REGLU:
+            return (h->op == GGML_OP_GLU && ggml_get_glu_op(h) == GGML_GLU_OP_REGLU) ||
+                   (h->op == GGML_OP_MUL && (is_relu(h->src[0]) || is_relu(h->src[1])));
+        default:
+            return false;
+    }
+}
+
+// Layer of an activation node that has to be computed by the model's rule instead of the graph's; -1: none such. A ReLU
+// stays what it is: it is the whole of relu, and the inner step of the others.
+static int replaced_activation(const ggml_tensor * node, pinfer_activation act) {
+    pinfer_ffn f;
+    const bool is_activation = node->op == GGML_OP_GLU || (node->op == GGML_OP_UNARY && ggml_get_unary_op(node) != GGML_UNARY_OP_RELU) ||
+                               (node->op == GGML_OP_SQR && act == PINFER_ACT_RELU);
+    if (!is_activation || graph_computes(node, act)) {
+        return -1;
+    }
+    return pinfer_match_activation(const_cast<ggml_tensor *>(node), &f) ? f.layer : named_layer(node);
+}
+
+// A node outside a whole FFN, computed from its direct sources: what lies before them may be overwritten by now. A down
+// product whose input is not the model's activation is refused: it would be silently wrong.
 static ggml_status compute_single(pinfer_engine * e, pinfer_state * s, ggml_tensor * node) {
     s->stats.n_fallback++;
     if (s->announce_fallback) {
@@ -72,16 +100,9 @@ static ggml_status compute_single(pinfer_engine * e, pinfer_state * s, ggml_tens
     if (s->activation == PINFER_ACT_GRAPH) {
         return pinfer_dense_nodes(e, &node, 1);
     }
-    pinfer_ffn f;
-    int        layer      = -1;
-    const bool activation = node->op == GGML_OP_GLU || node->op == GGML_OP_UNARY || node->op == GGML_OP_SQR || node->op == GGML_OP_MUL;
-    if (activation && pinfer_match_activation(node, &f)) {
-        pinfer_dense_activation(e, f, s->activation);
-        mark_done(e, f.layer, node);
-        return GGML_STATUS_SUCCESS;
-    }
-    if ((node->op == GGML_OP_GLU || node->op == GGML_OP_UNARY) && (layer = named_layer(node)) >= 0) {
-        f              = {};
+    int layer = replaced_activation(node, s->activation);
+    if (layer >= 0) {
+        pinfer_ffn f;
         f.h            = node;
         f.up.mul_mat   = node->op == GGML_OP_GLU ? node->src[1] : node->src[0];
         f.gate.mul_mat = node->op == GGML_OP_GLU ? node->src[0] : nullptr;
@@ -96,6 +117,7 @@ static ggml_status compute_single(pinfer_engine * e, pinfer_state * s, ggml_tens
         return GGML_STATUS_SUCCESS;
     }
     if (node->op == GGML_OP_MUL_MAT && pinfer_tensor_part(node->src[0], false, &layer) == PINFER_PART_DOWN &&
+        !graph_computes(node->src[1], s->activation) &&
         ((size_t) layer >= e->activation_done.size() || e->activation_done[(size_t) layer] != node->src[1])) {
         fprintf(stderr, "pinfer: the activation of layer %d was computed elsewhere, not as %s\n", layer,
                 pinfer_activation_name(s->activation));

@@ -277,7 +277,8 @@ ggml_tensor * named(ggml_tensor * t, const char * name) {
 }
 
 // libllama's FFN graph for the case, run by the scheduler on PINFER and CPU as libllama does.
-std::vector<float> run_graph(const model & m, const std::vector<float> & x, int64_t n_tokens, int n_threads) {
+std::vector<float> run_graph(const model & m, const std::vector<float> & x, int64_t n_tokens, int n_threads,
+                             bool node_by_node = false) {
     ggml_backend_t pinfer = ggml_backend_dev_init(ggml_backend_reg_dev_get(ggml_backend_init(), 0), nullptr);
     ggml_backend_t cpu    = ggml_backend_cpu_init();
     auto *         set    = (ggml_backend_set_n_threads_t) ggml_backend_reg_get_proc_address(
@@ -333,6 +334,9 @@ std::vector<float> run_graph(const model & m, const std::vector<float> & x, int6
 
     ggml_backend_t       backends[] = {pinfer, cpu};
     ggml_backend_sched_t sched      = ggml_backend_sched_new(backends, nullptr, 2, GGML_DEFAULT_GRAPH_SIZE, false, false);
+    if (node_by_node) { // as with a program's eval callback
+        ggml_backend_sched_set_eval_callback(sched, [](ggml_tensor *, bool, void *) { return true; }, nullptr);
+    }
     ggml_backend_sched_alloc_graph(sched, graph);
     ggml_backend_tensor_set(in, x.data(), 0, ggml_nbytes(in));
     check(ggml_backend_sched_graph_compute(sched, graph) == GGML_STATUS_SUCCESS, "graph compute");
@@ -445,6 +449,25 @@ void run_case(const ffn_case & c, const shard_paths & p) {
     }
 }
 
+// Where nodes come one at a time no FFN is whole: the CPU backend multiplies, and the activation is still the model's.
+void test_node_by_node(const shard_paths & p) {
+    for (pinfer_activation act : {PINFER_ACT_RELU, PINFER_ACT_RELU2, PINFER_ACT_DRELU, PINFER_ACT_REGLU}) {
+        const bool               gated  = act == PINFER_ACT_DRELU || act == PINFER_ACT_REGLU;
+        const ffn_case           c      = {.act = act, .gated = gated, .biases = true, .type = GGML_TYPE_F32};
+        const model              m      = make_model(c);
+        const std::vector<float> x      = noise(N_EMBD * 3, 1.0f);
+        uint64_t                 active = 0;
+        std::string              err;
+        check(configure(p, c, false, false, &err), "configure: " + err);
+        const auto   want  = reference(m, x, 3, &active);
+        const double error = nmse(run_graph(m, x, 3, 2, true), want);
+        check(error <= tolerance(c.type), std::string(pinfer_activation_name(act)) + " node by node: nmse " + std::to_string(error));
+        pinfer_stats st;
+        pinfer_get_stats(&st);
+        check(st.n_fallback > 0, "node by node: nothing fell back");
+    }
+}
+
 // Damaged or foreign artefacts are refused with one line.
 void test_refusals(const shard_paths & p) {
     const ffn_case c = {.act = PINFER_ACT_REGLU, .gated = true, .biases = false, .type = GGML_TYPE_F16};
@@ -490,6 +513,7 @@ int main() {
             n += 4;
         }
     }
+    test_node_by_node(p);
     test_refusals(p);
     std::filesystem::remove_all(folder);
     printf("%d FFN kinds, %d failures\n", n, failures);
