@@ -79,7 +79,7 @@ void prefetch_row(const pinfer_rows & rows, int64_t i, int64_t n) {
     const uint8_t * row  = rows.data + (size_t) i * rows.stride;
     const size_t    size = ggml_row_size(rows.kernel->type, n);
     for (size_t at = 0; at < size; at += 64) {
-        __builtin_prefetch(row + at);
+        __builtin_prefetch(row + at, 0, 2);
     }
 }
 

@@ -43,6 +43,10 @@ vec vec_load_bf16(const void * p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
 }
 
+vec vec_load_i8(const int8_t * p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *) p)));
+}
+
 void vec_store(float * p, vec v) {
     _mm256_storeu_ps(p, v);
 }
@@ -158,6 +162,35 @@ scale64 scale_f16(const uint8_t * a, const uint8_t * b) {
     return { scale_f16_32(a), scale_f16_32(b) };
 }
 
+int8x64 load_pair_q4_0(const void * p, scale64 * s) {
+    const block_q4_0 * b = (const block_q4_0 *) p;
+    *s = scale_f16(b[0].d, b[1].d);
+    return load_nibbles(b[0].q, b[1].q);
+}
+
+// Eight of the 32 values, rounded to nearest, halves to even.
+__m256i quantise_8(const float * x, __m256 inverse) {
+    return _mm256_cvtps_epi32(_mm256_mul_ps(vec_load(x), inverse));
+}
+
+float quantise_32(const float * x, int8_t * q) {
+    const __m256 sign = _mm256_set1_ps(-0.0f);
+    __m256       m    = _mm256_andnot_ps(sign, vec_load(x));
+    for (int i = 8; i < 32; i += 8) {
+        m = _mm256_max_ps(m, _mm256_andnot_ps(sign, vec_load(x + i)));
+    }
+    __m128 most = _mm_max_ps(_mm256_castps256_ps128(m), _mm256_extractf128_ps(m, 1));
+    most        = _mm_max_ps(most, _mm_movehl_ps(most, most));
+    most        = _mm_max_ss(most, _mm_movehdup_ps(most));
+    const float   largest = _mm_cvtss_f32(most);
+    const __m256  inverse = vec_set1(largest > 0.0f ? 127.0f / largest : 0.0f);
+    const __m256i ab      = _mm256_packs_epi32(quantise_8(x, inverse), quantise_8(x + 8, inverse));
+    const __m256i cd      = _mm256_packs_epi32(quantise_8(x + 16, inverse), quantise_8(x + 24, inverse));
+    const __m256i order   = _mm256_set_epi32(7, 3, 6, 2, 5, 1, 4, 0); // packs works within 128 bits
+    _mm256_storeu_si256((__m256i *) q, _mm256_permutevar8x32_epi32(_mm256_packs_epi16(ab, cd), order));
+    return largest / 127.0f;
+}
+
 scale64 scale_set1(float f) {
     return { _mm256_set1_ps(f), _mm256_set1_ps(f) };
 }
@@ -187,10 +220,9 @@ void store_scales_i8(float * dst, const int8_t * p, float f) {
     }
 }
 
-vec add_mins(vec acc, uint64_t mins, const int16_t * sums, float f) {
-    const __m256i wide  = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128((long long) mins));
-    const __m256i pairs = _mm256_madd_epi16(load_256(sums), _mm256_set1_epi16(1));
-    return _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_mullo_epi32(wide, pairs)), _mm256_set1_ps(f), acc);
+vec add_mins(vec acc, uint64_t mins, const float * sums, float f) {
+    const __m256 wide = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128((long long) mins)));
+    return _mm256_fmadd_ps(_mm256_mul_ps(wide, vec_load(sums)), _mm256_set1_ps(f), acc);
 }
 
 // The sums of two products stay within 16 bits: at most 2 * 128 * 127.
@@ -298,10 +330,10 @@ void axpy_nibbles(const uint8_t * p, float * y, nibble_map f, float * z, nibble_
 
 #    include "body.h"
 
-const struct pinfer_kernel_table pinfer_kernels_avx2 = { "avx2", kernels, sizeof(kernels) / sizeof(kernels[0]) };
+const struct pinfer_kernel_table pinfer_kernels_avx2 = { "avx2", kernels, sizeof(kernels) / sizeof(kernels[0]), prepare_x_q8 };
 
 #else
 
-const struct pinfer_kernel_table pinfer_kernels_avx2 = { "avx2", nullptr, 0 };
+const struct pinfer_kernel_table pinfer_kernels_avx2 = { "avx2", nullptr, 0, nullptr };
 
 #endif

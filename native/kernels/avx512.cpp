@@ -44,6 +44,10 @@ vec vec_load_bf16(const void * p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
 }
 
+vec vec_load_i8(const int8_t * p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *) p)));
+}
+
 void vec_store(float * p, vec v) {
     _mm512_storeu_ps(p, v);
 }
@@ -135,6 +139,27 @@ scale64 scale_f16(const uint8_t * a, const uint8_t * b) {
     return _mm512_cvtph_ps(halves);
 }
 
+// Words 0 and 9 of the 18 are the scales, the others bytes of two nibbles.
+int8x64 load_pair_q4_0(const void * p, scale64 * s) {
+    const __m512i words = _mm512_maskz_loadu_epi16(0x3ffff, p);
+    const __m512i each  = _mm512_set_epi16(17, 16, 15, 14, 13, 12, 11, 10, 17, 16, 15, 14, 13, 12, 11, 10, 8, 7, 6, 5, 4, 3,
+                                           2, 1, 8, 7, 6, 5, 4, 3, 2, 1);
+    const __m256i halves = _mm256_set_epi16(9, 9, 9, 9, 9, 9, 9, 9, 0, 0, 0, 0, 0, 0, 0, 0);
+    const __m512i count  = _mm512_set_epi64(4, 4, 0, 0, 4, 4, 0, 0);
+    *s = _mm512_cvtph_ps(_mm256_permutexvar_epi16(halves, _mm512_castsi512_si256(words)));
+    return _mm512_and_si512(_mm512_srlv_epi64(_mm512_permutexvar_epi16(each, words), count), _mm512_set1_epi8(15));
+}
+
+// Rounds to nearest, halves to even.
+float quantise_32(const float * x, int8_t * q) {
+    const __m512 a = vec_load(x), b = vec_load(x + 16);
+    const float  largest = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(a), _mm512_abs_ps(b)));
+    const __m512 inverse = vec_set1(largest > 0.0f ? 127.0f / largest : 0.0f);
+    _mm_storeu_si128((__m128i *) q, _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(a, inverse))));
+    _mm_storeu_si128((__m128i *) (q + 16), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(b, inverse))));
+    return largest / 127.0f;
+}
+
 scale64 scale_set1(float f) {
     return _mm512_set1_ps(f);
 }
@@ -162,10 +187,9 @@ void store_scales_i8(float * dst, const int8_t * p, float f) {
     _mm512_storeu_ps(dst, _mm512_mul_ps(_mm512_cvtepi32_ps(wide), _mm512_set1_ps(f)));
 }
 
-vec add_mins(vec acc, uint64_t mins, const int16_t * sums, float f) {
-    const __m256i wide  = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128((long long) mins));
-    const __m256i pairs = _mm256_madd_epi16(_mm256_loadu_si256((const __m256i *) sums), _mm256_set1_epi16(1));
-    const __m256  terms = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_mullo_epi32(wide, pairs)), _mm256_set1_ps(f));
+vec add_mins(vec acc, uint64_t mins, const float * sums, float f) {
+    const __m256 wide  = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128((long long) mins)));
+    const __m256 terms = _mm256_mul_ps(_mm256_mul_ps(wide, _mm256_loadu_ps(sums)), _mm256_set1_ps(f));
     return _mm512_add_ps(acc, _mm512_zextps256_ps512(terms));
 }
 
@@ -234,14 +258,64 @@ void axpy_nibbles(const uint8_t * p, float * y, nibble_map f, float * z, nibble_
     vec_store(z, _mm512_add_ps(_mm512_permutexvar_ps(_mm512_srli_epi32(bytes, 4), g), vec_load(z)));
 }
 
+// ---- tiles -----------------------------------------------------------------------------------------------------
+
+typedef __m512i ivec; // an integer for each row of a tile
+
+ivec ivec_zero(void) {
+    return _mm512_setzero_si512();
+}
+
+ivec tile_load(const void * p) {
+    return _mm512_load_si512(p);
+}
+
+// acc + the four columns of each row in w times the four values at x
+ivec tile_dot(ivec acc, ivec w, const int8_t * x) {
+    return _mm512_dpbusd_epi32(acc, w, _mm512_set1_epi32((int) load_u32(x)));
+}
+
+vec ivec_to_vec(ivec v) {
+    return _mm512_cvtepi32_ps(v);
+}
+
+int8x64 flip_sign(int8x64 w) {
+    return _mm512_xor_si512(w, _mm512_set1_epi8((char) 0x80));
+}
+
+// rows[r] holds 64 columns of row r; group[c] gets columns 4c to 4c+3 of every row.
+void transpose_tile(const int8x64 * rows, void * const * group) {
+    __m512i a[16], b[16];
+    for (int i = 0; i < 16; i += 2) {
+        a[i]     = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
+        a[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+        b[i]     = _mm512_unpacklo_epi64(a[i], a[i + 2]);
+        b[i + 1] = _mm512_unpackhi_epi64(a[i], a[i + 2]);
+        b[i + 2] = _mm512_unpacklo_epi64(a[i + 1], a[i + 3]);
+        b[i + 3] = _mm512_unpackhi_epi64(a[i + 1], a[i + 3]);
+    }
+    // 128-bit lane l of b[4k + c] holds columns 4 * (4l + c) of rows 4k to 4k+3
+    for (int c = 0; c < 4; c++) {
+        const __m512i low  = _mm512_shuffle_i32x4(b[c], b[4 + c], 0x88), high = _mm512_shuffle_i32x4(b[8 + c], b[12 + c], 0x88);
+        const __m512i low1 = _mm512_shuffle_i32x4(b[c], b[4 + c], 0xdd), high1 = _mm512_shuffle_i32x4(b[8 + c], b[12 + c], 0xdd);
+        _mm512_store_si512(group[c], _mm512_shuffle_i32x4(low, high, 0x88));
+        _mm512_store_si512(group[8 + c], _mm512_shuffle_i32x4(low, high, 0xdd));
+        _mm512_store_si512(group[4 + c], _mm512_shuffle_i32x4(low1, high1, 0x88));
+        _mm512_store_si512(group[12 + c], _mm512_shuffle_i32x4(low1, high1, 0xdd));
+    }
+}
+
 } // namespace
 
+#    define PINFER_HAS_TILES
 #    include "body.h"
 
-const struct pinfer_kernel_table pinfer_kernels_avx512 = { "avx512", kernels, sizeof(kernels) / sizeof(kernels[0]) };
+const struct pinfer_kernel_table pinfer_kernels_avx512 = { "avx512", kernels, sizeof(kernels) / sizeof(kernels[0]), prepare_x_q8 };
 
 #else
 
-const struct pinfer_kernel_table pinfer_kernels_avx512 = { "avx512", nullptr, 0 };
+const struct pinfer_kernel_table pinfer_kernels_avx512 = { "avx512", nullptr, 0, nullptr };
 
 #endif

@@ -4,6 +4,8 @@
 // into files with different instruction set flags, and nothing of it may be shared between them by the linker.
 #pragma once
 
+#include "kernels.h"
+
 #include <stdint.h>
 #include <string.h>
 
@@ -66,17 +68,40 @@ struct block_q6_k {
     uint8_t d[2];
 };
 
-// 256 values of x, value = d * q, with the sum of every 16 q; never stored in a file.
-struct block_q8_k {
-    float   d;
-    int8_t  q[256];
-    int16_t sums[16];
+// One tile: 32 columns of PINFER_TILE_ROWS rows as unsigned bytes, four columns of a row side by side, and two floats a
+// row: scale and offset, or the scales of the first and the last 16 columns.
+struct tile_group {
+    uint8_t q[8][PINFER_TILE_ROWS][4];
+    float   a[PINFER_TILE_ROWS];
+    float   b[PINFER_TILE_ROWS];
 };
+
+// x of n values (PINFER_X_Q8): value j = d[j / 32] * q[j]; s32 and s16 are the sums of 32 and of 16 such values.
+struct pinfer_x_q8 {
+    int8_t * q; // padded with zeros to a multiple of 64
+    float *  d;
+    float *  s32;
+    float *  s16;
+};
+
+static inline size_t x_q8_padded(int64_t n) {
+    return ((size_t) n + 63) / 64 * 64;
+}
+
+static inline size_t x_q8_size(int64_t n) {
+    return x_q8_padded((int64_t) (x_q8_padded(n) + (size_t) n / 2));
+}
+
+static inline pinfer_x_q8 x_q8_at(const void * x, int64_t n) {
+    int8_t * const q = (int8_t *) x;
+    float * const  d = (float *) (q + x_q8_padded(n));
+    return { q, d, d + n / 32, d + n / 16 };
+}
 
 static_assert(sizeof(block_q8_0) == 34 && sizeof(block_q4_0) == 18 && sizeof(block_q5_0) == 22, "ggml block sizes");
 static_assert(sizeof(block_q4_1) == 20 && sizeof(block_q5_1) == 24, "ggml block sizes");
 static_assert(sizeof(block_q4_k) == 144 && sizeof(block_q5_k) == 176 && sizeof(block_q6_k) == 210, "ggml block sizes");
-static_assert(sizeof(block_q8_k) == 292, "ggml block sizes");
+static_assert(sizeof(tile_group) == 640, "no padding");
 
 static inline uint16_t load_u16(const void * p) {
     uint16_t v;

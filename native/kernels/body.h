@@ -5,7 +5,7 @@
 // want.
 //
 //   vec, VEC_LANES                    float vector
-//   vec_zero/load/load_f16/load_bf16/store/set1/set1_f16/add/mul/fma(a, b, c) = a*b + c/sum
+//   vec_zero/load/load_f16/load_bf16/load_i8/store/set1/set1_f16/add/mul/fma(a, b, c) = a*b + c/sum
 //   load_bytes(a, b), load_bytes(p)   32 bytes at a, 32 bytes at b; 64 bytes at p
 //   load_nibbles(a, b)                for a, then b: low nibbles of 16 bytes, then their high nibbles
 //   load_nibbles_k(p)                 low nibbles of 32 bytes, then their high nibbles
@@ -16,10 +16,12 @@
 //   subtract<c>(w)                    w - c
 //   ones()                            64 times 1
 //   scale_f16(a, b)                   F16 at a for the first 32 weights, at b for the last 32
+//   load_pair_q4_0(p, s)              load_nibbles of two blocks at p that lie side by side, and *s = their scales
+//   quantise_32(x, q)                 q[i] = x[i] / d, rounded, for the d = largest |x| / 127 that is returned
 //   scale_set1(f), scale_f32x2(p), scale_f32x4(p), scale_mul(a, b)
 //   store_scales_u8(dst, bytes, f)    dst[0..7] = f * each of 8 unsigned bytes
 //   store_scales_i8(dst, p, f)        dst[0..15] = f * each of 16 signed bytes
-//   add_mins(acc, mins, sums, f)      acc + f * (each of 8 mins times the two sums of its 32 x), on any lanes
+//   add_mins(acc, mins, sums, f)      acc + f * (each of 8 mins times its sum), on any lanes
 //   dot_signed(acc, w, x, s)          acc + s * (w . x), lane by lane; w in -128..127, x in -127..127
 //   dot_unsigned(acc, w, x, s)        the same for w in 0..63
 //   dot_centred<c>(acc, w, x, s)      acc + s * ((w - c) . x) for w in 0..63, c in 1..32
@@ -99,37 +101,56 @@ template <> constexpr int           centre<block_q6_k> = 32;
 // The partner of the last block of an odd number of them: scale 0.
 const uint8_t zero_block[64] = {};
 
+template <typename B> int8x64 weights_and_scale(const B * a, const B * b, scale64 * s) {
+    *s = scale_f16(a->d, b->d);
+    return weights(a, b);
+}
+
+// w . x of blocks a and b, which meet x->q[64 * i ...]
 template <typename B, bool has_min>
-void dot_pair(vec * acc, const B * a, const B * b, const block_q8_0 * xa, const block_q8_0 * xb) {
-    const int8x64 w  = weights(a, b);
-    const int8x64 x  = load_bytes(xa->q, xb->q);
-    const scale64 sx = scale_f16(xa->d, xb->d);
-    const scale64 s  = scale_mul(scale_f16(a->d, b->d), sx);
+vec dot_pair(vec acc, int8x64 w, scale64 s, const B * a, const B * b, const pinfer_x_q8 * x, int64_t i) {
+    const int8x64 xq = load_bytes(x->q + 64 * i);
+    const scale64 sx = scale_f32x2(x->d + 2 * i);
+    const scale64 ss = scale_mul(s, sx);
     if constexpr (has_min) {
-        *acc = dot_unsigned(*acc, w, x, s);
-        *acc = dot_unsigned(*acc, ones(), x, scale_mul(scale_f16(a->m, b->m), sx));
+        acc = dot_unsigned(acc, w, xq, ss);
+        return dot_unsigned(acc, ones(), xq, scale_mul(scale_f16(a->m, b->m), sx));
     } else if constexpr (centre<B> > 0) {
-        *acc = dot_centred<centre<B>>(*acc, w, x, s);
+        return dot_centred<centre<B>>(acc, w, xq, ss);
     } else {
-        *acc = dot_signed(*acc, w, x, s);
+        return dot_signed(acc, w, xq, ss);
     }
 }
 
+template <typename B, bool has_min> vec dot_neighbours(vec acc, const B * w, const pinfer_x_q8 * x, int64_t i) {
+    scale64       s;
+    const int8x64 q = weights_and_scale(w + 2 * i, w + 2 * i + 1, &s);
+    return dot_pair<B, has_min>(acc, q, s, w + 2 * i, w + 2 * i + 1, x, i);
+}
+
+template <> vec dot_neighbours<block_q4_0, false>(vec acc, const block_q4_0 * w, const pinfer_x_q8 * x, int64_t i) {
+    scale64       s;
+    const int8x64 q = load_pair_q4_0(w + 2 * i, &s);
+    return dot_pair<block_q4_0, false>(acc, q, s, w + 2 * i, w + 2 * i + 1, x, i);
+}
+
 template <typename B, bool has_min> float dot_blocks(int64_t n, const void * row, const void * x) {
-    const B *          w  = (const B *) row;
-    const block_q8_0 * v  = (const block_q8_0 *) x;
-    const int64_t      nb = n / 32;
-    vec                s0 = vec_zero(), s1 = vec_zero();
-    int64_t            i = 0;
-    for (; i + 4 <= nb; i += 4) {
-        dot_pair<B, has_min>(&s0, w + i, w + i + 1, v + i, v + i + 1);
-        dot_pair<B, has_min>(&s1, w + i + 2, w + i + 3, v + i + 2, v + i + 3);
+    const B *         w = (const B *) row;
+    const pinfer_x_q8 v = x_q8_at(x, n);
+    vec               s0 = vec_zero(), s1 = vec_zero();
+    int64_t           i = 0;
+    for (; i + 2 <= n / 64; i += 2) {
+        s0 = dot_neighbours<B, has_min>(s0, w, &v, i);
+        s1 = dot_neighbours<B, has_min>(s1, w, &v, i + 1);
     }
-    for (; i + 2 <= nb; i += 2) {
-        dot_pair<B, has_min>(&s0, w + i, w + i + 1, v + i, v + i + 1);
+    if (i < n / 64) {
+        s0 = dot_neighbours<B, has_min>(s0, w, &v, i);
     }
-    if (i < nb) {
-        dot_pair<B, has_min>(&s0, w + i, (const B *) zero_block, v + i, (const block_q8_0 *) zero_block);
+    if (n % 64) {
+        const B * const a = w + n / 32 - 1, * const b = (const B *) zero_block;
+        scale64         s;
+        const int8x64   q = weights_and_scale(a, b, &s);
+        s0                = dot_pair<B, has_min>(s0, q, s, a, b, &v, n / 64);
     }
     return vec_sum(vec_add(s0, s1));
 }
@@ -212,43 +233,47 @@ template <typename B> void load_scales(const B * b, const scales_k4 * packed, fl
     store_scales_u8(s->min, packed->min, -f * load_half(b->dmin));
 }
 
-template <typename B, int part> vec dot_part_k4(vec acc, const B * b, const block_q8_k * x, const float * scale) {
-    return dot_unsigned(acc, weights<part>(b), load_bytes(x->q + 64 * part), scale_f32x2(scale + 2 * part));
+// Part `part` of block b meets x->q[64 * i ...]; scale: of each 32 weights.
+template <typename B, int part> vec dot_part_k4(vec acc, const B * b, const float * scale, const pinfer_x_q8 * x, int64_t i) {
+    const scale64 s = scale_mul(scale_f32x2(scale + 2 * part), scale_f32x2(x->d + 2 * i));
+    return dot_unsigned(acc, weights<part>(b), load_bytes(x->q + 64 * i), s);
 }
 
 template <typename B> float dot_k4(int64_t n, const void * row, const void * x) {
-    const B *          w  = (const B *) row;
-    const block_q8_k * v  = (const block_q8_k *) x;
-    vec                s0 = vec_zero(), s1 = vec_zero(), offsets = vec_zero();
-    for (; n >= 256; n -= 256, w++, v++) {
+    const B *         w = (const B *) row;
+    const pinfer_x_q8 v = x_q8_at(x, n);
+    vec               s0 = vec_zero(), s1 = vec_zero(), offsets = vec_zero();
+    for (int64_t i = 0; i < n / 64; i += 4, w++) {
         const scales_k4 packed = unpack_scales_k4(w->scales);
         float           scale[8];
-        store_scales_u8(scale, packed.scale, v->d * load_half(w->d));
-        s0      = dot_part_k4<B, 0>(s0, w, v, scale);
-        s1      = dot_part_k4<B, 1>(s1, w, v, scale);
-        s0      = dot_part_k4<B, 2>(s0, w, v, scale);
-        s1      = dot_part_k4<B, 3>(s1, w, v, scale);
-        offsets = add_mins(offsets, packed.min, v->sums, -v->d * load_half(w->dmin));
+        store_scales_u8(scale, packed.scale, load_half(w->d));
+        s0      = dot_part_k4<B, 0>(s0, w, scale, &v, i);
+        s1      = dot_part_k4<B, 1>(s1, w, scale, &v, i + 1);
+        s0      = dot_part_k4<B, 2>(s0, w, scale, &v, i + 2);
+        s1      = dot_part_k4<B, 3>(s1, w, scale, &v, i + 3);
+        offsets = add_mins(offsets, packed.min, v.s32 + 2 * i, -load_half(w->dmin));
     }
     return vec_sum(vec_add(vec_add(s0, s1), offsets));
 }
 
-template <int part> vec dot_part_q6_k(vec acc, const block_q6_k * b, const block_q8_k * x, const float * scale) {
-    const scale64 s = scale_f32x4(scale + 4 * part);
-    return dot_centred<centre<block_q6_k>>(acc, weights<part>(b), load_bytes(x->q + 64 * part), s);
+// scale: of each 16 weights.
+template <int part>
+vec dot_part_q6_k(vec acc, const block_q6_k * b, const float * scale, const pinfer_x_q8 * x, int64_t i) {
+    const scale64 s = scale_mul(scale_f32x4(scale + 4 * part), scale_f32x2(x->d + 2 * i));
+    return dot_centred<centre<block_q6_k>>(acc, weights<part>(b), load_bytes(x->q + 64 * i), s);
 }
 
 float dot_q6_k(int64_t n, const void * row, const void * x) {
-    const block_q6_k * w  = (const block_q6_k *) row;
-    const block_q8_k * v  = (const block_q8_k *) x;
+    const block_q6_k * w = (const block_q6_k *) row;
+    const pinfer_x_q8  v = x_q8_at(x, n);
     vec                s0 = vec_zero(), s1 = vec_zero();
-    for (; n >= 256; n -= 256, w++, v++) {
+    for (int64_t i = 0; i < n / 64; i += 4, w++) {
         float scale[16];
-        store_scales_i8(scale, w->scales, v->d * load_half(w->d));
-        s0 = dot_part_q6_k<0>(s0, w, v, scale);
-        s1 = dot_part_q6_k<1>(s1, w, v, scale);
-        s0 = dot_part_q6_k<2>(s0, w, v, scale);
-        s1 = dot_part_q6_k<3>(s1, w, v, scale);
+        store_scales_i8(scale, w->scales, load_half(w->d));
+        s0 = dot_part_q6_k<0>(s0, w, scale, &v, i);
+        s1 = dot_part_q6_k<1>(s1, w, scale, &v, i + 1);
+        s0 = dot_part_q6_k<2>(s0, w, scale, &v, i + 2);
+        s1 = dot_part_q6_k<3>(s1, w, scale, &v, i + 3);
     }
     return vec_sum(vec_add(s0, s1));
 }
@@ -299,22 +324,188 @@ void axpy_q6_k(int64_t n, float a, const void * row, float * y, float *) {
     }
 }
 
+// ---- several tokens at once ------------------------------------------------------------------------------------
+
 vec load_vec_f32(const void * p) {
     return vec_load((const float *) p);
 }
 
+// A piece of the row is converted once for T tokens.
+template <int T, vec (*load)(const void *), float (*load_one)(const void *), int size>
+void dot_float_tokens(int64_t n, const void * row, const char * x, size_t x_row, float * out) {
+    const char *  w = (const char *) row;
+    const float * xf[T];
+    vec           sum[T][2];
+    for (int t = 0; t < T; t++) {
+        xf[t]     = (const float *) (x + (size_t) t * x_row);
+        sum[t][0] = sum[t][1] = vec_zero();
+    }
+    int64_t i = 0;
+    for (; i + 2 * VEC_LANES <= n; i += 2 * VEC_LANES) {
+        const vec a = load(w + size * i), b = load(w + size * (i + VEC_LANES));
+        for (int t = 0; t < T; t++) {
+            sum[t][0] = vec_fma(a, vec_load(xf[t] + i), sum[t][0]);
+            sum[t][1] = vec_fma(b, vec_load(xf[t] + i + VEC_LANES), sum[t][1]);
+        }
+    }
+    for (int t = 0; t < T; t++) {
+        float rest = 0.0f;
+        for (int64_t k = i; k < n; k++) {
+            rest += load_one(w + size * k) * xf[t][k];
+        }
+        out[t] = vec_sum(vec_add(sum[t][0], sum[t][1])) + rest;
+    }
+}
+
+template <vec (*load)(const void *), float (*load_one)(const void *), int size>
+void dot_many_float(int64_t n, const void * row, const void * x, size_t x_row, int64_t n_tokens, float * out) {
+    const char * v = (const char *) x;
+    for (; n_tokens >= 4; n_tokens -= 4, v += 4 * x_row, out += 4) {
+        dot_float_tokens<4, load, load_one, size>(n, row, v, x_row, out);
+    }
+    if (n_tokens == 3) {
+        dot_float_tokens<3, load, load_one, size>(n, row, v, x_row, out);
+    } else if (n_tokens == 2) {
+        dot_float_tokens<2, load, load_one, size>(n, row, v, x_row, out);
+    } else if (n_tokens == 1) {
+        dot_float_tokens<1, load, load_one, size>(n, row, v, x_row, out);
+    }
+}
+
+// How accumulate reads PIECE columns of a row, as PIECE / VEC_LANES vectors.
+constexpr int PIECE   = 32;
+constexpr int PER_VEC = PIECE / VEC_LANES;
+
+template <vec (*load)(const void *), int size> struct float_piece {
+    static void read(const void * row, int64_t at, vec * w) {
+        for (int k = 0; k < PER_VEC; k++) {
+            w[k] = load((const char *) row + size * (at + k * VEC_LANES));
+        }
+    }
+};
+
+struct q8_0_piece {
+    static void read(const void * row, int64_t at, vec * w) {
+        const block_q8_0 * b = (const block_q8_0 *) row + at / 32;
+        const vec          s = vec_set1_f16(b->d);
+        for (int k = 0; k < PER_VEC; k++) {
+            w[k] = vec_mul(s, vec_load_i8(b->q + k * VEC_LANES));
+        }
+    }
+};
+
+// The sums of a piece stay in registers while the rows go by.
+template <int T, typename R>
+void accumulate_piece(int64_t at, int64_t n_rows, const void * const * rows, const float * a, int64_t a_row, int64_t n, float * y) {
+    vec sum[T][PER_VEC];
+    for (int t = 0; t < T; t++) {
+        for (int k = 0; k < PER_VEC; k++) {
+            sum[t][k] = vec_load(y + t * n + at + k * VEC_LANES);
+        }
+    }
+    for (int64_t r = 0; r < n_rows; r++) {
+        vec w[PER_VEC];
+        R::read(rows[r], at, w);
+        for (int t = 0; t < T; t++) {
+            const vec f = vec_set1(a[r * a_row + t]);
+            for (int k = 0; k < PER_VEC; k++) {
+                sum[t][k] = vec_fma(f, w[k], sum[t][k]);
+            }
+        }
+    }
+    for (int t = 0; t < T; t++) {
+        for (int k = 0; k < PER_VEC; k++) {
+            vec_store(y + t * n + at + k * VEC_LANES, sum[t][k]);
+        }
+    }
+}
+
+// Columns that fill no piece (float rows only).
+template <float (*load_one)(const void *), int size>
+void accumulate_rest(int64_t n, int64_t n_rows, const void * const * rows, const float * a, int64_t n_tokens, float * y) {
+    for (int64_t at = n / PIECE * PIECE; at < n; at++) {
+        for (int64_t r = 0; r < n_rows; r++) {
+            const float w = load_one((const char *) rows[r] + size * at);
+            for (int64_t t = 0; t < n_tokens; t++) {
+                y[t * n + at] += a[r * n_tokens + t] * w;
+            }
+        }
+    }
+}
+
+template <typename R>
+void accumulate_pieces(int64_t n, int64_t n_rows, const void * const * rows, const float * a, int64_t n_tokens, float * y) {
+    for (int64_t at = 0; at + PIECE <= n; at += PIECE) {
+        int64_t t = 0;
+        for (; t + 4 <= n_tokens; t += 4) {
+            accumulate_piece<4, R>(at, n_rows, rows, a + t, n_tokens, n, y + t * n);
+        }
+        if (n_tokens - t == 3) {
+            accumulate_piece<3, R>(at, n_rows, rows, a + t, n_tokens, n, y + t * n);
+        } else if (n_tokens - t == 2) {
+            accumulate_piece<2, R>(at, n_rows, rows, a + t, n_tokens, n, y + t * n);
+        } else if (n_tokens - t == 1) {
+            accumulate_piece<1, R>(at, n_rows, rows, a + t, n_tokens, n, y + t * n);
+        }
+    }
+}
+
+template <vec (*load)(const void *), float (*load_one)(const void *), int size>
+void accumulate_float(int64_t n, int64_t n_rows, const void * const * rows, const float * a, int64_t n_tokens, float * y) {
+    accumulate_pieces<float_piece<load, size>>(n, n_rows, rows, a, n_tokens, y);
+    accumulate_rest<load_one, size>(n, n_rows, rows, a, n_tokens, y);
+}
+
+// ---- x ---------------------------------------------------------------------------------------------------------
+
+void prepare_x_q8(const float * x, void * dst, int64_t n) {
+    const pinfer_x_q8 v = x_q8_at(dst, n);
+    memset(v.q + n, 0, x_q8_padded(n) - (size_t) n);
+    for (int64_t i = 0; i < n / 32; i++) {
+        v.d[i] = quantise_32(x + 32 * i, v.q + 32 * i);
+        int sum[2] = {0, 0};
+        for (int k = 0; k < 16; k++) {
+            sum[0] += v.q[32 * i + k];
+            sum[1] += v.q[32 * i + 16 + k];
+        }
+        v.s16[2 * i]     = v.d[i] * (float) sum[0];
+        v.s16[2 * i + 1] = v.d[i] * (float) sum[1];
+        v.s32[i]         = v.d[i] * (float) (sum[0] + sum[1]);
+    }
+}
+
+} // namespace
+
+#ifdef PINFER_HAS_TILES
+#    include "tiles.h"
+#    define TILES(B, kind) tile_pack<B, kind>, tile_multiply<kind>
+#else
+#    define TILES(B, kind) nullptr, nullptr
+#endif
+
+namespace {
+
+#define FLOATS(load, load_one, size)                                                                                       \
+    GGML_TYPE_F32, dot_float<load, load_one, size>, axpy_float<load, load_one, size>, accumulate_float<load, load_one, size>, \
+        dot_many_float<load, load_one, size>, nullptr, nullptr
+
 const struct pinfer_kernel kernels[] = {
-    { GGML_TYPE_F32, GGML_TYPE_F32, dot_float<load_vec_f32, load_f32, 4>, axpy_float<load_vec_f32, load_f32, 4> },
-    { GGML_TYPE_F16, GGML_TYPE_F32, dot_float<vec_load_f16, load_f16, 2>, axpy_float<vec_load_f16, load_f16, 2> },
-    { GGML_TYPE_BF16, GGML_TYPE_F32, dot_float<vec_load_bf16, load_bf16, 2>, axpy_float<vec_load_bf16, load_bf16, 2> },
-    { GGML_TYPE_Q8_0, GGML_TYPE_Q8_0, dot_blocks<block_q8_0, false>, axpy_q8_0 },
-    { GGML_TYPE_Q4_0, GGML_TYPE_Q8_0, dot_blocks<block_q4_0, false>, axpy_q4_0 },
-    { GGML_TYPE_Q4_1, GGML_TYPE_Q8_0, dot_blocks<block_q4_1, true>, axpy_q4_1 },
-    { GGML_TYPE_Q5_0, GGML_TYPE_Q8_0, dot_blocks<block_q5_0, false>, axpy_blocks<block_q5_0, false> },
-    { GGML_TYPE_Q5_1, GGML_TYPE_Q8_0, dot_blocks<block_q5_1, true>, axpy_blocks<block_q5_1, true> },
-    { GGML_TYPE_Q4_K, GGML_TYPE_Q8_K, dot_k4<block_q4_k>, axpy_q4_k },
-    { GGML_TYPE_Q5_K, GGML_TYPE_Q8_K, dot_k4<block_q5_k>, axpy_q5_k },
-    { GGML_TYPE_Q6_K, GGML_TYPE_Q8_K, dot_q6_k, axpy_q6_k },
+    { GGML_TYPE_F32, FLOATS(load_vec_f32, load_f32, 4) },
+    { GGML_TYPE_F16, FLOATS(vec_load_f16, load_f16, 2) },
+    { GGML_TYPE_BF16, FLOATS(vec_load_bf16, load_bf16, 2) },
+    { GGML_TYPE_Q8_0, PINFER_X_Q8, dot_blocks<block_q8_0, false>, axpy_q8_0, accumulate_pieces<q8_0_piece>, nullptr,
+      TILES(block_q8_0, TILE_CENTRED_128) },
+    { GGML_TYPE_Q4_0, PINFER_X_Q8, dot_blocks<block_q4_0, false>, axpy_q4_0, nullptr, nullptr,
+      TILES(block_q4_0, TILE_CENTRED_8) },
+    { GGML_TYPE_Q4_1, PINFER_X_Q8, dot_blocks<block_q4_1, true>, axpy_q4_1, nullptr, nullptr,
+      TILES(block_q4_1, TILE_OFFSET) },
+    { GGML_TYPE_Q5_0, PINFER_X_Q8, dot_blocks<block_q5_0, false>, axpy_blocks<block_q5_0, false>, nullptr, nullptr,
+      TILES(block_q5_0, TILE_CENTRED_16) },
+    { GGML_TYPE_Q5_1, PINFER_X_Q8, dot_blocks<block_q5_1, true>, axpy_blocks<block_q5_1, true>, nullptr, nullptr,
+      TILES(block_q5_1, TILE_OFFSET) },
+    { GGML_TYPE_Q4_K, PINFER_X_Q8, dot_k4<block_q4_k>, axpy_q4_k, nullptr, nullptr, TILES(block_q4_k, TILE_OFFSET) },
+    { GGML_TYPE_Q5_K, PINFER_X_Q8, dot_k4<block_q5_k>, axpy_q5_k, nullptr, nullptr, TILES(block_q5_k, TILE_OFFSET) },
+    { GGML_TYPE_Q6_K, PINFER_X_Q8, dot_q6_k, axpy_q6_k, nullptr, nullptr, TILES(block_q6_k, TILE_HALVES_32) },
 };
 
 } // namespace

@@ -1,5 +1,6 @@
 // dispatch.cpp: the public interface of kernels.h. Chooses a table once, and gives the types that no table knows to
 // ggml.
+#include "blocks.h"
 #include "ggml-cpu.h"
 #include "tables.h"
 
@@ -34,11 +35,13 @@ struct kernel_set {
     const char *         isa;
     struct pinfer_kernel kernels[GGML_TYPE_COUNT];
     bool                 known[GGML_TYPE_COUNT];
+    void (*prepare_x_q8)(const float * x, void * dst, int64_t n);
 
     kernel_set() {
         ggml_cpu_init(); // fills the tables that ggml's own vec_dot reads; does nothing the second time
         const struct pinfer_kernel_table * table = choose_table();
         isa                                      = table->isa;
+        prepare_x_q8                             = table->prepare_x_q8;
         for (int i = 0; i < GGML_TYPE_COUNT; i++) {
             add((enum ggml_type) i, pinfer_kernel_table_find(table, (enum ggml_type) i));
         }
@@ -49,7 +52,7 @@ struct kernel_set {
         if (own != nullptr) {
             kernels[type] = *own;
         } else if (known[type]) {
-            kernels[type] = { type, ggml_get_type_traits_cpu(type)->vec_dot_type, nullptr, nullptr };
+            kernels[type] = { type, ggml_get_type_traits_cpu(type)->vec_dot_type, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr };
         }
     }
 
@@ -100,15 +103,47 @@ void pinfer_kernel_axpy(const struct pinfer_kernel * k, int64_t n, float a, cons
     f32->axpy(n, a, scratch, y, nullptr);
 }
 
+void pinfer_kernel_dot_many(const struct pinfer_kernel * k, int64_t n, const void * row, const void * x, size_t x_row,
+                            int64_t n_tokens, float * out) {
+    if (k->dot_many != nullptr) {
+        k->dot_many(n, row, x, x_row, n_tokens, out);
+        return;
+    }
+    for (int64_t t = 0; t < n_tokens; t++) {
+        out[t] = pinfer_kernel_dot(k, n, row, (const char *) x + (size_t) t * x_row);
+    }
+}
+
+void pinfer_kernel_accumulate(const struct pinfer_kernel * k, int64_t n, int64_t n_rows, const void * const * rows,
+                              const float * a, int64_t n_tokens, float * y, float * scratch) {
+    if (k->accumulate != nullptr) {
+        k->accumulate(n, n_rows, rows, a, n_tokens, y);
+        return;
+    }
+    for (int64_t r = 0; r < n_rows; r++) {
+        for (int64_t t = 0; t < n_tokens; t++) {
+            if (a[r * n_tokens + t] != 0.0f) {
+                pinfer_kernel_axpy(k, n, a[r * n_tokens + t], rows[r], y + t * n, scratch);
+            }
+        }
+    }
+}
+
+size_t pinfer_tile_size(int64_t n) {
+    return (size_t) n / 32 * sizeof(tile_group);
+}
+
 size_t pinfer_kernel_prepared_size(enum ggml_type x_type, int64_t n) {
-    return ggml_row_size(x_type, n);
+    return x_type == PINFER_X_Q8 ? x_q8_size(n) : ggml_row_size(x_type, n);
 }
 
 void pinfer_kernel_prepare(enum ggml_type x_type, const float * x, void * dst, int64_t n) {
-    if (x_type == GGML_TYPE_F32) {
+    if (x_type == PINFER_X_Q8) {
+        kernels().prepare_x_q8(x, dst, n);
+    } else if (x_type == GGML_TYPE_F32) {
         memcpy(dst, x, (size_t) n * sizeof(float));
-        return;
+    } else {
+        kernels(); // ggml_cpu_init
+        ggml_get_type_traits_cpu(x_type)->from_float(x, dst, n);
     }
-    kernels(); // ggml_cpu_init
-    ggml_get_type_traits_cpu(x_type)->from_float(x, dst, n);
 }

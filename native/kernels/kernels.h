@@ -1,8 +1,11 @@
-// kernels.h: the arithmetic of one neuron row, one table of function pointers per ggml type and instruction set.
+// kernels.h: the arithmetic of neuron rows, one table of function pointers per ggml type and instruction set.
 //
 // A row is n values of one ggml type in ggml's standard layout (n a multiple of the type's block size; rows need no
 // alignment beyond that of the type). x is the FFN input of one token, prepared once per token by pinfer_kernel_prepare
 // into x_type. Every kernel has a scalar reference; a type without kernels of its own uses ggml's vec_dot and to_float.
+//
+// One token is multiplied row by row (dot). Several tokens share the work of unpacking: quantised rows are packed into
+// tiles of PINFER_TILE_ROWS rows and multiplied by all tokens at once, float rows are loaded once for several tokens.
 #pragma once
 
 #include "ggml.h"
@@ -14,16 +17,38 @@
 extern "C" {
 #endif
 
+// The x_type of quantised rows that have kernels here: n signed bytes and float scales, see pinfer_x_q8 in blocks.h.
+#define PINFER_X_Q8 GGML_TYPE_COUNT
+
+#define PINFER_TILE_ROWS 16
+
 // sum_j row[j] * x[j]; x in x_type
 typedef float (*pinfer_dot_fn)(int64_t n, const void * row, const void * x);
 // y[j] += a * row[j]; scratch holds n floats (used by types that are dequantised first)
 typedef void (*pinfer_axpy_fn)(int64_t n, float a, const void * row, float * y, float * scratch);
+// out[t] = sum_j row[j] * x_t[j] for n_tokens prepared x, x_row bytes apart
+typedef void (*pinfer_dot_many_fn)(int64_t n, const void * row, const void * x, size_t x_row, int64_t n_tokens, float * out);
+// y[t*n + j] += sum_r a[r*n_tokens + t] * rows[r][j] for n_rows rows and n_tokens tokens
+typedef void (*pinfer_accumulate_fn)(int64_t n, int64_t n_rows, const void * const * rows, const float * a,
+                                     int64_t n_tokens, float * y);
+// Columns [begin, end) of PINFER_TILE_ROWS rows into a tile of pinfer_tile_size(end - begin) bytes, 64-byte aligned.
+// begin and end are multiples of the type's block size.
+typedef void (*pinfer_pack_fn)(int64_t begin, int64_t end, const void * const * rows, void * tile);
+// out[t*out_row + r] += sum_j tile[r][j] * x_t[j] over the tile's columns [begin, end) of x's n
+typedef void (*pinfer_multiply_fn)(int64_t n, int64_t begin, int64_t end, const void * tile, const void * x, size_t x_row,
+                                   int64_t n_tokens, float * out, int64_t out_row);
 
+// What is NULL falls back: dot and axpy to ggml (call pinfer_kernel_dot and pinfer_kernel_axpy, which know), dot_many to
+// dot, accumulate to axpy, pack and multiply to dot_many.
 struct pinfer_kernel {
-    enum ggml_type type;
-    enum ggml_type x_type;
-    pinfer_dot_fn  dot;  // both NULL for a type without kernels of its own: call pinfer_kernel_dot()
-    pinfer_axpy_fn axpy; // and pinfer_kernel_axpy(), which know what to do then
+    enum ggml_type       type;
+    enum ggml_type       x_type;
+    pinfer_dot_fn        dot;
+    pinfer_axpy_fn       axpy;
+    pinfer_accumulate_fn accumulate;
+    pinfer_dot_many_fn   dot_many;
+    pinfer_pack_fn       pack; // together with multiply
+    pinfer_multiply_fn   multiply;
 };
 
 // Kernels of a type for the instruction set in use, NULL for a type that llama.cpp cannot multiply.
@@ -33,6 +58,13 @@ const struct pinfer_kernel * pinfer_kernel_get(enum ggml_type type);
 float pinfer_kernel_dot (const struct pinfer_kernel * k, int64_t n, const void * row, const void * x);
 void  pinfer_kernel_axpy(const struct pinfer_kernel * k, int64_t n, float a, const void * row, float * y,
                          float * scratch);
+void  pinfer_kernel_dot_many(const struct pinfer_kernel * k, int64_t n, const void * row, const void * x, size_t x_row,
+                             int64_t n_tokens, float * out);
+void  pinfer_kernel_accumulate(const struct pinfer_kernel * k, int64_t n, int64_t n_rows, const void * const * rows,
+                               const float * a, int64_t n_tokens, float * y, float * scratch);
+
+// Bytes of a tile of n columns (n a multiple of 32).
+size_t pinfer_tile_size(int64_t n);
 
 // Bytes of n prepared values, and the preparation itself (x_type F32: a copy).
 size_t pinfer_kernel_prepared_size(enum ggml_type x_type, int64_t n);

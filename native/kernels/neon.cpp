@@ -39,6 +39,11 @@ vec vec_load_bf16(const void * p) {
     return vreinterpretq_f32_u32(vshll_n_u16(vreinterpret_u16_u8(vld1_u8((const uint8_t *) p)), 16));
 }
 
+vec vec_load_i8(const int8_t * p) {
+    const int16x8_t wide = vmovl_s8(vreinterpret_s8_u32(vdup_n_u32(load_u32(p))));
+    return vcvtq_f32_s32(vmovl_s16(vget_low_s16(wide)));
+}
+
 void vec_store(float * p, vec v) {
     vst1q_f32(p, v);
 }
@@ -200,12 +205,33 @@ void store_scales_i8(float * dst, const int8_t * p, float f) {
     }
 }
 
-vec add_mins(vec acc, uint64_t mins, const int16_t * sums, float f) {
-    const int16x8_t wide  = vreinterpretq_s16_u16(vmovl_u8(vcreate_u8(mins)));
-    const int16x8_t pairs = vpaddq_s16(vld1q_s16(sums), vld1q_s16(sums + 8)); // at most 32 * 127
-    int32x4_t       terms = vmull_s16(vget_low_s16(wide), vget_low_s16(pairs));
-    terms                 = vmlal_s16(terms, vget_high_s16(wide), vget_high_s16(pairs));
-    return vfmaq_n_f32(acc, vcvtq_f32_s32(terms), f);
+vec add_mins(vec acc, uint64_t mins, const float * sums, float f) {
+    const uint16x8_t  wide = vmovl_u8(vcreate_u8(mins));
+    const float32x4_t low  = vcvtq_f32_u32(vmovl_u16(vget_low_u16(wide)));
+    const float32x4_t high = vcvtq_f32_u32(vmovl_u16(vget_high_u16(wide)));
+    return vfmaq_n_f32(acc, vfmaq_f32(vmulq_f32(low, vld1q_f32(sums)), high, vld1q_f32(sums + 4)), f);
+}
+
+int8x64 load_pair_q4_0(const void * p, scale64 * s) {
+    const block_q4_0 * b = (const block_q4_0 *) p;
+    *s = scale_f16(b[0].d, b[1].d);
+    return load_nibbles(b[0].q, b[1].q);
+}
+
+// Rounds to nearest, halves to even.
+float quantise_32(const float * x, int8_t * q) {
+    float32x4_t most = vdupq_n_f32(0.0f);
+    for (int i = 0; i < 32; i += 4) {
+        most = vmaxq_f32(most, vabsq_f32(vld1q_f32(x + i)));
+    }
+    const float largest = vmaxvq_f32(most);
+    const float inverse = largest > 0.0f ? 127.0f / largest : 0.0f;
+    for (int i = 0; i < 32; i += 8) {
+        const int16x4_t a = vmovn_s32(vcvtnq_s32_f32(vmulq_n_f32(vld1q_f32(x + i), inverse)));
+        const int16x4_t b = vmovn_s32(vcvtnq_s32_f32(vmulq_n_f32(vld1q_f32(x + i + 4), inverse)));
+        vst1_s8(q + i, vqmovn_s16(vcombine_s16(a, b)));
+    }
+    return largest / 127.0f;
 }
 
 int32x4_t dot_16(int8x16_t w, int8x16_t x) {
@@ -300,10 +326,10 @@ void axpy_nibbles(const uint8_t * p, float * y, nibble_map f, float * z, nibble_
 
 #    include "body.h"
 
-const struct pinfer_kernel_table pinfer_kernels_neon = { "neon", kernels, sizeof(kernels) / sizeof(kernels[0]) };
+const struct pinfer_kernel_table pinfer_kernels_neon = { "neon", kernels, sizeof(kernels) / sizeof(kernels[0]), prepare_x_q8 };
 
 #else
 
-const struct pinfer_kernel_table pinfer_kernels_neon = { "neon", nullptr, 0 };
+const struct pinfer_kernel_table pinfer_kernels_neon = { "neon", nullptr, 0, nullptr };
 
 #endif

@@ -3,6 +3,8 @@
 #include "blocks.h"
 #include "tables.h"
 
+#include <math.h>
+
 namespace {
 
 // One block as weight[i] = scale[i / 16] * q[i] + offset[i / 32].
@@ -105,54 +107,36 @@ void unpack(const block_q6_k * b, unpacked * u) {
     }
 }
 
-// x as 32 or 256 integers and one scale, whichever x type belongs to the block type.
-template <typename B> struct layout {
-    static constexpr int64_t size = 32;
-    static const int8_t *    x(const void * x, int64_t i, float * d) {
-        const block_q8_0 * b = (const block_q8_0 *) x + i;
-        *d                   = load_f16(b->d);
-        return b->q;
-    }
-};
-
-struct layout_k {
-    static constexpr int64_t size = 256;
-    static const int8_t *    x(const void * x, int64_t i, float * d) {
-        const block_q8_k * b = (const block_q8_k *) x + i;
-        *d                   = b->d;
-        return b->q;
-    }
-};
-
-template <> struct layout<block_q4_k> : layout_k {};
-template <> struct layout<block_q5_k> : layout_k {};
-template <> struct layout<block_q6_k> : layout_k {};
+template <typename B> constexpr int64_t block_size             = 32;
+template <> constexpr int64_t           block_size<block_q4_k> = 256;
+template <> constexpr int64_t           block_size<block_q5_k> = 256;
+template <> constexpr int64_t           block_size<block_q6_k> = 256;
 
 template <typename B> float dot(int64_t n, const void * row, const void * x) {
-    float sum = 0.0f;
-    for (int64_t i = 0; i < n / layout<B>::size; i++) {
+    const pinfer_x_q8 v   = x_q8_at(x, n);
+    float             sum = 0.0f;
+    for (int64_t i = 0; i < n / block_size<B>; i++) {
         unpacked u;
         unpack((const B *) row + i, &u);
-        float          d;
-        const int8_t * xq = layout<B>::x(x, i, &d);
-        for (int g = 0; g < layout<B>::size / 16; g++) {
-            int32_t products = 0, total = 0;
-            for (int j = 0; j < 16; j++) {
-                products += u.q[16 * g + j] * xq[16 * g + j];
-                total += xq[16 * g + j];
+        for (int64_t g = 0; g < block_size<B> / 16; g++) {
+            const int64_t at       = i * block_size<B> + 16 * g;
+            int32_t       products = 0, total = 0;
+            for (int64_t j = 0; j < 16; j++) {
+                products += u.q[16 * g + j] * v.q[at + j];
+                total += v.q[at + j];
             }
-            sum += d * (u.scale[g] * (float) products + u.offset[g / 2] * (float) total);
+            sum += v.d[at / 32] * (u.scale[g] * (float) products + u.offset[g / 2] * (float) total);
         }
     }
     return sum;
 }
 
 template <typename B> void axpy(int64_t n, float a, const void * row, float * y, float *) {
-    for (int64_t i = 0; i < n / layout<B>::size; i++) {
+    for (int64_t i = 0; i < n / block_size<B>; i++) {
         unpacked u;
         unpack((const B *) row + i, &u);
-        for (int j = 0; j < layout<B>::size; j++) {
-            y[i * layout<B>::size + j] += a * (u.scale[j / 16] * u.q[j] + u.offset[j / 32]);
+        for (int j = 0; j < block_size<B>; j++) {
+            y[i * block_size<B> + j] += a * (u.scale[j / 16] * u.q[j] + u.offset[j / 32]);
         }
     }
 }
@@ -172,20 +156,41 @@ void axpy_float(int64_t n, float a, const void * row, float * y, float *) {
     }
 }
 
+void prepare_x_q8(const float * x, void * dst, int64_t n) {
+    const pinfer_x_q8 v = x_q8_at(dst, n);
+    memset(v.q, 0, x_q8_padded(n));
+    for (int64_t i = 0; i < n / 32; i++) {
+        float largest = 0.0f;
+        for (int64_t j = 32 * i; j < 32 * i + 32; j++) {
+            largest = fmaxf(largest, fabsf(x[j]));
+        }
+        const float inverse = largest > 0.0f ? 127.0f / largest : 0.0f;
+        v.d[i]   = largest / 127.0f;
+        v.s32[i] = 0.0f;
+        for (int64_t h = 2 * i; h < 2 * i + 2; h++) {
+            int32_t total = 0;
+            for (int64_t j = 16 * h; j < 16 * h + 16; j++) {
+                v.q[j] = (int8_t) nearbyintf(x[j] * inverse);
+                total += v.q[j];
+            }
+            v.s16[h] = v.d[i] * (float) total;
+            v.s32[i] += v.s16[h];
+        }
+    }
+}
+
+#define ROW(B)          PINFER_X_Q8, dot<B>, axpy<B>, nullptr, nullptr, nullptr, nullptr
+#define FLOAT_ROW(load, size) GGML_TYPE_F32, dot_float<load, size>, axpy_float<load, size>, nullptr, nullptr, nullptr, nullptr
+
 const struct pinfer_kernel kernels[] = {
-    { GGML_TYPE_F32, GGML_TYPE_F32, dot_float<load_f32, 4>, axpy_float<load_f32, 4> },
-    { GGML_TYPE_F16, GGML_TYPE_F32, dot_float<load_f16, 2>, axpy_float<load_f16, 2> },
-    { GGML_TYPE_BF16, GGML_TYPE_F32, dot_float<load_bf16, 2>, axpy_float<load_bf16, 2> },
-    { GGML_TYPE_Q8_0, GGML_TYPE_Q8_0, dot<block_q8_0>, axpy<block_q8_0> },
-    { GGML_TYPE_Q4_0, GGML_TYPE_Q8_0, dot<block_q4_0>, axpy<block_q4_0> },
-    { GGML_TYPE_Q4_1, GGML_TYPE_Q8_0, dot<block_q4_1>, axpy<block_q4_1> },
-    { GGML_TYPE_Q5_0, GGML_TYPE_Q8_0, dot<block_q5_0>, axpy<block_q5_0> },
-    { GGML_TYPE_Q5_1, GGML_TYPE_Q8_0, dot<block_q5_1>, axpy<block_q5_1> },
-    { GGML_TYPE_Q4_K, GGML_TYPE_Q8_K, dot<block_q4_k>, axpy<block_q4_k> },
-    { GGML_TYPE_Q5_K, GGML_TYPE_Q8_K, dot<block_q5_k>, axpy<block_q5_k> },
-    { GGML_TYPE_Q6_K, GGML_TYPE_Q8_K, dot<block_q6_k>, axpy<block_q6_k> },
+    { GGML_TYPE_F32, FLOAT_ROW(load_f32, 4) },   { GGML_TYPE_F16, FLOAT_ROW(load_f16, 2) },
+    { GGML_TYPE_BF16, FLOAT_ROW(load_bf16, 2) }, { GGML_TYPE_Q8_0, ROW(block_q8_0) },
+    { GGML_TYPE_Q4_0, ROW(block_q4_0) },         { GGML_TYPE_Q4_1, ROW(block_q4_1) },
+    { GGML_TYPE_Q5_0, ROW(block_q5_0) },         { GGML_TYPE_Q5_1, ROW(block_q5_1) },
+    { GGML_TYPE_Q4_K, ROW(block_q4_k) },         { GGML_TYPE_Q5_K, ROW(block_q5_k) },
+    { GGML_TYPE_Q6_K, ROW(block_q6_k) },
 };
 
 } // namespace
 
-const struct pinfer_kernel_table pinfer_kernels_scalar = { "scalar", kernels, sizeof(kernels) / sizeof(kernels[0]) };
+const struct pinfer_kernel_table pinfer_kernels_scalar = { "scalar", kernels, sizeof(kernels) / sizeof(kernels[0]), prepare_x_q8 };

@@ -12,6 +12,7 @@ struct pinfer_kernel_table {
     const char *                 isa;
     const struct pinfer_kernel * kernels;
     size_t                       n; // 0: not compiled for this machine's architecture
+    void (*prepare_x_q8)(const float * x, void * dst, int64_t n);
 };
 
 extern const struct pinfer_kernel_table pinfer_kernels_scalar;

@@ -81,28 +81,20 @@ static std::vector<uint8_t> prepared_x(enum ggml_type x_type, int64_t n, random_
             ((float *) x.data())[i] = r->normal();
             (*values)[(size_t) i]   = ((float *) x.data())[i];
         }
-    } else if (x_type == GGML_TYPE_Q8_0) {
-        x.resize((size_t) n / 32 * sizeof(block_q8_0));
-        for (int64_t b = 0; b < n / 32; b++) {
-            block_q8_0 *   block = (block_q8_0 *) x.data() + b;
-            const uint16_t d     = random_f16(r);
-            memcpy(block->d, &d, 2);
-            for (int j = 0; j < 32; j++) {
-                block->q[j]                    = random_x(r);
-                (*values)[(size_t) b * 32 + j] = (double) load_f16(block->d) * block->q[j];
-            }
-        }
     } else {
-        x.resize((size_t) n / 256 * sizeof(block_q8_k));
-        for (int64_t b = 0; b < n / 256; b++) {
-            block_q8_k * block = (block_q8_k *) x.data() + b;
-            memset(block, 0, sizeof(*block));
-            block->d = r->normal();
-            for (int j = 0; j < 256; j++) {
-                block->q[j] = random_x(r);
-                block->sums[j / 16] += block->q[j];
-                (*values)[(size_t) b * 256 + j] = (double) block->d * block->q[j];
+        x.resize(x_q8_size(n));
+        const pinfer_x_q8 v = x_q8_at(x.data(), n);
+        for (int64_t b = 0; b < n / 32; b++) {
+            int sum[2] = { 0, 0 };
+            v.d[b]     = r->normal();
+            for (int64_t j = 32 * b; j < 32 * b + 32; j++) {
+                v.q[j]                = random_x(r);
+                (*values)[(size_t) j] = (double) v.d[b] * v.q[j];
+                sum[j % 32 / 16] += v.q[j];
             }
+            v.s16[2 * b]     = v.d[b] * (float) sum[0];
+            v.s16[2 * b + 1] = v.d[b] * (float) sum[1];
+            v.s32[b]         = v.d[b] * (float) (sum[0] + sum[1]);
         }
     }
     return x;
@@ -149,6 +141,127 @@ static void test_type(const struct pinfer_kernel_table * table, const type_shape
     rep->line(name + " axpy", axpy);
 }
 
+// Rows and tokens for what works on several of them: PINFER_TILE_ROWS rows, and n_tokens x in one buffer.
+struct batch {
+    const struct pinfer_kernel *      reference;
+    const struct pinfer_kernel *      kernel;
+    int64_t                           n, n_tokens;
+    std::string                       name;
+    double                            block; // 1: float rows
+    std::vector<std::vector<uint8_t>> rows;
+    std::vector<const void *>         row;
+    std::vector<uint8_t>              x;
+    size_t                            x_row;
+    std::vector<double>               x_norm, row_norm;
+
+    const void * token(int64_t t) const { return x.data() + (size_t) t * x_row; }
+
+    double tolerance(size_t r, int64_t t) const {
+        return 2.0 * dot_tolerance(n, block == 1 ? n : n / 16, 16.0, row_norm[r], x_norm[(size_t) t]);
+    }
+};
+
+static batch make_batch(const struct pinfer_kernel_table * table, const type_shape & t, int64_t n, int64_t n_tokens) {
+    batch b = { pinfer_kernel_table_find(&pinfer_kernels_scalar, t.type), pinfer_kernel_table_find(table, t.type), n, n_tokens,
+                std::string(table->isa) + " " + t.name + " n=" + std::to_string(n) + " tokens=" + std::to_string(n_tokens),
+                (double) t.block, {}, {}, {}, 0, {}, {} };
+    random_source r = { (uint64_t) n * 1000 + t.type + (uint64_t) n_tokens };
+    for (int i = 0; i < PINFER_TILE_ROWS; i++) {
+        std::vector<float> w((size_t) n), scratch((size_t) n);
+        b.rows.push_back(random_row(t, n, &r));
+        b.reference->axpy(n, 1.0f, b.rows.back().data(), w.data(), scratch.data());
+        b.row_norm.push_back(norm(std::vector<double>(w.begin(), w.end())));
+    }
+    for (const auto & row : b.rows) {
+        b.row.push_back(row.data());
+    }
+    for (int64_t i = 0; i < n_tokens; i++) {
+        std::vector<double>        values;
+        const std::vector<uint8_t> one = prepared_x(b.kernel->x_type, n, &r, &values);
+        b.x.insert(b.x.end(), one.begin(), one.end());
+        b.x_norm.push_back(norm(values));
+        b.x_row = one.size();
+    }
+    return b;
+}
+
+static void test_dot_many(const batch & b, report * rep) {
+    worst_element      worst;
+    std::vector<float> out((size_t) b.n_tokens);
+    b.kernel->dot_many(b.n, b.row[0], b.x.data(), b.x_row, b.n_tokens, out.data());
+    for (int64_t t = 0; t < b.n_tokens; t++) {
+        worst.see(t, out[(size_t) t], b.reference->dot(b.n, b.row[0], b.token(t)), b.tolerance(0, t));
+    }
+    rep->line(b.name + " dot_many", worst);
+}
+
+// In two pieces where the type's blocks allow, on top of what is in the output.
+static void test_tile(const batch & b, int64_t block, report * rep) {
+    const int64_t      cut = b.n / 2 / block * block, out_row = PINFER_TILE_ROWS + 3;
+    random_source      r   = { 11 };
+    const auto         before = r.normals(b.n_tokens * out_row);
+    std::vector<float> out    = before;
+    void *             tile   = aligned_alloc(64, pinfer_tile_size(b.n));
+    for (int64_t begin = 0, end = cut > 0 ? cut : b.n; begin < b.n; begin = end, end = b.n) {
+        b.kernel->pack(begin, end, b.row.data(), tile);
+        b.kernel->multiply(b.n, begin, end, tile, b.x.data(), b.x_row, b.n_tokens, out.data(), out_row);
+    }
+    free(tile);
+    worst_element worst;
+    bool          beside = true;
+    for (int64_t t = 0; t < b.n_tokens; t++) {
+        for (int64_t i = 0; i < out_row; i++) {
+            const auto at = (size_t) (t * out_row + i);
+            if (i < PINFER_TILE_ROWS) {
+                const float expected = before[at] + b.reference->dot(b.n, b.row[(size_t) i], b.token(t));
+                // what the centre of the unsigned weights adds is taken off again in floats
+                worst.see((int64_t) at, out[at], expected, 4.0 * b.tolerance((size_t) i, t) + EPS_F32 * fabs(before[at]));
+            } else {
+                beside = beside && out[at] == before[at];
+            }
+        }
+    }
+    rep->line(b.name + " tile", worst);
+    rep->check(b.name + " tile writes its rows alone", beside);
+}
+
+static void test_accumulate(const batch & b, report * rep) {
+    random_source      r = { 13 };
+    const int64_t      n_rows = PINFER_TILE_ROWS - 3;
+    std::vector<float> a = r.normals(n_rows * b.n_tokens), got = r.normals(b.n * b.n_tokens), scratch((size_t) b.n);
+    a[1]                        = 0.0f;
+    std::vector<float> expected = got;
+    b.kernel->accumulate(b.n, n_rows, b.row.data(), a.data(), b.n_tokens, got.data());
+    double largest = 0.0;
+    for (int64_t i = 0; i < n_rows; i++) {
+        for (int64_t t = 0; t < b.n_tokens; t++) {
+            const float f = a[(size_t) (i * b.n_tokens + t)];
+            b.reference->axpy(b.n, f, b.row[(size_t) i], &expected[(size_t) (t * b.n)], scratch.data());
+            largest = std::max(largest, fabs(f) * b.row_norm[(size_t) i]);
+        }
+    }
+    worst_element worst;
+    for (int64_t i = 0; i < b.n * b.n_tokens; i++) {
+        worst.see(i, got[(size_t) i], expected[(size_t) i], EPS_F32 * (double) n_rows * (largest + 4.0));
+    }
+    rep->line(b.name + " accumulate", worst);
+}
+
+static void test_batches(const struct pinfer_kernel_table * table, const type_shape & t, int64_t n, report * rep) {
+    for (const int64_t n_tokens : { 1, 2, 3, 4, 7, 8, 21 }) {
+        const batch b = make_batch(table, t, n, n_tokens);
+        if (b.kernel->dot_many) {
+            test_dot_many(b, rep);
+        }
+        if (b.kernel->pack) {
+            test_tile(b, t.block, rep);
+        }
+        if (b.kernel->accumulate) {
+            test_accumulate(b, rep);
+        }
+    }
+}
+
 int main() {
     report                                    rep;
     size_t                                    n_tables;
@@ -159,10 +272,12 @@ int main() {
             for (const int64_t n : LENGTHS) {
                 if (n % t.block == 0) {
                     test_type(tables[i], t, n, &rep);
+                    test_batches(tables[i], t, n, &rep);
                 }
             }
             if (t.block == 1) { // not a multiple of any vector
                 test_type(tables[i], t, 77, &rep);
+                test_batches(tables[i], t, 77, &rep);
             }
         }
     }

@@ -104,33 +104,47 @@ static std::vector<double> prepared_values(enum ggml_type x_type, const std::vec
     for (int64_t i = 0; i < n; i++) {
         if (x_type == GGML_TYPE_F32) {
             values.push_back(((const float *) x.data())[i]);
+        } else if (x_type == PINFER_X_Q8) {
+            const pinfer_x_q8 v = x_q8_at(x.data(), n);
+            values.push_back((double) v.d[i / 32] * v.q[i]);
         } else if (x_type == GGML_TYPE_Q8_0) {
             const block_q8_0 * b = (const block_q8_0 *) x.data() + i / 32;
             values.push_back((double) load_f16(b->d) * b->q[i % 32]);
-        } else {
-            const block_q8_k * b = (const block_q8_k *) x.data() + i / 256;
-            values.push_back((double) b->d * b->q[i % 256]);
+        } else { // Q8_K: a float scale, 256 signed bytes, sums
+            const uint8_t * b = x.data() + (size_t) (i / 256) * ggml_type_size(GGML_TYPE_Q8_K);
+            values.push_back((double) load_f32(b) * (int8_t) b[4 + i % 256]);
         }
     }
     return values;
 }
 
 // How far ggml's x may be from ours: F16 and BF16 rows have x rounded to their own type there (relative error of one
-// rounding below), and Q4_1 and Q5_1 take the sum of 32 x rounded to F16. Errors of random sign: four deviations.
+// rounding below), blocks of 32 have a scale that is rounded to F16, blocks of 256 one scale for all (so every x is
+// rounded anew, to a step of 1/127 of the largest), and Q4_1 and Q5_1 take the sum of 32 x rounded to F16. Errors of
+// random sign: four deviations.
 static double ggml_tolerance(const sample & s, const std::vector<double> & x) {
-    double each = 0.0, sums = 0.0;
+    const int64_t block = ggml_blck_size(s.type);
+    double        each  = 0.0;
     if (s.type == GGML_TYPE_F16 || s.type == GGML_TYPE_BF16) {
         each = s.type == GGML_TYPE_F16 ? 0x1p-11 : 0x1p-8;
     }
-    double variance = 0.0;
+    double variance = 0.0, sum = 0.0, part = 0.0, largest = 0.0, squares = 0.0;
     for (int64_t i = 0; i < s.n; i++) {
-        variance += pow(each * s.w[(size_t) i] * x[(size_t) i], 2);
-        if (s.type == GGML_TYPE_Q4_1 || s.type == GGML_TYPE_Q5_1) {
-            sums += x[(size_t) i];
-            if (i % 32 == 31) {
-                variance += pow(0x1p-11 * s.largest[(size_t) i] * sums, 2);
-                sums = 0.0;
-            }
+        const double w = s.w[(size_t) i], v = x[(size_t) i];
+        variance += pow(each * w * v, 2);
+        sum += v;
+        part += w * v;
+        squares += w * w;
+        largest = std::max(largest, fabs(v));
+        if (block == 32 && i % 32 == 31) {
+            const bool offset = s.type == GGML_TYPE_Q4_1 || s.type == GGML_TYPE_Q5_1;
+            variance += pow(0x1p-11 * part, 2) + (offset ? pow(0x1p-11 * s.largest[(size_t) i] * sum, 2) : 0.0);
+        }
+        if (block == 256 && i % 256 == 255) {
+            variance += squares * pow(largest / 127.0, 2) / 6.0;
+        }
+        if (block > 1 && i % block == block - 1) {
+            sum = part = largest = squares = 0.0;
         }
     }
     return 4.0 * sqrt(variance);
@@ -253,7 +267,6 @@ static void test_coverage(report * rep) {
         { sizeof(block_q4_1), ggml_type_size(GGML_TYPE_Q4_1) }, { sizeof(block_q5_0), ggml_type_size(GGML_TYPE_Q5_0) },
         { sizeof(block_q5_1), ggml_type_size(GGML_TYPE_Q5_1) }, { sizeof(block_q4_k), ggml_type_size(GGML_TYPE_Q4_K) },
         { sizeof(block_q5_k), ggml_type_size(GGML_TYPE_Q5_K) }, { sizeof(block_q6_k), ggml_type_size(GGML_TYPE_Q6_K) },
-        { sizeof(block_q8_k), ggml_type_size(GGML_TYPE_Q8_K) },
     };
     for (const auto & size : sizes) {
         rep->check("a block of " + std::to_string(size[1]) + " bytes has ggml's size", size[0] == size[1]);
