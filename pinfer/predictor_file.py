@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
     from pinfer.model import Model
 
-FACTOR_TYPES = ("f16", "q8_0")
+# Types of A and B by the name that --type has for them.
+FACTOR_TYPES = {"f16": ("f16", "f16"), "q8_0": ("q8_0", "q8_0"), "q4_0": ("q8_0", "q4_0")}
 KINDS = ("low_rank", "mlp", "none")
 
 
@@ -94,7 +95,7 @@ class PredictorWriter:
 
     def __init__(self, path: Path, factor_type: str) -> None:
         self._path = path
-        self._type = factor_type.upper()
+        self._a_type, self._b_type = (name.upper() for name in FACTOR_TYPES[factor_type])
         self._layers: list[LayerPredictor] = []
         self._pieces: list[tuple[str, int]] = []  # tensor name, bytes, in the spool's order
         self._spool: IO[bytes] = tempfile.TemporaryFile(dir=path.parent)  # noqa: SIM115 (closed by __exit__)
@@ -117,7 +118,8 @@ class PredictorWriter:
             return
         if layer.a is None or layer.b is None or layer.t is None:
             raise ValueError("a predictor without its factors")
-        for name, data in (("a", quantise(layer.a, self._type)), ("b", quantise(layer.b, self._type)), ("t", layer.t)):
+        factors = (("a", quantise(layer.a, self._a_type)), ("b", quantise(layer.b, self._b_type)), ("t", layer.t))
+        for name, data in factors:
             self._pieces.append((f"blk.{i}.pred_{name}", data.nbytes))
             self._spool.write(data.tobytes())
 
@@ -130,8 +132,8 @@ class PredictorWriter:
             out.add_f32_array("pinfer.predictor.candidates", [layer.candidates for layer in self._layers])
             for i, layer in enumerate(self._layers):
                 if layer.rank:
-                    out.declare(f"blk.{i}.pred_a", (model.n_embd, layer.rank), self._type)
-                    out.declare(f"blk.{i}.pred_b", (layer.rank, model.n_ff), self._type)
+                    out.declare(f"blk.{i}.pred_a", (model.n_embd, layer.rank), self._a_type)
+                    out.declare(f"blk.{i}.pred_b", (layer.rank, model.n_ff), self._b_type)
                     out.declare(f"blk.{i}.pred_t", (model.n_ff,), "F32")
             self._spool.seek(0)
             for name, n_bytes in self._pieces:
@@ -141,7 +143,12 @@ class PredictorWriter:
 
 def row_bytes(length: int, factor_type: str) -> int:
     """Bytes of one row of a factor."""
-    return length * 2 if factor_type == "f16" else length // 32 * 34
+    from gguf import GGMLQuantizationType
+
+    from pinfer.gguf_file import type_size
+
+    block, size = type_size(GGMLQuantizationType[factor_type.upper()])
+    return length // block * size
 
 
 def quantise(rows: NDArray[np.float32], factor_type: str) -> NDArray[Any]:

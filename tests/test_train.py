@@ -16,22 +16,13 @@ from small_model import Shape, write_small_model
 
 from pinfer import paths
 from pinfer.errors import PinferError
+from pinfer.low_rank import Spectrum
 from pinfer.model import Model, dequantize, open_model
 from pinfer.predictor_file import LayerPredictor, PredictorFile, quantised, row_bytes
 from pinfer.profile_file import SamplesFile, samples_writer
-from pinfer.train import (
-    LayerData,
-    TrainOptions,
-    _calibrate,
-    _Factors,
-    _gain,
-    _hold,
-    _inverse_gain,
-    _log_gain,
-    _parts,
-    fit_layer,
-    train,
-)
+from pinfer.thresholds import calibrate, gain, inverse_gain, log_gain
+from pinfer.train import TrainOptions, fit_layer, scores, train
+from pinfer.train_data import HeldBack, LayerData, parts
 
 Matrix = NDArray[np.float32]
 
@@ -69,12 +60,17 @@ def _layer(
     )
 
 
+def _factors(data: LayerData, rank: int = 10**6) -> tuple[Matrix, Matrix]:
+    """A ``[rank, n_embd]`` and B ``[n_ff, rank]`` from all samples, unrounded."""
+    return Spectrum.of(data.weight, data.x.astype(np.float32)).factors(rank)
+
+
 def _measure(data: LayerData, predictor: LayerPredictor, part: slice) -> tuple[float, float]:
     """Recall and candidates of a predictor, computed from its factors as the plugin would."""
     assert predictor.a is not None
     assert predictor.b is not None
     assert predictor.t is not None
-    held = _hold(data, part)
+    held = HeldBack.of(data, part)
     named = held.x @ predictor.a.T @ predictor.b.T > predictor.t
     return float(held.mass[named].sum() / held.mass.sum()), float(named.mean())
 
@@ -84,8 +80,8 @@ def _measure(data: LayerData, predictor: LayerPredictor, part: slice) -> tuple[f
 
 def test_low_rank_matrix_is_recovered() -> None:
     data = _layer(remainder=0.0, rank=24)
-    factors = _Factors.of(data, data.x.astype(np.float32))
-    product = factors.b[:, :24] @ factors.a[:24]
+    a, b = _factors(data, 24)
+    product = b @ a
     assert np.abs(product - data.weight).max() < 1e-3 * np.abs(data.weight).max()
 
 
@@ -94,9 +90,9 @@ def test_factors_beat_every_other_of_that_rank(rank: int) -> None:
     """E‖W x - B A x‖² is the sum of the squared singular values of W L that were left out: the least there is."""
     data = _layer(remainder=0.5)
     x = data.x.astype(np.float64)
-    factors = _Factors.of(data, data.x.astype(np.float32))
+    a, b = _factors(data)
     centred = x - x.mean(axis=0)
-    error = centred @ (data.weight - factors.b[:, :rank].astype(np.float64) @ factors.a[:rank]).T
+    error = centred @ (data.weight - b[:, :rank].astype(np.float64) @ a[:rank]).T
     left = np.linalg.svd(data.weight @ np.linalg.cholesky(centred.T @ centred / len(x)), compute_uv=False)[rank:]
     assert (error**2).sum(axis=1).mean() == pytest.approx((left**2).sum(), rel=0.02)
     plain_u, plain_s, plain_v = np.linalg.svd(data.weight, full_matrices=False)
@@ -108,8 +104,8 @@ def test_factors_fit_half_floats_whatever_the_scale() -> None:
     for scale in (1e-4, 1.0, 100.0):
         data = _layer()
         scaled = dataclasses.replace(data, x=(data.x * np.float16(scale)).astype(np.float16))
-        factors = _Factors.of(scaled, scaled.x.astype(np.float32))
-        for rows in (factors.a[:32], factors.b[:, :32]):
+        a, b = _factors(scaled, 32)
+        for rows in (a, b):
             stored = quantised(np.ascontiguousarray(rows), "f16")
             assert np.isfinite(stored).all()
             assert np.abs(stored - rows).max() < 1e-3 * np.abs(rows).max()
@@ -132,7 +128,7 @@ def test_recall_is_reached_on_samples_never_seen(activation: str, recall: float)
     data = _layer(activation, n_samples=3000)
     predictor, report = fit_layer(data, 0, TrainOptions(recall=recall, type="f16"))
     assert report.kind == "low_rank"
-    measured, candidates = _measure(data, predictor, _parts(len(data.x))[2])
+    measured, candidates = _measure(data, predictor, parts(len(data.x))[2])
     assert measured == pytest.approx(report.recall, abs=1e-6)
     assert candidates == pytest.approx(report.candidates, abs=1e-6)
     # The threshold is found on other samples than it is judged on; what is lost may differ by a third.
@@ -142,12 +138,11 @@ def test_recall_is_reached_on_samples_never_seen(activation: str, recall: float)
 
 def test_more_recall_takes_more_candidates() -> None:
     data = _layer("relu2")
-    factors = _Factors.of(data, data.x.astype(np.float32))
-    held = _hold(data, _parts(len(data.x))[1])
+    held = HeldBack.of(data, parts(len(data.x))[1])
+    raw = scores(*_factors(data, 16), held.x)
     shares = []
     for recall in (0.5, 0.9, 0.99, 0.999):
-        trial = _calibrate(data, factors, 16, held, TrainOptions(recall=recall, type="f16"))
-        named = held.x @ trial.a.T @ trial.b.T > trial.t
+        named = raw > calibrate(raw, held, data, recall)
         assert held.mass[named].sum() >= (recall - 1e-6) * held.mass.sum()
         shares.append(named.mean())
     assert shares == sorted(shares)
@@ -156,23 +151,20 @@ def test_more_recall_takes_more_candidates() -> None:
 
 def test_recall_of_one_names_every_neuron_that_fires() -> None:
     data = _layer()
-    factors = _Factors.of(data, data.x.astype(np.float32))
-    held = _hold(data, _parts(len(data.x))[1])
-    trial = _calibrate(data, factors, 24, held, TrainOptions(recall=1.0, type="f16"))
-    named = held.x @ trial.a.T @ trial.b.T > trial.t
+    held = HeldBack.of(data, parts(len(data.x))[1])
+    raw = scores(*_factors(data, 24), held.x)
+    named = raw > calibrate(raw, held, data, 1.0)
     assert named[held.mass > 0].all()
 
 
 def test_priced_thresholds_beat_one_threshold_for_all() -> None:
     """At the same mass kept, thresholds by expected worth take fewer candidates than one cut of the score."""
     data = _layer("relu", remainder=0.8)
-    factors = _Factors.of(data, data.x.astype(np.float32))
-    held = _hold(data, _parts(len(data.x))[1])
-    trial = _calibrate(data, factors, 24, held, TrainOptions(recall=0.95, type="f16"))
-    scores = held.x @ trial.a.T @ trial.b.T
-    named = scores > trial.t
+    held = HeldBack.of(data, parts(len(data.x))[1])
+    raw = scores(*_factors(data, 24), held.x)
+    named = raw > calibrate(raw, held, data, 0.95)
     kept = held.mass[named].sum()
-    flat = (scores + data.bias).ravel()
+    flat = (raw + data.bias).ravel()
     order = np.argsort(flat)[::-1]
     n_flat = int(np.searchsorted(np.cumsum(held.mass.ravel()[order]), kept)) + 1
     assert named.sum() < 0.95 * n_flat
@@ -185,7 +177,7 @@ def test_neurons_that_never_fire_and_weigh_nothing_are_left_out() -> None:
     predictor, _ = fit_layer(data, 0, TrainOptions(type="f16"))
     assert predictor.t is not None
     assert np.isfinite(predictor.t).all()
-    held = _hold(data, _parts(len(data.x))[2])
+    held = HeldBack.of(data, parts(len(data.x))[2])
     assert predictor.a is not None
     assert predictor.b is not None
     named = held.x @ predictor.a.T @ predictor.b.T > predictor.t
@@ -206,15 +198,15 @@ def test_layer_in_which_nothing_fires() -> None:
 @given(u=st.floats(-5.9, 20))
 def test_gain_and_its_inverse(power: int, u: float) -> None:
     at = np.array([u])
-    gain = _gain(at, power)
+    expected = gain(at, power)
     rng = np.random.default_rng(0)
     if -1 < u < 3:
         sample = (np.maximum(u + rng.normal(size=400_000), 0) ** power).mean()
-        assert sample == pytest.approx(float(gain[0]), rel=0.02)
+        assert sample == pytest.approx(float(expected[0]), rel=0.02)
     # Above the table u^power stands for it, which at its end is 1/u² too little for the square.
     tolerance = 0.02 if u <= 6 else 0.1
-    assert float(_inverse_gain(gain.astype(np.float64), power)[0]) == pytest.approx(u, abs=tolerance)
-    assert float(_log_gain(at.astype(np.float32), power)[0]) == pytest.approx(float(np.log(gain[0])), abs=0.05)
+    assert float(inverse_gain(expected, power)[0]) == pytest.approx(u, abs=tolerance)
+    assert float(log_gain(at.astype(np.float32), power)[0]) == pytest.approx(float(np.log(expected[0])), abs=0.05)
 
 
 # -- choice of the rank -----------------------------------------------------------------------------------------------
@@ -229,11 +221,11 @@ def test_matrix_without_structure_gets_no_predictor() -> None:
 
 
 def test_rank_follows_the_price() -> None:
-    data = _layer(rank=40, remainder=0.02)
+    data = _layer(rank=80, remainder=0.05)
     dear = dataclasses.replace(data, first_bytes=16 * data.first_bytes)
     cheap_rank, dear_rank = (fit_layer(d, 0, TrainOptions(type="f16"))[1].rank for d in (data, dear))
-    assert 16 <= cheap_rank < dear_rank
-    assert fit_layer(dear, 0, TrainOptions(max_rank=16, type="f16"))[1].rank == 16
+    assert 32 <= cheap_rank < dear_rank
+    assert fit_layer(dear, 0, TrainOptions(max_rank=40, type="f16"))[1].rank == 32
     assert fit_layer(data, 0, TrainOptions(max_rank=0, type="f16"))[1].kind == "none"
 
 
@@ -265,7 +257,7 @@ def test_predictor_never_costs_more_than_none(
 
 def test_held_back_samples_are_not_fitted_on() -> None:
     for n in (64, 100, 8192, 10**6):
-        fit, calibration, test = _parts(n)
+        fit, calibration, test = parts(n)
         assert 0 == fit.start < fit.stop <= calibration.start < calibration.stop <= test.start < test.stop == n
 
 
@@ -306,7 +298,7 @@ def test_file_holds_what_was_learnt(tmp_path: Path, activation: str, factor_type
         if layer.kind == "none":
             continue
         data = LayerData.read(model, i, SamplesFile.read(path.with_name("m.gguf.pinfer") / paths.SAMPLES, model))
-        recall, candidates = _measure(data, read, _parts(900)[2])
+        recall, candidates = _measure(data, read, parts(900)[2])
         assert recall == pytest.approx(layer.recall, abs=1e-4)
         assert candidates == pytest.approx(layer.candidates, abs=1e-4)
     assert report.expected_bytes < report.exact_bytes
@@ -346,7 +338,7 @@ def test_without_samples_the_error_names_the_command(tmp_path: Path) -> None:
         (TrainOptions(recall=0.0), "recall of 0.0"),
         (TrainOptions(recall=1.5), "recall of 1.5"),
         (TrainOptions(max_rank=-1), "rank cannot be negative"),
-        (TrainOptions(type="q4_0"), "unknown type 'q4_0'"),
+        (TrainOptions(type="q4_1"), "unknown type 'q4_1'"),
     ],
 )
 def test_wrong_options(tmp_path: Path, options: TrainOptions, message: str) -> None:
