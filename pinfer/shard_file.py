@@ -1,4 +1,4 @@
-"""hot.gguf and cold.gguf: types, sizes and layout of the shards (docs/formats.md), for solve, split and verify."""
+"""hot.gguf and cold.gguf: types, sizes and tensors of the shards (docs/formats.md), for solve, split and verify."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 COLD_ALIGNMENT = 4096
-_ROW_ALIGNMENT = 64
 _DEFAULT_QUANTISED = "Q8_0"
 
 
@@ -107,40 +106,11 @@ def _down(model: Model, layer: int) -> Tensor:
     return down
 
 
-@dataclass(frozen=True)
-class ColdLayout:
-    """How one neuron of cold.gguf is laid out, in bytes. ``gate`` is 0 in ungated models."""
-
-    gate: int
-    up: int
-    down: int
-
-    @property
-    def up_at(self) -> int:
-        return _padded(self.gate)
-
-    @property
-    def down_at(self) -> int:
-        return self.up_at + _padded(self.up)
-
-    @property
-    def stride(self) -> int:
-        return self.down_at + _padded(self.down)
-
-
-def _padded(n: int) -> int:
-    return -(-n // _ROW_ALIGNMENT) * _ROW_ALIGNMENT
-
-
-def cold_layout(model: Model, layer: int, types: DownTypes) -> ColdLayout:
-    """Layout of the cold neurons of a layer."""
+def cold_neuron_bytes(model: Model, layer: int, types: DownTypes) -> int:
+    """Bytes of the rows of one cold neuron: gate (in gated models), up and down."""
     f = model.ffn[layer]
-    assert f.up is not None
-    return ColdLayout(
-        gate=f.gate.row_bytes if f.gate is not None else 0,
-        up=f.up.row_bytes,
-        down=row_bytes(types.cold, model.n_embd),
-    )
+    rows = sum(t.row_bytes for t in (f.gate, f.up) if t is not None)
+    return rows + row_bytes(types.cold, model.n_embd)
 
 
 def _n_biases(f: FfnTensors) -> int:
@@ -178,41 +148,38 @@ def hot_writer(path: Path, model: Model, plan: ShardPlan, settings: Mapping[str,
     out = ArtefactWriter(path, "hot", model, settings)
     out.add_str("pinfer.placement.id", plan.placement_id)
     for layer, neurons in enumerate(plan.hot):
-        f, n = model.ffn[layer], len(neurons)
-        if n == 0:
-            continue
-        _add_neurons(out, model, layer, neurons)
-        for kind, tensor in (("gate", f.gate), ("up", f.up)):
-            if tensor is not None:
-                out.declare(f"blk.{layer}.ffn_{kind}.weight", (model.n_embd, n), tensor.type)
-        out.declare(f"blk.{layer}.ffn_down.weight", (n, model.n_embd), plan.hot_type(layer))
+        if n := len(neurons):
+            _declare_rows(out, model, layer, neurons)
+            out.declare(down_name("hot", layer), (n, model.n_embd), plan.hot_type(layer))
     return out
 
 
 def cold_writer(path: Path, model: Model, plan: ShardPlan, settings: Mapping[str, object]) -> ArtefactWriter:
-    """A writer of cold.gguf with everything declared; the bundles of each layer are still to be written."""
+    """A writer of cold.gguf with everything declared; gate, up and down of each layer are still to be written."""
     out = ArtefactWriter(path, "cold", model, settings, alignment=COLD_ALIGNMENT)
     out.add_str("pinfer.placement.id", plan.placement_id)
-    if model.gated:
-        out.add_u32_array("pinfer.cold.gate_type", [f.gate.type for f in model.ffn if f.gate is not None])
-    out.add_u32_array("pinfer.cold.up_type", [f.up.type for f in model.ffn if f.up is not None])
-    out.add_u32_array("pinfer.cold.down_type", [t.cold for t in plan.types])
     for layer, neurons in enumerate(plan.cold):
-        if len(neurons) == 0:
-            continue
-        _add_neurons(out, model, layer, neurons)
-        stride = cold_layout(model, layer, plan.types[layer]).stride
-        out.declare(f"blk.{layer}.cold", (stride, len(neurons)), "I8")
+        if n := len(neurons):
+            _declare_rows(out, model, layer, neurons)
+            out.declare(down_name("cold", layer), (model.n_embd, n), plan.types[layer].cold)
     return out
 
 
-def _add_neurons(out: ArtefactWriter, model: Model, layer: int, neurons: NDArray[np.int32]) -> None:
-    """The numbers of the neurons and their biases, which are small enough to keep."""
+def down_name(kind: str, layer: int) -> str:
+    """Name of the down matrix in a shard: ``hot`` has it as the model has, ``cold`` transposed, a row a neuron."""
+    return f"blk.{layer}.ffn_down{'_t' if kind == 'cold' else ''}.weight"
+
+
+def _declare_rows(out: ArtefactWriter, model: Model, layer: int, neurons: NDArray[np.int32]) -> None:
+    """The numbers of the neurons and their biases, which are small enough to keep, and their gate and up rows."""
     f = model.ffn[layer]
     out.add_array(f"blk.{layer}.neurons", neurons)
     for kind, bias in (("gate", f.gate_bias), ("up", f.up_bias)):
         if bias is not None:
             out.add_array(f"blk.{layer}.ffn_{kind}.bias", model.gguf.array(bias)[neurons])
+    for kind, tensor in (("gate", f.gate), ("up", f.up)):
+        if tensor is not None:
+            out.declare(f"blk.{layer}.ffn_{kind}.weight", (model.n_embd, len(neurons)), tensor.type)
 
 
 @dataclass(frozen=True)
@@ -239,11 +206,8 @@ class ShardFile:
             if len(ids) and not 0 <= ids.min() <= ids.max() < model.n_ff:
                 raise file.damaged(f"layer {layer} names neurons that the model has not")
             neurons.append(ids)
-        if kind == "cold":
-            types = tuple(int(t) for t in file.get_list("pinfer.cold.down_type", model.n_layer))
-        else:
-            names = [f"blk.{layer}.ffn_down.weight" for layer in range(model.n_layer)]
-            types = tuple(file.tensor(name).type if file.has(name) else 0 for name in names)
+        names = [down_name(kind, layer) for layer in range(model.n_layer)]
+        types = tuple(file.tensor(name).type if len(ids) else 0 for name, ids in zip(names, neurons, strict=True))
         return cls(file, file.get_str("pinfer.placement.id"), tuple(neurons), types)
 
     def describe_types(self) -> str:

@@ -20,7 +20,7 @@ from pinfer.machine import HotDevice, Machine, choose_device, probe, read_machin
 from pinfer.model import Model, open_model
 from pinfer.placement_file import GROUP, PlacementFile, new_placement_id
 from pinfer.progress import NULL_PROGRESS, Progress
-from pinfer.shard_file import DownTypes, cold_layout, down_types, hot_neuron_bytes
+from pinfer.shard_file import DownTypes, cold_neuron_bytes, down_types, hot_neuron_bytes
 from pinfer.speed import LayerCost, PredictorCost, dense_seconds, layer_cost
 
 if TYPE_CHECKING:
@@ -175,7 +175,7 @@ def _machine_and_budget(
         if machine.device is None and options.vram:
             raise PinferError(f"{options.machine} describes a machine without a device", "leave out --vram")
     else:
-        row = cold_layout(model, 0, types[0]).stride
+        row = cold_neuron_bytes(model, 0, types[0])
         if options.vram == 0:
             return replace(probe(None, model.n_embd, row), device=None), 0
         machine = _probe_with_device(options, model.n_embd, row, progress)

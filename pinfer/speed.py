@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from pinfer.machine import HotDevice, Machine
 from pinfer.model import Model
-from pinfer.shard_file import DownTypes, cold_layout, hot_neuron_bytes
+from pinfer.shard_file import DownTypes, cold_neuron_bytes, hot_neuron_bytes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -66,9 +66,10 @@ def layer_cost(
     """``frequency`` is ``[n_ff]``, falling: how often each neuron fires per token, in the order of placement."""
     import numpy as np
 
-    layout = cold_layout(model, layer, types)
-    first = layout.gate if model.gated else layout.up
-    rest = (layout.up if model.gated else 0) + layout.down
+    first_matrix = model.ffn[layer].gate if model.gated else model.ffn[layer].up
+    assert first_matrix is not None
+    first = first_matrix.row_bytes
+    rest = cold_neuron_bytes(model, layer, types) - first
     named = np.ones_like(frequency)
     if predictor is not None:
         # The candidates are the neurons that fire and others like them, so they are spread as the active ones are.

@@ -1,4 +1,4 @@
-"""`pinfer split`: writes the FFN of a model as hot.gguf and cold.gguf, neuron by neuron (docs/formats.md).
+"""`pinfer split`: writes the FFN of a model as hot.gguf and cold.gguf (docs/formats.md).
 
 Gate and up rows are copied byte for byte. A neuron's part of down is a column of the model's matrix: its values are
 dequantised and quantised again along the other axis, or moved as they are where neither type has blocks.
@@ -20,7 +20,7 @@ from pinfer.gguf_file import type_name, type_size
 from pinfer.model import Model, Tensor, open_model
 from pinfer.placement_file import PlacementFile, new_placement_id
 from pinfer.progress import NULL_PROGRESS, Progress
-from pinfer.shard_file import ColdLayout, ShardPlan, cold_layout, cold_writer, down_types, hot_writer, row_bytes
+from pinfer.shard_file import ShardPlan, cold_writer, down_name, down_types, hot_writer, row_bytes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -155,11 +155,11 @@ def _pieces(n: int, bytes_each: int) -> Iterator[slice]:
         yield slice(start, min(start + step, n))
 
 
-def _write_hot(model: Model, plan: ShardPlan, layer: int, out: ArtefactWriter, advance: Callable[[int], None]) -> None:
-    neurons, f = plan.hot[layer], model.ffn[layer]
-    if len(neurons) == 0:
-        return
-    for kind, tensor in (("gate", f.gate), ("up", f.up)):
+def _write_rows(
+    model: Model, layer: int, neurons: NDArray[np.int32], out: ArtefactWriter, advance: Callable[[int], None]
+) -> None:
+    """Gate and up rows of some neurons, byte for byte those of the model."""
+    for kind, tensor in (("gate", model.ffn[layer].gate), ("up", model.ffn[layer].up)):
         if tensor is None:
             continue
         raw = model.raw(tensor)
@@ -168,11 +168,18 @@ def _write_hot(model: Model, plan: ShardPlan, layer: int, out: ArtefactWriter, a
             out.write(f"blk.{layer}.ffn_{kind}.weight", rows)
             model.gguf.release()
             advance(rows.nbytes)
-    assert f.down is not None
+
+
+def _write_hot(model: Model, plan: ShardPlan, layer: int, out: ArtefactWriter, advance: Callable[[int], None]) -> None:
+    neurons, down = plan.hot[layer], model.ffn[layer].down
+    if len(neurons) == 0:
+        return
+    _write_rows(model, layer, neurons, out, advance)
+    assert down is not None
     target = plan.hot_type(layer)
     for piece in _pieces(model.n_embd, 4 * model.n_ff):
-        rows = _select_columns(model.raw(f.down)[piece], f.down, target, neurons)
-        out.write(f"blk.{layer}.ffn_down.weight", rows)
+        rows = _select_columns(model.raw(down)[piece], down, target, neurons)
+        out.write(down_name("hot", layer), rows)
         model.gguf.release()
         advance(rows.nbytes)
 
@@ -210,33 +217,13 @@ def _write_cold(
     threads: ThreadPoolExecutor,
     advance: Callable[[int], None],
 ) -> None:
-    layout = cold_layout(model, layer, plan.types[layer])
-    neurons = plan.cold[layer]
-    band = max(_COLUMNS, _BAND // layout.down)
+    neurons, target = plan.cold[layer], plan.types[layer].cold
+    _write_rows(model, layer, neurons, out, advance)
+    band = max(_COLUMNS, _BAND // row_bytes(target, model.n_embd))
     for start in range(0, len(neurons), band):
-        some = neurons[start : start + band]
-        down = _transposed_down(model, layer, plan.types[layer].cold, some, threads)
-        for piece in _pieces(len(some), layout.stride):
-            bundles = _bundle(model, layer, layout, some[piece], down[piece])
-            out.write(f"blk.{layer}.cold", bundles)
-            model.gguf.release()
-            advance(bundles.nbytes)
-
-
-def _bundle(
-    model: Model, layer: int, layout: ColdLayout, neurons: NDArray[np.int32], down: NDArray[np.uint8]
-) -> NDArray[np.uint8]:
-    """The rows of each neuron together, ``[len(neurons), stride]``."""
-    import numpy as np
-
-    f = model.ffn[layer]
-    assert f.up is not None
-    out = np.zeros((len(neurons), layout.stride), dtype=np.uint8)
-    if f.gate is not None:
-        out[:, : layout.gate] = model.raw(f.gate)[neurons]
-    out[:, layout.up_at : layout.up_at + layout.up] = model.raw(f.up)[neurons]
-    out[:, layout.down_at : layout.down_at + layout.down] = down
-    return out
+        rows = _transposed_down(model, layer, target, neurons[start : start + band], threads)
+        out.write(down_name("cold", layer), rows)
+        advance(rows.nbytes)
 
 
 def _transposed_down(

@@ -12,7 +12,7 @@ from pinfer.errors import PinferError
 from pinfer.gguf_file import GgufError, type_name, type_size
 from pinfer.model import Model, Tensor
 from pinfer.progress import NULL_PROGRESS, Progress
-from pinfer.shard_file import DOWN_TYPES, ColdLayout, DownTypes, ShardFile, cold_layout
+from pinfer.shard_file import DOWN_TYPES, ShardFile, down_name
 
 if TYPE_CHECKING:
     import numpy as np
@@ -67,9 +67,11 @@ def _check_layer(at: _Layer) -> None:
         neuron = int(np.argmax(times != 1))
         raise _Difference(f"neuron {neuron} occurs {times[neuron]} times")
     if len(hot):
-        _check_hot(at, hot)
+        _check_rows(at, at.hot, hot)
+        _check_hot_down(at, hot)
     if len(cold):
-        _check_cold(at, cold)
+        _check_rows(at, at.cold, cold)
+        _check_cold_down(at, cold)
 
 
 def _check_biases(at: _Layer, shard: ShardFile, neurons: NDArray[np.int32]) -> None:
@@ -95,8 +97,9 @@ def _pieces(n: int, bytes_each: int) -> Iterator[slice]:
     return (slice(start, min(start + step, n)) for start in range(0, n, step))
 
 
-def _check_hot(at: _Layer, neurons: NDArray[np.int32]) -> None:
-    model, f, shard = at.model, at.model.ffn[at.number], at.hot
+def _check_rows(at: _Layer, shard: ShardFile, neurons: NDArray[np.int32]) -> None:
+    """Biases, gate and up rows, byte for byte."""
+    model, f = at.model, at.model.ffn[at.number]
     _check_biases(at, shard, neurons)
     for kind, tensor in (("gate", f.gate), ("up", f.up)):
         if tensor is None:
@@ -104,23 +107,31 @@ def _check_hot(at: _Layer, neurons: NDArray[np.int32]) -> None:
         name = f"blk.{at.number}.ffn_{kind}.weight"
         entry = shard.artefact.tensor(name)
         if entry.shape != (model.n_embd, len(neurons)) or entry.type != tensor.type:
-            raise _Difference(f"{name} has another shape or type than the model")
+            raise _Difference(f"{name} of {shard.artefact.path.name} has another shape or type than the model")
         rows = shard.artefact.raw(name)
+        what = f"{shard.artefact.kind} {kind}"
         for piece in _pieces(len(neurons), tensor.row_bytes):
-            _same_rows(rows[piece], model.raw(tensor)[neurons[piece]], neurons[piece], kind)
+            _same_rows(rows[piece], model.raw(tensor)[neurons[piece]], neurons[piece], what)
             at.advance((piece.stop - piece.start) * tensor.row_bytes)
             at.release()
-    _check_hot_down(at, neurons)
+
+
+def _down(at: _Layer, shard: ShardFile, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """The down matrix of the model and that of a shard, which has to have this shape."""
+    down, name = at.model.ffn[at.number].down, down_name(shard.artefact.kind, at.number)
+    assert down is not None
+    entry = shard.artefact.tensor(name)
+    if entry.shape != shape:
+        raise _Difference(f"{name} has another shape than its neurons")
+    if entry.type_name not in DOWN_TYPES:
+        raise _Difference(f"the {shard.artefact.kind} down rows are of type {entry.type_name}")
+    return down, entry
 
 
 def _check_hot_down(at: _Layer, neurons: NDArray[np.int32]) -> None:
-    model, down = at.model, at.model.ffn[at.number].down
-    assert down is not None
-    name = f"blk.{at.number}.ffn_down.weight"
-    entry = at.hot.artefact.tensor(name)
-    if entry.shape != (len(neurons), model.n_embd):
-        raise _Difference(f"{name} has another shape than its neurons")
-    rows = at.hot.artefact.raw(name)
+    model = at.model
+    down, entry = _down(at, at.hot, (len(neurons), model.n_embd))
+    rows = at.hot.artefact.raw(entry.name)
     for start in range(0, model.n_embd, _ROWS):
         some = slice(start, min(start + _ROWS, model.n_embd))
         wanted = ggml.dequantise(model.raw(down)[some], down.type, down.row_length)[:, neurons]
@@ -130,56 +141,19 @@ def _check_hot_down(at: _Layer, neurons: NDArray[np.int32]) -> None:
         at.release()
 
 
-def _check_cold(at: _Layer, neurons: NDArray[np.int32]) -> None:
-    model, f, shard = at.model, at.model.ffn[at.number], at.cold
-    assert f.up is not None
-    assert f.down is not None
-    _check_biases(at, shard, neurons)
-    types = DownTypes(hot=shard.down_type[at.number], cold=shard.down_type[at.number])
-    layout = cold_layout(model, at.number, types)
-    for kind, tensor in (("gate", f.gate), ("up", f.up)):
-        types_found = shard.artefact.get_list(f"pinfer.cold.{kind}_type", model.n_layer) if tensor is not None else []
-        if tensor is not None and types_found[at.number] != tensor.type:
-            raise _Difference(f"the cold {kind} rows are said to be of another type than the model's")
-    name = f"blk.{at.number}.cold"
-    if shard.artefact.tensor(name).shape != (layout.stride, len(neurons)):
-        raise _Difference(f"{name} has another shape than its neurons")
-    bundles = shard.artefact.raw(name)
-    padding = _padding(layout)
-    for piece in _pieces(len(neurons), layout.stride):
-        some, ids = bundles[piece], neurons[piece]
-        if f.gate is not None:
-            _same_rows(some[:, : layout.gate], model.raw(f.gate)[ids], ids, "gate")
-        _same_rows(some[:, layout.up_at : layout.up_at + layout.up], model.raw(f.up)[ids], ids, "up")
-        if some[:, padding].any():
-            raise _Difference("the padding of the cold neurons is not zero")
-        at.advance(some.nbytes)
-        at.release()
-    _check_cold_down(at, neurons, f.down, layout, bundles)
-
-
-def _padding(layout: ColdLayout) -> NDArray[np.bool_]:
-    """Which bytes of a bundle belong to no row."""
-    import numpy as np
-
-    mask = np.ones(layout.stride, dtype=bool)
-    for start, n in ((0, layout.gate), (layout.up_at, layout.up), (layout.down_at, layout.down)):
-        mask[start : start + n] = False
-    return mask
-
-
-def _check_cold_down(
-    at: _Layer, neurons: NDArray[np.int32], down: Tensor, layout: ColdLayout, bundles: NDArray[np.uint8]
-) -> None:
-    kind = at.cold.down_type[at.number]
-    block, size = type_size(kind)
-    for start in range(0, at.model.n_embd, _ROWS):
-        end = min(start + _ROWS, at.model.n_embd)
-        model_rows = ggml.dequantise(at.model.raw(down)[start:end], down.type, down.row_length)
+def _check_cold_down(at: _Layer, neurons: NDArray[np.int32]) -> None:
+    model = at.model
+    down, entry = _down(at, at.cold, (model.n_embd, len(neurons)))
+    rows = at.cold.artefact.raw(entry.name)
+    block, size = type_size(entry.type)
+    for start in range(0, model.n_embd, _ROWS):
+        end = min(start + _ROWS, model.n_embd)
+        wanted = ggml.dequantise(model.raw(down)[start:end], down.type, down.row_length)
+        columns = slice(start // block * size, end // block * size)
         for piece in _pieces(len(neurons), 4 * (end - start)):
-            columns = slice(layout.down_at + start // block * size, layout.down_at + end // block * size)
-            found = ggml.dequantise(bundles[piece, columns], kind, end - start)
-            _close(found, model_rows[:, neurons[piece]].T, kind, "cold")
+            found = ggml.dequantise(rows[piece, columns], entry.type, end - start)
+            _close(found, wanted[:, neurons[piece]].T, entry.type, "cold")
+            at.advance((piece.stop - piece.start) * (columns.stop - columns.start))
         at.release()
 
 
@@ -188,8 +162,6 @@ def _close(found: NDArray[np.float32], wanted: NDArray[np.float32], ggml_type: i
     import numpy as np
 
     name = type_name(ggml_type)
-    if name not in DOWN_TYPES:
-        raise _Difference(f"the {shard} down rows are of type {name}")
     error = DOWN_TYPES[name]
     n, length = wanted.shape
     block = type_size(ggml_type)[0]

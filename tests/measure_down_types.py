@@ -19,7 +19,7 @@ from quantised import quantise
 
 from pinfer.eval import EvalOptions, evaluate
 from pinfer.model import open_model
-from pinfer.shard_file import cold_layout, down_types
+from pinfer.shard_file import cold_neuron_bytes, down_types
 from pinfer.split import SplitOptions, split
 
 MODEL_TYPES = ("F16", "Q8_0", "Q4_K", "Q4_0")
@@ -42,9 +42,9 @@ def measure(model_path: Path, text: Path, n_tokens: int, n_threads: int) -> None
                 split(path, SplitOptions(down_type=down_type))
                 options = EvalOptions(text=text, n_tokens=n_tokens, exact=True, n_threads=n_threads)
                 found = evaluate(path, options)
-                layout = cold_layout(model, 0, down_types(model, 0, down_type))
+                n_bytes = cold_neuron_bytes(model, 0, down_types(model, 0, down_type))
                 print(
-                    f"| {model_type} | {down_type} | {layout.gate + layout.up + layout.down} "
+                    f"| {model_type} | {down_type} | {n_bytes} "
                     f"| {found.perplexity_dense:.2f} | {found.perplexity_sparse:.2f} "
                     f"| {found.kl_mean:.1e} | {found.kl_p99:.1e} | {100 * found.top1_agreement:.1f} % |",
                     flush=True,

@@ -324,6 +324,17 @@ def test_a_damaged_artefact(command: CommandLine, kind: str, name: str) -> None:
     _is_refused(command, kind, name)
 
 
+@pytest.mark.parametrize("missing", ["ffn_up.weight", "ffn_down_t.weight"])
+def test_a_cold_shard_without_its_rows(command: CommandLine, missing: str) -> None:
+    """Neurons that are named and rows that lie there under another name: what a reader of another layout leaves."""
+    path = artefacts_of(command) / paths.COLD
+    data, name, other = path.read_bytes(), f"blk.1.{missing}".encode(), f"blk.1.{missing[::-1]}".encode()
+    assert data.count(name) == 1
+    path.write_bytes(data.replace(name, other))
+    for reader in ("run", "eval"):
+        _is_refused(command, "cold", reader, "no tensor", name.decode())
+
+
 def test_shards_of_another_placement(command: CommandLine) -> None:
     folder = artefacts_of(command)
     old = (folder / paths.COLD).read_bytes()

@@ -21,7 +21,7 @@ from pinfer import ggml, paths
 from pinfer.engine import NEVER_DENSE, Engine, PluginConfig
 from pinfer.model import open_model
 from pinfer.placement_file import PlacementFile, new_placement_id
-from pinfer.shard_file import ShardFile, cold_layout, down_types
+from pinfer.shard_file import ShardFile, down_name
 from pinfer.split import SplitOptions, SplitReport, split
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -90,9 +90,7 @@ def down_of_shards(path: Path, shards: SplitReport) -> list[NDArray[np.float32]]
     for layer in range(model.n_layer):
         down = np.full((model.n_embd, model.n_ff), np.nan, np.float32)
         if len(cold.neurons[layer]):
-            layout = cold_layout(model, layer, down_types(model, layer, None))
-            bundles = cold.artefact.array(f"blk.{layer}.cold").view(np.uint8).reshape(-1, layout.stride)
-            rows = np.ascontiguousarray(bundles[:, layout.down_at : layout.down_at + layout.down])
+            rows = cold.artefact.raw(down_name("cold", layer))
             down[:, cold.neurons[layer]] = ggml.dequantise(rows, cold.down_type[layer], model.n_embd).T
         if len(hot.neurons[layer]):
             raw = hot.artefact.raw(f"blk.{layer}.ffn_down.weight")

@@ -20,11 +20,10 @@ from small_model import Shape, write_profile, write_small_model
 from pinfer import ggml, paths, verify
 from pinfer import split as stage
 from pinfer.errors import PinferError
-from pinfer.gguf_file import type_size
 from pinfer.model import Model, dequantize, open_model
 from pinfer.placement_file import PlacementFile, new_placement_id
 from pinfer.progress import NULL_PROGRESS, Progress
-from pinfer.shard_file import DOWN_TYPES, ShardFile, cold_layout, down_types
+from pinfer.shard_file import DOWN_TYPES, ShardFile, down_name
 from pinfer.split import SplitOptions, split
 
 TYPES = [
@@ -63,8 +62,8 @@ def _check_by_the_format(model: Model) -> None:
     """Reads both shards with the reference reader, by nothing but docs/formats.md, and compares them with the model."""
     folder = _folder(model.path)
     hot = {t.name: t for t in gguf.GGUFReader(folder / "hot.gguf").tensors}
-    reader = gguf.GGUFReader(folder / "cold.gguf")
-    cold = {t.name: t for t in reader.tensors}
+    cold = {t.name: t for t in gguf.GGUFReader(folder / "cold.gguf").tensors}
+    assert all(t.data_offset % 4096 == 0 for t in cold.values())
     original = {t.name: t for t in gguf.GGUFReader(model.path).tensors}
 
     def rows(tensors: dict[str, gguf.ReaderTensor], name: str) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
@@ -77,39 +76,23 @@ def _check_by_the_format(model: Model) -> None:
         f = model.ffn[layer]
         assert f.down is not None
         down = dequantize(model, f.down)
-        if blk + "neurons" in hot:
-            neurons = hot[blk + "neurons"].data
+        for shard, down_part in ((hot, "ffn_down.weight"), (cold, "ffn_down_t.weight")):
+            parts = ["ffn_gate.weight", "ffn_up.weight"] if model.gated else ["ffn_up.weight"]
+            if blk + "neurons" not in shard:
+                assert not any(blk + part in shard for part in (*parts, down_part))
+                continue
+            neurons = shard[blk + "neurons"].data
             seen += neurons.tolist()
-            for part in ("gate", "up") if model.gated else ("up",):
-                name = f"{blk}ffn_{part}.weight"
-                assert (rows(hot, name) == rows(original, name)[neurons]).all()
-                assert hot[name].shape.tolist() == [model.n_embd, len(neurons)]
-            t = hot[blk + "ffn_down.weight"]
-            assert t.shape.tolist() == [len(neurons), model.n_embd]
-            found = ggml.dequantise(rows(hot, t.name), t.tensor_type, len(neurons))
-            _assert_close(found, down[:, neurons], t.tensor_type.name)
-            _assert_biases(model, layer, hot, neurons)
-        if blk + "neurons" in cold:
-            neurons = cold[blk + "neurons"].data
-            seen += neurons.tolist()
-            bundle = cold[blk + "cold"]
-            assert bundle.data_offset % 4096 == 0
-            data = bundle.data.view(np.uint8)
-            at = 0
-            for part in ("gate", "up") if model.gated else ("up",):
-                name = f"{blk}ffn_{part}.weight"
-                assert reader.fields[f"pinfer.cold.{part}_type"].contents()[layer] == int(original[name].tensor_type)
-                wanted = rows(original, name)[neurons]
-                assert (data[:, at : at + wanted.shape[1]] == wanted).all()
-                at += -(-wanted.shape[1] // 64) * 64
-            kind = gguf.GGMLQuantizationType(reader.fields["pinfer.cold.down_type"].contents()[layer])
-            block, size = type_size(kind)
-            n_bytes = model.n_embd // block * size
-            found = ggml.dequantise(data[:, at : at + n_bytes], kind, model.n_embd)
-            _assert_close(found, down[:, neurons].T, kind.name)
-            assert data.shape[1] == at + -(-n_bytes // 64) * 64
-            assert not data[:, at + n_bytes :].any()
-            _assert_biases(model, layer, cold, neurons)
+            for part in parts:
+                assert shard[blk + part].tensor_type == original[blk + part].tensor_type
+                assert shard[blk + part].shape.tolist() == [model.n_embd, len(neurons)]
+                assert (rows(shard, blk + part) == rows(original, blk + part)[neurons]).all()
+            t = shard[blk + down_part]
+            wanted = down[:, neurons] if shard is hot else down[:, neurons].T
+            assert t.shape.tolist() == list(wanted.shape[::-1])
+            found = ggml.dequantise(rows(shard, t.name), t.tensor_type, wanted.shape[1])
+            _assert_close(found, wanted, t.tensor_type.name)
+            _assert_biases(model, layer, shard, neurons)
         assert sorted(seen) == list(range(model.n_ff))
 
 
@@ -206,12 +189,11 @@ def test_plain_values_are_moved_as_they_are(tmp_path: Path) -> None:
         _place(model, [64, 64])
         split(model.path, SplitOptions())
         cold = ShardFile.read(_folder(model.path) / paths.COLD, "cold", model)
-        layout = cold_layout(model, 0, down_types(model, 0, None))
         down = model.ffn[0].down
         assert down is not None
         width = down.n_bytes // (model.n_ff * model.n_embd)
         elements = model.raw(down).reshape(model.n_embd, model.n_ff, width)[:, cold.neurons[0]]
-        found = cold.artefact.raw("blk.0.cold")[:, layout.down_at : layout.down_at + layout.down]
+        found = cold.artefact.raw(down_name("cold", 0))
         assert (found.reshape(-1, model.n_embd, width) == elements.transpose(1, 0, 2)).all()
 
 
@@ -273,15 +255,14 @@ def _corrupt(path: Path, name: str, at: int) -> None:
 @pytest.mark.parametrize(
     ("shard", "tensor", "where", "cause"),
     [
-        ("hot", "blk.1.ffn_gate.weight", 700, "layer 1: the gate row of neuron"),
-        ("hot", "blk.0.ffn_up.weight", 0, "layer 0: the up row of neuron"),
+        ("hot", "blk.1.ffn_gate.weight", 700, "layer 1: the hot gate row of neuron"),
+        ("hot", "blk.0.ffn_up.weight", 0, "layer 0: the hot up row of neuron"),
         ("hot", "blk.0.ffn_down.weight", 1, "layer 0: the hot down rows are off by"),
         ("hot", "blk.0.ffn_up.bias", 3, "layer 0: the up biases of the hot neurons differ"),
         ("hot", "blk.0.neurons", 0, "layer 0: neuron"),
-        ("cold", "blk.0.cold", 5, "layer 0: the gate row of neuron"),
-        ("cold", "blk.0.cold", 200, "layer 0: the up row of neuron"),
-        ("cold", "blk.0.cold", 150, "layer 0: the padding"),
-        ("cold", "blk.1.cold", 385, "layer 1: the cold down rows are off by"),
+        ("cold", "blk.0.ffn_gate.weight", 5, "layer 0: the cold gate row of neuron"),
+        ("cold", "blk.0.ffn_up.weight", 200, "layer 0: the cold up row of neuron"),
+        ("cold", "blk.1.ffn_down_t.weight", 1, "layer 1: the cold down rows are off by"),
         ("cold", "blk.1.ffn_gate.bias", 2, "layer 1: the gate biases of the cold neurons differ"),
         ("cold", "blk.1.neurons", 0, "layer 1: neuron"),
     ],
@@ -289,7 +270,6 @@ def _corrupt(path: Path, name: str, at: int) -> None:
 def test_verification_finds_a_single_wrong_byte(
     tmp_path: Path, shard: str, tensor: str, where: int, cause: str
 ) -> None:
-    # 256 values of Q4_0 are 144 bytes, so a bundle is gate 0-143, up 192-335, down from 384, with padding between.
     model = open_model(write_small_model(tmp_path / "m.gguf", Shape(type="Q4_0", biases=True)))
     _place(model, [64, 128])
     report = split(model.path, SplitOptions(verify=True))
@@ -316,15 +296,15 @@ def test_a_failed_verification_keeps_the_old_shards(tmp_path: Path, monkeypatch:
     report = split(model.path, SplitOptions())
     old = report.hot.read_bytes(), report.cold.read_bytes()
     _place(model, [128, 64])
-    good = stage._bundle
+    good = stage._transposed_down
 
     def wrong(*arguments: object) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
-        bundles = good(*arguments)  # type: ignore[arg-type]
-        bundles[0, 0] ^= 1
-        return bundles
+        rows = good(*arguments)  # type: ignore[arg-type]
+        rows[0, 1] ^= 0x40
+        return rows
 
-    monkeypatch.setattr(stage, "_bundle", wrong)
-    with pytest.raises(PinferError, match="the gate row of neuron"):
+    monkeypatch.setattr(stage, "_transposed_down", wrong)
+    with pytest.raises(PinferError, match="the cold down rows are off by"):
         split(model.path, SplitOptions(verify=True))
     assert (report.hot.read_bytes(), report.cold.read_bytes()) == old
     assert list(report.hot.parent.glob(".*.tmp")) == []

@@ -84,7 +84,8 @@ pinfer_artefact::~pinfer_artefact() {
 bool pinfer_artefact_open(pinfer_artefact * a, const char * path, const char * kind, const char * model_path,
                           const char * fingerprint, std::string * err) {
     const std::string remake = std::string("; make it anew with: ") + maker_of(kind) + " " + model_path;
-    a->path = path;
+    a->path   = path;
+    a->remake = remake;
 
     const int fd = open(path, O_RDONLY | O_CLOEXEC);
     if (fd < 0) {
@@ -143,7 +144,7 @@ bool pinfer_artefact_tensor(const pinfer_artefact * a, const char * name, ggml_t
     const int64_t * ne = gguf_get_tensor_ne(a->gguf, id);
     out->type          = gguf_get_tensor_type(a->gguf, id);
     if (ne[0] != ne0 || ne[1] != ne1 || ne[2] != 1 || ne[3] != 1 || (type != GGML_TYPE_COUNT && out->type != type)) {
-        return fail(err, a->path + ": tensor " + name + " has an unexpected shape or type; make the file anew");
+        return fail(err, a->path + ": tensor " + name + " has an unexpected shape or type" + a->remake);
     }
     memcpy(out->ne, ne, sizeof(out->ne));
     out->size = gguf_get_tensor_size(a->gguf, id);

@@ -10,6 +10,7 @@
 
 struct pinfer_artefact {
     std::string    path;
+    std::string    remake; // end of an error's line: the command that makes the file anew
     gguf_context * gguf = nullptr;
     uint8_t *      map  = nullptr; // the whole file, read-only
     size_t         size = 0;

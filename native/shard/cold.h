@@ -1,4 +1,4 @@
-// cold.h: the cold shard: the neurons the CPU computes, one contiguous bundle of rows a neuron (docs/formats.md).
+// cold.h: the cold shard: the neurons the CPU computes, a row of each matrix for every neuron (docs/formats.md).
 #pragma once
 
 #include "artefact.h"

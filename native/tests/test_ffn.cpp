@@ -213,30 +213,15 @@ void write_hot(const model & m, const std::vector<int32_t> & ids, const std::str
 void write_cold(const model & m, const std::vector<int32_t> & ids, const std::string & fp, const std::string & path) {
     writer w;
     add_common(w.gguf, "cold", fp);
-    const uint32_t type = m.c.type, f32 = GGML_TYPE_F32;
-    if (m.c.gated) {
-        gguf_set_arr_data(w.gguf, "pinfer.cold.gate_type", GGUF_TYPE_UINT32, &type, 1);
-    }
-    gguf_set_arr_data(w.gguf, "pinfer.cold.up_type", GGUF_TYPE_UINT32, &type, 1);
-    gguf_set_arr_data(w.gguf, "pinfer.cold.down_type", GGUF_TYPE_UINT32, &f32, 1);
+    gguf_set_val_str(w.gguf, "pinfer.activation", pinfer_activation_name(m.c.act));
     const auto n = (int64_t) ids.size();
     if (n) {
-        const std::vector<float> down = down_columns(m.down, ids, true);
-        const std::vector<uint8_t> gate = rows_of(m.gate, ids), up = rows_of(m.up, ids);
-        const size_t row = ggml_row_size(m.c.type, N_EMBD), row_pad = (row + 63) / 64 * 64, down_row = N_EMBD * sizeof(float);
-        const size_t stride = row_pad * (m.c.gated ? 2 : 1) + down_row;
-        std::vector<uint8_t> bundle(stride * ids.size());
-        for (size_t j = 0; j < ids.size(); j++) {
-            uint8_t * at = bundle.data() + stride * j;
-            if (m.c.gated) {
-                memcpy(at, gate.data() + row * j, row);
-                at += row_pad;
-            }
-            memcpy(at, up.data() + row * j, row);
-            memcpy(at + row_pad, down.data() + j * N_EMBD, down_row);
-        }
         w.add("blk.0.neurons", GGML_TYPE_I32, n, 1, ids.data());
-        w.add("blk.0.cold", GGML_TYPE_I8, (int64_t) stride, n, bundle.data());
+        if (m.c.gated) {
+            w.add("blk.0.ffn_gate.weight", m.c.type, N_EMBD, n, rows_of(m.gate, ids).data());
+        }
+        w.add("blk.0.ffn_up.weight", m.c.type, N_EMBD, n, rows_of(m.up, ids).data());
+        w.add("blk.0.ffn_down_t.weight", GGML_TYPE_F32, N_EMBD, n, down_columns(m.down, ids, true).data());
         if (m.c.biases) {
             w.add("blk.0.ffn_up.bias", GGML_TYPE_F32, n, 1, pick(m.up_bias, ids).data());
             if (m.c.gated) {
@@ -468,13 +453,43 @@ void test_node_by_node(const shard_paths & p) {
     }
 }
 
-// Damaged or foreign artefacts are refused with one line.
+// A tensor of zeros in a cold shard.
+struct cold_tensor {
+    std::string name;
+    ggml_type   type;
+    int64_t     ne0, ne1;
+};
+
+void write_zeros(const std::vector<cold_tensor> & tensors, const ffn_case & c, const std::vector<int32_t> & ids,
+                 const std::string & fp, const std::string & path) {
+    writer w;
+    add_common(w.gguf, "cold", fp);
+    gguf_set_val_str(w.gguf, "pinfer.activation", pinfer_activation_name(c.act));
+    w.add("blk.0.neurons", GGML_TYPE_I32, (int64_t) ids.size(), 1, ids.data());
+    for (const cold_tensor & t : tensors) {
+        const std::vector<uint8_t> zeros(ggml_row_size(t.type, t.ne0) * (size_t) t.ne1);
+        w.add(("blk.0." + t.name).c_str(), t.type, t.ne0, t.ne1, zeros.data());
+    }
+    w.write(path);
+}
+
+// Damaged or foreign artefacts are refused with one line that says what to type.
 void test_refusals(const shard_paths & p) {
     const ffn_case c = {.act = PINFER_ACT_REGLU, .gated = true, .biases = false, .type = GGML_TYPE_F16};
-    std::string    err;
-    check(configure(p, c, true, true, &err), "the last shards are fine: " + err);
-    auto refused = [&](const std::string & what) {
-        check(!configure(p, c, true, true, &err) && !err.empty() && err.find('\n') == std::string::npos, what + ": " + err);
+    const model    m = make_model(c);
+    std::string    fp, err;
+    check(pinfer_fingerprint_file(p.model.c_str(), &fp, &err), "fingerprint " + err);
+    std::vector<int32_t> hot((size_t) N_FF / 4), cold((size_t) (N_FF - N_FF / 4));
+    std::iota(hot.begin(), hot.end(), 0);
+    std::iota(cold.begin(), cold.end(), (int32_t) hot.size());
+    write_hot(m, hot, fp, p.hot);
+    write_cold(m, cold, fp, p.cold);
+    write_predictor(m, fp, p.predictor);
+    check(configure(p, c, true, true, &err), "whole shards: " + err);
+    auto refused = [&](const std::string & what, const std::string & mend) {
+        const bool accepted = configure(p, c, true, true, &err);
+        const bool mends    = err.find(mend + " " + p.model) != std::string::npos && err.find('\n') == std::string::npos;
+        check(!accepted && mends, what + ": " + (accepted ? "accepted" : err));
     };
     for (const std::string & path : {p.cold, p.hot, p.predictor}) {
         const std::string copy = path + ".whole";
@@ -482,13 +497,40 @@ void test_refusals(const shard_paths & p) {
         std::filesystem::copy_file(path, copy, std::filesystem::copy_options::overwrite_existing);
         for (int i = 0; i < 20; i++) {
             std::filesystem::resize_file(path, size * (uintmax_t) i / 20);
-            refused(path + " cut at " + std::to_string(i * 5) + " %");
+            refused(path + " cut at " + std::to_string(i * 5) + " %", path == p.predictor ? "pinfer train" : "pinfer split");
             std::filesystem::copy_file(copy, path, std::filesystem::copy_options::overwrite_existing);
         }
     }
-    const model m = make_model(c);
+
+    const auto        n     = (int64_t) cold.size();
+    const cold_tensor gate  = {"ffn_gate.weight", GGML_TYPE_F16, N_EMBD, n};
+    const cold_tensor up    = {"ffn_up.weight", GGML_TYPE_F16, N_EMBD, n};
+    const cold_tensor down  = {"ffn_down_t.weight", GGML_TYPE_Q8_0, N_EMBD, n};
+    const cold_tensor bytes = {"cold", GGML_TYPE_I8, 6 * N_EMBD, n};
+    write_zeros({gate, up, down}, c, cold, fp, p.cold);
+    check(configure(p, c, true, true, &err), "rows of zeros: " + err);
+    const std::pair<const char *, std::vector<cold_tensor>> odd[] = {
+        {"no rows at all", {}},
+        {"one tensor of bytes", {bytes}},
+        {"no gate rows", {up, down}},
+        {"no up rows", {gate, down}},
+        {"no down rows", {gate, up}},
+        {"gate rows of half the width", {{gate.name, gate.type, N_EMBD / 2, n}, up, down}},
+        {"too few up rows", {gate, {up.name, up.type, N_EMBD, n - 1}, down}},
+        {"down not transposed", {gate, up, {down.name, GGML_TYPE_F32, n, N_EMBD}}},
+        {"gate of numbers", {{gate.name, GGML_TYPE_I32, N_EMBD, n}, up, down}},
+        {"down of activations", {gate, up, {down.name, GGML_TYPE_Q8_K, N_EMBD, n}}},
+        {"too few biases", {gate, up, down, {"ffn_up.bias", GGML_TYPE_F32, n - 1, 1}}},
+    };
+    for (const auto & [what, tensors] : odd) {
+        write_zeros(tensors, c, cold, fp, p.cold);
+        refused(what, "pinfer split");
+    }
+    write_zeros({gate, up, down}, c, std::vector<int32_t>(cold.size(), (int32_t) N_FF), fp, p.cold);
+    refused("neurons beyond the last", "pinfer split");
+    write_cold(m, cold, fp, p.cold);
     write_predictor(m, "ffffffffffffffffffffffffffffffff", p.predictor);
-    refused("predictor of another model");
+    refused("predictor of another model", "pinfer train");
 }
 
 } // namespace
