@@ -15,10 +15,8 @@ struct pinfer_engine {
     ggml_context * graph_ctx = nullptr;
     ggml_cgraph *  graph = nullptr; // nodes on their way to `cpu`
 
-    std::vector<uint8_t>             prepared; // x in the types the kernels want
-    std::vector<float>               partial;  // [n_threads][n_tokens, n_embd] sums of a thread
-    std::vector<float>               hidden;   // [n_tokens, rank] of the predictor
-    std::vector<uint8_t>             hidden_prepared;
+    std::vector<uint8_t>             arena; // scratch of the executors, cut up anew for every FFN
+    std::vector<float>               x_copy;
     std::vector<float>               hot_y;
     std::vector<const ggml_tensor *> activation_done; // per layer: the last activation node computed here
 };
@@ -32,7 +30,9 @@ ggml_status pinfer_engine_compute(pinfer_engine * e, pinfer_state * s, ggml_cgra
 
 // ffn.cpp: one matched FFN
 ggml_status pinfer_ffn_compute(pinfer_engine * e, pinfer_state * s, const pinfer_ffn & f);
-// dense.cpp: plain nodes on the CPU backend, and the activation by itself
+// dense.cpp: plain nodes on the CPU backend, whole products, and the activation by itself
 ggml_status pinfer_dense_nodes(pinfer_engine * e, ggml_tensor * const * nodes, int n);
+// A product of all rows, from x [n_tokens, n] into p.out()
+ggml_status pinfer_dense_product(pinfer_engine * e, const pinfer_product & p, const float * x);
 ggml_status pinfer_dense_ffn(pinfer_engine * e, pinfer_state * s, const pinfer_ffn & f, pinfer_activation act);
 void        pinfer_dense_activation(const pinfer_engine * e, const pinfer_ffn & f, pinfer_activation act);

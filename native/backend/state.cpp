@@ -86,7 +86,13 @@ static bool open_artefacts(const pinfer_params & p, std::unique_ptr<pinfer_predi
             return false;
         }
     }
-    return !*cold || shards_are_whole(hot->get(), **cold, err);
+    if (*cold && !shards_are_whole(hot->get(), **cold, err)) {
+        return false;
+    }
+    if (*predictor) {
+        pinfer_predictor_arrange(predictor->get(), *cold ? &(*cold)->layers : nullptr);
+    }
+    return true;
 }
 
 bool pinfer_configure(const pinfer_params * params, char * err, size_t err_len) try {

@@ -1,6 +1,27 @@
 // predictor.cpp: reads predictor.gguf; its arithmetic runs inside the FFN executor, which knows the threads.
 #include "predictor.h"
 
+#include <algorithm>
+#include <cstdlib>
+#include <new>
+#include <sys/mman.h>
+
+static const size_t HUGE_PAGE = 2u << 20;
+
+void pinfer_buffer::allocate(size_t n_bytes) {
+    const size_t align = n_bytes >= HUGE_PAGE ? HUGE_PAGE : 64;
+    size               = (n_bytes + align - 1) / align * align;
+    data               = (uint8_t *) aligned_alloc(align, size);
+    if (!data) {
+        throw std::bad_alloc();
+    }
+    madvise(data, align == HUGE_PAGE ? size : 0, MADV_HUGEPAGE); // a wish
+}
+
+pinfer_buffer::~pinfer_buffer() {
+    free(data);
+}
+
 static bool read_layer(pinfer_predictor * p, int il, const std::string & kind, int64_t rank, int64_t n_embd,
                        int64_t n_ff, std::string * err) {
     pinfer_predictor_layer & layer = p->layers[(size_t) il];
@@ -51,6 +72,7 @@ bool pinfer_predictor_open(pinfer_predictor * p, const char * path, const char *
         *err = std::string(path) + " lacks a key; make it anew with: pinfer train " + model_path;
         return false;
     }
+    p->n_ff = n_ff;
     p->layers.resize(n_layer);
     for (uint32_t il = 0; il < n_layer; il++) {
         if (!read_layer(p, (int) il, kind[il], rank[il], n_embd, n_ff, err)) {
@@ -58,4 +80,46 @@ bool pinfer_predictor_open(pinfer_predictor * p, const char * path, const char *
         }
     }
     return true;
+}
+
+void pinfer_predictor_arrange(pinfer_predictor * p, const std::vector<pinfer_neurons> * neurons) {
+    for (size_t il = 0; il < p->layers.size(); il++) {
+        pinfer_predictor_layer & layer = p->layers[il];
+        const int64_t            n     = neurons ? (*neurons)[il].n : p->n_ff;
+        const int32_t *          ids   = neurons ? (*neurons)[il].ids : nullptr;
+        if (layer.rank == 0 || n == 0 || !layer.b_kernel->pack) {
+            continue;
+        }
+        const size_t  tile   = pinfer_tile_size(layer.rank);
+        const int64_t groups = (n + PINFER_TILE_ROWS - 1) / PINFER_TILE_ROWS;
+        layer.tiles.allocate((size_t) groups * tile);
+        layer.tile_t.resize((size_t) n);
+        for (int64_t g = 0; g < groups; g++) {
+            const void * rows[PINFER_TILE_ROWS];
+            for (int64_t r = 0; r < PINFER_TILE_ROWS; r++) {
+                const int64_t j  = std::min(g * PINFER_TILE_ROWS + r, n - 1);
+                const int64_t id = ids ? ids[j] : j;
+                rows[r]                  = layer.b + (size_t) id * layer.b_row;
+                layer.tile_t[(size_t) j] = layer.t[id];
+            }
+            layer.b_kernel->pack(0, layer.rank, rows, layer.tiles.data + (size_t) g * tile);
+        }
+        pinfer_artefact_release(layer.b, (size_t) p->n_ff * layer.b_row);
+    }
+}
+
+void pinfer_predictor_scores(const pinfer_predictor_layer & p, const int32_t * ids, int64_t j, int64_t n, const uint8_t * z,
+                             size_t z_row, int64_t n_tokens, float * score) {
+    if (p.tiles.data) {
+        std::fill(score, score + n_tokens * PINFER_TILE_ROWS, 0.0f);
+        p.b_kernel->multiply(p.rank, 0, p.rank, p.tiles.data + (size_t) (j / PINFER_TILE_ROWS) * pinfer_tile_size(p.rank), z,
+                             z_row, n_tokens, score, PINFER_TILE_ROWS);
+        return;
+    }
+    for (int64_t r = 0; r < n; r++) {
+        const uint8_t * row = p.b + (size_t) (ids ? ids[j + r] : j + r) * p.b_row;
+        for (int64_t t = 0; t < n_tokens; t++) {
+            score[t * PINFER_TILE_ROWS + r] = pinfer_kernel_dot(p.b_kernel, p.rank, row, z + (size_t) t * z_row);
+        }
+    }
 }

@@ -2,12 +2,27 @@
 #pragma once
 
 #include "artefact.h"
+#include "cold.h"
 #include "kernels.h"
 
 #include <cstdint>
 #include <memory>
 #include <string>
 #include <vector>
+
+// Memory of its own, 64-byte aligned, in huge pages where the system gives them.
+struct pinfer_buffer {
+    uint8_t * data = nullptr;
+    size_t    size = 0;
+
+    pinfer_buffer() = default;
+    pinfer_buffer(const pinfer_buffer &) = delete;
+    pinfer_buffer & operator=(const pinfer_buffer &) = delete;
+    pinfer_buffer(pinfer_buffer && other) noexcept : data(other.data), size(other.size) { other.data = nullptr; }
+    ~pinfer_buffer();
+
+    void allocate(size_t n_bytes); // throws std::bad_alloc
+};
 
 // Factors of one layer: hidden z = A·x (mlp: relu of it), score_i = B_i·z, neuron i is a candidate when score_i > t_i.
 struct pinfer_predictor_layer {
@@ -20,12 +35,28 @@ struct pinfer_predictor_layer {
     const float *         t = nullptr; // [n_ff]
     size_t                a_row = 0;   // bytes
     size_t                b_row = 0;
+
+    // B and t once more in the order of the neurons that are scored, B in tiles; empty where B has no tile kernels.
+    pinfer_buffer      tiles;
+    std::vector<float> tile_t;
+
+    // Of the neuron at place j; ids tells its number in the model, null: j.
+    float threshold(int64_t j, const int32_t * ids) const { return tiles.data ? tile_t[(size_t) j] : t[ids ? ids[j] : j]; }
 };
 
 struct pinfer_predictor {
     pinfer_artefact                     file;
+    int64_t                             n_ff = 0;
     std::vector<pinfer_predictor_layer> layers;
 };
+
+// Arranges B for the given neurons of each layer (null: all of them in the model's order), so that scores stream from memory.
+void pinfer_predictor_arrange(pinfer_predictor * p, const std::vector<pinfer_neurons> * neurons);
+
+// score[t*PINFER_TILE_ROWS + r] of the neurons at places j to j + n - 1 (j a multiple of PINFER_TILE_ROWS, n at most that
+// many) for the n_tokens prepared hidden vectors z.
+void pinfer_predictor_scores(const pinfer_predictor_layer & p, const int32_t * ids, int64_t j, int64_t n, const uint8_t * z,
+                             size_t z_row, int64_t n_tokens, float * score);
 
 bool pinfer_predictor_open(pinfer_predictor * p, const char * path, const char * model_path, const char * fingerprint,
                            std::string * err);

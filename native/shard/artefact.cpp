@@ -152,6 +152,14 @@ bool pinfer_artefact_tensor(const pinfer_artefact * a, const char * name, ggml_t
     return true;
 }
 
+void pinfer_artefact_release(const void * data, size_t size) {
+    const size_t    page  = (size_t) sysconf(_SC_PAGESIZE);
+    const uintptr_t begin = ((uintptr_t) data + page - 1) / page * page, end = ((uintptr_t) data + size) / page * page;
+    if (begin < end) {
+        madvise((void *) begin, end - begin, MADV_DONTNEED);
+    }
+}
+
 bool pinfer_artefact_u32(const pinfer_artefact * a, const char * key, uint32_t * out) {
     const int64_t id = find_key(a->gguf, key, GGUF_TYPE_UINT32, false);
     if (id >= 0) {

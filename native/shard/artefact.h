@@ -39,6 +39,9 @@ bool pinfer_artefact_open(pinfer_artefact * a, const char * path, const char * k
 bool pinfer_artefact_tensor(const pinfer_artefact * a, const char * name, ggml_type type, int64_t ne0, int64_t ne1,
                             pinfer_blob * out, std::string * err);
 
+// Gives back the memory that pages within these bytes of a mapped artefact take; they are read anew when touched.
+void pinfer_artefact_release(const void * data, size_t size);
+
 // Keys; false when absent or of another type.
 bool pinfer_artefact_u32(const pinfer_artefact * a, const char * key, uint32_t * out);
 bool pinfer_artefact_str(const pinfer_artefact * a, const char * key, std::string * out);
