@@ -19,8 +19,11 @@ if TYPE_CHECKING:
     from pinfer.model import Model
 
 # Types of A and B by the name that --type has for them.
-FACTOR_TYPES = {"f16": ("f16", "f16"), "q8_0": ("q8_0", "q8_0"), "q4_0": ("q8_0", "q4_0")}
-KINDS = ("low_rank", "mlp", "none")
+FACTOR_TYPES = {"f16": ("f16", "f16"), "q8_0": ("q8_0", "q8_0"), "q4_0": ("q4_0", "q4_0")}
+
+# Bits of a weight in the kinds that copy the matrix.
+FEW_BITS = {"one_bit": 1, "two_bit": 2}
+KINDS = ("low_rank", "mlp", *FEW_BITS, "none")
 
 
 @dataclass(frozen=True)
@@ -33,11 +36,13 @@ class LayerPredictor:
     candidates: float
     """measured share of neurons that are candidates"""
     a: NDArray[np.float32] | None = None
-    """``[rank, n_embd]``"""
+    """``[rank, n_embd]``; None where B is multiplied by x itself"""
     b: NDArray[np.float32] | None = None
     """``[n_ff, rank]``"""
     t: NDArray[np.float32] | None = None
     """``[n_ff]``"""
+    kind: str = "low_rank"
+    """what the file calls it; ``none`` whenever the rank is 0"""
 
 
 @dataclass(frozen=True)
@@ -60,7 +65,7 @@ class PredictorFile:
             if k not in KINDS or (k == "none") != (r == 0):
                 raise artefact.damaged(f"layer {i} has a predictor of kind {k!r} and rank {r}")
             if r:
-                for name, shape in (("a", (model.n_embd, r)), ("b", (r, model.n_ff)), ("t", (model.n_ff,))):
+                for name, shape in _shapes(k, r, model).items():
                     found = artefact.tensor(f"blk.{i}.pred_{name}").shape
                     if found != shape:
                         raise artefact.damaged(f"blk.{i}.pred_{name} has shape {list(found)} instead of {list(shape)}")
@@ -77,14 +82,26 @@ class PredictorFile:
         from pinfer import ggml
 
         if not self.rank[i]:
-            return LayerPredictor(0, self.recall[i], self.candidates[i])
+            return LayerPredictor(0, self.recall[i], self.candidates[i], kind="none")
+        kind, rank = self.kind[i], self.rank[i]
+        t = self.artefact.array(f"blk.{i}.pred_t", type_name="F32")
+        if kind in FEW_BITS:
+            codes = self.artefact.array(f"blk.{i}.pred_b", type_name="I8")
+            levels = unpacked(codes, FEW_BITS[kind])
+            return LayerPredictor(rank, self.recall[i], self.candidates[i], None, levels, t, kind)
 
         def factor(name: str) -> NDArray[np.float32]:
             tensor = self.artefact.tensor(f"blk.{i}.pred_{name}")
             return ggml.dequantise(self.artefact.raw(tensor.name), tensor.type, tensor.row_length)
 
-        t = self.artefact.array(f"blk.{i}.pred_t", type_name="F32")
-        return LayerPredictor(self.rank[i], self.recall[i], self.candidates[i], factor("a"), factor("b"), t)
+        return LayerPredictor(rank, self.recall[i], self.candidates[i], factor("a"), factor("b"), t, kind)
+
+
+def _shapes(kind: str, rank: int, model: Model) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors of a layer, by the end of their names."""
+    if kind in FEW_BITS:
+        return {"b": (model.n_embd * FEW_BITS[kind] // 8, model.n_ff), "t": (model.n_ff,)}
+    return {"a": (model.n_embd, rank), "b": (rank, model.n_ff), "t": (model.n_ff,)}
 
 
 class PredictorWriter:
@@ -113,28 +130,33 @@ class PredictorWriter:
     def add(self, layer: LayerPredictor) -> None:
         """The next layer. Its factors hold values that the factor type can represent (see ``quantised``)."""
         i = len(self._layers)
-        self._layers.append(LayerPredictor(layer.rank, layer.recall, layer.candidates))
+        kind = layer.kind if layer.rank else "none"
+        self._layers.append(LayerPredictor(layer.rank, layer.recall, layer.candidates, kind=kind))
         if not layer.rank:
             return
-        if layer.a is None or layer.b is None or layer.t is None:
+        if layer.b is None or layer.t is None or (layer.a is None) != (layer.kind in FEW_BITS):
             raise ValueError("a predictor without its factors")
-        factors = (("a", quantise(layer.a, self._a_type)), ("b", quantise(layer.b, self._b_type)), ("t", layer.t))
-        for name, data in factors:
+        data_of: dict[str, NDArray[Any]]
+        if layer.a is None:
+            data_of = {"b": packed(layer.b, FEW_BITS[layer.kind]), "t": layer.t}
+        else:
+            data_of = {"a": quantise(layer.a, self._a_type), "b": quantise(layer.b, self._b_type), "t": layer.t}
+        for name, data in data_of.items():
             self._pieces.append((f"blk.{i}.pred_{name}", data.nbytes))
             self._spool.write(data.tobytes())
 
     def finish(self, model: Model, settings: Mapping[str, object]) -> int:
         """Write the file, whole or not at all; returns the bytes of its tensors."""
         with ArtefactWriter(self._path, "predictor", model, settings) as out:
-            out.add_str_array("pinfer.predictor.kind", ["low_rank" if layer.rank else "none" for layer in self._layers])
+            out.add_str_array("pinfer.predictor.kind", [layer.kind for layer in self._layers])
             out.add_u32_array("pinfer.predictor.rank", [layer.rank for layer in self._layers])
             out.add_f32_array("pinfer.predictor.recall", [layer.recall for layer in self._layers])
             out.add_f32_array("pinfer.predictor.candidates", [layer.candidates for layer in self._layers])
             for i, layer in enumerate(self._layers):
-                if layer.rank:
-                    out.declare(f"blk.{i}.pred_a", (model.n_embd, layer.rank), self._a_type)
-                    out.declare(f"blk.{i}.pred_b", (layer.rank, model.n_ff), self._b_type)
-                    out.declare(f"blk.{i}.pred_t", (model.n_ff,), "F32")
+                few = layer.kind in FEW_BITS
+                types = {"a": self._a_type, "b": "I8" if few else self._b_type, "t": "F32"}
+                for name, shape in _shapes(layer.kind, layer.rank, model).items() if layer.rank else ():
+                    out.declare(f"blk.{i}.pred_{name}", shape, types[name])
             self._spool.seek(0)
             for name, n_bytes in self._pieces:
                 out.write(name, self._spool.read(n_bytes))
@@ -175,3 +197,22 @@ def quantised(rows: NDArray[np.float32], factor_type: str) -> NDArray[np.float32
     if factor_type.upper() == "F16":
         return data.astype(np.float32)
     return ggml.dequantise(data, GGMLQuantizationType[factor_type.upper()], rows.shape[1])
+
+
+def packed(levels: NDArray[np.float32], bits: int) -> NDArray[np.uint8]:
+    """Odd levels ``[n, length]`` as codes, the first value of a byte in its lowest bits: ``[n, length * bits / 8]``."""
+    import numpy as np
+
+    codes = ((levels + (2**bits - 1)) / 2).astype(np.uint8).reshape(len(levels), -1, 8 // bits)
+    result: NDArray[np.uint8] = (codes << (np.arange(8 // bits, dtype=np.uint8) * bits)).sum(axis=2, dtype=np.uint8)
+    return result
+
+
+def unpacked(codes: NDArray[Any], bits: int) -> NDArray[np.float32]:
+    """Levels of codes that ``packed`` has made."""
+    import numpy as np
+
+    shifts = np.arange(8 // bits, dtype=np.uint8) * bits
+    each = codes.view(np.uint8)[:, :, None] >> shifts & (2**bits - 1)
+    levels: NDArray[np.float32] = 2 * each.reshape(len(codes), -1).astype(np.float32) - np.float32(2**bits - 1)
+    return levels

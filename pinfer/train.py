@@ -1,22 +1,24 @@
 """Learns, layer by layer and in closed form, to name the neurons that will fire.
 
-The matrix whose sign decides is approximated by two thin factors (low_rank.py); thresholds on their product keep the
-share of the output that was asked for (thresholds.py). How wide the factors are is settled per layer by what a token
-then costs. docs/predictors.md has the measurements that this kind of predictor was chosen by.
+The matrix whose sign decides is approximated, by two thin factors (low_rank.py) or by a copy in few bits (few_bits.py);
+thresholds on the scores that come of it keep the share of the output that was asked for (thresholds.py). Which kind a
+layer gets, and how wide its factors are, is settled by what a token then costs. docs/predictors.md has the
+measurements that these kinds were chosen by.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from pinfer.errors import PinferError
-from pinfer.low_rank import Spectrum
+from pinfer.few_bits import few_bits
+from pinfer.low_rank import Spectrum, covariance
 from pinfer.model import open_model
-from pinfer.predictor_file import FACTOR_TYPES, LayerPredictor, PredictorWriter, quantised, row_bytes
+from pinfer.predictor_file import FACTOR_TYPES, FEW_BITS, LayerPredictor, PredictorWriter, quantised, row_bytes
 from pinfer.profile_file import SamplesFile
 from pinfer.progress import NULL_PROGRESS, Progress
 from pinfer.thresholds import calibrate
@@ -34,15 +36,22 @@ MIN_SAMPLES = 64
 # on 2 threads: 46 GB/s in a stream, 26 to 31 GB/s for the rows of candidates (docs/predictors.md).
 SCATTERED_COST = 1.6
 
+# A float32 for each neuron.
+_THRESHOLD_BYTES = 4
+
 # Values in a block of quantised factors: ranks and widths must be multiples of it.
 _BLOCK = 32
 
-# Samples on which ranks are compared; the one chosen is calibrated on all that were held back.
+# Kinds that layers may get: those which the plugin computes.
+KINDS = ("low_rank",)
+
+# Samples and neurons on which kinds and ranks are compared; the choice is then calibrated on all that were held back.
 _SEARCH_SAMPLES = 512
+_SEARCH_NEURONS = 4096
 
 # Factors are computed at first up to this rank, or this share of the width, and further when that proves too little.
 _FIRST_RANK = 1024
-_FIRST_SHARE = 8
+_FIRST_SHARE = 6
 
 
 @dataclass(frozen=True)
@@ -51,7 +60,7 @@ class TrainOptions:
 
     recall: float = 0.995
     max_rank: int | None = None
-    type: str = "q8_0"
+    type: str = "q4_0"
     activation: str | None = None
 
 
@@ -150,73 +159,123 @@ def _report(path: Path, n_samples: int, n_bytes: int, layers: list[LayerReport])
     )
 
 
-def fit_layer(data: LayerData, layer: int, options: TrainOptions) -> tuple[LayerPredictor, LayerReport]:
+def fit_layer(
+    data: LayerData, layer: int, options: TrainOptions, kinds: tuple[str, ...] = KINDS
+) -> tuple[LayerPredictor, LayerReport]:
     """The predictor of one layer at which a token costs least, or none where it does not pay."""
     fit, calibration, test = parts(len(data.x))
-    held, tested = HeldBack.of(data, calibration), HeldBack.of(data, test)
-    factors = _StoredFactors(data, fit, options)
-    rank = _cheapest_rank(data, factors, held, options)
-    fitted = _Fitted.of(data, factors, rank, held, options) if rank else None
+    inputs = covariance(data.x[fit].astype("float32"))
+    held = HeldBack.of(data, calibration)
+    sources: list[_Source] = [_FewBits(data, inputs, kind) for kind in kinds if kind in FEW_BITS]
+    if "low_rank" in kinds:
+        sources.append(_LowRank(data, inputs, options))
+    chosen = _cheapest(data, sources, held, options)
+    fitted = _Fitted.of(data, chosen[0], chosen[1], held, options) if chosen else None
+    paid = fitted is not None and fitted.cost(data, held) < _exact_cost(data, held)
+    del held  # at large widths there is not room for both
+
+    tested = HeldBack.of(data, test)
     active = float((tested.mass > 0).mean())
     exact_bytes = len(data.weight) * (data.first_bytes + active * data.rest_bytes)
-    if fitted is None or fitted.cost(data, held) >= _exact_cost(data, held):
-        none = LayerPredictor(0, 1.0, 1.0)
+    if fitted is None or not paid:
+        none = LayerPredictor(0, 1.0, 1.0, kind="none")
         return none, LayerReport(layer, "none", 0, 1.0, 1.0, active, 0, exact_bytes, exact_bytes)
     named = fitted.named(tested)
-    result = LayerPredictor(rank, tested.recall(named), float(named.mean()), fitted.a, fitted.b, fitted.t)
-    rows = fitted.row_bytes(data, tested, named)
-    return result, LayerReport(
-        layer,
-        "low_rank",
-        rank,
-        result.recall,
-        result.candidates,
-        active,
-        fitted.n_bytes,
-        fitted.n_bytes + rows,
-        exact_bytes,
-    )
+    recall, candidates = tested.recall(named), float(named.mean())
+    rank = fitted.b.shape[1]
+    result = LayerPredictor(rank, recall, candidates, fitted.a, fitted.b, fitted.t, fitted.kind)
+    expected = fitted.n_bytes + fitted.row_bytes(data, tested, named)
+    report = LayerReport(layer, fitted.kind, rank, recall, candidates, active, fitted.n_bytes, expected, exact_bytes)
+    return result, report
 
 
-class _StoredFactors:
-    """Factors of a layer as the file will hold them, computed as far as they are asked for."""
+class _Source(Protocol):
+    """Makes predictors of one kind for one layer."""
 
-    def __init__(self, data: LayerData, fit: slice, options: TrainOptions) -> None:
-        self._data = data
-        self._types = FACTOR_TYPES[options.type]
+    kind: str
+    ranks: range
+    """to choose from, in steps; few bits have one rank alone, the width"""
+
+    def parts(self, rank: int, neurons: slice) -> tuple[Matrix | None, Matrix]:
+        """A ``[rank, n_embd]``, None where there is none, and B ``[neurons, rank]``, with the values of the file."""
+        ...
+
+    def n_bytes(self, rank: int) -> int:
+        """Bytes of all neurons' predictor."""
+        ...
+
+
+class _LowRank:
+    """Two thin factors, computed as far as they are asked for."""
+
+    kind = "low_rank"
+
+    def __init__(self, data: LayerData, inputs: NDArray[np.float64], options: TrainOptions) -> None:
         n_ff, n_embd = data.weight.shape
-        self.limit = min(n_embd, n_ff, n_embd if options.max_rank is None else options.max_rank)
-        self._spectrum = Spectrum.of(data.weight, data.x[fit].astype("float32"))
+        limit = min(n_embd, n_ff, n_embd if options.max_rank is None else options.max_rank)
+        self.ranks = range(_BLOCK, limit + 1, _BLOCK)
+        self._data = data
+        self._inputs = inputs
+        self._types = FACTOR_TYPES[options.type]
+        self._spectrum: Spectrum | None = None
         self._a: Matrix | None = None
         self._b: Matrix | None = None
 
-    def of_rank(self, rank: int) -> tuple[Matrix, Matrix]:
-        """A ``[rank, n_embd]`` and B ``[n_ff, rank]``: blocks run along the rank, so lower ranks are beginnings."""
+    def parts(self, rank: int, neurons: slice) -> tuple[Matrix, Matrix]:
+        """Blocks of quantised values run along the rank, so lower ranks are beginnings of higher ones."""
         if self._a is None or self._b is None or rank > len(self._a):
-            known = 0 if self._a is None else len(self._a)
+            self._spectrum = self._spectrum or Spectrum.of(self._data.weight, self._inputs)
             n_embd = self._data.weight.shape[1]
-            wanted = max(rank, 2 * known, _FIRST_RANK if n_embd <= _FIRST_RANK else n_embd // _FIRST_SHARE)
-            a, b = self._spectrum.factors(min(wanted, self.limit) // _BLOCK * _BLOCK)
+            first = _FIRST_RANK if n_embd <= _FIRST_RANK else n_embd // _FIRST_SHARE
+            wanted = max(rank, first if self._a is None else 2 * len(self._a))
+            a, b = self._spectrum.factors(min(wanted, self.ranks[-1]) // _BLOCK * _BLOCK)
             self._a, self._b = quantised(a, self._types[0]), quantised(b, self._types[1])
-        return self._a[:rank], self._b[:, :rank]
+        return self._a[:rank], self._b[neurons, :rank]
+
+    def n_bytes(self, rank: int) -> int:
+        """Bytes of both factors and the thresholds."""
+        n_ff, n_embd = len(self._data.weight), self._data.x.shape[1]
+        return rank * row_bytes(n_embd, self._types[0]) + n_ff * (row_bytes(rank, self._types[1]) + _THRESHOLD_BYTES)
+
+
+class _FewBits:
+    """A copy of the matrix in few bits a weight."""
+
+    def __init__(self, data: LayerData, inputs: NDArray[np.float64], kind: str) -> None:
+        n_embd = data.weight.shape[1]
+        self.kind = kind
+        # Codes fill whole bytes.
+        self.ranks = range(n_embd, n_embd + 1) if n_embd * FEW_BITS[kind] % 8 == 0 else range(0)
+        self._data = data
+        self._inputs = inputs
+
+    def parts(self, rank: int, neurons: slice) -> tuple[None, Matrix]:
+        """Levels are B, and there is no A. Neurons are rounded each by itself, so some of them are soon done."""
+        return None, few_bits(self._data.weight[neurons], self._inputs, FEW_BITS[self.kind])
+
+    def n_bytes(self, rank: int) -> int:
+        """Bytes of the codes and the thresholds."""
+        return len(self._data.weight) * (rank * FEW_BITS[self.kind] // 8 + _THRESHOLD_BYTES)
 
 
 @dataclass(frozen=True)
 class _Fitted:
-    """A predictor of one rank, calibrated. ``t`` holds bias and mean; factors are as they will be stored."""
+    """A predictor, calibrated. ``t`` holds bias and mean; A and B are as they will be stored."""
 
-    a: Matrix
+    kind: str
+    a: Matrix | None
     b: Matrix
     t: Matrix
     n_bytes: int
-    """of the predictor"""
 
     @staticmethod
-    def of(data: LayerData, factors: _StoredFactors, rank: int, held: HeldBack, options: TrainOptions) -> _Fitted:
-        """Factors of ``rank`` and the thresholds that keep the recall on ``held``."""
-        a, b = factors.of_rank(rank)
+    def of(
+        data: LayerData, source: _Source, rank: int, held: HeldBack, options: TrainOptions, neurons: slice = slice(None)
+    ) -> _Fitted:
+        """With the thresholds that keep the recall on ``held``; ``data`` and ``held`` are of ``neurons`` alone."""
+        a, b = source.parts(rank, neurons)
         t = calibrate(scores(a, b, held.x), held, data, options.recall)
-        return _Fitted(a, b, t, predictor_bytes(data, rank, options.type))
+        return _Fitted(source.kind, a, b, t, source.n_bytes(rank))
 
     def named(self, held: HeldBack) -> NDArray[np.bool_]:
         """Which neurons are candidates, ``[n, n_ff]``."""
@@ -229,22 +288,15 @@ class _Fitted:
         n_active = np.count_nonzero(named & (held.mass > 0))
         return (np.count_nonzero(named) * data.first_bytes + n_active * data.rest_bytes) / len(held.x)
 
-    def cost(self, data: LayerData, held: HeldBack) -> float:
-        """What a token costs, in streamed bytes."""
-        return self.n_bytes + SCATTERED_COST * self.row_bytes(data, held, self.named(held))
+    def cost(self, data: LayerData, held: HeldBack, times: float = 1.0) -> float:
+        """What a token costs, in streamed bytes, where each neuron stands for ``times`` as many."""
+        return self.n_bytes + times * SCATTERED_COST * self.row_bytes(data, held, self.named(held))
 
 
-def scores(a: Matrix, b: Matrix, x: Matrix) -> Matrix:
+def scores(a: Matrix | None, b: Matrix, x: Matrix) -> Matrix:
     """What the predictor computes for ``x`` ``[n, n_embd]``: ``[n, n_ff]``."""
-    hidden: Matrix = x @ a.T
+    hidden: Matrix = x if a is None else x @ a.T
     return hidden @ b.T
-
-
-def predictor_bytes(data: LayerData, rank: int, factor_type: str) -> int:
-    """Bytes of both factors and the thresholds."""
-    n_ff, n_embd = len(data.weight), data.x.shape[1]
-    a_type, b_type = FACTOR_TYPES[factor_type]
-    return rank * row_bytes(n_embd, a_type) + n_ff * row_bytes(rank, b_type) + 4 * n_ff
 
 
 def _exact_cost(data: LayerData, held: HeldBack) -> float:
@@ -255,32 +307,48 @@ def _exact_cost(data: LayerData, held: HeldBack) -> float:
     return len(data.weight) * data.first_bytes + SCATTERED_COST * n_active * data.rest_bytes
 
 
-def _cheapest_rank(data: LayerData, factors: _StoredFactors, held: HeldBack, options: TrainOptions) -> int:
-    """The rank at which a token costs least, 0 where none pays: in growing steps first, then around the best of them.
+def _cheapest(
+    data: LayerData, sources: Sequence[_Source], held: HeldBack, options: TrainOptions
+) -> tuple[_Source, int] | None:
+    """The kind and the rank at which a token costs least, judged on some neurons and samples; None where none pays."""
+    neurons = slice(None, None, -(-len(data.weight) // _SEARCH_NEURONS))
+    some = held.some(-(-len(held.x) // _SEARCH_SAMPLES), neurons)
+    part = data.some(neurons)
+    times = len(data.weight) / len(part.weight)
+    lowest, best = times * _exact_cost(part, some), None
+    for source in sources:
 
-    More rank costs more predictor and saves ever fewer candidates, so the cost falls and then rises.
+        def cost(rank: int, source: _Source = source) -> float:
+            return _Fitted.of(part, source, rank, some, options, neurons).cost(part, some, times)
+
+        found = _lowest(cost, source, lowest)
+        if found and found[0] < lowest:
+            lowest, best = found[0], (source, found[1])
+    return best
+
+
+def _lowest(cost: Callable[[int], float], source: _Source, bound: float) -> tuple[float, int] | None:
+    """Lowest cost and its rank: in growing steps first, then around the best of them.
+
+    More rank costs more predictor and saves ever fewer candidates, so the cost falls and then rises. Ranks whose
+    predictor alone costs ``bound`` or more are not tried.
     """
-    some = held.every(-(-len(held.x) // _SEARCH_SAMPLES))
-    step = _BLOCK
-    costs = {0: _exact_cost(data, some)}
+    costs: dict[int, float] = {}
 
     def best() -> int:
         return min(costs, key=lambda known: (costs[known], known))
 
-    def measure(rank: int) -> None:
-        costs[rank] = _Fitted.of(data, factors, rank, some, options).cost(data, some)
-
-    rank, worse = step, 0
-    while rank <= factors.limit and worse < 2 and predictor_bytes(data, rank, options.type) < costs[best()]:
-        measure(rank)
-        worse = worse + 1 if costs[rank] > costs[best()] else 0
-        rank = max(rank + step, rank * 3 // 2 // step * step)
-    while best():
-        known, at = sorted(costs), sorted(costs).index(best())
-        between = {(best() + other) // 2 // step * step for other in known[max(at - 1, 0) : at + 2]}
-        new = [r for r in sorted(between - set(costs)) if abs(r - best()) >= best() // 12]
+    at, falling = 0, True
+    while at < len(source.ranks) and falling and source.n_bytes(source.ranks[at]) < min([bound, *costs.values()]):
+        costs[at] = cost(source.ranks[at])
+        falling = best() == at
+        at += max(1, (at + 1) // 2)
+    while costs:
+        known = sorted(costs)
+        beside = known[max(known.index(best()) - 1, 0) : known.index(best()) + 2]
+        between = {(best() + other) // 2 for other in beside}
+        new = [at for at in sorted(between - set(costs)) if abs(at - best()) >= (best() + 1) // 12]
         if not new:
-            break
-        for rank in new:
-            measure(rank)
-    return best()
+            return costs[best()], source.ranks[best()]
+        costs |= {at: cost(source.ranks[at]) for at in new}
+    return None

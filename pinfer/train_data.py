@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeAlias
 
 from pinfer.errors import PinferError
@@ -49,6 +49,10 @@ class LayerData:
     def power(self) -> int:
         """The output grows with this power of the predicted product."""
         return 2 if self.activation == "relu2" else 1
+
+    def some(self, neurons: slice) -> LayerData:
+        """The layer with these neurons alone, to calibrate with."""
+        return replace(self, weight=self.weight[neurons], bias=self.bias[neurons], down_norm=self.down_norm[neurons])
 
     @staticmethod
     def read(model: Model, layer: int, samples: SamplesFile) -> LayerData:
@@ -121,9 +125,9 @@ class HeldBack:
         mass *= data.down_norm
         return HeldBack(x, z, mass)
 
-    def every(self, step: int) -> HeldBack:
-        """One sample in ``step``."""
-        return HeldBack(self.x[::step], self.z[::step], self.mass[::step])
+    def some(self, step: int, neurons: slice) -> HeldBack:
+        """One sample in ``step``, and these neurons alone."""
+        return HeldBack(self.x[::step], *(m[::step, neurons].copy() for m in (self.z, self.mass)))
 
     def recall(self, named: NDArray[np.bool_]) -> float:
         """Share of the mass that these candidates ``[n, n_ff]`` keep."""

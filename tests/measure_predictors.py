@@ -1,13 +1,14 @@
 """What each kind of predictor names at equal bytes: prints the tables of docs/predictors.md.
 
 ``python tests/measure_predictors.py models/tiny-relu2.gguf models/tiny-reglu.gguf`` takes some minutes; profile the
-models first (``pinfer profile MODEL --dataset tests/data/profile.txt``). Kinds that are trained want hours at large
-widths: ``--layers 0,7,15 --epochs 10`` bounds them.
+models first (``pinfer profile MODEL --dataset tests/data/profile.txt``). Kinds that are trained take long at large
+widths: ``--layers 1,7,14 --budgets 1 --epochs 8`` bounds that.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pinfer import paths
-from pinfer.low_rank import Spectrum
+from pinfer.few_bits import few_bits
+from pinfer.low_rank import Spectrum, covariance
 from pinfer.model import open_model
 from pinfer.predictor_file import quantised, row_bytes
 from pinfer.profile_file import SamplesFile
@@ -27,11 +29,10 @@ from pinfer.train_data import HeldBack, LayerData, parts
 Matrix = NDArray[np.float32]
 
 RECALLS = (0.99, 0.995)
-BITS_PER_WEIGHT = (0.5, 1.0, 2.0)
 
 # A and B of the closed form; of trained kinds only the types that it does best with.
 FACTORS = (("f16", "f16"), ("q8_0", "q8_0"), ("q8_0", "q4_0"), ("q4_0", "q4_0"))
-TRAINED_FACTORS = ("q8_0", "q4_0")
+TRAINED_FACTORS = ("q4_0", "q4_0")
 BLOCK = 32
 
 _BATCH = 256
@@ -63,25 +64,46 @@ class Kind:
     n_bytes: int
     """read per token, thresholds included"""
     score: Callable[[Matrix], Matrix]
+    offset: Matrix | None = None
+    """of kinds whose scores are odds: sigmoid(score + offset) is the chance that a neuron fires, ``[n_ff]``"""
 
 
 @dataclass(frozen=True)
 class Found:
-    """How a kind does at one recall; shares are of the layer's neurons, the cost is in streamed bytes per token."""
+    """How a kind does at one recall; shares are of the layer's neurons, the cost is in those of exact mode."""
 
     recall: float
     candidates: float
     cost: float
 
 
-def judge(layer: Layer, kind: Kind, recall: float) -> Found:
-    """Calibrates on one part of the samples and measures on another."""
-    data, tested = layer.data, layer.tested
-    t = calibrate(kind.score(layer.held.x), layer.held, data, recall)
-    named = kind.score(tested.x) > t
-    n_active = np.count_nonzero(named & (tested.mass > 0)) / len(named)
-    rows = np.count_nonzero(named) / len(named) * data.first_bytes + n_active * data.rest_bytes
-    return Found(tested.recall(named), float(named.mean()), kind.n_bytes + SCATTERED_COST * rows)
+def judge(layer: Layer, kind: Kind, recall: float, judged: HeldBack | None = None) -> Found:
+    """Calibrates on one part of the samples and measures on another, ``tested`` unless told otherwise."""
+    data, judged = layer.data, judged or layer.tested
+    scores = kind.score(layer.held.x)
+    t = calibrate(scores, layer.held, data, recall)
+    if kind.offset is not None:
+        by_odds = calibrate_odds(scores, layer.held, kind.offset, recall)
+        t = min(t, by_odds, key=lambda each: int(np.count_nonzero(scores > each)))
+    named = kind.score(judged.x) > t
+    n_fired = np.count_nonzero(judged.mass) / len(named)
+    n_found = np.count_nonzero(named & (judged.mass > 0)) / len(named)
+    rows = np.count_nonzero(named) / len(named) * data.first_bytes + n_found * data.rest_bytes
+    exact = len(data.weight) * data.first_bytes + SCATTERED_COST * n_fired * data.rest_bytes
+    return Found(judged.recall(named), float(named.mean()), (kind.n_bytes + SCATTERED_COST * rows) / exact)
+
+
+def calibrate_odds(scores: Matrix, held: HeldBack, offset: Matrix, recall: float) -> Matrix:
+    """Thresholds for scores that are odds: a neuron's chance to fire times its mean mass when it does has a price."""
+    fired = held.mass > 0
+    mean = (held.mass.sum(axis=0, dtype=np.float64) + 1e-30) / np.maximum(fired.sum(axis=0), 1)
+    value = -np.log1p(np.exp(-np.clip(scores + offset, -80, 80))) + np.log(mean)
+    order = np.argsort(-value[fired])
+    kept = np.cumsum(held.mass[fired][order], dtype=np.float64)
+    price = np.exp(value[fired][order][min(int(np.searchsorted(kept, recall * kept[-1])), len(kept) - 1)])
+    share = price / mean
+    t = np.where(share < 1, np.log(share / np.maximum(1 - share, 1e-30)), 80) - offset
+    return np.nextafter(t.astype(np.float32), np.float32(-np.inf))
 
 
 # -- the closed form ---------------------------------------------------------------------------------------------------
@@ -109,20 +131,20 @@ def of_factors(layer: Layer, name: str, a: Matrix, b: Matrix, types: tuple[str, 
 
 def train(
     layer: Layer, a: Matrix, b: Matrix, c: Matrix, *, relu: bool, epochs: int, rate: float
-) -> tuple[Matrix, Matrix]:
-    """A and B after Adam on the cross-entropy of who fires; the logit of a neuron is B_i·(A x) + c_i."""
+) -> tuple[Matrix, Matrix, Matrix]:
+    """A, B and c after Adam on the cross-entropy of who fires; the logit of a neuron is B_i·(A x) + c_i."""
     parameters = [np.array(p, dtype=np.float32) for p in (a, b, c)]
     moments = [(np.zeros_like(p), np.zeros_like(p)) for p in parameters]
     rng = np.random.default_rng(0)
     n, step = len(layer.fit), 0
+    fired_at = np.concatenate([x @ layer.data.weight.T + layer.data.bias > 0 for x in np.array_split(layer.fit, 8)])
     n_steps = epochs * -(-n // _BATCH)
     for _ in range(epochs):
         order = rng.permutation(n)
         for begin in range(0, n, _BATCH):
-            x = layer.fit[order[begin : begin + _BATCH]]
-            fired = (x @ layer.data.weight.T + layer.data.bias) > 0
+            batch = order[begin : begin + _BATCH]
             step += 1
-            gradients = _gradients(parameters, x, fired, relu=relu)
+            gradients = _gradients(parameters, layer.fit[batch], fired_at[batch], relu=relu)
             # One cycle: up for a tenth of the steps, then down to nothing.
             at = step / n_steps
             now = rate * min(at / 0.1, (1 - at) / 0.9 + 1e-3)
@@ -130,7 +152,7 @@ def train(
                 first += 0.1 * (g - first)
                 second += 0.01 * (g * g - second)
                 p -= now * (first / (1 - 0.9**step)) / (np.sqrt(second / (1 - 0.99**step)) + 1e-8)
-    return parameters[0], parameters[1]
+    return parameters[0], parameters[1], parameters[2]
 
 
 def _gradients(parameters: list[Matrix], x: Matrix, fired: NDArray[np.bool_], *, relu: bool) -> list[Matrix]:
@@ -150,18 +172,21 @@ def trained_kinds(layer: Layer, a: Matrix, b: Matrix, rank: int, epochs: int) ->
     if not epochs:
         return
     n_ff, n_embd = layer.shape
-    types = TRAINED_FACTORS
     x_scale = float(np.sqrt((layer.fit**2).mean(dtype=np.float64)))
 
     rng = np.random.default_rng(1)
     chance_a = rng.normal(size=(rank, n_embd)) / (x_scale * np.sqrt(n_embd))
     chance_b = rng.normal(size=(n_ff, rank)) / np.sqrt(rank)
     rare = np.log(1 / 9) * np.ones(n_ff)
-    found = train(layer, chance_a, chance_b, rare, relu=True, epochs=epochs, rate=2e-3)
-    yield of_factors(layer, "MLP", *found, types, relu=True)
+
+    def trained(name: str, start: tuple[Matrix, Matrix, Matrix], rate: float, *, relu: bool) -> Kind:
+        a, b, c = train(layer, *start, relu=relu, epochs=epochs, rate=rate)
+        return dataclasses.replace(of_factors(layer, name, a, b, TRAINED_FACTORS, relu=relu), offset=c)
+
+    yield trained("MLP", (chance_a, chance_b, rare), 2e-3, relu=True)
 
     # Logits of a probit: the score, standardised by what it leaves unexplained, times 1.7. Hidden values of about 1.
-    def start(r: int) -> tuple[Matrix, Matrix, Matrix]:
+    def closed_form(r: int) -> tuple[Matrix, Matrix, Matrix]:
         hidden = layer.fit @ a[:r].T
         scale = hidden.std(axis=0)
         z = layer.fit[:2048] @ layer.data.weight.T + layer.data.bias
@@ -169,96 +194,119 @@ def trained_kinds(layer: Layer, a: Matrix, b: Matrix, rank: int, epochs: int) ->
         gain = 1.7 / np.maximum(rest.std(axis=0), 1e-3 * z.std(axis=0) + 1e-20)
         return a[:r] / scale[:, None], b[:, :r] * scale * gain[:, None], rest.mean(axis=0) * gain
 
-    half_a, half_b, c = start(rank // 2)
+    half_a, half_b, c = closed_form(rank // 2)
     pair = (np.concatenate([half_a, -half_a]), np.concatenate([half_b, -half_b], axis=1))
-    found = train(layer, *pair, c, relu=True, epochs=epochs, rate=1e-3)
-    yield of_factors(layer, "MLP from closed form", *found, types, relu=True)
-
-    found = train(layer, *start(rank), relu=False, epochs=epochs, rate=1e-3)
-    yield of_factors(layer, "closed form, trained further", *found, types)
+    yield trained("MLP from closed form", (*pair, c), 1e-3, relu=True)
+    yield trained("closed form, trained further", closed_form(rank), 1e-3, relu=False)
 
 
 # -- copies of the matrix in few bits ----------------------------------------------------------------------------------
 
 
-def sign_kinds(layer: Layer) -> Iterator[Kind]:
-    """One bit per weight; the scale of a row is folded into its threshold, so the sign kinds carry only that."""
+def copies(layer: Layer) -> Iterator[Kind]:
+    """One or two bits a weight. Where a row has one scale, that is folded into its threshold."""
     n_ff, n_embd = layer.shape
-    signs = np.where(layer.data.weight < 0, -1, 1).astype(np.float32)
-    n_bytes = n_ff * (-(-n_embd // 8) + 4)
-    yield Kind("sign(W)·x", 0, n_bytes, lambda x: x @ signs.T)
-    yield Kind("sign(W)·sign(x)", 0, n_bytes, lambda x: np.where(x < 0, -1, 1).astype(np.float32) @ signs.T)
+    weight = layer.data.weight
+    signs = np.where(weight < 0, -1, 1).astype(np.float32)
+    one_bit, two_bits = (n_ff * (bits * n_embd // 8 + 4) for bits in (1, 2))
+    yield Kind("sign(W)·sign(x)", 0, one_bit, lambda x: np.where(x < 0, -1, 1).astype(np.float32) @ signs.T)
+    yield Kind("sign(W)·x", 0, one_bit, lambda x: x @ signs.T)
+    by_row, by_block = two_bit_copy(weight, n_embd), two_bit_copy(weight, BLOCK)
+    yield Kind("2 bits, scale per row", 0, two_bits, lambda x: x @ by_row.T)
+    yield Kind("2 bits, scale per 32", 0, two_bits + 2 * n_ff * n_embd // BLOCK, lambda x: x @ by_block.T)
+    inputs = covariance(layer.fit)
+    one, two = few_bits(weight, inputs, 1), few_bits(weight, inputs, 2)
+    yield Kind("one_bit: 1 bit, errors made up for", 0, one_bit, lambda x: x @ one.T)
+    yield Kind("two_bit: 2 bits, errors made up for", 0, two_bits, lambda x: x @ two.T)
 
 
-def two_bit_kinds(layer: Layer) -> Iterator[Kind]:
-    """Weights as ±1/2 and ±3/2 of a step; the step that is best for normal values, of a row or of 32 values."""
-    n_ff, n_embd = layer.shape
-
-    def copy(block: int) -> Matrix:
-        w = layer.data.weight.reshape(n_ff, -1, block)
-        step = np.sqrt((w * w).mean(axis=2, keepdims=True)) + 1e-20
-        levels: Matrix = (np.clip(np.floor(w / step), -2, 1) + 0.5) * step
-        return levels.reshape(n_ff, n_embd).astype(np.float32)
-
-    by_row, by_block = copy(n_embd), copy(BLOCK)
-    yield Kind("2 bits, scale per row", 0, n_ff * (-(-n_embd // 4) + 4), lambda x: x @ by_row.T)
-    n_bytes = n_ff * (-(-n_embd // 4) + 2 * n_embd // BLOCK + 4)
-    yield Kind("2 bits, scale per 32", 0, n_bytes, lambda x: x @ by_block.T)
+def two_bit_copy(weight: Matrix, block: int) -> Matrix:
+    """Weights as ±1/2 and ±3/2 of a step, the one that is best for normal values, of a block of the row."""
+    w = weight.reshape(len(weight), -1, block)
+    step = np.sqrt((w * w).mean(axis=2, keepdims=True)) + 1e-20
+    levels: Matrix = (np.clip(np.floor(w / step), -2, 1) + 0.5) * step
+    return levels.reshape(weight.shape).astype(np.float32)
 
 
 # -- the tables --------------------------------------------------------------------------------------------------------
 
 
-def kinds_of(layer: Layer, epochs: int) -> Iterator[Kind]:
-    """Every kind: sized ones at each of the byte budgets, the closed form at further ranks for its cheapest."""
+def kinds_of(layer: Layer, budgets: list[float], epochs: int) -> Iterator[Kind]:
+    """Every kind; those whose size is free at each budget of bits per weight, and the closed form at its cheapest."""
+    yield from copies(layer)
     n_embd = layer.shape[1]
-    a, b = Spectrum.of(layer.data.weight, layer.fit).factors(n_embd)
-    yield from sign_kinds(layer)
-    yield from two_bit_kinds(layer)
+    a, b = Spectrum.of(layer.data.weight, covariance(layer.fit)).factors(n_embd)
     for types in FACTORS:
-        for rank in sorted({*budget_ranks(layer, types), *range(BLOCK, n_embd // 2 + 1, max(BLOCK, n_embd // 32))}):
-            yield of_factors(layer, "closed form", a[:rank], b[:, :rank], types)
-    for rank in budget_ranks(layer, TRAINED_FACTORS):
-        yield from trained_kinds(layer, a, b, rank, epochs)
+        for budget in budgets:
+            rank = rank_of(layer, types, budget)
+            kind = of_factors(layer, "closed form", a[:rank], b[:, :rank], types)
+            yield dataclasses.replace(kind, name=f"{kind.name}, {budget:g} bit")
+        tried = [
+            of_factors(layer, "closed form", a[:rank], b[:, :rank], types)
+            for rank in range(BLOCK, n_embd * 3 // 4 + 1, max(BLOCK, n_embd // 64))
+        ]
+        cheapest = min(tried, key=lambda kind: judge(layer, kind, RECALLS[-1], layer.held).cost)
+        yield dataclasses.replace(cheapest, name=f"{cheapest.name}, cheapest")
+    for budget in budgets:
+        for kind in trained_kinds(layer, a, b, rank_of(layer, TRAINED_FACTORS, budget), epochs):
+            yield dataclasses.replace(kind, name=f"{kind.name}, {budget:g} bit")
 
 
-def budget_ranks(layer: Layer, types: tuple[str, str]) -> list[int]:
-    """For each budget the rank that comes nearest to it."""
+def rank_of(layer: Layer, types: tuple[str, str], bits: float) -> int:
+    """The rank whose factors come nearest to so many bits for each weight of the matrix."""
     n_ff, n_embd = layer.shape
-    ranks = range(BLOCK, n_embd + 1, BLOCK)
-    budgets = [bits * n_ff * n_embd / 8 + 4 * n_ff for bits in BITS_PER_WEIGHT]
-    return [min(ranks, key=lambda r: abs(factor_bytes(layer, r, types) - budget)) for budget in budgets]
+    wanted = n_ff * (bits * n_embd / 8 + 4)
+    return min(range(BLOCK, n_embd + 1, BLOCK), key=lambda rank: abs(factor_bytes(layer, rank, types) - wanted))
 
 
-def measure(path: Path, wanted: list[int] | None, epochs: int) -> None:
-    """One line per layer and kind; the sized ones at every budget and, without a budget, at their cheapest rank."""
+def read_layer(path: Path, i: int, row_type: str | None) -> Layer:
+    """A layer of a model that was profiled; ``row_type`` counts the bytes of rows as if they were of that type."""
     model = open_model(path)
-    samples = SamplesFile.read(paths.artefact_dir(path, model.fingerprint, for_writing=False) / paths.SAMPLES, model)
-    print(f"\n{model.name}: n_embd {model.n_embd}, n_ff {model.n_ff}, {model.activation}, {samples.n_samples} samples")
-    for i in range(model.n_layer) if wanted is None else wanted:
-        data = LayerData.read(model, i, samples)
-        fit, held, tested = parts(len(data.x))
-        layer = Layer(data, data.x[fit].astype(np.float32), HeldBack.of(data, held), HeldBack.of(data, tested))
+    samples = SamplesFile.read(
+        paths.artefact_dir(model.path, model.fingerprint, for_writing=False) / paths.SAMPLES, model
+    )
+    data = LayerData.read(model, i, samples)
+    if row_type:
+        one = row_bytes(model.n_embd, row_type)
+        data = dataclasses.replace(data, first_bytes=one, rest_bytes=one * (2 if model.gated else 1))
+    fit, held, tested = parts(len(data.x))
+    return Layer(data, data.x[fit].astype(np.float32), HeldBack.of(data, held), HeldBack.of(data, tested))
+
+
+def measure(path: Path, layers: list[int] | None, row_type: str | None, budgets: list[float], epochs: int) -> None:
+    """Prints a line per kind: means over the layers."""
+    model = open_model(path)
+    layers = list(range(model.n_layer)) if layers is None else layers
+    found: dict[str, list[list[float]]] = {}
+    for i in layers:
+        layer = read_layer(path, i, row_type)
         n_ff, n_embd = layer.shape
-        active = float((layer.tested.mass > 0).mean())
-        exact = n_ff * (data.first_bytes + SCATTERED_COST * active * data.rest_bytes)
-        print(f"\nLayer {i}: {100 * active:.1f} % active, exact mode costs {exact / 1024:.0f} KiB a token\n")
-        print("| kind | rank | bits per weight | KiB | recall | candidates | cost | recall | candidates | cost |")
-        print("|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|")
-        for kind in kinds_of(layer, epochs):
-            cells = [kind.name, str(kind.rank or ""), f"{8 * (kind.n_bytes - 4 * n_ff) / (n_ff * n_embd):.2f}"]
-            cells.append(f"{kind.n_bytes / 1024:.0f}")
+        for kind in kinds_of(layer, budgets, epochs):
+            values = [8 * (kind.n_bytes / n_ff - 4) / n_embd, kind.n_bytes / 1024]
             for recall in RECALLS:
-                found = judge(layer, kind, recall)
-                cells += [f"{100 * found.recall:.2f} %", f"{100 * found.candidates:.1f} %", f"{found.cost / exact:.3f}"]
-            print("| " + " | ".join(cells) + " |", flush=True)
+                judged = judge(layer, kind, recall)
+                values += [100 * judged.recall, 100 * judged.candidates, judged.cost]
+            found.setdefault(kind.name, []).append(values)
+    rows = f", rows counted as {row_type.upper()}" if row_type else ""
+    which = ", ".join(str(i) for i in layers)
+    print(f"\n{model.name}: n_embd {model.n_embd}, n_ff {model.n_ff}, layers {which}{rows}\n")
+    print("| kind | bits per weight | KiB a layer | recall | candidates | cost | recall | candidates | cost |")
+    print("|---|---:|---:|---:|---:|---:|---:|---:|---:|")
+    for name, values in found.items():
+        bits, n_kib, *means = (float(mean) for mean in np.mean(values, axis=0))
+        cells = [f"{bits:.2f}", f"{n_kib:.0f}"]
+        for recall, candidates, cost in (means[:3], means[3:]):
+            cells += [f"{recall:.2f} %", f"{candidates:.1f} %", f"{cost:.3f}"]
+        print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("models", type=Path, nargs="+", metavar="MODEL")
     parser.add_argument("--layers", type=lambda text: [int(part) for part in text.split(",")])
+    parser.add_argument("--row-type", help="count the bytes of the model's rows as if they were of this type")
+    parser.add_argument("--budgets", type=lambda text: [float(part) for part in text.split(",")], default=[1.0, 2.0])
     parser.add_argument("--epochs", type=int, default=15, help="of the trained kinds, 0 to leave them out")
     arguments = parser.parse_args()
     for model_path in arguments.models:
-        measure(model_path, arguments.layers, arguments.epochs)
+        measure(model_path, arguments.layers, arguments.row_type, arguments.budgets, arguments.epochs)

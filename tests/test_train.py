@@ -16,7 +16,7 @@ from small_model import Shape, write_small_model
 
 from pinfer import paths
 from pinfer.errors import PinferError
-from pinfer.low_rank import Spectrum
+from pinfer.low_rank import Spectrum, covariance
 from pinfer.model import Model, dequantize, open_model
 from pinfer.predictor_file import LayerPredictor, PredictorFile, quantised, row_bytes
 from pinfer.profile_file import SamplesFile, samples_writer
@@ -62,16 +62,15 @@ def _layer(
 
 def _factors(data: LayerData, rank: int = 10**6) -> tuple[Matrix, Matrix]:
     """A ``[rank, n_embd]`` and B ``[n_ff, rank]`` from all samples, unrounded."""
-    return Spectrum.of(data.weight, data.x.astype(np.float32)).factors(rank)
+    return Spectrum.of(data.weight, covariance(data.x.astype(np.float32))).factors(rank)
 
 
 def _measure(data: LayerData, predictor: LayerPredictor, part: slice) -> tuple[float, float]:
     """Recall and candidates of a predictor, computed from its factors as the plugin would."""
-    assert predictor.a is not None
     assert predictor.b is not None
     assert predictor.t is not None
     held = HeldBack.of(data, part)
-    named = held.x @ predictor.a.T @ predictor.b.T > predictor.t
+    named = scores(predictor.a, predictor.b, held.x) > predictor.t
     return float(held.mass[named].sum() / held.mass.sum()), float(named.mean())
 
 
