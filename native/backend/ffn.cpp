@@ -41,6 +41,15 @@ const float * x_beside(pinfer_engine * e, const ggml_tensor * x, const ggml_tens
     return e->x_copy.data();
 }
 
+// Behind shards only a long batch reads the model's own matrices; the FFN is not held in memory twice for it.
+void release_weights(const pinfer_ffn & f) {
+    for (const ggml_tensor * weight : {f.gate.weight, f.up.weight, f.down.weight}) {
+        if (weight) {
+            pinfer_release_weight(weight);
+        }
+    }
+}
+
 void count(pinfer_state * s, const pinfer_sparse_counts & c) {
     s->stats.n_candidates += c.candidates;
     s->stats.n_active += c.active;
@@ -95,7 +104,11 @@ ggml_status pinfer_ffn_compute(pinfer_engine * e, pinfer_state * s, const pinfer
     // Without shards only an up row or a predictor can be saved; else whole products are as good and faster.
     const bool pays = cold || f.gated() || pred;
     if (s->observer.on || n_tokens >= s->n_batch_dense || !pays) {
-        return pinfer_dense_ffn(e, s, f, act);
+        const ggml_status status = pinfer_dense_ffn(e, s, f, act);
+        if (cold) {
+            release_weights(f);
+        }
+        return status;
     }
 
     pinfer_neurons own;

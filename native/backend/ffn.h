@@ -28,6 +28,9 @@ void pinfer_engine_set_n_threads(pinfer_engine * e, int n_threads);
 // All nodes of a split, in order.
 ggml_status pinfer_engine_compute(pinfer_engine * e, pinfer_state * s, ggml_cgraph * graph);
 
+// plugin.cpp: gives back the memory that a weight's pages take, where they are a mapped file
+void pinfer_release_weight(const ggml_tensor * weight);
+
 // ffn.cpp: one matched FFN
 ggml_status pinfer_ffn_compute(pinfer_engine * e, pinfer_state * s, const pinfer_ffn & f);
 // dense.cpp: plain nodes on the CPU backend, whole products, and the activation by itself

@@ -3,10 +3,13 @@
 #include "ggml-backend-impl.h"
 #include "state.h"
 
+#include <cinttypes>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <exception>
+#include <sys/mman.h>
+#include <unistd.h>
 
 #ifndef PINFER_GGML_VERSION
 #    error "PINFER_GGML_VERSION must name the ggml version of the headers, e.g. \"0.25.3\""
@@ -14,17 +17,66 @@
 
 static ggml_backend_reg_t pinfer_reg();
 static ggml_backend_dev_t pinfer_device();
+static void               buffer_free(ggml_backend_buffer_t buffer);
 
 // buffer: host memory in ggml's standard layout, or a mapped model file
 
 static const size_t BUFFER_ALIGN = 64;
 
+namespace {
+
+struct buffer_memory {
+    void * data;
+    bool   owned;
+    bool   mapped_file; // its pages can be given back: they are read anew when touched
+};
+
+} // namespace
+
+// Whether all of these bytes are a shared mapping (of a file; memory shared otherwise is no weight of a model).
+static bool is_shared_mapping(const void * data, size_t size) {
+    FILE * maps = fopen("/proc/self/maps", "r");
+    if (!maps) {
+        return false;
+    }
+    const uintptr_t begin = (uintptr_t) data, end = begin + size;
+    uintptr_t       reached = begin, low = 0, high = 0;
+    char            mode[5] = "", line[512];
+    while (reached < end && fgets(line, sizeof(line), maps)) {
+        if (sscanf(line, "%" SCNxPTR "-%" SCNxPTR " %4s", &low, &high, mode) == 3 && low <= reached && reached < high) {
+            if (mode[3] != 's') {
+                break;
+            }
+            reached = high;
+        }
+    }
+    fclose(maps);
+    return reached >= end;
+}
+
+void pinfer_release_weight(const ggml_tensor * weight) {
+    const ggml_backend_buffer_t buffer = weight->view_src ? weight->view_src->buffer : weight->buffer;
+    if (!buffer || buffer->iface.free_buffer != buffer_free || !((const buffer_memory *) buffer->context)->mapped_file) {
+        return;
+    }
+    const size_t    page  = (size_t) sysconf(_SC_PAGESIZE);
+    const uintptr_t begin = ((uintptr_t) weight->data + page - 1) / page * page;
+    const uintptr_t end   = ((uintptr_t) weight->data + ggml_nbytes(weight)) / page * page;
+    if (begin < end) {
+        madvise((void *) begin, end - begin, MADV_DONTNEED);
+    }
+}
+
 static void * buffer_get_base(ggml_backend_buffer_t buffer) {
-    return buffer->context;
+    return ((buffer_memory *) buffer->context)->data;
 }
 
 static void buffer_free(ggml_backend_buffer_t buffer) {
-    free(buffer->context);
+    buffer_memory * const memory = (buffer_memory *) buffer->context;
+    if (memory->owned) {
+        free(memory->data);
+    }
+    delete memory;
 }
 
 static void buffer_memset_tensor(ggml_backend_buffer_t, ggml_tensor * t, uint8_t value, size_t offset, size_t size) {
@@ -48,24 +100,22 @@ static bool buffer_cpy_tensor(ggml_backend_buffer_t, const ggml_tensor * src, gg
 }
 
 static void buffer_clear(ggml_backend_buffer_t buffer, uint8_t value) {
-    memset(buffer->context, value, buffer->size);
+    memset(buffer_get_base(buffer), value, buffer->size);
 }
 
-static ggml_backend_buffer_i buffer_interface(bool owned) {
-    return {
-        .free_buffer   = owned ? buffer_free : nullptr,
-        .get_base      = buffer_get_base,
-        .init_tensor   = nullptr,
-        .memset_tensor = buffer_memset_tensor,
-        .set_tensor    = buffer_set_tensor,
-        .get_tensor    = buffer_get_tensor,
-        .set_tensor_2d = nullptr,
-        .get_tensor_2d = nullptr,
-        .cpy_tensor    = buffer_cpy_tensor,
-        .clear         = buffer_clear,
-        .reset         = nullptr,
-    };
-}
+static const ggml_backend_buffer_i buffer_interface = {
+    .free_buffer   = buffer_free,
+    .get_base      = buffer_get_base,
+    .init_tensor   = nullptr,
+    .memset_tensor = buffer_memset_tensor,
+    .set_tensor    = buffer_set_tensor,
+    .get_tensor    = buffer_get_tensor,
+    .set_tensor_2d = nullptr,
+    .get_tensor_2d = nullptr,
+    .cpy_tensor    = buffer_cpy_tensor,
+    .clear         = buffer_clear,
+    .reset         = nullptr,
+};
 
 // buffer type
 
@@ -73,10 +123,14 @@ static const char * buft_get_name(ggml_backend_buffer_type_t) {
     return "PINFER";
 }
 
+static ggml_backend_buffer_t make_buffer(ggml_backend_buffer_type_t buft, const buffer_memory & memory, size_t size) {
+    return ggml_backend_buffer_init(buft, buffer_interface, new buffer_memory(memory), size);
+}
+
 static ggml_backend_buffer_t buft_alloc_buffer(ggml_backend_buffer_type_t buft, size_t size) {
     // never empty: a probe of size 0 must have a base too
     void * data = aligned_alloc(BUFFER_ALIGN, (size / BUFFER_ALIGN + 1) * BUFFER_ALIGN);
-    return data ? ggml_backend_buffer_init(buft, buffer_interface(true), data, size) : nullptr;
+    return data ? make_buffer(buft, {data, true, false}, size) : nullptr;
 }
 
 static size_t buft_get_alignment(ggml_backend_buffer_type_t) {
@@ -208,7 +262,7 @@ static ggml_backend_buffer_type_t device_get_buffer_type(ggml_backend_dev_t) {
 }
 
 static ggml_backend_buffer_t device_buffer_from_host_ptr(ggml_backend_dev_t, void * ptr, size_t size, size_t) {
-    return ggml_backend_buffer_init(pinfer_buffer_type(), buffer_interface(false), ptr, size);
+    return make_buffer(pinfer_buffer_type(), {ptr, false, is_shared_mapping(ptr, size)}, size);
 }
 
 // While a model loads, a weight has no buffer yet or a probe of the type that is being tried.

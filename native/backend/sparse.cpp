@@ -57,10 +57,9 @@ const uint8_t * row_at(const pinfer_rows & rows, int64_t j) {
 // Scattered rows are too short for the hardware's prefetcher to get going, so every line is asked for. Into the second
 // level: the first has too few outstanding misses (measured on Zen 4: 26 against 15 GB/s).
 void prefetch_row(const pinfer_rows & rows, int64_t j, int64_t n) {
-    const uint8_t * row  = row_at(rows, j);
-    const size_t    size = ggml_row_size(rows.kernel->type, n);
-    for (size_t at = 0; at < size; at += 64) {
-        __builtin_prefetch(row + at, 0, 2);
+    const uintptr_t row = (uintptr_t) row_at(rows, j), end = row + ggml_row_size(rows.kernel->type, n);
+    for (uintptr_t line = row / 64 * 64; line < end; line += 64) {
+        __builtin_prefetch((const void *) line, 0, 2);
     }
 }
 
