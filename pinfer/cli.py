@@ -195,7 +195,7 @@ def train(
     max_rank: Annotated[
         int | None, typer.Option("--max-rank", min=1, metavar="N", help="Largest rank tried. [default: by the model]")
     ] = None,
-    type_: Annotated[Literal["f16", "q8_0"], typer.Option("--type", help="Type of the factors.")] = "q8_0",
+    type_: Annotated[Literal["q4_0", "q8_0", "f16"], typer.Option("--type", help="Type of the factors.")] = "q4_0",
     activation: ActivationOpt = None,
     as_json: JsonOpt = False,
     model_flag: ModelOpt = None,

@@ -285,8 +285,8 @@ class _Fitted:
         """Bytes of a token's rows: the first one of each candidate, the others of those that fire."""
         import numpy as np
 
-        n_active = np.count_nonzero(named & (held.mass > 0))
-        return (np.count_nonzero(named) * data.first_bytes + n_active * data.rest_bytes) / len(held.x)
+        n_active = int(np.count_nonzero(named & (held.mass > 0)))
+        return (int(np.count_nonzero(named)) * data.first_bytes + n_active * data.rest_bytes) / len(held.x)
 
     def cost(self, data: LayerData, held: HeldBack, times: float = 1.0) -> float:
         """What a token costs, in streamed bytes, where each neuron stands for ``times`` as many."""
@@ -303,7 +303,7 @@ def _exact_cost(data: LayerData, held: HeldBack) -> float:
     """What a token costs without a predictor: the first matrix is streamed."""
     import numpy as np
 
-    n_active = np.count_nonzero(held.mass) / len(held.x)
+    n_active = int(np.count_nonzero(held.mass)) / len(held.x)
     return len(data.weight) * data.first_bytes + SCATTERED_COST * n_active * data.rest_bytes
 
 

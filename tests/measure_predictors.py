@@ -292,8 +292,8 @@ def measure(path: Path, layers: list[int] | None, row_type: str | None, budgets:
     print(f"\n{model.name}: n_embd {model.n_embd}, n_ff {model.n_ff}, layers {which}{rows}\n")
     print("| kind | bits per weight | KiB a layer | recall | candidates | cost | recall | candidates | cost |")
     print("|---|---:|---:|---:|---:|---:|---:|---:|---:|")
-    for name, values in found.items():
-        bits, n_kib, *means = (float(mean) for mean in np.mean(values, axis=0))
+    for name, of_layers in found.items():
+        bits, n_kib, *means = (float(mean) for mean in np.mean(of_layers, axis=0))
         cells = [f"{bits:.2f}", f"{n_kib:.0f}"]
         for recall, candidates, cost in (means[:3], means[3:]):
             cells += [f"{recall:.2f} %", f"{candidates:.1f} %", f"{cost:.3f}"]

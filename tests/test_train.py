@@ -16,15 +16,17 @@ from small_model import Shape, write_small_model
 
 from pinfer import paths
 from pinfer.errors import PinferError
+from pinfer.few_bits import few_bits
 from pinfer.low_rank import Spectrum, covariance
 from pinfer.model import Model, dequantize, open_model
-from pinfer.predictor_file import LayerPredictor, PredictorFile, quantised, row_bytes
+from pinfer.predictor_file import FEW_BITS, LayerPredictor, PredictorFile, packed, quantised, row_bytes, unpacked
 from pinfer.profile_file import SamplesFile, samples_writer
 from pinfer.thresholds import calibrate, gain, inverse_gain, log_gain
-from pinfer.train import TrainOptions, fit_layer, scores, train
+from pinfer.train import KINDS, SCATTERED_COST, TrainOptions, fit_layer, scores, train
 from pinfer.train_data import HeldBack, LayerData, parts
 
 Matrix = NDArray[np.float32]
+EVERY_KIND = ("low_rank", *FEW_BITS)
 
 
 def _layer(
@@ -116,6 +118,69 @@ def test_fewer_samples_than_inputs_still_give_a_predictor() -> None:
     assert 0 < report.recall <= 1
     assert report.expected_bytes <= report.exact_bytes
     assert predictor.rank == report.rank
+
+
+def test_subspace_is_as_good_as_all_eigenvectors() -> None:
+    """Where few vectors are wanted they come from a random subspace: the error may exceed the least by 1 %."""
+    data = _layer(n_embd=512, n_ff=256, rank=100, remainder=0.3)
+    c = covariance(data.x.astype(np.float32))
+    root = np.linalg.cholesky(c)
+
+    def error(a: Matrix, b: Matrix) -> float:
+        return float(np.square((data.weight - b.astype(np.float64) @ a) @ root).sum())
+
+    spectrum = Spectrum.of(data.weight, c)
+    for rank in (1, 32, 128):
+        least = np.square(np.linalg.svd(data.weight @ root, compute_uv=False)[rank:]).sum()
+        assert least <= error(*spectrum.factors(rank)) * (1 + 1e-6)
+        assert error(*spectrum.factors(rank)) < 1.01 * least
+    exact = Spectrum.of(np.outer(np.arange(256), np.arange(512)).astype(np.float32), c)
+    a, b = exact.factors(64)  # more than there is
+    assert np.isfinite(a).all()
+    assert error(a, b) != error(a, b * 0)
+    assert np.abs(b @ a - exact.weight).max() < 1e-3 * exact.weight.max()
+
+
+# -- few bits ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [1, 2])
+def test_errors_are_made_up_for(bits: int) -> None:
+    """Products with inputs of unequal, correlated directions come out nearer than with every weight by itself."""
+    data = _layer(rank=96)
+    x = data.x.astype(np.float32)
+    x -= x.mean(axis=0)
+    levels = few_bits(data.weight, covariance(x), bits)
+    assert set(np.unique(levels)) == set(range(1 - 2**bits, 2**bits, 2))
+    alone = few_bits(data.weight, np.eye(96), bits)
+
+    def unexplained(found: Matrix) -> float:
+        true, said = x @ data.weight.T, x @ found.T
+        slope = (true * said).sum(axis=0) / (said * said).sum(axis=0)
+        return float(np.square(true - said * slope).sum() / np.square(true).sum())
+
+    deviation = data.weight.std(axis=1, keepdims=True)
+    plain = np.sign(data.weight) if bits == 1 else np.clip(2 * np.floor(data.weight / deviation) + 1, -3, 3)
+    assert unexplained(alone) == pytest.approx(unexplained(plain.astype(np.float32)), rel=0.02)
+    assert unexplained(levels) < 0.6 * unexplained(alone)
+
+
+def test_neurons_are_rounded_each_by_itself() -> None:
+    data = _layer()
+    c = covariance(data.x.astype(np.float32))
+    np.testing.assert_array_equal(few_bits(data.weight[::3], c, 2), few_bits(data.weight, c, 2)[::3])
+
+
+@pytest.mark.parametrize("bits", [1, 2])
+def test_codes_lie_as_the_format_says(bits: int) -> None:
+    rng = np.random.default_rng(0)
+    levels = rng.choice(np.arange(1 - 2**bits, 2**bits, 2), size=(5, 48)).astype(np.float32)
+    codes = packed(levels, bits)
+    assert codes.shape == (5, 48 * bits // 8)
+    for j in (0, 1, 6, 7, 8, 47):
+        q = codes[:, j * bits // 8] >> (j * bits % 8) & (2**bits - 1)
+        np.testing.assert_array_equal(2 * q.astype(int) - (2**bits - 1), levels[:, j])
+    np.testing.assert_array_equal(unpacked(codes, bits), levels)
 
 
 # -- thresholds -------------------------------------------------------------------------------------------------------
@@ -211,6 +276,34 @@ def test_gain_and_its_inverse(power: int, u: float) -> None:
 # -- choice of the rank -----------------------------------------------------------------------------------------------
 
 
+def test_kind_follows_the_structure() -> None:
+    """Thin factors where the matrix has few directions, few bits where it has many, and always what costs least."""
+    few = _layer(rank=16, remainder=0.02)
+    many = _layer(rank=96, remainder=1.0, bias=-1.6)
+    options = TrainOptions(recall=0.98)
+    assert fit_layer(few, 0, options, EVERY_KIND)[1].kind == "low_rank"
+    predictor, report = fit_layer(many, 0, options, EVERY_KIND)
+    assert report.kind in FEW_BITS
+    assert (predictor.kind, predictor.rank, predictor.a) == (report.kind, 96, None)
+    assert report.predictor_bytes == 384 * (96 * FEW_BITS[report.kind] // 8 + 4)
+
+    def cost(kinds: tuple[str, ...]) -> float:
+        found = fit_layer(many, 0, options, kinds)[1]
+        return found.predictor_bytes + SCATTERED_COST * (found.expected_bytes - found.predictor_bytes)
+
+    assert cost(EVERY_KIND) <= 1.02 * min(cost((kind,)) for kind in EVERY_KIND)
+
+
+def test_streamed_bytes_cost_less_than_scattered_ones() -> None:
+    """A predictor whose rows are as many bytes as it saves does not pay: exact mode streams them."""
+    often, rarely = _layer(bias=0.5), _layer(bias=-1.2)
+    options = TrainOptions(recall=0.999)
+    (_, report), (_, rare) = (fit_layer(data, 0, options) for data in (often, rarely))
+    assert 1 / SCATTERED_COST < report.active < 0.8
+    assert report.kind == "none"
+    assert rare.kind == "low_rank"
+
+
 def test_matrix_without_structure_gets_no_predictor() -> None:
     data = _layer(rank=96, remainder=3.0, bias=0.0)
     predictor, report = fit_layer(data, 0, TrainOptions(recall=0.999, type="f16"))
@@ -234,17 +327,18 @@ def test_rank_follows_the_price() -> None:
     rank=st.integers(1, 64),
     remainder=st.floats(0, 2),
     bias=st.floats(-2.5, 0.5),
-    factor_type=st.sampled_from(["f16", "q8_0"]),
+    factor_type=st.sampled_from(["f16", "q8_0", "q4_0"]),
+    kinds=st.sampled_from([KINDS, EVERY_KIND]),
 )
 def test_predictor_never_costs_more_than_none(
-    activation: str, rank: int, remainder: float, bias: float, factor_type: str
+    activation: str, rank: int, remainder: float, bias: float, factor_type: str, kinds: tuple[str, ...]
 ) -> None:
     data = _layer(activation, n_samples=1000, n_embd=64, n_ff=192, rank=rank, remainder=remainder, bias=bias)
     options = TrainOptions(type=factor_type)
-    predictor, report = fit_layer(data, 0, options)
+    predictor, report = fit_layer(data, 0, options, kinds)
     assert report.expected_bytes <= report.exact_bytes
-    if predictor.rank:
-        assert predictor.a is not None
+    assert report.kind in (*kinds, "none")
+    if predictor.a is not None:
         assert predictor.b is not None
         assert predictor.t is not None
         n = predictor.rank * row_bytes(64, factor_type) + 192 * row_bytes(predictor.rank, factor_type) + 4 * 192
@@ -280,7 +374,7 @@ def _write_samples(model: Model, n: int, seed: int = 0) -> None:
 
 
 @pytest.mark.parametrize("activation", ["relu2", "reglu", "drelu", "relu"])
-@pytest.mark.parametrize("factor_type", ["f16", "q8_0"])
+@pytest.mark.parametrize("factor_type", ["f16", "q8_0", "q4_0"])
 def test_file_holds_what_was_learnt(tmp_path: Path, activation: str, factor_type: str) -> None:
     path = write_small_model(tmp_path / "m.gguf", Shape(activation=activation, n_ff=512, biases=True))
     model = open_model(path)
