@@ -326,8 +326,89 @@ void axpy_nibbles(const uint8_t * p, float * y, nibble_map f, float * z, nibble_
     }
 }
 
+// ---- tiles -----------------------------------------------------------------------------------------------------
+
+typedef __m256i ivec;
+
+constexpr int TILE_TOKENS   = 4; // sums of more would not fit into 16 registers
+constexpr int SIGNED_CENTRE = 0;
+
+// Pairs of products are summed in 16 bits: 2 * largest * 127 * tile_run stays below 2^15.
+template <int largest> constexpr int tile_run = largest <= 15 ? 8 : largest <= 31 ? 4 : largest <= 63 ? 2 : 1;
+
+ivec ivec_zero(void) {
+    return _mm256_setzero_si256();
+}
+
+ivec ivec_add(ivec a, ivec b) {
+    return _mm256_add_epi32(a, b);
+}
+
+vec ivec_to_vec(ivec v) {
+    return _mm256_cvtepi32_ps(v);
+}
+
+ivec tile_load(const void * p) {
+    return _mm256_load_si256((const __m256i *) p);
+}
+
+// Signed weights give their sign to x.
+template <int largest> ivec tile_dot(ivec acc, ivec w, const void * p) {
+    const __m256i x = _mm256_set1_epi32((int) load_u32(p));
+    if constexpr (largest == 128) {
+        return _mm256_add_epi16(acc, _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w)));
+    } else {
+        return _mm256_add_epi16(acc, _mm256_maddubs_epi16(w, x));
+    }
+}
+
+template <int largest> ivec tile_widen(ivec acc) {
+    return _mm256_madd_epi16(acc, _mm256_set1_epi16(1));
+}
+
+int8x64 from_signed(int8x64 w) {
+    return w;
+}
+
+// Four bytes of eight rows: rows[i] holds eight columns of them, to[c] gets column c.
+void transpose_8x8(const __m256i * rows, void * const * to) {
+    __m256i a[8], b[8];
+    for (int i = 0; i < 8; i += 2) {
+        a[i]     = _mm256_unpacklo_epi32(rows[i], rows[i + 1]);
+        a[i + 1] = _mm256_unpackhi_epi32(rows[i], rows[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4) {
+        b[i]     = _mm256_unpacklo_epi64(a[i], a[i + 2]);
+        b[i + 1] = _mm256_unpackhi_epi64(a[i], a[i + 2]);
+        b[i + 2] = _mm256_unpacklo_epi64(a[i + 1], a[i + 3]);
+        b[i + 3] = _mm256_unpackhi_epi64(a[i + 1], a[i + 3]);
+    }
+    for (int c = 0; c < 4; c++) { // the halves of b[4k + c] hold columns c and c + 4 of rows 4k to 4k+3
+        _mm256_store_si256((__m256i *) to[c], _mm256_permute2x128_si256(b[c], b[4 + c], 0x20));
+        _mm256_store_si256((__m256i *) to[4 + c], _mm256_permute2x128_si256(b[c], b[4 + c], 0x31));
+    }
+}
+
+// rows[r] holds 64 bytes of row r; group[c] gets bytes 4c to 4c+3 of every row.
+void transpose_tile(const int8x64 * rows, void * const * group) {
+    for (int r = 0; r < PINFER_TILE_ROWS; r += 8) {
+        __m256i first[8], last[8];
+        void *  to[16];
+        for (int i = 0; i < 8; i++) {
+            first[i] = rows[r + i].a;
+            last[i]  = rows[r + i].b;
+        }
+        for (int c = 0; c < 16; c++) {
+            to[c] = (char *) group[c] + 4 * r;
+        }
+        transpose_8x8(first, to);
+        transpose_8x8(last, to + 8);
+    }
+}
+
 } // namespace
 
+#    define PINFER_HAS_TILES
 #    include "body.h"
 
 const struct pinfer_kernel_table pinfer_kernels_avx2 = { "avx2", kernels, sizeof(kernels) / sizeof(kernels[0]), prepare_x_q8 };

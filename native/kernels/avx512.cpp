@@ -260,30 +260,42 @@ void axpy_nibbles(const uint8_t * p, float * y, nibble_map f, float * z, nibble_
 
 // ---- tiles -----------------------------------------------------------------------------------------------------
 
-typedef __m512i ivec; // an integer for each row of a tile
+typedef __m512i ivec;
+
+constexpr int TILE_TOKENS   = 8;
+constexpr int SIGNED_CENTRE = 128; // VNNI multiplies unsigned by signed bytes
+
+template <int largest> constexpr int tile_run = 8;
 
 ivec ivec_zero(void) {
     return _mm512_setzero_si512();
 }
 
-ivec tile_load(const void * p) {
-    return _mm512_load_si512(p);
-}
-
-// acc + the four columns of each row in w times the four values at x
-ivec tile_dot(ivec acc, ivec w, const int8_t * x) {
-    return _mm512_dpbusd_epi32(acc, w, _mm512_set1_epi32((int) load_u32(x)));
+ivec ivec_add(ivec a, ivec b) {
+    return _mm512_add_epi32(a, b);
 }
 
 vec ivec_to_vec(ivec v) {
     return _mm512_cvtepi32_ps(v);
 }
 
-int8x64 flip_sign(int8x64 w) {
+ivec tile_load(const void * p) {
+    return _mm512_load_si512(p);
+}
+
+template <int largest> ivec tile_dot(ivec acc, ivec w, const void * x) {
+    return _mm512_dpbusd_epi32(acc, w, _mm512_set1_epi32((int) load_u32(x)));
+}
+
+template <int largest> ivec tile_widen(ivec acc) {
+    return acc;
+}
+
+int8x64 from_signed(int8x64 w) {
     return _mm512_xor_si512(w, _mm512_set1_epi8((char) 0x80));
 }
 
-// rows[r] holds 64 columns of row r; group[c] gets columns 4c to 4c+3 of every row.
+// rows[r] holds 64 bytes of row r; group[c] gets bytes 4c to 4c+3 of every row.
 void transpose_tile(const int8x64 * rows, void * const * group) {
     __m512i a[16], b[16];
     for (int i = 0; i < 16; i += 2) {
@@ -296,7 +308,7 @@ void transpose_tile(const int8x64 * rows, void * const * group) {
         b[i + 2] = _mm512_unpacklo_epi64(a[i + 1], a[i + 3]);
         b[i + 3] = _mm512_unpackhi_epi64(a[i + 1], a[i + 3]);
     }
-    // 128-bit lane l of b[4k + c] holds columns 4 * (4l + c) of rows 4k to 4k+3
+    // 128-bit lane l of b[4k + c] holds bytes 4 * (4l + c) to 4 * (4l + c) + 3 of rows 4k to 4k+3
     for (int c = 0; c < 4; c++) {
         const __m512i low  = _mm512_shuffle_i32x4(b[c], b[4 + c], 0x88), high = _mm512_shuffle_i32x4(b[8 + c], b[12 + c], 0x88);
         const __m512i low1 = _mm512_shuffle_i32x4(b[c], b[4 + c], 0xdd), high1 = _mm512_shuffle_i32x4(b[8 + c], b[12 + c], 0xdd);

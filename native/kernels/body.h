@@ -433,19 +433,76 @@ void accumulate_rest(int64_t n, int64_t n_rows, const void * const * rows, const
     }
 }
 
+// Few tokens: all of them at once, zeros too.
+template <typename R>
+void accumulate_few(int64_t n, int64_t n_rows, const void * const * rows, const float * a, int64_t n_tokens, float * y) {
+    for (int64_t at = 0; at + PIECE <= n; at += PIECE) {
+        if (n_tokens == 4) {
+            accumulate_piece<4, R>(at, n_rows, rows, a, n_tokens, n, y);
+        } else if (n_tokens == 3) {
+            accumulate_piece<3, R>(at, n_rows, rows, a, n_tokens, n, y);
+        } else if (n_tokens == 2) {
+            accumulate_piece<2, R>(at, n_rows, rows, a, n_tokens, n, y);
+        } else {
+            accumulate_piece<1, R>(at, n_rows, rows, a, n_tokens, n, y);
+        }
+    }
+}
+
+// Columns of y that many tokens are summed into before the next columns' turn: they stay in the first-level cache.
+constexpr int64_t SPAN = 256;
+
+// Most tokens that accumulate_many takes at once.
+constexpr int64_t MANY = 128;
+
+// y[at ... at + width) of the tokens in `list` += a row of weights, times the token's factor.
+void add_span(const float * w, int64_t width, const float * a, const uint8_t * list, int64_t n_list, int64_t n, float * y) {
+    for (int64_t k = 0; k < n_list; k++) {
+        float * const to = y + list[k] * n;
+        const vec     f  = vec_set1(a[list[k]]);
+        for (int64_t i = 0; i < width; i += VEC_LANES) {
+            vec_store(to + i, vec_fma(f, vec_load(w + i), vec_load(to + i)));
+        }
+    }
+}
+
+// Many tokens: a piece of a row is unpacked once, and added where it is not multiplied by zero.
+template <typename R>
+void accumulate_many(int64_t n, int64_t n_rows, const void * const * rows, const float * a, int64_t a_row, int64_t n_tokens, float * y) {
+    uint8_t list[PINFER_TILE_ROWS][MANY];
+    int64_t n_list[PINFER_TILE_ROWS] = {};
+    for (int64_t r = 0; r < n_rows; r++) {
+        for (int64_t t = 0; t < n_tokens; t++) {
+            list[r][n_list[r]] = (uint8_t) t;
+            n_list[r] += a[r * a_row + t] != 0.0f;
+        }
+    }
+    for (int64_t at = 0; at + PIECE <= n; at += SPAN) {
+        const int64_t width = (n - at < SPAN ? n - at : SPAN) / PIECE * PIECE;
+        for (int64_t r = 0; r < n_rows; r++) {
+            float w[SPAN];
+            for (int64_t i = 0; n_list[r] > 0 && i < width; i += PIECE) {
+                vec v[PER_VEC];
+                R::read(rows[r], at + i, v);
+                for (int k = 0; k < PER_VEC; k++) {
+                    vec_store(w + i + k * VEC_LANES, v[k]);
+                }
+            }
+            add_span(w, width, a + r * a_row, list[r], n_list[r], n, y + at);
+        }
+    }
+}
+
 template <typename R>
 void accumulate_pieces(int64_t n, int64_t n_rows, const void * const * rows, const float * a, int64_t n_tokens, float * y) {
-    for (int64_t at = 0; at + PIECE <= n; at += PIECE) {
-        int64_t t = 0;
-        for (; t + 4 <= n_tokens; t += 4) {
-            accumulate_piece<4, R>(at, n_rows, rows, a + t, n_tokens, n, y + t * n);
-        }
-        if (n_tokens - t == 3) {
-            accumulate_piece<3, R>(at, n_rows, rows, a + t, n_tokens, n, y + t * n);
-        } else if (n_tokens - t == 2) {
-            accumulate_piece<2, R>(at, n_rows, rows, a + t, n_tokens, n, y + t * n);
-        } else if (n_tokens - t == 1) {
-            accumulate_piece<1, R>(at, n_rows, rows, a + t, n_tokens, n, y + t * n);
+    if (n_tokens <= 4) {
+        accumulate_few<R>(n, n_rows, rows, a, n_tokens, y);
+        return;
+    }
+    for (int64_t r = 0; r < n_rows; r += PINFER_TILE_ROWS) {
+        const int64_t part = n_rows - r < PINFER_TILE_ROWS ? n_rows - r : PINFER_TILE_ROWS;
+        for (int64_t t = 0; t < n_tokens; t += MANY) {
+            accumulate_many<R>(n, part, rows + r, a + r * n_tokens + t, n_tokens, n_tokens - t < MANY ? n_tokens - t : MANY, y + t * n);
         }
     }
 }
@@ -478,9 +535,9 @@ void prepare_x_q8(const float * x, void * dst, int64_t n) {
 
 #ifdef PINFER_HAS_TILES
 #    include "tiles.h"
-#    define TILES(B, kind) tile_pack<B, kind>, tile_multiply<kind>
+#    define TILES(B) tile_pack<B>, tile_multiply<B>
 #else
-#    define TILES(B, kind) nullptr, nullptr
+#    define TILES(B) nullptr, nullptr
 #endif
 
 namespace {
@@ -494,18 +551,18 @@ const struct pinfer_kernel kernels[] = {
     { GGML_TYPE_F16, FLOATS(vec_load_f16, load_f16, 2) },
     { GGML_TYPE_BF16, FLOATS(vec_load_bf16, load_bf16, 2) },
     { GGML_TYPE_Q8_0, PINFER_X_Q8, dot_blocks<block_q8_0, false>, axpy_q8_0, accumulate_pieces<q8_0_piece>, nullptr,
-      TILES(block_q8_0, TILE_CENTRED_128) },
+      TILES(block_q8_0) },
     { GGML_TYPE_Q4_0, PINFER_X_Q8, dot_blocks<block_q4_0, false>, axpy_q4_0, nullptr, nullptr,
-      TILES(block_q4_0, TILE_CENTRED_8) },
+      TILES(block_q4_0) },
     { GGML_TYPE_Q4_1, PINFER_X_Q8, dot_blocks<block_q4_1, true>, axpy_q4_1, nullptr, nullptr,
-      TILES(block_q4_1, TILE_OFFSET) },
+      TILES(block_q4_1) },
     { GGML_TYPE_Q5_0, PINFER_X_Q8, dot_blocks<block_q5_0, false>, axpy_blocks<block_q5_0, false>, nullptr, nullptr,
-      TILES(block_q5_0, TILE_CENTRED_16) },
+      TILES(block_q5_0) },
     { GGML_TYPE_Q5_1, PINFER_X_Q8, dot_blocks<block_q5_1, true>, axpy_blocks<block_q5_1, true>, nullptr, nullptr,
-      TILES(block_q5_1, TILE_OFFSET) },
-    { GGML_TYPE_Q4_K, PINFER_X_Q8, dot_k4<block_q4_k>, axpy_q4_k, nullptr, nullptr, TILES(block_q4_k, TILE_OFFSET) },
-    { GGML_TYPE_Q5_K, PINFER_X_Q8, dot_k4<block_q5_k>, axpy_q5_k, nullptr, nullptr, TILES(block_q5_k, TILE_OFFSET) },
-    { GGML_TYPE_Q6_K, PINFER_X_Q8, dot_q6_k, axpy_q6_k, nullptr, nullptr, TILES(block_q6_k, TILE_HALVES_32) },
+      TILES(block_q5_1) },
+    { GGML_TYPE_Q4_K, PINFER_X_Q8, dot_k4<block_q4_k>, axpy_q4_k, nullptr, nullptr, TILES(block_q4_k) },
+    { GGML_TYPE_Q5_K, PINFER_X_Q8, dot_k4<block_q5_k>, axpy_q5_k, nullptr, nullptr, TILES(block_q5_k) },
+    { GGML_TYPE_Q6_K, PINFER_X_Q8, dot_q6_k, axpy_q6_k, nullptr, nullptr, TILES(block_q6_k) },
 };
 
 } // namespace

@@ -1,66 +1,47 @@
 // tiles.h: packing of quantised rows into tiles, and their product with several tokens. Part of body.h, see there.
 //
-//   ivec, ivec_zero, ivec_to_vec      an integer per row of the tile
-//   tile_load(p), tile_dot(acc, w, x) acc + (four columns of every row at p) . (four values at x)
-//   flip_sign(w)                      w + 128, as unsigned bytes
-//   transpose_tile(rows, group)       64 columns of each row into 16 groups of four columns
+// What belongs to the 16 rows of a tile takes TILE_VECS vectors; the primitives work on one of them.
+//
+//   ivec, ivec_zero, ivec_add         an integer per row
+//   tile_load(p)                      four columns of VEC_LANES rows at p, PINFER_TILE_ROWS * 4 bytes apart by column
+//   tile_dot<largest>(acc, w, x)      acc + (four columns of every row) . (four values at x), |w| <= largest
+//   tile_run<largest>                 how many tile_dot may follow one another before tile_widen
+//   tile_widen<largest>(acc)          their sum as an integer per row
+//   ivec_to_vec(v)                    the same numbers as floats
+//   from_signed(w), SIGNED_CENTRE     w + SIGNED_CENTRE: bytes from -128 to 127 as tile_dot wants them
+//   transpose_tile(rows, group)       64 bytes of each row into 16 groups of four bytes of every row
+//   TILE_TOKENS                       how many tokens are multiplied at once, at most
 #pragma once
-
-static_assert(VEC_LANES == PINFER_TILE_ROWS, "a vector holds one value of each row");
 
 namespace {
 
-// weight = a * (q - centre); a * q + b; or a or b (first, last 16 columns) times (q - 32).
-enum tile_kind { TILE_CENTRED_8, TILE_CENTRED_16, TILE_CENTRED_128, TILE_OFFSET, TILE_HALVES_32 };
+constexpr int TILE_VECS = PINFER_TILE_ROWS / VEC_LANES;
 
-constexpr float tile_centre(tile_kind kind) {
-    return kind == TILE_CENTRED_8 ? 8.0f : kind == TILE_CENTRED_16 ? 16.0f : kind == TILE_CENTRED_128 ? 128.0f : 32.0f;
-}
+// weight = a * (q - centre); a * q + b; or a or b (first, last 16 columns) times (q - centre).
+enum tile_form { TILE_CENTRED, TILE_OFFSET, TILE_HALVES };
 
-// ---- packing: 64 columns of one row as unsigned bytes, with what the groups of 32 need besides -------------------
+template <typename B> constexpr tile_form form             = TILE_CENTRED;
+template <> constexpr tile_form           form<block_q4_1> = TILE_OFFSET;
+template <> constexpr tile_form           form<block_q5_1> = TILE_OFFSET;
+template <> constexpr tile_form           form<block_q4_k> = TILE_OFFSET;
+template <> constexpr tile_form           form<block_q5_k> = TILE_OFFSET;
+template <> constexpr tile_form           form<block_q6_k> = TILE_HALVES;
 
-struct tile_scales {
-    float a[2], b[2];
-};
+// Of the integers of a type: 128 stands for signed bytes.
+template <typename B> constexpr int largest             = 15;
+template <> constexpr int           largest<block_q5_0> = 31;
+template <> constexpr int           largest<block_q5_1> = 31;
+template <> constexpr int           largest<block_q5_k> = 31;
+template <> constexpr int           largest<block_q6_k> = 63;
+template <> constexpr int           largest<block_q8_0> = 128;
 
-template <typename B> constexpr bool is_super_block                 = sizeof(B) > 64;
-template <typename B> constexpr int  block_columns                  = is_super_block<B> ? 256 : 32;
-template <typename B> constexpr bool has_offset                     = false;
-template <> constexpr bool           has_offset<block_q4_1>         = true;
-template <> constexpr bool           has_offset<block_q5_1>         = true;
+template <typename B> constexpr int tile_centre             = centre<B>;
+template <> constexpr int           tile_centre<block_q8_0> = SIGNED_CENTRE;
 
-// Blocks a and b of 32.
-template <typename B> int8x64 tile_weights(const B * a, const B * b, tile_scales * s) {
-    *s = { { load_half(a->d), load_half(b->d) }, { 0.0f, 0.0f } };
-    if constexpr (has_offset<B>) {
-        s->b[0] = load_half(a->m);
-        s->b[1] = load_half(b->m);
-    }
-    return weights(a, b);
-}
+// ---- packing -----------------------------------------------------------------------------------------------------
 
-template <> int8x64 tile_weights(const block_q8_0 * a, const block_q8_0 * b, tile_scales * s) {
-    *s = { { load_half(a->d), load_half(b->d) }, { 0.0f, 0.0f } };
-    return flip_sign(weights(a, b));
-}
-
-// Scales of a Q6_K block.
-struct scales_16 {
-    float scale[16];
-};
-
-// Those of part `part` of a block of 256.
-template <int part> tile_scales scales_of_part(const scales_k & all) {
-    return { { all.scale[2 * part], all.scale[2 * part + 1] }, { all.min[2 * part], all.min[2 * part + 1] } };
-}
-
-template <int part> tile_scales scales_of_part(const scales_16 & all) {
-    const float * s = all.scale + 4 * part;
-    return { { s[0], s[2] }, { s[1], s[3] } };
-}
-
-// The two groups of a piece of 64 columns; the second is absent at the end of an odd number of them.
-void store_piece(const int8x64 * rows, const tile_scales * s, tile_group * first, tile_group * second) {
+// The columns of two groups: 64 bytes of each row. The second is absent at the end of an odd number of them.
+void store_columns(const int8x64 * rows, tile_group * first, tile_group * second) {
     tile_group spare;
     void *     group[16];
     second = second ? second : &spare;
@@ -69,140 +50,189 @@ void store_piece(const int8x64 * rows, const tile_scales * s, tile_group * first
         group[8 + c] = second->q[c];
     }
     transpose_tile(rows, group);
+}
+
+// An F16 of each row.
+void store_halves(const uint16_t * halves, float * to) {
+    for (int v = 0; v < TILE_VECS; v++) {
+        vec_store(to + v * VEC_LANES, vec_load_f16(halves + v * VEC_LANES));
+    }
+}
+
+template <typename B> void store_scales(const void * const * rows, int64_t i, tile_group * tile) {
+    uint16_t d[PINFER_TILE_ROWS], m[PINFER_TILE_ROWS];
     for (int r = 0; r < PINFER_TILE_ROWS; r++) {
-        first->a[r]  = s[r].a[0];
-        first->b[r]  = s[r].b[0];
-        second->a[r] = s[r].a[1];
-        second->b[r] = s[r].b[1];
+        const B * const b = (const B *) rows[r] + i;
+        d[r]              = load_u16(b->d);
+        if constexpr (form<B> == TILE_OFFSET) {
+            m[r] = load_u16(b->m);
+        }
+    }
+    store_halves(d, tile->a);
+    if constexpr (form<B> == TILE_OFFSET) {
+        store_halves(m, tile->b);
     }
 }
 
 template <typename B> void pack_small_blocks(int64_t begin, int64_t end, const void * const * rows, tile_group * tile) {
     for (int64_t i = begin / 32; i < end / 32; i += 2, tile += 2) {
-        const bool  pair = i + 1 < end / 32;
-        int8x64     w[PINFER_TILE_ROWS];
-        tile_scales s[PINFER_TILE_ROWS];
+        const bool pair = i + 1 < end / 32;
+        int8x64    w[PINFER_TILE_ROWS];
         for (int r = 0; r < PINFER_TILE_ROWS; r++) {
             const B * const a = (const B *) rows[r] + i;
-            w[r]              = tile_weights<B>(a, pair ? a + 1 : (const B *) zero_block, &s[r]);
+            w[r]              = weights(a, pair ? a + 1 : (const B *) zero_block);
+            if constexpr (largest<B> == 128) {
+                w[r] = from_signed(w[r]);
+            }
         }
-        store_piece(w, s, tile, pair ? tile + 1 : nullptr);
+        store_columns(w, tile, pair ? tile + 1 : nullptr);
+        store_scales<B>(rows, i, tile);
+        if (pair) {
+            store_scales<B>(rows, i + 1, tile + 1);
+        }
     }
 }
 
-template <int part, typename B, typename S> void pack_part(const void * const * rows, int64_t i, const S * all, tile_group * tile) {
-    int8x64     w[PINFER_TILE_ROWS];
-    tile_scales s[PINFER_TILE_ROWS];
+template <int part, typename B> void pack_part(const void * const * rows, int64_t i, tile_group * tile) {
+    int8x64 w[PINFER_TILE_ROWS];
     for (int r = 0; r < PINFER_TILE_ROWS; r++) {
         w[r] = weights<part>((const B *) rows[r] + i);
-        s[r] = scales_of_part<part>(all[r]);
     }
-    store_piece(w, s, tile + 2 * part, tile + 2 * part + 1);
+    store_columns(w, tile + 2 * part, tile + 2 * part + 1);
 }
 
-void load_tile_scales(const block_q6_k * b, scales_16 * s) {
-    store_scales_i8(s->scale, b->scales, load_half(b->d));
+// The 16 floats of a row's block: a and b of its 8 groups, in the order of group_floats.
+void load_group_floats(const block_q6_k * b, float * s) {
+    store_scales_i8(s, b->scales, load_half(b->d));
 }
 
-template <typename B> void load_tile_scales(const B * b, scales_k * s) {
+template <typename B> void load_group_floats(const B * b, float * s) {
     const scales_k4 packed = unpack_scales_k4(b->scales);
-    load_scales(b, &packed, 1.0f, s);
+    store_scales_u8(s, packed.scale, load_half(b->d));
+    store_scales_u8(s + 8, packed.min, -load_half(b->dmin));
 }
 
-template <typename B, typename S> void pack_super_blocks(int64_t begin, int64_t end, const void * const * rows, tile_group * tile) {
+// They are 64 bytes, which are transposed as columns are.
+template <typename B> void store_group_floats(const void * const * rows, int64_t i, tile_group * tile) {
+    float   s[PINFER_TILE_ROWS][16];
+    int8x64 bytes[PINFER_TILE_ROWS];
+    for (int r = 0; r < PINFER_TILE_ROWS; r++) {
+        load_group_floats((const B *) rows[r] + i, s[r]);
+        bytes[r] = load_bytes(s[r]);
+    }
+    void * to[16];
+    for (int g = 0; g < 8; g++) {
+        constexpr bool halves      = form<B> == TILE_HALVES; // a and b side by side
+        to[halves ? 2 * g : g]         = tile[g].a;
+        to[halves ? 2 * g + 1 : 8 + g] = tile[g].b;
+    }
+    transpose_tile(bytes, to);
+}
+
+template <typename B> void pack_super_blocks(int64_t begin, int64_t end, const void * const * rows, tile_group * tile) {
     for (int64_t i = begin / 256; i < end / 256; i++, tile += 8) {
-        S all[PINFER_TILE_ROWS];
-        for (int r = 0; r < PINFER_TILE_ROWS; r++) {
-            load_tile_scales((const B *) rows[r] + i, &all[r]);
-        }
-        pack_part<0, B>(rows, i, all, tile);
-        pack_part<1, B>(rows, i, all, tile);
-        pack_part<2, B>(rows, i, all, tile);
-        pack_part<3, B>(rows, i, all, tile);
+        pack_part<0, B>(rows, i, tile);
+        pack_part<1, B>(rows, i, tile);
+        pack_part<2, B>(rows, i, tile);
+        pack_part<3, B>(rows, i, tile);
+        store_group_floats<B>(rows, i, tile);
     }
 }
 
-template <typename B, tile_kind kind> void tile_pack(int64_t begin, int64_t end, const void * const * rows, void * tile) {
-    if constexpr (!is_super_block<B>) {
-        pack_small_blocks<B>(begin, end, rows, (tile_group *) tile);
-    } else if constexpr (kind == TILE_HALVES_32) {
-        pack_super_blocks<B, scales_16>(begin, end, rows, (tile_group *) tile);
+template <typename B> void tile_pack(int64_t begin, int64_t end, const void * const * rows, void * tile) {
+    if constexpr (sizeof(B) > 64) {
+        pack_super_blocks<B>(begin, end, rows, (tile_group *) tile);
     } else {
-        pack_super_blocks<B, scales_k>(begin, end, rows, (tile_group *) tile);
+        pack_small_blocks<B>(begin, end, rows, (tile_group *) tile);
     }
 }
 
 // ---- product -----------------------------------------------------------------------------------------------------
 
-// T tokens whose x lies x_row bytes apart; the sums of all rows of a token stay in one register.
-template <tile_kind kind, int T>
-void multiply_tokens(int64_t n, int64_t begin, int64_t end, const tile_group * tile, const char * x, size_t x_row, float * out,
-                     int64_t out_row) {
-    pinfer_x_q8 v[T];
-    vec         sum[T];
-    for (int t = 0; t < T; t++) {
-        v[t]   = x_q8_at(x + (size_t) t * x_row, n);
-        sum[t] = vec_load(out + t * out_row);
-    }
-    const vec minus_centre = vec_set1(-tile_centre(kind));
-    for (int64_t g = begin / 32; g < end / 32; g++, tile++) {
-        const vec a = vec_load(tile->a), b = vec_load(tile->b);
-        ivec      low[T], high[T];
-        for (int t = 0; t < T; t++) {
-            low[t] = high[t] = ivec_zero();
-        }
-        for (int c = 0; c < 4; c++) {
-            const ivec w = tile_load(tile->q[c]);
-            for (int t = 0; t < T; t++) {
-                low[t] = tile_dot(low[t], w, v[t].q + 32 * g + 4 * c);
-            }
-        }
-        for (int c = 4; c < 8; c++) {
-            const ivec w = tile_load(tile->q[c]);
-            for (int t = 0; t < T; t++) {
-                ivec * const to = kind == TILE_HALVES_32 ? &high[t] : &low[t];
-                *to             = tile_dot(*to, w, v[t].q + 32 * g + 4 * c);
+// dots[t] = N columns of four at q times the bytes at x[t] + at.
+template <int largest, int N, int T>
+[[gnu::always_inline]] inline void multiply_columns(const uint8_t (*q)[PINFER_TILE_ROWS][4], const char * const * x, int64_t at,
+                                                    ivec dots[][TILE_VECS]) {
+    constexpr int run = tile_run<largest> < N ? tile_run<largest> : N;
+    for (int first = 0; first < N; first += run) {
+        ivec sum[T][TILE_VECS];
+        for (int c = first; c < first + run; c++) {
+            for (int v = 0; v < TILE_VECS; v++) {
+                const ivec w = tile_load(q[c][v * VEC_LANES]);
+                for (int t = 0; t < T; t++) {
+                    sum[t][v] = tile_dot<largest>(c == first ? ivec_zero() : sum[t][v], w, x[t] + at + 4 * c);
+                }
             }
         }
         for (int t = 0; t < T; t++) {
-            const vec d = vec_set1(v[t].d[g]);
-            if constexpr (kind == TILE_OFFSET) {
-                sum[t] = vec_fma(vec_mul(ivec_to_vec(low[t]), d), a, sum[t]);
-                sum[t] = vec_fma(b, vec_set1(v[t].s32[g]), sum[t]);
-            } else if constexpr (kind == TILE_HALVES_32) {
-                const vec first = vec_fma(minus_centre, vec_set1(v[t].s16[2 * g]), vec_mul(ivec_to_vec(low[t]), d));
-                const vec last  = vec_fma(minus_centre, vec_set1(v[t].s16[2 * g + 1]), vec_mul(ivec_to_vec(high[t]), d));
-                sum[t]          = vec_fma(last, b, vec_fma(first, a, sum[t]));
-            } else {
-                const vec centred = vec_fma(minus_centre, vec_set1(v[t].s32[g]), vec_mul(ivec_to_vec(low[t]), d));
-                sum[t]            = vec_fma(centred, a, sum[t]);
+            for (int v = 0; v < TILE_VECS; v++) {
+                const ivec wide = tile_widen<largest>(sum[t][v]);
+                dots[t][v]      = first == 0 ? wide : ivec_add(dots[t][v], wide);
             }
         }
-    }
-    for (int t = 0; t < T; t++) {
-        vec_store(out + t * out_row, sum[t]);
     }
 }
 
-template <tile_kind kind>
+// T tokens whose x lies x_row bytes apart; the sums of a token stay in registers, and so do the addresses of the tokens:
+// what belongs to one of them lies at the same distance from each.
+template <typename B, int T>
+void multiply_tokens(int64_t n, int64_t begin, int64_t end, const tile_group * tile, const char * x, size_t x_row, float * out,
+                     int64_t out_row) {
+    constexpr int     parts = form<B> == TILE_HALVES ? 2 : 1, columns = 8 / parts; // of equal scale in a group
+    const vec         minus_centre = vec_set1((float) -tile_centre<B>);
+    const pinfer_x_q8 first        = x_q8_at(x, n);
+    const int64_t     d_at = (const char *) first.d - x, total_at = (const char *) (parts == 2 ? first.s16 : first.s32) - x;
+    const char *      x_t[T];
+    vec               sum[T][TILE_VECS];
+    for (int t = 0; t < T; t++) {
+        x_t[t] = x + (size_t) t * x_row;
+        for (int v = 0; v < TILE_VECS; v++) {
+            sum[t][v] = vec_load(out + t * out_row + v * VEC_LANES);
+        }
+    }
+    for (int64_t g = begin / 32; g < end / 32; g++, tile++) {
+        for (int p = 0; p < parts; p++) {
+            const float * const scale = p == 0 ? tile->a : tile->b;
+            ivec                dots[T][TILE_VECS];
+            multiply_columns<largest<B>, columns, T>(tile->q + p * columns, x_t, 32 * g + 4 * p * columns, dots);
+            for (int t = 0; t < T; t++) {
+                const vec d     = vec_set1(load_f32(x_t[t] + d_at + 4 * g));
+                const vec total = vec_set1(load_f32(x_t[t] + total_at + 4 * (parts * g + p)));
+                for (int v = 0; v < TILE_VECS; v++) {
+                    vec dot = vec_mul(ivec_to_vec(dots[t][v]), d);
+                    if constexpr (form<B> == TILE_OFFSET) {
+                        sum[t][v] = vec_fma(vec_load(tile->b + v * VEC_LANES), total, sum[t][v]);
+                    } else if constexpr (tile_centre<B> != 0) {
+                        dot = vec_fma(minus_centre, total, dot);
+                    }
+                    sum[t][v] = vec_fma(dot, vec_load(scale + v * VEC_LANES), sum[t][v]);
+                }
+            }
+        }
+    }
+    for (int t = 0; t < T; t++) {
+        for (int v = 0; v < TILE_VECS; v++) {
+            vec_store(out + t * out_row + v * VEC_LANES, sum[t][v]);
+        }
+    }
+}
+
+// As many times T tokens as there are, then the rest by halves of T.
+template <typename B, int T>
+void multiply_blocks(int64_t n, int64_t begin, int64_t end, const tile_group * tile, const char * x, size_t x_row,
+                     int64_t n_tokens, float * out, int64_t out_row) {
+    for (; n_tokens >= T; n_tokens -= T, x += T * x_row, out += T * out_row) {
+        multiply_tokens<B, T>(n, begin, end, tile, x, x_row, out, out_row);
+    }
+    if constexpr (T > 1) {
+        multiply_blocks<B, T / 2>(n, begin, end, tile, x, x_row, n_tokens, out, out_row);
+    }
+}
+
+template <typename B>
 void tile_multiply(int64_t n, int64_t begin, int64_t end, const void * tile, const void * x, size_t x_row, int64_t n_tokens,
                    float * out, int64_t out_row) {
-    const tile_group * g = (const tile_group *) tile;
-    const char *       v = (const char *) x;
-    for (; n_tokens >= 8; n_tokens -= 8, v += 8 * x_row, out += 8 * out_row) {
-        multiply_tokens<kind, 8>(n, begin, end, g, v, x_row, out, out_row);
-    }
-    if (n_tokens >= 4) {
-        multiply_tokens<kind, 4>(n, begin, end, g, v, x_row, out, out_row);
-        n_tokens -= 4, v += 4 * x_row, out += 4 * out_row;
-    }
-    if (n_tokens >= 2) {
-        multiply_tokens<kind, 2>(n, begin, end, g, v, x_row, out, out_row);
-        n_tokens -= 2, v += 2 * x_row, out += 2 * out_row;
-    }
-    if (n_tokens >= 1) {
-        multiply_tokens<kind, 1>(n, begin, end, g, v, x_row, out, out_row);
-    }
+    multiply_blocks<B, TILE_TOKENS>(n, begin, end, (const tile_group *) tile, (const char *) x, x_row, n_tokens, out, out_row);
 }
 
 } // namespace

@@ -201,7 +201,7 @@ static void test_tile(const batch & b, int64_t block, report * rep) {
     random_source      r   = { 11 };
     const auto         before = r.normals(b.n_tokens * out_row);
     std::vector<float> out    = before;
-    void *             tile   = aligned_alloc(64, pinfer_tile_size(b.n));
+    void *             tile   = aligned_alloc(64, (size_t) b.n / 32 * sizeof(tile_group));
     for (int64_t begin = 0, end = cut > 0 ? cut : b.n; begin < b.n; begin = end, end = b.n) {
         b.kernel->pack(begin, end, b.row.data(), tile);
         b.kernel->multiply(b.n, begin, end, tile, b.x.data(), b.x_row, b.n_tokens, out.data(), out_row);
