@@ -196,6 +196,11 @@ class _Source(Protocol):
     ranks: range
     """to choose from, in steps; few bits have one rank alone, the width"""
 
+    @property
+    def ready(self) -> int:
+        """The place in ``ranks`` up to which there is nothing left to compute."""
+        ...
+
     def parts(self, rank: int, neurons: slice) -> tuple[Matrix | None, Matrix]:
         """A ``[rank, n_embd]``, None where there is none, and B ``[neurons, rank]``, with the values of the file."""
         ...
@@ -221,6 +226,11 @@ class _LowRank:
         self._a: Matrix | None = None
         self._b: Matrix | None = None
 
+    @property
+    def ready(self) -> int:
+        """Higher ranks take eigenvectors that are not known yet."""
+        return 0 if self._a is None else len(self._a) // _BLOCK - 1
+
     def parts(self, rank: int, neurons: slice) -> tuple[Matrix, Matrix]:
         """Blocks of quantised values run along the rank, so lower ranks are beginnings of higher ones."""
         if self._a is None or self._b is None or rank > len(self._a):
@@ -244,6 +254,7 @@ class _FewBits:
     def __init__(self, data: LayerData, inputs: NDArray[np.float64], kind: str) -> None:
         n_embd = data.weight.shape[1]
         self.kind = kind
+        self.ready = 0
         # Codes fill whole bytes.
         self.ranks = range(n_embd, n_embd + 1) if n_embd * FEW_BITS[kind] % 8 == 0 else range(0)
         self._data = data
@@ -342,7 +353,8 @@ def _lowest(cost: Callable[[int], float], source: _Source, bound: float) -> tupl
     while at < len(source.ranks) and falling and source.n_bytes(source.ranks[at]) < min([bound, *costs.values()]):
         costs[at] = cost(source.ranks[at])
         falling = best() == at
-        at += max(1, (at + 1) // 2)
+        after = at + max(1, (at + 1) // 2)
+        at = source.ready if at < source.ready < after else after
     while costs:
         known = sorted(costs)
         beside = known[max(known.index(best()) - 1, 0) : known.index(best()) + 2]
