@@ -41,6 +41,13 @@ void pinfer_engine_set_n_threads(pinfer_engine * e, int n_threads) {
     }
 }
 
+uint8_t * pinfer_engine_arena(pinfer_engine * e, size_t size) {
+    if (e->arena.size() < size + 64) {
+        e->arena.resize(size + 64);
+    }
+    return (uint8_t *) (((uintptr_t) e->arena.data() + 63) / 64 * 64);
+}
+
 static bool is_view(const ggml_tensor * t) {
     return t->op == GGML_OP_NONE || t->op == GGML_OP_VIEW || t->op == GGML_OP_RESHAPE || t->op == GGML_OP_PERMUTE ||
            t->op == GGML_OP_TRANSPOSE;

@@ -7,19 +7,6 @@
 
 namespace {
 
-// The model's own matrices as neurons: rows of gate and up lie whole, down lies across and is absent.
-pinfer_rows model_rows(const pinfer_product & p) {
-    if (!p.mul_mat) {
-        return {};
-    }
-    return {
-        .data   = (const uint8_t *) p.weight->data,
-        .stride = p.weight->nb[1],
-        .kernel = pinfer_kernel_get(p.weight->type),
-        .bias   = p.bias ? (const float *) p.bias->data : nullptr,
-    };
-}
-
 // dst [n_tokens, n_embd] += the hot part, then the bias.
 void add_rest(const pinfer_ffn & f, const float * hot) {
     const int64_t n_embd = f.down.out()->ne[0];
@@ -41,7 +28,7 @@ const float * x_beside(pinfer_engine * e, const ggml_tensor * x, const ggml_tens
     return e->x_copy.data();
 }
 
-// Behind shards only a long batch reads the model's own matrices; the FFN is not held in memory twice for it.
+// Behind shards only a long batch may read the model's own matrices; the FFN is not held in memory twice for it.
 void release_weights(const pinfer_ffn & f) {
     for (const ggml_tensor * weight : {f.gate.weight, f.up.weight, f.down.weight}) {
         if (weight) {
@@ -80,6 +67,21 @@ ggml_status compute_shards(pinfer_engine * e, pinfer_state * s, const pinfer_ffn
     return GGML_STATUS_SUCCESS;
 }
 
+// Many tokens: nothing is predicted. Where all neurons are cold the shard has what is needed, and its down rows are the
+// way to save what is zero; else the model's own matrices are used.
+ggml_status compute_long_batch(pinfer_engine * e, pinfer_state * s, const pinfer_ffn & f, const pinfer_neurons & cold,
+                               pinfer_activation act) {
+    if (cold.n < f.h->ne[0]) {
+        const ggml_status status = pinfer_dense_ffn(e, s, f, act);
+        release_weights(f);
+        return status;
+    }
+    s->stats.n_tokens_dense += (uint64_t) f.x->ne[1];
+    const ggml_status status = pinfer_dense_neurons(e, f, cold, act, x_beside(e, f.x, f.down.out()));
+    add_rest(f, nullptr);
+    return status;
+}
+
 // No shards: down is multiplied whole, from an h that is zero where nothing fired.
 ggml_status compute_model(pinfer_engine * e, pinfer_state * s, const pinfer_ffn & f, pinfer_sparse_job & j) {
     j.x = x_beside(e, f.x, f.h);
@@ -100,22 +102,24 @@ ggml_status pinfer_ffn_compute(pinfer_engine * e, pinfer_state * s, const pinfer
     if (pred && pred->rank == 0) {
         pred = nullptr;
     }
+    if (cold && e->released.insert(f.layer).second) {
+        release_weights(f); // the loader of libllama has read the whole file
+    }
     const int64_t n_tokens = f.x->ne[1];
     // Without shards only an up row or a predictor can be saved; else whole products are as good and faster.
     const bool pays = cold || f.gated() || pred;
-    if (s->observer.on || n_tokens >= s->n_batch_dense || !pays) {
-        const ggml_status status = pinfer_dense_ffn(e, s, f, act);
-        if (cold) {
-            release_weights(f);
-        }
-        return status;
+    if (s->observer.on || !pays) {
+        return pinfer_dense_ffn(e, s, f, act);
+    }
+    if (n_tokens >= s->n_batch_dense) {
+        return cold ? compute_long_batch(e, s, f, *cold, act) : pinfer_dense_ffn(e, s, f, act);
     }
 
     pinfer_neurons own;
     if (!cold) {
         own.n    = f.up.weight->ne[1];
-        own.gate = model_rows(f.gate);
-        own.up   = model_rows(f.up);
+        own.gate = pinfer_model_rows(f.gate);
+        own.up   = pinfer_model_rows(f.up);
         if (!own.up.kernel || (f.gated() && !own.gate.kernel)) {
             return pinfer_dense_ffn(e, s, f, act);
         }

@@ -6,6 +6,7 @@
 #include "state.h"
 
 #include <cstdint>
+#include <set>
 #include <vector>
 
 // One per backend instance, so one per llama_context.
@@ -18,12 +19,16 @@ struct pinfer_engine {
     std::vector<uint8_t>             arena; // scratch of the executors, cut up anew for every FFN
     std::vector<float>               x_copy;
     std::vector<float>               hot_y;
+    std::set<int>                    released; // layers whose matrices in the model have given their memory back
     std::vector<const ggml_tensor *> activation_done; // per layer: the last activation node computed here
 };
 
 bool pinfer_engine_init(pinfer_engine * e);
 void pinfer_engine_free(pinfer_engine * e);
 void pinfer_engine_set_n_threads(pinfer_engine * e, int n_threads);
+
+// At least size bytes, 64-byte aligned, good until the next call.
+uint8_t * pinfer_engine_arena(pinfer_engine * e, size_t size);
 
 // All nodes of a split, in order.
 ggml_status pinfer_engine_compute(pinfer_engine * e, pinfer_state * s, ggml_cgraph * graph);
@@ -37,5 +42,13 @@ ggml_status pinfer_ffn_compute(pinfer_engine * e, pinfer_state * s, const pinfer
 ggml_status pinfer_dense_nodes(pinfer_engine * e, ggml_tensor * const * nodes, int n);
 // A product of all rows, from x [n_tokens, n] into p.out()
 ggml_status pinfer_dense_product(pinfer_engine * e, const pinfer_product & p, const float * x);
+// The same of n_rows rows, from x [n_tokens, n] into out [n_tokens, n_rows]
+ggml_status pinfer_dense_rows(pinfer_engine * e, const pinfer_rows & rows, int64_t n, int64_t n_rows, const float * x,
+                              int64_t n_tokens, float * out);
+// All of these neurons for every token: whole first products, then the down rows of what is not zero
+ggml_status pinfer_dense_neurons(pinfer_engine * e, const pinfer_ffn & f, const pinfer_neurons & neurons, pinfer_activation act,
+                                 const float * x);
+// The matrix of a product as rows; kernel is null where its type has none
+pinfer_rows pinfer_model_rows(const pinfer_product & p);
 ggml_status pinfer_dense_ffn(pinfer_engine * e, pinfer_state * s, const pinfer_ffn & f, pinfer_activation act);
 void        pinfer_dense_activation(const pinfer_engine * e, const pinfer_ffn & f, pinfer_activation act);

@@ -326,11 +326,8 @@ size_t lay_out(shared * s, uint8_t ** tiles, uint8_t * base, int n_threads) {
 
 pinfer_sparse_counts compute_slab(pinfer_engine * e, shared & s, float * y) {
     uint8_t *    tiles = nullptr;
-    const size_t size  = lay_out(&s, &tiles, nullptr, e->n_threads) + 64;
-    if (e->arena.size() < size) {
-        e->arena.resize(size);
-    }
-    lay_out(&s, &tiles, (uint8_t *) (((uintptr_t) e->arena.data() + 63) / 64 * 64), e->n_threads);
+    const size_t size  = lay_out(&s, &tiles, nullptr, e->n_threads);
+    lay_out(&s, &tiles, pinfer_engine_arena(e, size), e->n_threads);
 
     const pinfer_predictor_layer * p = s.predictor;
     uint64_t candidates = 0, active = 0;

@@ -390,7 +390,7 @@ void transpose_8x8(const __m256i * rows, void * const * to) {
 }
 
 // rows[r] holds 64 bytes of row r; group[c] gets bytes 4c to 4c+3 of every row.
-void transpose_tile(const int8x64 * rows, void * const * group) {
+[[gnu::always_inline]] inline void transpose_tile(const int8x64 * rows, void * const * group) {
     for (int r = 0; r < PINFER_TILE_ROWS; r += 8) {
         __m256i first[8], last[8];
         void *  to[16];

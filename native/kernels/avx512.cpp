@@ -296,7 +296,7 @@ int8x64 from_signed(int8x64 w) {
 }
 
 // rows[r] holds 64 bytes of row r; group[c] gets bytes 4c to 4c+3 of every row.
-void transpose_tile(const int8x64 * rows, void * const * group) {
+[[gnu::always_inline]] inline void transpose_tile(const int8x64 * rows, void * const * group) {
     __m512i a[16], b[16];
     for (int i = 0; i < 16; i += 2) {
         a[i]     = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);

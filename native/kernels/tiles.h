@@ -40,8 +40,9 @@ template <> constexpr int           tile_centre<block_q8_0> = SIGNED_CENTRE;
 
 // ---- packing -----------------------------------------------------------------------------------------------------
 
-// The columns of two groups: 64 bytes of each row. The second is absent at the end of an odd number of them.
-void store_columns(const int8x64 * rows, tile_group * first, tile_group * second) {
+// The columns of two groups: 64 bytes of each row. The second is absent at the end of an odd number of them. In line, as
+// is transpose_tile, so that the rows stay in registers.
+[[gnu::always_inline]] inline void store_columns(const int8x64 * rows, tile_group * first, tile_group * second) {
     tile_group spare;
     void *     group[16];
     second = second ? second : &spare;
@@ -101,7 +102,7 @@ template <int part, typename B> void pack_part(const void * const * rows, int64_
     store_columns(w, tile + 2 * part, tile + 2 * part + 1);
 }
 
-// The 16 floats of a row's block: a and b of its 8 groups, in the order of group_floats.
+// The 16 floats of a row's block: a of its 8 groups, then b of them; or a and b of one group after the other.
 void load_group_floats(const block_q6_k * b, float * s) {
     store_scales_i8(s, b->scales, load_half(b->d));
 }
@@ -112,19 +113,22 @@ template <typename B> void load_group_floats(const B * b, float * s) {
     store_scales_u8(s + 8, packed.min, -load_half(b->dmin));
 }
 
-// They are 64 bytes, which are transposed as columns are.
+// They are 64 bytes, which are transposed as columns are. All are stored before one is loaded: a load that needs what two
+// stores have just written waits for both.
 template <typename B> void store_group_floats(const void * const * rows, int64_t i, tile_group * tile) {
     float   s[PINFER_TILE_ROWS][16];
     int8x64 bytes[PINFER_TILE_ROWS];
     for (int r = 0; r < PINFER_TILE_ROWS; r++) {
         load_group_floats((const B *) rows[r] + i, s[r]);
+    }
+    for (int r = 0; r < PINFER_TILE_ROWS; r++) {
         bytes[r] = load_bytes(s[r]);
     }
     void * to[16];
     for (int g = 0; g < 8; g++) {
-        constexpr bool halves      = form<B> == TILE_HALVES; // a and b side by side
-        to[halves ? 2 * g : g]         = tile[g].a;
-        to[halves ? 2 * g + 1 : 8 + g] = tile[g].b;
+        constexpr bool in_turn          = form<B> == TILE_HALVES;
+        to[in_turn ? 2 * g : g]         = tile[g].a;
+        to[in_turn ? 2 * g + 1 : 8 + g] = tile[g].b;
     }
     transpose_tile(bytes, to);
 }
