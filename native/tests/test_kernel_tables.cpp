@@ -45,6 +45,23 @@ static uint16_t random_f16(random_source * r) {
     return (uint16_t) ((r->next() & 1) << 15 | exponent << 10 | mantissa);
 }
 
+static void set_f16_scales(const type_shape & t, std::vector<uint8_t> * row, random_source * r) {
+    for (size_t block = 0; block < row->size(); block += t.bytes) {
+        for (int i = 0; i < t.n_f16; i++) {
+            const uint16_t h = random_f16(r);
+            memcpy(&(*row)[block + t.f16_at[i]], &h, 2);
+        }
+    }
+}
+
+// Every weight as large as its type allows, of either sign.
+static std::vector<uint8_t> extreme_row(const type_shape & t, int64_t n, random_source * r) {
+    const uint8_t        bytes[] = { (uint8_t) (t.type == GGML_TYPE_Q8_0 ? 0x81 : 0xff), 0x80, 0x7f }; // Q8_0 is signed
+    std::vector<uint8_t> row((size_t) (n / t.block) * t.bytes, bytes[r->next() % 3]);
+    set_f16_scales(t, &row, r);
+    return row;
+}
+
 static std::vector<uint8_t> random_row(const type_shape & t, int64_t n, random_source * r) {
     std::vector<uint8_t> row((size_t) (n / t.block) * t.bytes);
     if (t.type == GGML_TYPE_F32 || t.type == GGML_TYPE_BF16) {
@@ -57,12 +74,7 @@ static std::vector<uint8_t> random_row(const type_shape & t, int64_t n, random_s
     for (uint8_t & byte : row) {
         byte = (uint8_t) r->next();
     }
-    for (int64_t b = 0; b < n / t.block; b++) {
-        for (int i = 0; i < t.n_f16; i++) {
-            const uint16_t h = random_f16(r);
-            memcpy(&row[(size_t) b * t.bytes + t.f16_at[i]], &h, 2);
-        }
-    }
+    set_f16_scales(t, &row, r);
     return row;
 }
 
@@ -70,8 +82,8 @@ static int8_t random_x(random_source * r) {
     return (int8_t) ((int) (r->next() % 255) - 127);
 }
 
-// x in the form a kernel takes, and as numbers.
-static std::vector<uint8_t> prepared_x(enum ggml_type x_type, int64_t n, random_source * r,
+// x in the form a kernel takes, and as numbers; all quantised values +127 or -127 if `extreme`.
+static std::vector<uint8_t> prepared_x(enum ggml_type x_type, int64_t n, bool extreme, random_source * r,
                                        std::vector<double> * values) {
     values->resize((size_t) n);
     std::vector<uint8_t> x;
@@ -83,12 +95,13 @@ static std::vector<uint8_t> prepared_x(enum ggml_type x_type, int64_t n, random_
         }
     } else {
         x.resize(x_q8_size(n));
-        const pinfer_x_q8 v = x_q8_at(x.data(), n);
+        const pinfer_x_q8 v    = x_q8_at(x.data(), n);
+        const int8_t      most = r->next() % 2 ? 127 : -127;
         for (int64_t b = 0; b < n / 32; b++) {
             int sum[2] = { 0, 0 };
             v.d[b]     = r->normal();
             for (int64_t j = 32 * b; j < 32 * b + 32; j++) {
-                v.q[j]                = random_x(r);
+                v.q[j]                = extreme ? most : random_x(r);
                 (*values)[(size_t) j] = (double) v.d[b] * v.q[j];
                 sum[j % 32 / 16] += v.q[j];
             }
@@ -115,7 +128,7 @@ static void test_type(const struct pinfer_kernel_table * table, const type_shape
     const void * row = &shifted[1];
 
     std::vector<double>        x_values;
-    const std::vector<uint8_t> x = prepared_x(kernel->x_type, n, &r, &x_values);
+    const std::vector<uint8_t> x = prepared_x(kernel->x_type, n, false, &r, &x_values);
     std::vector<float>         w((size_t) n), scratch((size_t) n);
     reference->axpy(n, 1.0f, row, w.data(), scratch.data());
     const std::vector<double> weights(w.begin(), w.end());
@@ -147,7 +160,7 @@ struct batch {
     const struct pinfer_kernel *      kernel;
     int64_t                           n, n_tokens;
     std::string                       name;
-    double                            block; // 1: float rows
+    int64_t                           block; // 1: float rows
     std::vector<std::vector<uint8_t>> rows;
     std::vector<const void *>         row;
     std::vector<uint8_t>              x;
@@ -161,14 +174,20 @@ struct batch {
     }
 };
 
-static batch make_batch(const struct pinfer_kernel_table * table, const type_shape & t, int64_t n, int64_t n_tokens) {
-    batch b = { pinfer_kernel_table_find(&pinfer_kernels_scalar, t.type), pinfer_kernel_table_find(table, t.type), n, n_tokens,
-                std::string(table->isa) + " " + t.name + " n=" + std::to_string(n) + " tokens=" + std::to_string(n_tokens),
-                (double) t.block, {}, {}, {}, 0, {}, {} };
+static batch make_batch(const struct pinfer_kernel_table * table, const type_shape & t, int64_t n, int64_t n_tokens,
+                        bool extreme) {
+    batch b     = {};
+    b.reference = pinfer_kernel_table_find(&pinfer_kernels_scalar, t.type);
+    b.kernel    = pinfer_kernel_table_find(table, t.type);
+    b.n         = n;
+    b.n_tokens  = n_tokens;
+    b.block     = t.block;
+    b.name      = std::string(table->isa) + " " + t.name + " n=" + std::to_string(n) +
+             " tokens=" + std::to_string(n_tokens) + (extreme ? " extreme" : "");
     random_source r = { (uint64_t) n * 1000 + t.type + (uint64_t) n_tokens };
     for (int i = 0; i < PINFER_TILE_ROWS; i++) {
         std::vector<float> w((size_t) n), scratch((size_t) n);
-        b.rows.push_back(random_row(t, n, &r));
+        b.rows.push_back(extreme ? extreme_row(t, n, &r) : random_row(t, n, &r));
         b.reference->axpy(n, 1.0f, b.rows.back().data(), w.data(), scratch.data());
         b.row_norm.push_back(norm(std::vector<double>(w.begin(), w.end())));
     }
@@ -177,7 +196,7 @@ static batch make_batch(const struct pinfer_kernel_table * table, const type_sha
     }
     for (int64_t i = 0; i < n_tokens; i++) {
         std::vector<double>        values;
-        const std::vector<uint8_t> one = prepared_x(b.kernel->x_type, n, &r, &values);
+        const std::vector<uint8_t> one = prepared_x(b.kernel->x_type, n, extreme, &r, &values);
         b.x.insert(b.x.end(), one.begin(), one.end());
         b.x_norm.push_back(norm(values));
         b.x_row = one.size();
@@ -196,8 +215,8 @@ static void test_dot_many(const batch & b, report * rep) {
 }
 
 // In two pieces where the type's blocks allow, on top of what is in the output.
-static void test_tile(const batch & b, int64_t block, report * rep) {
-    const int64_t      cut = b.n / 2 / block * block, out_row = PINFER_TILE_ROWS + 3;
+static void test_tile(const batch & b, report * rep) {
+    const int64_t      cut = b.n / 2 / b.block * b.block, out_row = PINFER_TILE_ROWS + 3;
     random_source      r   = { 11 };
     const auto         before = r.normals(b.n_tokens * out_row);
     std::vector<float> out    = before;
@@ -249,17 +268,46 @@ static void test_accumulate(const batch & b, report * rep) {
 
 static void test_batches(const struct pinfer_kernel_table * table, const type_shape & t, int64_t n, report * rep) {
     for (const int64_t n_tokens : { 1, 2, 3, 4, 7, 8, 21 }) {
-        const batch b = make_batch(table, t, n, n_tokens);
+        const batch b = make_batch(table, t, n, n_tokens, false);
         if (b.kernel->dot_many) {
             test_dot_many(b, rep);
         }
         if (b.kernel->pack) {
-            test_tile(b, t.block, rep);
+            test_tile(b, rep);
         }
         if (b.kernel->accumulate) {
             test_accumulate(b, rep);
         }
     }
+}
+
+// Sums in 16 bits must not overflow.
+static void test_extremes(const struct pinfer_kernel_table * table, const type_shape & t, int64_t n, report * rep) {
+    const batch   b = make_batch(table, t, n, 4, true);
+    worst_element worst;
+    for (size_t r = 0; r < b.rows.size(); r++) {
+        for (int64_t i = 0; i < b.n_tokens; i++) {
+            worst.see((int64_t) r, b.kernel->dot(n, b.row[r], b.token(i)), b.reference->dot(n, b.row[r], b.token(i)),
+                      b.tolerance(r, i));
+        }
+    }
+    rep->line(b.name + " dot", worst);
+    if (b.kernel->pack) {
+        test_tile(b, rep);
+    }
+}
+
+// What every table but the scalar one has besides dot and axpy: rows for many tokens at once, in one way or another.
+// NEON has no tiles.
+static void test_presence(const struct pinfer_kernel_table * table, const type_shape & t, report * rep) {
+    const struct pinfer_kernel * k        = pinfer_kernel_table_find(table, t.type);
+    const bool                   is_float = t.block == 1, sums_rows = is_float || t.type == GGML_TYPE_Q8_0;
+    const bool                   has_tiles = !is_float && strcmp(table->isa, "neon") != 0;
+    const std::string            name      = std::string(table->isa) + " " + t.name;
+    rep->check(name + " dot_many where it must be", !is_float || (k != nullptr && k->dot_many != nullptr));
+    rep->check(name + " accumulate where it must be", !sums_rows || (k != nullptr && k->accumulate != nullptr));
+    rep->check(name + " tiles where they must be",
+               !has_tiles || (k != nullptr && k->pack != nullptr && k->multiply != nullptr));
 }
 
 int main() {
@@ -269,11 +317,15 @@ int main() {
     rep.check("the last table is scalar", tables[n_tables - 1] == &pinfer_kernels_scalar);
     for (size_t i = 0; i + 1 < n_tables; i++) {
         for (const type_shape & t : SHAPES) {
+            test_presence(tables[i], t, &rep);
             for (const int64_t n : LENGTHS) {
                 if (n % t.block == 0) {
                     test_type(tables[i], t, n, &rep);
                     test_batches(tables[i], t, n, &rep);
                 }
+            }
+            if (t.block > 1) {
+                test_extremes(tables[i], t, 256, &rep);
             }
             if (t.block == 1) { // not a multiple of any vector
                 test_type(tables[i], t, 77, &rep);
