@@ -348,6 +348,14 @@ vec ivec_to_vec(ivec v) {
     return _mm256_cvtepi32_ps(v);
 }
 
+ivec ivec_low_nibbles(ivec v) {
+    return low_nibbles(v);
+}
+
+ivec ivec_high_nibbles(ivec v) {
+    return low_nibbles(_mm256_srli_epi64(v, 4));
+}
+
 ivec tile_load(const void * p) {
     return _mm256_load_si256((const __m256i *) p);
 }

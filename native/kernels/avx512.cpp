@@ -279,6 +279,14 @@ vec ivec_to_vec(ivec v) {
     return _mm512_cvtepi32_ps(v);
 }
 
+ivec ivec_low_nibbles(ivec v) {
+    return _mm512_and_si512(v, _mm512_set1_epi8(15));
+}
+
+ivec ivec_high_nibbles(ivec v) {
+    return _mm512_and_si512(_mm512_srli_epi64(v, 4), _mm512_set1_epi8(15));
+}
+
 ivec tile_load(const void * p) {
     return _mm512_load_si512(p);
 }

@@ -76,6 +76,12 @@ struct tile_group {
     float   b[PINFER_TILE_ROWS];
 };
 
+// The same for Q4_0 at less than half the size: column c of the first four has the low nibbles, c + 4 the high ones.
+struct tile_group_4 {
+    uint8_t q[4][PINFER_TILE_ROWS][4];
+    uint8_t a[PINFER_TILE_ROWS][2]; // F16
+};
+
 // x of n values (PINFER_X_Q8): value j = d[j / 32] * q[j]; s32 and s16 are the sums of 32 and of 16 such values.
 struct pinfer_x_q8 {
     int8_t * q; // padded with zeros to a multiple of 64
@@ -101,7 +107,7 @@ static inline pinfer_x_q8 x_q8_at(const void * x, int64_t n) {
 static_assert(sizeof(block_q8_0) == 34 && sizeof(block_q4_0) == 18 && sizeof(block_q5_0) == 22, "ggml block sizes");
 static_assert(sizeof(block_q4_1) == 20 && sizeof(block_q5_1) == 24, "ggml block sizes");
 static_assert(sizeof(block_q4_k) == 144 && sizeof(block_q5_k) == 176 && sizeof(block_q6_k) == 210, "ggml block sizes");
-static_assert(sizeof(tile_group) == 640, "no padding");
+static_assert(sizeof(tile_group) == 640 && sizeof(tile_group_4) == 288, "no padding");
 
 static inline uint16_t load_u16(const void * p) {
     uint16_t v;

@@ -52,7 +52,8 @@ struct kernel_set {
         if (own != nullptr) {
             kernels[type] = *own;
         } else if (known[type]) {
-            kernels[type] = { type, ggml_get_type_traits_cpu(type)->vec_dot_type, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr };
+            kernels[type] = { type, ggml_get_type_traits_cpu(type)->vec_dot_type, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr,
+                              nullptr, nullptr };
         }
     }
 
@@ -131,6 +132,10 @@ void pinfer_kernel_accumulate(const struct pinfer_kernel * k, int64_t n, int64_t
 
 size_t pinfer_tile_size(int64_t n) {
     return (size_t) n / 32 * sizeof(tile_group);
+}
+
+size_t pinfer_small_tile_size(int64_t n) {
+    return (size_t) n / 32 * sizeof(tile_group_4);
 }
 
 size_t pinfer_kernel_prepared_size(enum ggml_type x_type, int64_t n) {

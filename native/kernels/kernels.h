@@ -49,6 +49,8 @@ struct pinfer_kernel {
     pinfer_dot_many_fn   dot_many;
     pinfer_pack_fn       pack; // together with multiply
     pinfer_multiply_fn   multiply;
+    pinfer_pack_fn       pack_small; // tiles that are kept in memory: as small as the rows (types of 4 bits only)
+    pinfer_multiply_fn   multiply_small;
 };
 
 // Kernels of a type for the instruction set in use, NULL for a type that llama.cpp cannot multiply.
@@ -65,6 +67,7 @@ void  pinfer_kernel_accumulate(const struct pinfer_kernel * k, int64_t n, int64_
 
 // Bytes of a tile of n columns (n a multiple of 32).
 size_t pinfer_tile_size(int64_t n);
+size_t pinfer_small_tile_size(int64_t n);
 
 // Bytes of n prepared values, and the preparation itself (x_type F32: a copy).
 size_t pinfer_kernel_prepared_size(enum ggml_type x_type, int64_t n);

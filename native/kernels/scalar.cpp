@@ -179,8 +179,8 @@ void prepare_x_q8(const float * x, void * dst, int64_t n) {
     }
 }
 
-#define ROW(B)          PINFER_X_Q8, dot<B>, axpy<B>, nullptr, nullptr, nullptr, nullptr
-#define FLOAT_ROW(load, size) GGML_TYPE_F32, dot_float<load, size>, axpy_float<load, size>, nullptr, nullptr, nullptr, nullptr
+#define ROW(B)          PINFER_X_Q8, dot<B>, axpy<B>, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr
+#define FLOAT_ROW(load, size) GGML_TYPE_F32, dot_float<load, size>, axpy_float<load, size>, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr
 
 const struct pinfer_kernel kernels[] = {
     { GGML_TYPE_F32, FLOAT_ROW(load_f32, 4) },   { GGML_TYPE_F16, FLOAT_ROW(load_f16, 2) },

@@ -9,6 +9,7 @@
 //   tile_widen<largest>(acc)          their sum as an integer per row
 //   ivec_to_vec(v)                    the same numbers as floats
 //   from_signed(w), SIGNED_CENTRE     w + SIGNED_CENTRE: bytes from -128 to 127 as tile_dot wants them
+//   ivec_low/high_nibbles(v)          of every byte
 //   transpose_tile(rows, group)       64 bytes of each row into 16 groups of four bytes of every row
 //   TILE_TOKENS                       how many tokens are multiplied at once, at most
 #pragma once
@@ -151,20 +152,62 @@ template <typename B> void tile_pack(int64_t begin, int64_t end, const void * co
     }
 }
 
+// Through a tile of bytes, since it is done once.
+template <typename B> void tile_pack_small(int64_t begin, int64_t end, const void * const * rows, void * tile) {
+    tile_group_4 * to = (tile_group_4 *) tile;
+    for (int64_t g = begin / 32; g < end / 32; g++, to++) {
+        tile_group whole;
+        tile_pack<B>(32 * g, 32 * g + 32, rows, &whole);
+        for (int r = 0; r < PINFER_TILE_ROWS; r++) {
+            for (int i = 0; i < 16; i++) {
+                to->q[i / 4][r][i % 4] = (uint8_t) (whole.q[i / 4][r][i % 4] | whole.q[4 + i / 4][r][i % 4] << 4);
+            }
+            memcpy(to->a[r], ((const B *) rows[r] + g)->d, sizeof(to->a[r]));
+        }
+    }
+}
+
 // ---- product -----------------------------------------------------------------------------------------------------
 
-// dots[t] = N columns of four at q times the bytes at x[t] + at.
-template <int largest, int N, int T>
-[[gnu::always_inline]] inline void multiply_columns(const uint8_t (*q)[PINFER_TILE_ROWS][4], const char * const * x, int64_t at,
+// Column c of VEC_LANES rows from row v * VEC_LANES, and their scales.
+ivec group_column(const tile_group * g, int c, int v) {
+    return tile_load(g->q[c][v * VEC_LANES]);
+}
+
+ivec group_column(const tile_group_4 * g, int c, int v) {
+    const ivec both = tile_load(g->q[c % 4][v * VEC_LANES]);
+    return c < 4 ? ivec_low_nibbles(both) : ivec_high_nibbles(both);
+}
+
+vec group_scale(const tile_group * g, int part, int v) {
+    return vec_load((part == 0 ? g->a : g->b) + v * VEC_LANES);
+}
+
+vec group_scale(const tile_group_4 * g, int, int v) {
+    return vec_load_f16(g->a[v * VEC_LANES]);
+}
+
+vec group_offset(const tile_group * g, int v) {
+    return vec_load(g->b + v * VEC_LANES);
+}
+
+// dots[t] = N columns of four from column `from` times the bytes at x[t] + at.
+template <int largest, int N, int T, typename G>
+[[gnu::always_inline]] inline void multiply_columns(const G * tile, int from, const char * const * x, int64_t at,
                                                     ivec dots[][TILE_VECS]) {
     constexpr int run = tile_run<largest> < N ? tile_run<largest> : N;
     for (int first = 0; first < N; first += run) {
         ivec sum[T][TILE_VECS];
+        for (int t = 0; t < T; t++) {
+            for (int v = 0; v < TILE_VECS; v++) {
+                sum[t][v] = ivec_zero();
+            }
+        }
         for (int c = first; c < first + run; c++) {
             for (int v = 0; v < TILE_VECS; v++) {
-                const ivec w = tile_load(q[c][v * VEC_LANES]);
+                const ivec w = group_column(tile, from + c, v);
                 for (int t = 0; t < T; t++) {
-                    sum[t][v] = tile_dot<largest>(c == first ? ivec_zero() : sum[t][v], w, x[t] + at + 4 * c);
+                    sum[t][v] = tile_dot<largest>(sum[t][v], w, x[t] + at + 4 * c);
                 }
             }
         }
@@ -179,8 +222,8 @@ template <int largest, int N, int T>
 
 // T tokens whose x lies x_row bytes apart; the sums of a token stay in registers, and so do the addresses of the tokens:
 // what belongs to one of them lies at the same distance from each.
-template <typename B, int T>
-void multiply_tokens(int64_t n, int64_t begin, int64_t end, const tile_group * tile, const char * x, size_t x_row, float * out,
+template <typename B, int T, typename G>
+void multiply_tokens(int64_t n, int64_t begin, int64_t end, const G * tile, const char * x, size_t x_row, float * out,
                      int64_t out_row) {
     constexpr int     parts = form<B> == TILE_HALVES ? 2 : 1, columns = 8 / parts; // of equal scale in a group
     const vec         minus_centre = vec_set1((float) -tile_centre<B>);
@@ -196,20 +239,19 @@ void multiply_tokens(int64_t n, int64_t begin, int64_t end, const tile_group * t
     }
     for (int64_t g = begin / 32; g < end / 32; g++, tile++) {
         for (int p = 0; p < parts; p++) {
-            const float * const scale = p == 0 ? tile->a : tile->b;
-            ivec                dots[T][TILE_VECS];
-            multiply_columns<largest<B>, columns, T>(tile->q + p * columns, x_t, 32 * g + 4 * p * columns, dots);
+            ivec dots[T][TILE_VECS];
+            multiply_columns<largest<B>, columns, T>(tile, p * columns, x_t, 32 * g + 4 * p * columns, dots);
             for (int t = 0; t < T; t++) {
                 const vec d     = vec_set1(load_f32(x_t[t] + d_at + 4 * g));
                 const vec total = vec_set1(load_f32(x_t[t] + total_at + 4 * (parts * g + p)));
                 for (int v = 0; v < TILE_VECS; v++) {
                     vec dot = vec_mul(ivec_to_vec(dots[t][v]), d);
                     if constexpr (form<B> == TILE_OFFSET) {
-                        sum[t][v] = vec_fma(vec_load(tile->b + v * VEC_LANES), total, sum[t][v]);
+                        sum[t][v] = vec_fma(group_offset(tile, v), total, sum[t][v]);
                     } else if constexpr (tile_centre<B> != 0) {
                         dot = vec_fma(minus_centre, total, dot);
                     }
-                    sum[t][v] = vec_fma(dot, vec_load(scale + v * VEC_LANES), sum[t][v]);
+                    sum[t][v] = vec_fma(dot, group_scale(tile, p, v), sum[t][v]);
                 }
             }
         }
@@ -222,8 +264,8 @@ void multiply_tokens(int64_t n, int64_t begin, int64_t end, const tile_group * t
 }
 
 // As many times T tokens as there are, then the rest by halves of T.
-template <typename B, int T>
-void multiply_blocks(int64_t n, int64_t begin, int64_t end, const tile_group * tile, const char * x, size_t x_row,
+template <typename B, int T, typename G>
+void multiply_blocks(int64_t n, int64_t begin, int64_t end, const G * tile, const char * x, size_t x_row,
                      int64_t n_tokens, float * out, int64_t out_row) {
     for (; n_tokens >= T; n_tokens -= T, x += T * x_row, out += T * out_row) {
         multiply_tokens<B, T>(n, begin, end, tile, x, x_row, out, out_row);
@@ -237,6 +279,12 @@ template <typename B>
 void tile_multiply(int64_t n, int64_t begin, int64_t end, const void * tile, const void * x, size_t x_row, int64_t n_tokens,
                    float * out, int64_t out_row) {
     multiply_blocks<B, TILE_TOKENS>(n, begin, end, (const tile_group *) tile, (const char *) x, x_row, n_tokens, out, out_row);
+}
+
+template <typename B>
+void tile_multiply_small(int64_t n, int64_t begin, int64_t end, const void * tile, const void * x, size_t x_row, int64_t n_tokens,
+                         float * out, int64_t out_row) {
+    multiply_blocks<B, TILE_TOKENS>(n, begin, end, (const tile_group_4 *) tile, (const char *) x, x_row, n_tokens, out, out_row);
 }
 
 } // namespace

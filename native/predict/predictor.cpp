@@ -90,9 +90,12 @@ void pinfer_predictor_arrange(pinfer_predictor * p, const std::vector<pinfer_neu
         if (layer.rank == 0 || n == 0 || !layer.b_kernel->pack) {
             continue;
         }
-        const size_t  tile   = pinfer_tile_size(layer.rank);
+        const bool    small  = layer.b_kernel->pack_small;
         const int64_t groups = (n + PINFER_TILE_ROWS - 1) / PINFER_TILE_ROWS;
-        layer.tiles.allocate((size_t) groups * tile);
+        const auto    pack   = small ? layer.b_kernel->pack_small : layer.b_kernel->pack;
+        layer.multiply       = small ? layer.b_kernel->multiply_small : layer.b_kernel->multiply;
+        layer.tile           = small ? pinfer_small_tile_size(layer.rank) : pinfer_tile_size(layer.rank);
+        layer.tiles.allocate((size_t) groups * layer.tile);
         layer.tile_t.resize((size_t) n);
         for (int64_t g = 0; g < groups; g++) {
             const void * rows[PINFER_TILE_ROWS];
@@ -102,7 +105,7 @@ void pinfer_predictor_arrange(pinfer_predictor * p, const std::vector<pinfer_neu
                 rows[r]                  = layer.b + (size_t) id * layer.b_row;
                 layer.tile_t[(size_t) j] = layer.t[id];
             }
-            layer.b_kernel->pack(0, layer.rank, rows, layer.tiles.data + (size_t) g * tile);
+            pack(0, layer.rank, rows, layer.tiles.data + (size_t) g * layer.tile);
         }
         pinfer_artefact_release(layer.b, (size_t) p->n_ff * layer.b_row);
     }
@@ -112,8 +115,8 @@ void pinfer_predictor_scores(const pinfer_predictor_layer & p, const int32_t * i
                              size_t z_row, int64_t n_tokens, float * score) {
     if (p.tiles.data) {
         std::fill(score, score + n_tokens * PINFER_TILE_ROWS, 0.0f);
-        p.b_kernel->multiply(p.rank, 0, p.rank, p.tiles.data + (size_t) (j / PINFER_TILE_ROWS) * pinfer_tile_size(p.rank), z,
-                             z_row, n_tokens, score, PINFER_TILE_ROWS);
+        p.multiply(p.rank, 0, p.rank, p.tiles.data + (size_t) (j / PINFER_TILE_ROWS) * p.tile, z, z_row, n_tokens, score,
+                   PINFER_TILE_ROWS);
         return;
     }
     for (int64_t r = 0; r < n; r++) {

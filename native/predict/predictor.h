@@ -38,6 +38,8 @@ struct pinfer_predictor_layer {
 
     // B and t once more in the order of the neurons that are scored, B in tiles; empty where B has no tile kernels.
     pinfer_buffer      tiles;
+    pinfer_multiply_fn multiply = nullptr;
+    size_t             tile = 0; // bytes
     std::vector<float> tile_t;
 
     // Of the neuron at place j; ids tells its number in the model, null: j.

@@ -215,15 +215,15 @@ static void test_dot_many(const batch & b, report * rep) {
 }
 
 // In two pieces where the type's blocks allow, on top of what is in the output.
-static void test_tile(const batch & b, report * rep) {
+static void test_tile(const batch & b, pinfer_pack_fn pack, pinfer_multiply_fn multiply, const char * what, report * rep) {
     const int64_t      cut = b.n / 2 / b.block * b.block, out_row = PINFER_TILE_ROWS + 3;
     random_source      r   = { 11 };
     const auto         before = r.normals(b.n_tokens * out_row);
     std::vector<float> out    = before;
     void *             tile   = aligned_alloc(64, (size_t) b.n / 32 * sizeof(tile_group));
     for (int64_t begin = 0, end = cut > 0 ? cut : b.n; begin < b.n; begin = end, end = b.n) {
-        b.kernel->pack(begin, end, b.row.data(), tile);
-        b.kernel->multiply(b.n, begin, end, tile, b.x.data(), b.x_row, b.n_tokens, out.data(), out_row);
+        pack(begin, end, b.row.data(), tile);
+        multiply(b.n, begin, end, tile, b.x.data(), b.x_row, b.n_tokens, out.data(), out_row);
     }
     free(tile);
     worst_element worst;
@@ -240,8 +240,8 @@ static void test_tile(const batch & b, report * rep) {
             }
         }
     }
-    rep->line(b.name + " tile", worst);
-    rep->check(b.name + " tile writes its rows alone", beside);
+    rep->line(b.name + what, worst);
+    rep->check(b.name + what + " writes its rows alone", beside);
 }
 
 static void test_accumulate(const batch & b, report * rep) {
@@ -273,7 +273,10 @@ static void test_batches(const struct pinfer_kernel_table * table, const type_sh
             test_dot_many(b, rep);
         }
         if (b.kernel->pack) {
-            test_tile(b, rep);
+            test_tile(b, b.kernel->pack, b.kernel->multiply, " tile", rep);
+        }
+        if (b.kernel->pack_small) {
+            test_tile(b, b.kernel->pack_small, b.kernel->multiply_small, " small tile", rep);
         }
         if (b.kernel->accumulate) {
             test_accumulate(b, rep);
@@ -293,7 +296,7 @@ static void test_extremes(const struct pinfer_kernel_table * table, const type_s
     }
     rep->line(b.name + " dot", worst);
     if (b.kernel->pack) {
-        test_tile(b, rep);
+        test_tile(b, b.kernel->pack, b.kernel->multiply, " tile", rep);
     }
 }
 
