@@ -288,7 +288,7 @@ ivec ivec_high_nibbles(ivec v) {
 }
 
 ivec tile_load(const void * p) {
-    return _mm512_load_si512(p);
+    return _mm512_loadu_si512(p);
 }
 
 template <int largest> ivec tile_dot(ivec acc, ivec w, const void * x) {

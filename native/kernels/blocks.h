@@ -70,7 +70,7 @@ struct block_q6_k {
 
 // One tile: 32 columns of PINFER_TILE_ROWS rows as unsigned bytes, four columns of a row side by side, and two floats a
 // row: scale and offset, or the scales of the first and the last 16 columns.
-struct tile_group {
+struct alignas(64) tile_group {
     uint8_t q[8][PINFER_TILE_ROWS][4];
     float   a[PINFER_TILE_ROWS];
     float   b[PINFER_TILE_ROWS];
