@@ -241,15 +241,22 @@ def kinds_of(layer: Layer, budgets: list[float], epochs: int) -> Iterator[Kind]:
             rank = rank_of(layer, types, budget)
             kind = of_factors(layer, "closed form", a[:rank], b[:, :rank], types)
             yield dataclasses.replace(kind, name=f"{kind.name}, {budget:g} bit")
-        tried = [
-            of_factors(layer, "closed form", a[:rank], b[:, :rank], types)
-            for rank in range(BLOCK, n_embd * 3 // 4 + 1, max(BLOCK, n_embd // 64))
-        ]
-        cheapest = min(tried, key=lambda kind: judge(layer, kind, RECALLS[-1], layer.held).cost)
-        yield dataclasses.replace(cheapest, name=f"{cheapest.name}, cheapest")
+        kind = cheapest(layer, a, b, types)
+        yield dataclasses.replace(kind, name=f"{kind.name}, cheapest")
     for budget in budgets:
         for kind in trained_kinds(layer, a, b, rank_of(layer, TRAINED_FACTORS, budget), epochs):
             yield dataclasses.replace(kind, name=f"{kind.name}, {budget:g} bit")
+
+
+def cheapest(layer: Layer, a: Matrix, b: Matrix, types: tuple[str, str]) -> Kind:
+    """The closed form of the rank at which a token costs least, on the samples that thresholds are found on."""
+    found: list[tuple[float, Kind]] = []
+    for rank in range(BLOCK, len(a) + 1, BLOCK):
+        kind = of_factors(layer, "closed form", a[:rank], b[:, :rank], types)
+        found.append((judge(layer, kind, RECALLS[-1], layer.held).cost, kind))
+        if len(found) > 3 and found[-1][0] > found[-2][0] > found[-3][0]:
+            break
+    return min(found, key=lambda each: each[0])[1]
 
 
 def rank_of(layer: Layer, types: tuple[str, str], bits: float) -> int:
