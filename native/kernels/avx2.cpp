@@ -419,7 +419,8 @@ void transpose_8x8(const __m256i * rows, void * const * to) {
 #    define PINFER_HAS_TILES
 #    include "body.h"
 
-const struct pinfer_kernel_table pinfer_kernels_avx2 = { "avx2", kernels, sizeof(kernels) / sizeof(kernels[0]), prepare_x_q8 };
+const struct pinfer_kernel_table pinfer_kernels_avx2 = { "avx2", kernels, sizeof(kernels) / sizeof(kernels[0]),
+                                                         prepare_x_q8 };
 
 #else
 

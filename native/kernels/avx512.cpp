@@ -142,8 +142,8 @@ scale64 scale_f16(const uint8_t * a, const uint8_t * b) {
 // Words 0 and 9 of the 18 are the scales, the others bytes of two nibbles.
 int8x64 load_pair_q4_0(const void * p, scale64 * s) {
     const __m512i words = _mm512_maskz_loadu_epi16(0x3ffff, p);
-    const __m512i each  = _mm512_set_epi16(17, 16, 15, 14, 13, 12, 11, 10, 17, 16, 15, 14, 13, 12, 11, 10, 8, 7, 6, 5, 4, 3,
-                                           2, 1, 8, 7, 6, 5, 4, 3, 2, 1);
+    const __m512i each  = _mm512_set_epi16(17, 16, 15, 14, 13, 12, 11, 10, 17, 16, 15, 14, 13, 12, 11, 10,
+                                           8, 7, 6, 5, 4, 3, 2, 1, 8, 7, 6, 5, 4, 3, 2, 1);
     const __m256i halves = _mm256_set_epi16(9, 9, 9, 9, 9, 9, 9, 9, 0, 0, 0, 0, 0, 0, 0, 0);
     const __m512i count  = _mm512_set_epi64(4, 4, 0, 0, 4, 4, 0, 0);
     *s = _mm512_cvtph_ps(_mm256_permutexvar_epi16(halves, _mm512_castsi512_si256(words)));
@@ -318,8 +318,10 @@ int8x64 from_signed(int8x64 w) {
     }
     // 128-bit lane l of b[4k + c] holds bytes 4 * (4l + c) to 4 * (4l + c) + 3 of rows 4k to 4k+3
     for (int c = 0; c < 4; c++) {
-        const __m512i low  = _mm512_shuffle_i32x4(b[c], b[4 + c], 0x88), high = _mm512_shuffle_i32x4(b[8 + c], b[12 + c], 0x88);
-        const __m512i low1 = _mm512_shuffle_i32x4(b[c], b[4 + c], 0xdd), high1 = _mm512_shuffle_i32x4(b[8 + c], b[12 + c], 0xdd);
+        const __m512i low   = _mm512_shuffle_i32x4(b[c], b[4 + c], 0x88);
+        const __m512i high  = _mm512_shuffle_i32x4(b[8 + c], b[12 + c], 0x88);
+        const __m512i low1  = _mm512_shuffle_i32x4(b[c], b[4 + c], 0xdd);
+        const __m512i high1 = _mm512_shuffle_i32x4(b[8 + c], b[12 + c], 0xdd);
         _mm512_store_si512(group[c], _mm512_shuffle_i32x4(low, high, 0x88));
         _mm512_store_si512(group[8 + c], _mm512_shuffle_i32x4(low, high, 0xdd));
         _mm512_store_si512(group[4 + c], _mm512_shuffle_i32x4(low1, high1, 0x88));
@@ -332,7 +334,8 @@ int8x64 from_signed(int8x64 w) {
 #    define PINFER_HAS_TILES
 #    include "body.h"
 
-const struct pinfer_kernel_table pinfer_kernels_avx512 = { "avx512", kernels, sizeof(kernels) / sizeof(kernels[0]), prepare_x_q8 };
+const struct pinfer_kernel_table pinfer_kernels_avx512 = { "avx512", kernels, sizeof(kernels) / sizeof(kernels[0]),
+                                                           prepare_x_q8 };
 
 #else
 

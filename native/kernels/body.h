@@ -234,7 +234,8 @@ template <typename B> void load_scales(const B * b, const scales_k4 * packed, fl
 }
 
 // Part `part` of block b meets x->q[64 * i ...]; scale: of each 32 weights.
-template <typename B, int part> vec dot_part_k4(vec acc, const B * b, const float * scale, const pinfer_x_q8 * x, int64_t i) {
+template <typename B, int part>
+vec dot_part_k4(vec acc, const B * b, const float * scale, const pinfer_x_q8 * x, int64_t i) {
     const scale64 s = scale_mul(scale_f32x2(scale + 2 * part), scale_f32x2(x->d + 2 * i));
     return dot_unsigned(acc, weights<part>(b), load_bytes(x->q + 64 * i), s);
 }
@@ -396,7 +397,8 @@ struct q8_0_piece {
 
 // The sums of a piece stay in registers while the rows go by.
 template <int T, typename R>
-void accumulate_piece(int64_t at, int64_t n_rows, const void * const * rows, const float * a, int64_t a_row, int64_t n, float * y) {
+void accumulate_piece(int64_t at, int64_t n_rows, const void * const * rows, const float * a, int64_t a_row, int64_t n,
+                      float * y) {
     vec sum[T][PER_VEC];
     for (int t = 0; t < T; t++) {
         for (int k = 0; k < PER_VEC; k++) {
@@ -422,7 +424,8 @@ void accumulate_piece(int64_t at, int64_t n_rows, const void * const * rows, con
 
 // Columns that fill no piece (float rows only).
 template <float (*load_one)(const void *), int size>
-void accumulate_rest(int64_t n, int64_t n_rows, const void * const * rows, const float * a, int64_t n_tokens, float * y) {
+void accumulate_rest(int64_t n, int64_t n_rows, const void * const * rows, const float * a, int64_t n_tokens,
+                     float * y) {
     for (int64_t at = n / PIECE * PIECE; at < n; at++) {
         for (int64_t r = 0; r < n_rows; r++) {
             const float w = load_one((const char *) rows[r] + size * at);
@@ -435,7 +438,8 @@ void accumulate_rest(int64_t n, int64_t n_rows, const void * const * rows, const
 
 // Few tokens: all of them at once, zeros too.
 template <typename R>
-void accumulate_few(int64_t n, int64_t n_rows, const void * const * rows, const float * a, int64_t n_tokens, float * y) {
+void accumulate_few(int64_t n, int64_t n_rows, const void * const * rows, const float * a, int64_t n_tokens,
+                    float * y) {
     for (int64_t at = 0; at + PIECE <= n; at += PIECE) {
         if (n_tokens == 4) {
             accumulate_piece<4, R>(at, n_rows, rows, a, n_tokens, n, y);
@@ -456,7 +460,8 @@ constexpr int64_t SPAN = 256;
 constexpr int64_t MANY = 128;
 
 // y[at ... at + width) of the tokens in `list` += a row of weights, times the token's factor.
-void add_span(const float * w, int64_t width, const float * a, const uint8_t * list, int64_t n_list, int64_t n, float * y) {
+void add_span(const float * w, int64_t width, const float * a, const uint8_t * list, int64_t n_list, int64_t n,
+              float * y) {
     for (int64_t k = 0; k < n_list; k++) {
         float * const to = y + list[k] * n;
         const vec     f  = vec_set1(a[list[k]]);
@@ -468,7 +473,8 @@ void add_span(const float * w, int64_t width, const float * a, const uint8_t * l
 
 // Many tokens: a piece of a row is unpacked once, and added where it is not multiplied by zero.
 template <typename R>
-void accumulate_many(int64_t n, int64_t n_rows, const void * const * rows, const float * a, int64_t a_row, int64_t n_tokens, float * y) {
+void accumulate_many(int64_t n, int64_t n_rows, const void * const * rows, const float * a, int64_t a_row,
+                     int64_t n_tokens, float * y) {
     uint8_t list[PINFER_TILE_ROWS][MANY];
     int64_t n_list[PINFER_TILE_ROWS] = {};
     for (int64_t r = 0; r < n_rows; r++) {
@@ -494,7 +500,8 @@ void accumulate_many(int64_t n, int64_t n_rows, const void * const * rows, const
 }
 
 template <typename R>
-void accumulate_pieces(int64_t n, int64_t n_rows, const void * const * rows, const float * a, int64_t n_tokens, float * y) {
+void accumulate_pieces(int64_t n, int64_t n_rows, const void * const * rows, const float * a, int64_t n_tokens,
+                       float * y) {
     if (n_tokens <= 4) {
         accumulate_few<R>(n, n_rows, rows, a, n_tokens, y);
         return;
@@ -502,13 +509,15 @@ void accumulate_pieces(int64_t n, int64_t n_rows, const void * const * rows, con
     for (int64_t r = 0; r < n_rows; r += PINFER_TILE_ROWS) {
         const int64_t part = n_rows - r < PINFER_TILE_ROWS ? n_rows - r : PINFER_TILE_ROWS;
         for (int64_t t = 0; t < n_tokens; t += MANY) {
-            accumulate_many<R>(n, part, rows + r, a + r * n_tokens + t, n_tokens, n_tokens - t < MANY ? n_tokens - t : MANY, y + t * n);
+            const int64_t tokens = n_tokens - t < MANY ? n_tokens - t : MANY;
+            accumulate_many<R>(n, part, rows + r, a + r * n_tokens + t, n_tokens, tokens, y + t * n);
         }
     }
 }
 
 template <vec (*load)(const void *), float (*load_one)(const void *), int size>
-void accumulate_float(int64_t n, int64_t n_rows, const void * const * rows, const float * a, int64_t n_tokens, float * y) {
+void accumulate_float(int64_t n, int64_t n_rows, const void * const * rows, const float * a, int64_t n_tokens,
+                      float * y) {
     accumulate_pieces<float_piece<load, size>>(n, n_rows, rows, a, n_tokens, y);
     accumulate_rest<load_one, size>(n, n_rows, rows, a, n_tokens, y);
 }
@@ -544,9 +553,10 @@ void prepare_x_q8(const float * x, void * dst, int64_t n) {
 
 namespace {
 
-#define FLOATS(load, load_one, size)                                                                                       \
-    GGML_TYPE_F32, dot_float<load, load_one, size>, axpy_float<load, load_one, size>, accumulate_float<load, load_one, size>, \
-        dot_many_float<load, load_one, size>, nullptr, nullptr, nullptr, nullptr
+#define FLOATS(load, load_one, size)                                                                  \
+    GGML_TYPE_F32, dot_float<load, load_one, size>, axpy_float<load, load_one, size>,                 \
+        accumulate_float<load, load_one, size>, dot_many_float<load, load_one, size>, nullptr, nullptr, \
+        nullptr, nullptr
 
 const struct pinfer_kernel kernels[] = {
     { GGML_TYPE_F32, FLOATS(load_vec_f32, load_f32, 4) },

@@ -52,8 +52,9 @@ struct kernel_set {
         if (own != nullptr) {
             kernels[type] = *own;
         } else if (known[type]) {
-            kernels[type] = { type, ggml_get_type_traits_cpu(type)->vec_dot_type, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr,
-                              nullptr, nullptr };
+            kernels[type]        = {};
+            kernels[type].type   = type;
+            kernels[type].x_type = ggml_get_type_traits_cpu(type)->vec_dot_type;
         }
     }
 

@@ -27,7 +27,8 @@ typedef float (*pinfer_dot_fn)(int64_t n, const void * row, const void * x);
 // y[j] += a * row[j]; scratch holds n floats (used by types that are dequantised first)
 typedef void (*pinfer_axpy_fn)(int64_t n, float a, const void * row, float * y, float * scratch);
 // out[t] = sum_j row[j] * x_t[j] for n_tokens prepared x, x_row bytes apart
-typedef void (*pinfer_dot_many_fn)(int64_t n, const void * row, const void * x, size_t x_row, int64_t n_tokens, float * out);
+typedef void (*pinfer_dot_many_fn)(int64_t n, const void * row, const void * x, size_t x_row, int64_t n_tokens,
+                                   float * out);
 // y[t*n + j] += sum_r a[r*n_tokens + t] * rows[r][j] for n_rows rows and n_tokens tokens
 typedef void (*pinfer_accumulate_fn)(int64_t n, int64_t n_rows, const void * const * rows, const float * a,
                                      int64_t n_tokens, float * y);
@@ -35,11 +36,11 @@ typedef void (*pinfer_accumulate_fn)(int64_t n, int64_t n_rows, const void * con
 // begin and end are multiples of the type's block size.
 typedef void (*pinfer_pack_fn)(int64_t begin, int64_t end, const void * const * rows, void * tile);
 // out[t*out_row + r] += sum_j tile[r][j] * x_t[j] over the tile's columns [begin, end) of x's n
-typedef void (*pinfer_multiply_fn)(int64_t n, int64_t begin, int64_t end, const void * tile, const void * x, size_t x_row,
-                                   int64_t n_tokens, float * out, int64_t out_row);
+typedef void (*pinfer_multiply_fn)(int64_t n, int64_t begin, int64_t end, const void * tile, const void * x,
+                                   size_t x_row, int64_t n_tokens, float * out, int64_t out_row);
 
-// What is NULL falls back: dot and axpy to ggml (call pinfer_kernel_dot and pinfer_kernel_axpy, which know), dot_many to
-// dot, accumulate to axpy, pack and multiply to dot_many.
+// What is NULL falls back: dot and axpy to ggml (call pinfer_kernel_dot and pinfer_kernel_axpy, which know), dot_many
+// to dot, accumulate to axpy, pack and multiply to dot_many.
 struct pinfer_kernel {
     enum ggml_type       type;
     enum ggml_type       x_type;

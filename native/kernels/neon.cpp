@@ -326,7 +326,8 @@ void axpy_nibbles(const uint8_t * p, float * y, nibble_map f, float * z, nibble_
 
 #    include "body.h"
 
-const struct pinfer_kernel_table pinfer_kernels_neon = { "neon", kernels, sizeof(kernels) / sizeof(kernels[0]), prepare_x_q8 };
+const struct pinfer_kernel_table pinfer_kernels_neon = { "neon", kernels, sizeof(kernels) / sizeof(kernels[0]),
+                                                         prepare_x_q8 };
 
 #else
 

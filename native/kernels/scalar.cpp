@@ -179,8 +179,9 @@ void prepare_x_q8(const float * x, void * dst, int64_t n) {
     }
 }
 
-#define ROW(B)          PINFER_X_Q8, dot<B>, axpy<B>, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr
-#define FLOAT_ROW(load, size) GGML_TYPE_F32, dot_float<load, size>, axpy_float<load, size>, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr
+#define NO_BATCHES            nullptr, nullptr, nullptr, nullptr, nullptr, nullptr
+#define ROW(B)                PINFER_X_Q8, dot<B>, axpy<B>, NO_BATCHES
+#define FLOAT_ROW(load, size) GGML_TYPE_F32, dot_float<load, size>, axpy_float<load, size>, NO_BATCHES
 
 const struct pinfer_kernel kernels[] = {
     { GGML_TYPE_F32, FLOAT_ROW(load_f32, 4) },   { GGML_TYPE_F16, FLOAT_ROW(load_f16, 2) },
@@ -193,4 +194,5 @@ const struct pinfer_kernel kernels[] = {
 
 } // namespace
 
-const struct pinfer_kernel_table pinfer_kernels_scalar = { "scalar", kernels, sizeof(kernels) / sizeof(kernels[0]), prepare_x_q8 };
+const struct pinfer_kernel_table pinfer_kernels_scalar = { "scalar", kernels, sizeof(kernels) / sizeof(kernels[0]),
+                                                           prepare_x_q8 };

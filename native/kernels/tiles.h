@@ -41,8 +41,8 @@ template <> constexpr int           tile_centre<block_q8_0> = SIGNED_CENTRE;
 
 // ---- packing -----------------------------------------------------------------------------------------------------
 
-// The columns of two groups: 64 bytes of each row. The second is absent at the end of an odd number of them. In line, as
-// is transpose_tile, so that the rows stay in registers.
+// The columns of two groups: 64 bytes of each row. The second is absent at the end of an odd number of them. In line,
+// as is transpose_tile, so that the rows stay in registers.
 [[gnu::always_inline]] inline void store_columns(const int8x64 * rows, tile_group * first, tile_group * second) {
     tile_group spare;
     void *     group[16];
@@ -114,8 +114,8 @@ template <typename B> void load_group_floats(const B * b, float * s) {
     store_scales_u8(s + 8, packed.min, -load_half(b->dmin));
 }
 
-// They are 64 bytes, which are transposed as columns are. All are stored before one is loaded: a load that needs what two
-// stores have just written waits for both.
+// They are 64 bytes, which are transposed as columns are. All are stored before one is loaded: a load that needs what
+// two stores have just written waits for both.
 template <typename B> void store_group_floats(const void * const * rows, int64_t i, tile_group * tile) {
     float   s[PINFER_TILE_ROWS][16];
     int8x64 bytes[PINFER_TILE_ROWS];
@@ -220,15 +220,16 @@ template <int largest, int N, int T, typename G>
     }
 }
 
-// T tokens whose x lies x_row bytes apart; the sums of a token stay in registers, and so do the addresses of the tokens:
-// what belongs to one of them lies at the same distance from each.
+// T tokens whose x lies x_row bytes apart; the sums of a token stay in registers, and so do the addresses of the
+// tokens: what belongs to one of them lies at the same distance from each.
 template <typename B, int T, typename G>
 void multiply_tokens(int64_t n, int64_t begin, int64_t end, const G * tile, const char * x, size_t x_row, float * out,
                      int64_t out_row) {
     constexpr int     parts = form<B> == TILE_HALVES ? 2 : 1, columns = 8 / parts; // of equal scale in a group
     const vec         minus_centre = vec_set1((float) -tile_centre<B>);
     const pinfer_x_q8 first        = x_q8_at(x, n);
-    const int64_t     d_at = (const char *) first.d - x, total_at = (const char *) (parts == 2 ? first.s16 : first.s32) - x;
+    const int64_t     d_at         = (const char *) first.d - x;
+    const int64_t     total_at     = (const char *) (parts == 2 ? first.s16 : first.s32) - x;
     const char *      x_t[T];
     vec               sum[T][TILE_VECS];
     for (int t = 0; t < T; t++) {
@@ -276,15 +277,17 @@ void multiply_blocks(int64_t n, int64_t begin, int64_t end, const G * tile, cons
 }
 
 template <typename B>
-void tile_multiply(int64_t n, int64_t begin, int64_t end, const void * tile, const void * x, size_t x_row, int64_t n_tokens,
-                   float * out, int64_t out_row) {
-    multiply_blocks<B, TILE_TOKENS>(n, begin, end, (const tile_group *) tile, (const char *) x, x_row, n_tokens, out, out_row);
+void tile_multiply(int64_t n, int64_t begin, int64_t end, const void * tile, const void * x, size_t x_row,
+                   int64_t n_tokens, float * out, int64_t out_row) {
+    const tile_group * g = (const tile_group *) tile;
+    multiply_blocks<B, TILE_TOKENS>(n, begin, end, g, (const char *) x, x_row, n_tokens, out, out_row);
 }
 
 template <typename B>
-void tile_multiply_small(int64_t n, int64_t begin, int64_t end, const void * tile, const void * x, size_t x_row, int64_t n_tokens,
-                         float * out, int64_t out_row) {
-    multiply_blocks<B, TILE_TOKENS>(n, begin, end, (const tile_group_4 *) tile, (const char *) x, x_row, n_tokens, out, out_row);
+void tile_multiply_small(int64_t n, int64_t begin, int64_t end, const void * tile, const void * x, size_t x_row,
+                         int64_t n_tokens, float * out, int64_t out_row) {
+    const tile_group_4 * g = (const tile_group_4 *) tile;
+    multiply_blocks<B, TILE_TOKENS>(n, begin, end, g, (const char *) x, x_row, n_tokens, out, out_row);
 }
 
 } // namespace

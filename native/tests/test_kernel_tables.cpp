@@ -215,7 +215,8 @@ static void test_dot_many(const batch & b, report * rep) {
 }
 
 // In two pieces where the type's blocks allow, on top of what is in the output.
-static void test_tile(const batch & b, pinfer_pack_fn pack, pinfer_multiply_fn multiply, const char * what, report * rep) {
+static void test_tile(const batch & b, pinfer_pack_fn pack, pinfer_multiply_fn multiply, const char * what,
+                      report * rep) {
     const int64_t      cut = b.n / 2 / b.block * b.block, out_row = PINFER_TILE_ROWS + 3;
     random_source      r   = { 11 };
     const auto         before = r.normals(b.n_tokens * out_row);
@@ -234,7 +235,8 @@ static void test_tile(const batch & b, pinfer_pack_fn pack, pinfer_multiply_fn m
             if (i < PINFER_TILE_ROWS) {
                 const float expected = before[at] + b.reference->dot(b.n, b.row[(size_t) i], b.token(t));
                 // what the centre of the unsigned weights adds is taken off again in floats
-                worst.see((int64_t) at, out[at], expected, 4.0 * b.tolerance((size_t) i, t) + EPS_F32 * fabs(before[at]));
+                worst.see((int64_t) at, out[at], expected,
+                          4.0 * b.tolerance((size_t) i, t) + EPS_F32 * fabs(before[at]));
             } else {
                 beside = beside && out[at] == before[at];
             }
@@ -242,6 +244,15 @@ static void test_tile(const batch & b, pinfer_pack_fn pack, pinfer_multiply_fn m
     }
     rep->line(b.name + what, worst);
     rep->check(b.name + what + " writes its rows alone", beside);
+}
+
+static void test_tiles(const batch & b, report * rep) {
+    if (b.kernel->pack) {
+        test_tile(b, b.kernel->pack, b.kernel->multiply, " tile", rep);
+    }
+    if (b.kernel->pack_small) {
+        test_tile(b, b.kernel->pack_small, b.kernel->multiply_small, " small tile", rep);
+    }
 }
 
 static void test_accumulate(const batch & b, report * rep) {
@@ -272,12 +283,7 @@ static void test_batches(const struct pinfer_kernel_table * table, const type_sh
         if (b.kernel->dot_many) {
             test_dot_many(b, rep);
         }
-        if (b.kernel->pack) {
-            test_tile(b, b.kernel->pack, b.kernel->multiply, " tile", rep);
-        }
-        if (b.kernel->pack_small) {
-            test_tile(b, b.kernel->pack_small, b.kernel->multiply_small, " small tile", rep);
-        }
+        test_tiles(b, rep);
         if (b.kernel->accumulate) {
             test_accumulate(b, rep);
         }
@@ -295,9 +301,7 @@ static void test_extremes(const struct pinfer_kernel_table * table, const type_s
         }
     }
     rep->line(b.name + " dot", worst);
-    if (b.kernel->pack) {
-        test_tile(b, b.kernel->pack, b.kernel->multiply, " tile", rep);
-    }
+    test_tiles(b, rep);
 }
 
 // What every table but the scalar one has besides dot and axpy: rows for many tokens at once, in one way or another.
@@ -311,6 +315,9 @@ static void test_presence(const struct pinfer_kernel_table * table, const type_s
     rep->check(name + " accumulate where it must be", !sums_rows || (k != nullptr && k->accumulate != nullptr));
     rep->check(name + " tiles where they must be",
                !has_tiles || (k != nullptr && k->pack != nullptr && k->multiply != nullptr));
+    rep->check(name + " small tiles where they must be",
+               !has_tiles || t.type != GGML_TYPE_Q4_0 ||
+                   (k != nullptr && k->pack_small != nullptr && k->multiply_small != nullptr));
 }
 
 int main() {
