@@ -173,6 +173,7 @@ class Configuration:
     label: str
     plugin: PluginConfig
     down: list[NDArray[np.float32]] | None  # of the shards; None: the model's own
+    all_cold: bool = False  # long batches, too, take what is in the shards then
 
 
 def configurations(path: Path) -> Iterator[Configuration]:
@@ -181,7 +182,7 @@ def configurations(path: Path) -> Iterator[Configuration]:
     for share in (0.0, 0.5, 1.0):
         shards = write_shards(path, share)
         plugin = PluginConfig(activation, hot=shards.hot, cold=shards.cold, device="CPU")
-        yield Configuration(f"hot {share:.0%}", plugin, down_of_shards(path, shards))
+        yield Configuration(f"hot {share:.0%}", plugin, down_of_shards(path, shards), all_cold=share == 0)
 
 
 @pytest.mark.parametrize("type_name", FTYPES)
@@ -189,7 +190,7 @@ def configurations(path: Path) -> Iterator[Configuration]:
 def test_exact_is_dense(model_name: str, type_name: str, tmp_path: Path) -> None:
     case = make_case(model_name, type_name, tmp_path)
     stock = None if open_model(case.path).gated else dense_libllama(case)
-    # dense products are the model's, whatever the shards hold
+    # dense products are the model's where neurons are hot, whatever the shards hold
     model_text = stock.text if stock is not None else forward(case, case.text, None)
     for configuration in configurations(case.path):
         # Where down is requantised, and for SiLU graphs, libllama is no reference: see the top.
@@ -204,13 +205,14 @@ def test_exact_is_dense(model_name: str, type_name: str, tmp_path: Path) -> None
                 batches = {n: in_pieces(engine, case.text[:length], n) for n, length in ((7, 126), (512, 512))}
             tokens = case.prompt + got[0]
             if want is None or want.tokens != tokens:
-                assert not (use_stock and type_name in ("F32", "F16")), f"{name}: other tokens than stock libllama"
+                # stock rounds the x of F16 matrices: at a near-tie the reference, which does not, has to say the same
+                assert not (use_stock and type_name == "F32"), f"{name}: other tokens than stock libllama"
                 known = model_text if configuration.down is None else None
                 if want is not None:
                     known = want.text
                 want = dense_reference(case, tokens, configuration.down, known)
             check_greedy(name, type_name, got, want)
             for n, logits in batches.items():
-                is_dense = n == 512 and n_batch_dense == 0
-                error = nmse(logits, (model_text if is_dense else want.text)[: len(logits)])
+                of_model = n == 512 and n_batch_dense == 0 and not configuration.all_cold
+                error = nmse(logits, (model_text if of_model else want.text)[: len(logits)])
                 assert error <= tolerance(type_name), f"{name}, batches of {n}: NMSE {error:.2g}"

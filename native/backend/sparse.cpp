@@ -98,18 +98,27 @@ public:
         const int64_t begin = share_begin(s.job.neurons->n, ith, nth), end = share_begin(s.job.neurons->n, ith + 1, nth);
         int64_t       n     = 0;
         for (int64_t j = begin; j < end; j += GROUP) {
-            float         score[SLAB * GROUP];
-            const int64_t n_rows = std::min(GROUP, end - j);
-            pinfer_predictor_scores(*s.predictor, s.job.neurons->ids, j, n_rows, s.z.data, s.z.row, s.n_tokens, score);
-            for (int64_t r = 0; r < n_rows; r++) {
-                const float threshold = s.predictor->threshold(j + r, s.job.neurons->ids);
-                uint32_t    named     = 0;
+            float score[SLAB * GROUP];
+            pinfer_predictor_scores(*s.predictor, s.job.neurons->ids, j, std::min(GROUP, end - j), s.z.data, s.z.row, s.n_tokens,
+                                    score);
+            const float * const threshold = s.predictor->thresholds.data() + j;
+            uint32_t            above[SLAB], any = 0; // bit r: neuron j + r
+            for (int64_t t = 0; t < s.n_tokens; t++) {
+                above[t] = 0;
+                for (int64_t r = 0; r < GROUP; r++) {
+                    above[t] |= (uint32_t) (score[t * GROUP + r] > threshold[r]) << r;
+                }
+                any |= above[t];
+            }
+            for (; any; any &= any - 1) {
+                const int r     = __builtin_ctz(any);
+                uint32_t  named = 0;
                 for (int64_t t = 0; t < s.n_tokens; t++) {
-                    named |= (uint32_t) (score[t * GROUP + r] > threshold) << t;
+                    named |= (above[t] >> r & 1) << t;
                 }
                 s.candidates[begin + n] = (int32_t) (j + r);
                 s.named[begin + n]      = named;
-                n += named != 0;
+                n++;
             }
         }
         s.n_found[ith] = n;
@@ -140,6 +149,9 @@ public:
             const int64_t n = std::min(GROUP, end - j);
             for (int64_t r = 0; r < n; r++) {
                 list[r] = (int32_t) (j + r);
+                if (j + GROUP + r < end) {
+                    prefetch_row(s.first, j + GROUP + r, s.job.n_embd);
+                }
             }
             compute_group(list, every, n);
         }

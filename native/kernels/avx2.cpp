@@ -333,8 +333,9 @@ typedef __m256i ivec;
 constexpr int TILE_TOKENS   = 4; // sums of more would not fit into 16 registers
 constexpr int SIGNED_CENTRE = 0;
 
-// Pairs of products are summed in 16 bits: 2 * largest * 127 * tile_run stays below 2^15.
-template <int largest> constexpr int tile_run = largest <= 15 ? 8 : largest <= 31 ? 4 : largest <= 63 ? 2 : 1;
+// Pairs of products are summed in 16 bits: 2 * largest * 127 * tile_run stays below 2^15. Longer runs of smaller weights
+// would fit, but are slower.
+template <int largest> constexpr int tile_run = largest <= 63 ? 2 : 1;
 
 ivec ivec_zero(void) {
     return _mm256_setzero_si256();

@@ -191,7 +191,7 @@ vec group_offset(const tile_group * g, int v) {
     return vec_load(g->b + v * VEC_LANES);
 }
 
-// dots[t] = N columns of four from column `from` times the bytes at x[t] + at.
+// dots[t] += N columns of four from column `from` times the bytes at x[t] + at.
 template <int largest, int N, int T, typename G>
 [[gnu::always_inline]] inline void multiply_columns(const G * tile, int from, const char * const * x, int64_t at,
                                                     ivec dots[][TILE_VECS]) {
@@ -213,8 +213,7 @@ template <int largest, int N, int T, typename G>
         }
         for (int t = 0; t < T; t++) {
             for (int v = 0; v < TILE_VECS; v++) {
-                const ivec wide = tile_widen<largest>(sum[t][v]);
-                dots[t][v]      = first == 0 ? wide : ivec_add(dots[t][v], wide);
+                dots[t][v] = ivec_add(dots[t][v], tile_widen<largest>(sum[t][v]));
             }
         }
     }
@@ -241,6 +240,11 @@ void multiply_tokens(int64_t n, int64_t begin, int64_t end, const G * tile, cons
     for (int64_t g = begin / 32; g < end / 32; g++, tile++) {
         for (int p = 0; p < parts; p++) {
             ivec dots[T][TILE_VECS];
+            for (int t = 0; t < T; t++) {
+                for (int v = 0; v < TILE_VECS; v++) {
+                    dots[t][v] = ivec_zero();
+                }
+            }
             multiply_columns<largest<B>, columns, T>(tile, p * columns, x_t, 32 * g + 4 * p * columns, dots);
             for (int t = 0; t < T; t++) {
                 const vec d     = vec_set1(load_f32(x_t[t] + d_at + 4 * g));

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <limits>
 #include <new>
 #include <sys/mman.h>
 
@@ -87,23 +88,27 @@ void pinfer_predictor_arrange(pinfer_predictor * p, const std::vector<pinfer_neu
         pinfer_predictor_layer & layer = p->layers[il];
         const int64_t            n     = neurons ? (*neurons)[il].n : p->n_ff;
         const int32_t *          ids   = neurons ? (*neurons)[il].ids : nullptr;
-        if (layer.rank == 0 || n == 0 || !layer.b_kernel->pack) {
+        if (layer.rank == 0 || n == 0) {
+            continue;
+        }
+        const int64_t groups = (n + PINFER_TILE_ROWS - 1) / PINFER_TILE_ROWS;
+        layer.thresholds.assign((size_t) (groups * PINFER_TILE_ROWS), std::numeric_limits<float>::infinity());
+        for (int64_t j = 0; j < n; j++) {
+            layer.thresholds[(size_t) j] = layer.t[ids ? ids[j] : j];
+        }
+        if (!layer.b_kernel->pack) {
             continue;
         }
         const bool    small  = layer.b_kernel->pack_small;
-        const int64_t groups = (n + PINFER_TILE_ROWS - 1) / PINFER_TILE_ROWS;
         const auto    pack   = small ? layer.b_kernel->pack_small : layer.b_kernel->pack;
         layer.multiply       = small ? layer.b_kernel->multiply_small : layer.b_kernel->multiply;
         layer.tile           = small ? pinfer_small_tile_size(layer.rank) : pinfer_tile_size(layer.rank);
         layer.tiles.allocate((size_t) groups * layer.tile);
-        layer.tile_t.resize((size_t) n);
         for (int64_t g = 0; g < groups; g++) {
             const void * rows[PINFER_TILE_ROWS];
             for (int64_t r = 0; r < PINFER_TILE_ROWS; r++) {
-                const int64_t j  = std::min(g * PINFER_TILE_ROWS + r, n - 1);
-                const int64_t id = ids ? ids[j] : j;
-                rows[r]                  = layer.b + (size_t) id * layer.b_row;
-                layer.tile_t[(size_t) j] = layer.t[id];
+                const int64_t j = std::min(g * PINFER_TILE_ROWS + r, n - 1);
+                rows[r]         = layer.b + (size_t) (ids ? ids[j] : j) * layer.b_row;
             }
             pack(0, layer.rank, rows, layer.tiles.data + (size_t) g * layer.tile);
         }
@@ -113,8 +118,8 @@ void pinfer_predictor_arrange(pinfer_predictor * p, const std::vector<pinfer_neu
 
 void pinfer_predictor_scores(const pinfer_predictor_layer & p, const int32_t * ids, int64_t j, int64_t n, const uint8_t * z,
                              size_t z_row, int64_t n_tokens, float * score) {
+    std::fill(score, score + n_tokens * PINFER_TILE_ROWS, 0.0f);
     if (p.tiles.data) {
-        std::fill(score, score + n_tokens * PINFER_TILE_ROWS, 0.0f);
         p.multiply(p.rank, 0, p.rank, p.tiles.data + (size_t) (j / PINFER_TILE_ROWS) * p.tile, z, z_row, n_tokens, score,
                    PINFER_TILE_ROWS);
         return;

@@ -36,14 +36,12 @@ struct pinfer_predictor_layer {
     size_t                a_row = 0;   // bytes
     size_t                b_row = 0;
 
-    // B and t once more in the order of the neurons that are scored, B in tiles; empty where B has no tile kernels.
+    // t in the order of the neurons that are scored, infinite up to a multiple of PINFER_TILE_ROWS; and B in tiles, empty
+    // where its type has none.
+    std::vector<float> thresholds;
     pinfer_buffer      tiles;
     pinfer_multiply_fn multiply = nullptr;
     size_t             tile = 0; // bytes
-    std::vector<float> tile_t;
-
-    // Of the neuron at place j; ids tells its number in the model, null: j.
-    float threshold(int64_t j, const int32_t * ids) const { return tiles.data ? tile_t[(size_t) j] : t[ids ? ids[j] : j]; }
 };
 
 struct pinfer_predictor {
@@ -56,7 +54,7 @@ struct pinfer_predictor {
 void pinfer_predictor_arrange(pinfer_predictor * p, const std::vector<pinfer_neurons> * neurons);
 
 // score[t*PINFER_TILE_ROWS + r] of the neurons at places j to j + n - 1 (j a multiple of PINFER_TILE_ROWS, n at most that
-// many) for the n_tokens prepared hidden vectors z.
+// many, any finite number beyond them) for the n_tokens prepared hidden vectors z.
 void pinfer_predictor_scores(const pinfer_predictor_layer & p, const int32_t * ids, int64_t j, int64_t n, const uint8_t * z,
                              size_t z_row, int64_t n_tokens, float * score);
 
