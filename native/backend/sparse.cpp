@@ -307,6 +307,10 @@ private:
     uint8_t * base;
 };
 
+ggml_type predictor_x_type(const pinfer_predictor_layer & p) {
+    return p.bits ? PINFER_X_Q8 : p.a_kernel->x_type;
+}
+
 // The buffers of a slab; returns their size.
 size_t lay_out(shared * s, uint8_t ** tiles, uint8_t * base, int n_threads) {
     arena                          a(base);
@@ -320,11 +324,14 @@ size_t lay_out(shared * s, uint8_t ** tiles, uint8_t * base, int n_threads) {
         s->x_second = a.take_x(s->second->kernel->x_type, n_embd, s->n_tokens);
     }
     if (p) {
-        if (p->a_kernel->x_type != s->first.kernel->x_type) {
-            s->x_predictor = a.take_x(p->a_kernel->x_type, n_embd, s->n_tokens);
+        if (predictor_x_type(*p) != s->first.kernel->x_type) {
+            s->x_predictor = a.take_x(predictor_x_type(*p), n_embd, s->n_tokens);
         }
-        s->z          = a.take_x(p->b_kernel->x_type, p->rank, s->n_tokens);
-        s->hidden     = (float *) a.take((size_t) (s->n_tokens * p->rank) * sizeof(float));
+        s->z = s->x_predictor;
+        if (!p->bits) {
+            s->z      = a.take_x(p->b_kernel->x_type, p->rank, s->n_tokens);
+            s->hidden = (float *) a.take((size_t) (s->n_tokens * p->rank) * sizeof(float));
+        }
         s->candidates = (int32_t *) a.take((size_t) (n + 1) * sizeof(int32_t));
         s->named      = (uint32_t *) a.take((size_t) (n + 1) * sizeof(uint32_t));
         s->n_found    = (int64_t *) a.take((size_t) n_threads * sizeof(int64_t));
@@ -352,15 +359,17 @@ pinfer_sparse_counts compute_slab(pinfer_engine * e, shared & s, float * y) {
             prepare(s.second->kernel->x_type, s.x, s.job.n_embd, s.n_tokens, s.x_second, ith, nth);
         }
         if (s.x_predictor.data != s.x_first.data) {
-            prepare(p->a_kernel->x_type, s.x, s.job.n_embd, s.n_tokens, s.x_predictor, ith, nth);
+            prepare(predictor_x_type(*p), s.x, s.job.n_embd, s.n_tokens, s.x_predictor, ith, nth);
         }
         worker w(s, tiles + (size_t) ith * pinfer_tile_size(s.job.n_embd), ith, nth);
 #pragma omp barrier
         if (p) {
-            w.hidden();
+            if (!p->bits) {
+                w.hidden();
 #pragma omp barrier
-            prepare(p->b_kernel->x_type, s.hidden, p->rank, s.n_tokens, s.z, ith, nth);
+                prepare(p->b_kernel->x_type, s.hidden, p->rank, s.n_tokens, s.z, ith, nth);
 #pragma omp barrier
+            }
             w.find_candidates();
 #pragma omp barrier
             w.compute_candidates();

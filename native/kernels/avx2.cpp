@@ -349,12 +349,8 @@ vec ivec_to_vec(ivec v) {
     return _mm256_cvtepi32_ps(v);
 }
 
-ivec ivec_low_nibbles(ivec v) {
-    return low_nibbles(v);
-}
-
-ivec ivec_high_nibbles(ivec v) {
-    return low_nibbles(_mm256_srli_epi64(v, 4));
+template <int n> ivec ivec_bits(ivec v, int from) {
+    return _mm256_and_si256(_mm256_srl_epi64(v, _mm_cvtsi32_si128(from)), _mm256_set1_epi8((1 << n) - 1));
 }
 
 ivec tile_load(const void * p) {
@@ -421,10 +417,11 @@ void transpose_8x8(const __m256i * rows, void * const * to) {
 #    include "body.h"
 
 const struct pinfer_kernel_table pinfer_kernels_avx2 = { "avx2", kernels, sizeof(kernels) / sizeof(kernels[0]),
-                                                         prepare_x_q8 };
+                                                         prepare_x_q8,
+                                                         { tile_multiply_bits<1>, tile_multiply_bits<2> } };
 
 #else
 
-const struct pinfer_kernel_table pinfer_kernels_avx2 = { "avx2", nullptr, 0, nullptr };
+const struct pinfer_kernel_table pinfer_kernels_avx2 = { "avx2", nullptr, 0, nullptr, {} };
 
 #endif

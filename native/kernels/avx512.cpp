@@ -279,12 +279,8 @@ vec ivec_to_vec(ivec v) {
     return _mm512_cvtepi32_ps(v);
 }
 
-ivec ivec_low_nibbles(ivec v) {
-    return _mm512_and_si512(v, _mm512_set1_epi8(15));
-}
-
-ivec ivec_high_nibbles(ivec v) {
-    return _mm512_and_si512(_mm512_srli_epi64(v, 4), _mm512_set1_epi8(15));
+template <int n> ivec ivec_bits(ivec v, int from) {
+    return _mm512_and_si512(_mm512_srl_epi64(v, _mm_cvtsi32_si128(from)), _mm512_set1_epi8((1 << n) - 1));
 }
 
 ivec tile_load(const void * p) {
@@ -335,10 +331,11 @@ int8x64 from_signed(int8x64 w) {
 #    include "body.h"
 
 const struct pinfer_kernel_table pinfer_kernels_avx512 = { "avx512", kernels, sizeof(kernels) / sizeof(kernels[0]),
-                                                           prepare_x_q8 };
+                                                           prepare_x_q8,
+                                                           { tile_multiply_bits<1>, tile_multiply_bits<2> } };
 
 #else
 
-const struct pinfer_kernel_table pinfer_kernels_avx512 = { "avx512", nullptr, 0, nullptr };
+const struct pinfer_kernel_table pinfer_kernels_avx512 = { "avx512", nullptr, 0, nullptr, {} };
 
 #endif

@@ -82,6 +82,11 @@ struct tile_group_4 {
     uint8_t a[PINFER_TILE_ROWS][2]; // F16
 };
 
+// Whole numbers of 1 or 2 bits without scales (predictors): column c lies at bits c / bits * bits of q[c % bits].
+template <int bits> struct tile_group_bits {
+    uint8_t q[bits][PINFER_TILE_ROWS][4];
+};
+
 // x of n values (PINFER_X_Q8): value j = d[j / 32] * q[j]; s32 and s16 are the sums of 32 and of 16 such values.
 struct pinfer_x_q8 {
     int8_t * q; // padded with zeros to a multiple of 64

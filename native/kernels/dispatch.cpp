@@ -36,12 +36,16 @@ struct kernel_set {
     struct pinfer_kernel kernels[GGML_TYPE_COUNT];
     bool                 known[GGML_TYPE_COUNT];
     void (*prepare_x_q8)(const float * x, void * dst, int64_t n);
+    pinfer_multiply_fn multiply_bits[2];
 
     kernel_set() {
         ggml_cpu_init(); // fills the tables that ggml's own vec_dot reads; does nothing the second time
         const struct pinfer_kernel_table * table = choose_table();
         isa                                      = table->isa;
         prepare_x_q8                             = table->prepare_x_q8;
+        for (int i = 0; i < 2; i++) {
+            multiply_bits[i] = table->multiply_bits[i] ? table->multiply_bits[i] : pinfer_kernels_scalar.multiply_bits[i];
+        }
         for (int i = 0; i < GGML_TYPE_COUNT; i++) {
             add((enum ggml_type) i, pinfer_kernel_table_find(table, (enum ggml_type) i));
         }
@@ -137,6 +141,27 @@ size_t pinfer_tile_size(int64_t n) {
 
 size_t pinfer_small_tile_size(int64_t n) {
     return (size_t) n / 32 * sizeof(tile_group_4);
+}
+
+size_t pinfer_bits_tile_size(int bits, int64_t n) {
+    return (size_t) n / 32 * (bits == 1 ? sizeof(tile_group_bits<1>) : sizeof(tile_group_bits<2>));
+}
+
+void pinfer_bits_pack(int bits, int64_t n, const void * const * rows, void * tile) {
+    uint8_t * const to = (uint8_t *) tile;
+    memset(to, 0, pinfer_bits_tile_size(bits, n));
+    for (int64_t r = 0; r < PINFER_TILE_ROWS; r++) {
+        const uint8_t * row = (const uint8_t *) rows[r];
+        for (int64_t j = 0; j < n; j++) {
+            const int q = row[j * bits / 8] >> (j * bits % 8) & ((1 << bits) - 1);
+            const int c = (int) (j % 32 / 4);
+            to[((j / 32 * bits + c % bits) * PINFER_TILE_ROWS + r) * 4 + j % 4] |= (uint8_t) (q << (c / bits * bits));
+        }
+    }
+}
+
+pinfer_multiply_fn pinfer_bits_multiply(int bits) {
+    return kernels().multiply_bits[bits - 1];
 }
 
 size_t pinfer_kernel_prepared_size(enum ggml_type x_type, int64_t n) {

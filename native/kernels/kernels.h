@@ -70,6 +70,13 @@ void  pinfer_kernel_accumulate(const struct pinfer_kernel * k, int64_t n, int64_
 size_t pinfer_tile_size(int64_t n);
 size_t pinfer_small_tile_size(int64_t n);
 
+// Rows of n numbers of 1 bit (-1, 1) or 2 bits (-3, -1, 1, 3), as predictor.gguf holds them: number j is
+// 2*q - (2^bits - 1) with q at bit j*bits of the row. Tiles of them are multiplied by x in PINFER_X_Q8; n is a multiple
+// of 32. `bits` is 1 or 2.
+size_t             pinfer_bits_tile_size(int bits, int64_t n);
+void               pinfer_bits_pack(int bits, int64_t n, const void * const * rows, void * tile);
+pinfer_multiply_fn pinfer_bits_multiply(int bits);
+
 // Bytes of n prepared values, and the preparation itself (x_type F32: a copy).
 size_t pinfer_kernel_prepared_size(enum ggml_type x_type, int64_t n);
 void   pinfer_kernel_prepare(enum ggml_type x_type, const float * x, void * dst, int64_t n);

@@ -327,10 +327,10 @@ void axpy_nibbles(const uint8_t * p, float * y, nibble_map f, float * z, nibble_
 #    include "body.h"
 
 const struct pinfer_kernel_table pinfer_kernels_neon = { "neon", kernels, sizeof(kernels) / sizeof(kernels[0]),
-                                                         prepare_x_q8 };
+                                                         prepare_x_q8, {} };
 
 #else
 
-const struct pinfer_kernel_table pinfer_kernels_neon = { "neon", nullptr, 0, nullptr };
+const struct pinfer_kernel_table pinfer_kernels_neon = { "neon", nullptr, 0, nullptr, {} };
 
 #endif

@@ -180,6 +180,24 @@ void prepare_x_q8(const float * x, void * dst, int64_t n) {
 }
 
 #define NO_BATCHES            nullptr, nullptr, nullptr, nullptr, nullptr, nullptr
+template <int bits>
+void multiply_bits(int64_t n, int64_t begin, int64_t end, const void * tile, const void * x, size_t x_row, int64_t n_tokens,
+                   float * out, int64_t out_row) {
+    const tile_group_bits<bits> * g = (const tile_group_bits<bits> *) tile - begin / 32;
+    for (int64_t t = 0; t < n_tokens; t++) {
+        const pinfer_x_q8 v = x_q8_at((const char *) x + (size_t) t * x_row, n);
+        for (int64_t r = 0; r < PINFER_TILE_ROWS; r++) {
+            float sum = 0.0f;
+            for (int64_t j = begin; j < end; j++) {
+                const int64_t c = j % 32 / 4;
+                const int     q = g[j / 32].q[c % bits][r][j % 4] >> (c / bits * bits) & ((1 << bits) - 1);
+                sum += v.d[j / 32] * (float) (v.q[j] * (2 * q - ((1 << bits) - 1)));
+            }
+            out[t * out_row + r] += sum;
+        }
+    }
+}
+
 #define ROW(B)                PINFER_X_Q8, dot<B>, axpy<B>, NO_BATCHES
 #define FLOAT_ROW(load, size) GGML_TYPE_F32, dot_float<load, size>, axpy_float<load, size>, NO_BATCHES
 
@@ -195,4 +213,5 @@ const struct pinfer_kernel kernels[] = {
 } // namespace
 
 const struct pinfer_kernel_table pinfer_kernels_scalar = { "scalar", kernels, sizeof(kernels) / sizeof(kernels[0]),
-                                                           prepare_x_q8 };
+                                                           prepare_x_q8,
+                                                           { multiply_bits<1>, multiply_bits<2> } };

@@ -9,7 +9,7 @@
 //   tile_widen<largest>(acc)          their sum as an integer per row
 //   ivec_to_vec(v)                    the same numbers as floats
 //   from_signed(w), SIGNED_CENTRE     w + SIGNED_CENTRE: bytes from -128 to 127 as tile_dot wants them
-//   ivec_low/high_nibbles(v)          of every byte
+//   ivec_bits<n>(v, from)             n bits of every byte, from bit `from`
 //   transpose_tile(rows, group)       64 bytes of each row into 16 groups of four bytes of every row
 //   TILE_TOKENS                       how many tokens are multiplied at once, at most
 #pragma once
@@ -176,7 +176,11 @@ ivec group_column(const tile_group * g, int c, int v) {
 
 ivec group_column(const tile_group_4 * g, int c, int v) {
     const ivec both = tile_load(g->q[c % 4][v * VEC_LANES]);
-    return c < 4 ? ivec_low_nibbles(both) : ivec_high_nibbles(both);
+    return ivec_bits<4>(both, c / 4 * 4);
+}
+
+template <int bits> ivec group_column(const tile_group_bits<bits> * g, int c, int v) {
+    return ivec_bits<bits>(tile_load(g->q[c % bits][v * VEC_LANES]), c / bits * bits);
 }
 
 vec group_scale(const tile_group * g, int part, int v) {
@@ -268,6 +272,46 @@ void multiply_tokens(int64_t n, int64_t begin, int64_t end, const G * tile, cons
     }
 }
 
+// Numbers of a few bits: what is taken off the unsigned ones is the same for every row.
+template <typename B, int T, int bits>
+void multiply_tokens(int64_t n, int64_t begin, int64_t end, const tile_group_bits<bits> * tile, const char * x, size_t x_row,
+                     float * out, int64_t out_row) {
+    const pinfer_x_q8 first = x_q8_at(x, n);
+    const int64_t     d_at = (const char *) first.d - x, total_at = (const char *) first.s32 - x;
+    const char *      x_t[T];
+    vec               sum[T][TILE_VECS];
+    float             total[T];
+    for (int t = 0; t < T; t++) {
+        x_t[t]   = x + (size_t) t * x_row;
+        total[t] = 0.0f;
+        for (int v = 0; v < TILE_VECS; v++) {
+            sum[t][v] = vec_load(out + t * out_row + v * VEC_LANES);
+        }
+    }
+    for (int64_t g = begin / 32; g < end / 32; g++, tile++) {
+        ivec dots[T][TILE_VECS];
+        for (int t = 0; t < T; t++) {
+            for (int v = 0; v < TILE_VECS; v++) {
+                dots[t][v] = ivec_zero();
+            }
+        }
+        multiply_columns<15, 8, T>(tile, 0, x_t, 32 * g, dots);
+        for (int t = 0; t < T; t++) {
+            const vec twice = vec_set1(2.0f * load_f32(x_t[t] + d_at + 4 * g));
+            total[t] += load_f32(x_t[t] + total_at + 4 * g);
+            for (int v = 0; v < TILE_VECS; v++) {
+                sum[t][v] = vec_fma(ivec_to_vec(dots[t][v]), twice, sum[t][v]);
+            }
+        }
+    }
+    for (int t = 0; t < T; t++) {
+        const vec off = vec_set1((float) -((1 << bits) - 1) * total[t]);
+        for (int v = 0; v < TILE_VECS; v++) {
+            vec_store(out + t * out_row + v * VEC_LANES, vec_add(sum[t][v], off));
+        }
+    }
+}
+
 // As many times T tokens as there are, then the rest by halves of T.
 template <typename B, int T, typename G>
 void multiply_blocks(int64_t n, int64_t begin, int64_t end, const G * tile, const char * x, size_t x_row,
@@ -292,6 +336,13 @@ void tile_multiply_small(int64_t n, int64_t begin, int64_t end, const void * til
                          int64_t n_tokens, float * out, int64_t out_row) {
     const tile_group_4 * g = (const tile_group_4 *) tile;
     multiply_blocks<B, TILE_TOKENS>(n, begin, end, g, (const char *) x, x_row, n_tokens, out, out_row);
+}
+
+template <int bits>
+void tile_multiply_bits(int64_t n, int64_t begin, int64_t end, const void * tile, const void * x, size_t x_row,
+                        int64_t n_tokens, float * out, int64_t out_row) {
+    const tile_group_bits<bits> * g = (const tile_group_bits<bits> *) tile;
+    multiply_blocks<void, TILE_TOKENS>(n, begin, end, g, (const char *) x, x_row, n_tokens, out, out_row);
 }
 
 } // namespace

@@ -23,11 +23,43 @@ pinfer_buffer::~pinfer_buffer() {
     free(data);
 }
 
+// The bits of a kind whose B is a copy of the first matrix, 0: another kind.
+static int bits_of(const std::string & kind) {
+    return kind == "one_bit" ? 1 : kind == "two_bit" ? 2 : 0;
+}
+
+static bool read_few_bits(pinfer_predictor * p, int il, int bits, int64_t rank, int64_t n_embd, int64_t n_ff, std::string * err) {
+    pinfer_predictor_layer & layer = p->layers[(size_t) il];
+    const std::string        blk   = "blk." + std::to_string(il) + ".";
+    pinfer_blob              b, t;
+    if (rank != n_embd || n_embd % 32 != 0) {
+        *err = p->file.path + ": layer " + std::to_string(il) + " is damaged; make it anew with: pinfer train";
+        return false;
+    }
+    if (!pinfer_artefact_tensor(&p->file, (blk + "pred_b").c_str(), GGML_TYPE_I8, n_embd * bits / 8, n_ff, &b, err) ||
+        !pinfer_artefact_tensor(&p->file, (blk + "pred_t").c_str(), GGML_TYPE_F32, n_ff, 1, &t, err)) {
+        return false;
+    }
+    if (!b.data || !t.data) {
+        *err = p->file.path + ": layer " + std::to_string(il) + " is incomplete; make it anew with: pinfer train";
+        return false;
+    }
+    layer.bits  = bits;
+    layer.rank  = rank;
+    layer.b     = b.data;
+    layer.b_row = (size_t) (n_embd * bits / 8);
+    layer.t     = (const float *) t.data;
+    return true;
+}
+
 static bool read_layer(pinfer_predictor * p, int il, const std::string & kind, int64_t rank, int64_t n_embd,
                        int64_t n_ff, std::string * err) {
     pinfer_predictor_layer & layer = p->layers[(size_t) il];
     if (kind == "none") {
         return true;
+    }
+    if (bits_of(kind)) {
+        return read_few_bits(p, il, bits_of(kind), rank, n_embd, n_ff, err);
     }
     if (kind != "low_rank" && kind != "mlp") {
         *err = p->file.path + ": unknown predictor kind '" + kind + "'; make it anew with: pinfer train";
@@ -83,6 +115,29 @@ bool pinfer_predictor_open(pinfer_predictor * p, const char * path, const char *
     return true;
 }
 
+// False where B has no tiles: its rows are used as they are.
+static bool choose_tiles(pinfer_predictor_layer * p) {
+    if (p->bits) {
+        p->multiply = pinfer_bits_multiply(p->bits);
+        p->tile     = pinfer_bits_tile_size(p->bits, p->rank);
+    } else if (p->b_kernel->pack_small) {
+        p->multiply = p->b_kernel->multiply_small;
+        p->tile     = pinfer_small_tile_size(p->rank);
+    } else {
+        p->multiply = p->b_kernel->multiply;
+        p->tile     = pinfer_tile_size(p->rank);
+    }
+    return p->multiply;
+}
+
+static void pack_tile(const pinfer_predictor_layer & p, const void * const * rows, void * tile) {
+    if (p.bits) {
+        pinfer_bits_pack(p.bits, p.rank, rows, tile);
+    } else {
+        (p.b_kernel->pack_small ? p.b_kernel->pack_small : p.b_kernel->pack)(0, p.rank, rows, tile);
+    }
+}
+
 void pinfer_predictor_arrange(pinfer_predictor * p, const std::vector<pinfer_neurons> * neurons) {
     for (size_t il = 0; il < p->layers.size(); il++) {
         pinfer_predictor_layer & layer = p->layers[il];
@@ -96,21 +151,18 @@ void pinfer_predictor_arrange(pinfer_predictor * p, const std::vector<pinfer_neu
         for (int64_t j = 0; j < n; j++) {
             layer.thresholds[(size_t) j] = layer.t[ids ? ids[j] : j];
         }
-        if (!layer.b_kernel->pack) {
+        if (!choose_tiles(&layer)) {
             continue;
         }
-        const bool    small  = layer.b_kernel->pack_small;
-        const auto    pack   = small ? layer.b_kernel->pack_small : layer.b_kernel->pack;
-        layer.multiply       = small ? layer.b_kernel->multiply_small : layer.b_kernel->multiply;
-        layer.tile           = small ? pinfer_small_tile_size(layer.rank) : pinfer_tile_size(layer.rank);
         layer.tiles.allocate((size_t) groups * layer.tile);
+#pragma omp parallel for
         for (int64_t g = 0; g < groups; g++) {
             const void * rows[PINFER_TILE_ROWS];
             for (int64_t r = 0; r < PINFER_TILE_ROWS; r++) {
                 const int64_t j = std::min(g * PINFER_TILE_ROWS + r, n - 1);
                 rows[r]         = layer.b + (size_t) (ids ? ids[j] : j) * layer.b_row;
             }
-            pack(0, layer.rank, rows, layer.tiles.data + (size_t) g * layer.tile);
+            pack_tile(layer, rows, layer.tiles.data + (size_t) g * layer.tile);
         }
         pinfer_artefact_release(layer.b, (size_t) p->n_ff * layer.b_row);
     }

@@ -24,9 +24,11 @@ struct pinfer_buffer {
     void allocate(size_t n_bytes); // throws std::bad_alloc
 };
 
-// Factors of one layer: hidden z = A·x (mlp: relu of it), score_i = B_i·z, neuron i is a candidate when score_i > t_i.
+// One layer: hidden z = A·x (mlp: relu of it), score_i = B_i·z, neuron i is a candidate when score_i > t_i. Where B is of a
+// few bits, z is x itself.
 struct pinfer_predictor_layer {
     int64_t               rank = 0; // 0: no predictor, every neuron is a candidate
+    int                   bits = 0; // of the numbers of B, 0: b_kernel's type
     bool                  relu = false;
     const pinfer_kernel * a_kernel = nullptr;
     const pinfer_kernel * b_kernel = nullptr;

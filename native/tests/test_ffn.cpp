@@ -256,6 +256,47 @@ void write_predictor(const model & m, const std::string & fp, const std::string 
     w.write(path);
 }
 
+// The same with the signs of the matrix alone, and a threshold that names about as many neurons as it leaves out.
+void write_sign_predictor(const model & m, const std::string & fp, const std::string & path) {
+    writer w;
+    add_common(w.gguf, "predictor", fp);
+    const char *   kind = "one_bit";
+    const uint32_t rank = N_EMBD;
+    gguf_set_arr_str(w.gguf, "pinfer.predictor.kind", &kind, 1);
+    gguf_set_arr_data(w.gguf, "pinfer.predictor.rank", GGUF_TYPE_UINT32, &rank, 1);
+    const matrix &       first = m.c.gated ? m.gate : m.up;
+    std::vector<int8_t>  bits((size_t) (N_EMBD / 8 * N_FF));
+    std::vector<float>   t((size_t) N_FF);
+    for (size_t j = 0; j < (size_t) (N_EMBD * N_FF); j++) {
+        bits[j / 8] = (int8_t) (bits[j / 8] | (first.value[j] > 0.0f) << (j % 8));
+    }
+    w.add("blk.0.pred_b", GGML_TYPE_I8, N_EMBD / 8, N_FF, bits.data());
+    w.add("blk.0.pred_t", GGML_TYPE_F32, N_FF, 1, t.data());
+    w.write(path);
+}
+
+// Neurons that the sign predictor should name for these tokens, of those whose score is not too near zero to tell.
+void check_sign_predictor(const model & m, const std::vector<float> & x, int64_t n_tokens, uint64_t n_candidates,
+                          const std::string & name) {
+    const matrix & first = m.c.gated ? m.gate : m.up;
+    uint64_t       sure = 0, unsure = 0;
+    for (int64_t t = 0; t < n_tokens; t++) {
+        for (int64_t i = 0; i < N_FF; i++) {
+            double score = 0.0, size = 0.0;
+            for (int64_t j = 0; j < N_EMBD; j++) {
+                const double v = x[(size_t) (t * N_EMBD + j)];
+                score += first.value[(size_t) (i * N_EMBD + j)] > 0.0f ? v : -v;
+                size += v * v;
+            }
+            sure += score > 0.04 * std::sqrt(size);
+            unsure += std::fabs(score) <= 0.04 * std::sqrt(size);
+        }
+    }
+    check(n_candidates >= sure && n_candidates <= sure + unsure,
+          name + ": " + std::to_string(n_candidates) + " named, expected " + std::to_string(sure) + " to " +
+              std::to_string(sure + unsure));
+}
+
 ggml_tensor * named(ggml_tensor * t, const char * name) {
     ggml_set_name(t, name);
     return t;
@@ -434,6 +475,34 @@ void run_case(const ffn_case & c, const shard_paths & p) {
     }
 }
 
+void test_sign_predictor(const shard_paths & p) {
+    const ffn_case c = {.act = PINFER_ACT_RELU2, .gated = false, .biases = false, .type = GGML_TYPE_Q4_0};
+    const model    m = make_model(c);
+    std::string    fp, err;
+    writer         w;
+    w.add("up", c.type, N_EMBD, N_FF, m.up.data.data());
+    w.write(p.model);
+    check(pinfer_fingerprint_file(p.model.c_str(), &fp, &err), "fingerprint " + err);
+    write_sign_predictor(m, fp, p.predictor);
+    std::vector<int32_t> order((size_t) N_FF);
+    std::iota(order.begin(), order.end(), 0);
+    std::shuffle(order.begin(), order.end(), rng);
+    write_hot(m, {}, fp, p.hot);
+    write_cold(m, order, fp, p.cold);
+    for (bool shards : {false, true}) {
+        check(configure(p, c, shards, true, &err), "configure: " + err);
+        for (int64_t n_tokens : {1, 7}) {
+            const std::vector<float> x = noise(N_EMBD * n_tokens, 1.0f);
+            pinfer_stats_reset();
+            run_graph(m, x, n_tokens, 2);
+            pinfer_stats st;
+            pinfer_get_stats(&st);
+            check_sign_predictor(m, x, n_tokens, st.n_candidates, std::string("signs, ") + (shards ? "shards, " : "model, ") +
+                                                                      std::to_string(n_tokens) + " tokens");
+        }
+    }
+}
+
 // Where nodes come one at a time no FFN is whole: the CPU backend multiplies, and the activation is still the model's.
 void test_node_by_node(const shard_paths & p) {
     for (pinfer_activation act : {PINFER_ACT_RELU, PINFER_ACT_RELU2, PINFER_ACT_DRELU, PINFER_ACT_REGLU}) {
@@ -555,6 +624,7 @@ int main() {
             n += 4;
         }
     }
+    test_sign_predictor(p);
     test_node_by_node(p);
     test_refusals(p);
     std::filesystem::remove_all(folder);

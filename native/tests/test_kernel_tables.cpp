@@ -320,6 +320,52 @@ static void test_presence(const struct pinfer_kernel_table * table, const type_s
                    (k != nullptr && k->pack_small != nullptr && k->multiply_small != nullptr));
 }
 
+// Tiles of 1 and 2 bits against the numbers themselves.
+static void test_bits(const struct pinfer_kernel_table * table, int bits, int64_t n, int64_t n_tokens, report * rep) {
+    random_source                     r = { (uint64_t) (n * 10 + n_tokens) };
+    std::vector<std::vector<uint8_t>> rows(PINFER_TILE_ROWS, std::vector<uint8_t>((size_t) (n * bits / 8)));
+    std::vector<uint8_t>              x;
+    std::vector<std::vector<double>>  values((size_t) n_tokens);
+    struct alignas(64) group { tile_group_bits<2> g; }; // room for either
+    std::vector<group> tile((size_t) n / 32);
+    std::vector<float>                out((size_t) (n_tokens * PINFER_TILE_ROWS), 1.0f);
+    const auto                        number = [&](size_t row, int64_t j) {
+        const int shift = (int) (j * bits % 8), mask = (1 << bits) - 1;
+        return 2 * (rows[row][(size_t) (j * bits / 8)] >> shift & mask) - mask;
+    };
+    memset((void *) tile.data(), 0, tile.size() * sizeof(tile[0]));
+    for (size_t i = 0; i < rows.size(); i++) {
+        for (uint8_t & byte : rows[i]) {
+            byte = (uint8_t) r.next();
+        }
+        for (int64_t j = 0; j < n; j++) { // the layout of blocks.h, said once more
+            const int64_t c = j % 32 / 4;
+            uint8_t *     q = (uint8_t *) tile.data() + ((j / 32 * bits + c % bits) * PINFER_TILE_ROWS + (int64_t) i) * 4;
+            q[j % 4] |= (uint8_t) ((number(i, j) + (1 << bits) - 1) / 2 << (c / bits * bits));
+        }
+    }
+    size_t x_row = 0;
+    for (auto & v : values) {
+        const std::vector<uint8_t> one = prepared_x(PINFER_X_Q8, n, false, &r, &v);
+        x.insert(x.end(), one.begin(), one.end());
+        x_row = one.size();
+    }
+    table->multiply_bits[bits - 1](n, 0, n, tile.data(), x.data(), x_row, n_tokens, out.data(), PINFER_TILE_ROWS);
+    worst_element worst;
+    for (size_t t = 0; t < values.size(); t++) {
+        for (size_t i = 0; i < rows.size(); i++) {
+            double expected = 1.0;
+            for (int64_t j = 0; j < n; j++) {
+                expected += number(i, j) * values[t][(size_t) j];
+            }
+            const size_t at = t * PINFER_TILE_ROWS + i;
+            worst.see((int64_t) at, out[at], expected, EPS_F32 * 8.0 * (double) n * norm(values[t]));
+        }
+    }
+    rep->line(std::string(table->isa) + " " + std::to_string(bits) + " bits n=" + std::to_string(n) +
+                  " tokens=" + std::to_string(n_tokens), worst);
+}
+
 int main() {
     report                                    rep;
     size_t                                    n_tables;
@@ -340,6 +386,14 @@ int main() {
             if (t.block == 1) { // not a multiple of any vector
                 test_type(tables[i], t, 77, &rep);
                 test_batches(tables[i], t, 77, &rep);
+            }
+        }
+    }
+    for (size_t i = 0; i < n_tables; i++) {
+        for (int bits = 1; bits <= 2 && tables[i]->multiply_bits[0]; bits++) {
+            for (const int64_t n_tokens : { 1, 3, 9 }) {
+                test_bits(tables[i], bits, 32, n_tokens, &rep);
+                test_bits(tables[i], bits, 2560, n_tokens, &rep);
             }
         }
     }
