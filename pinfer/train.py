@@ -43,7 +43,7 @@ _THRESHOLD_BYTES = 4
 _BLOCK = 32
 
 # Kinds that layers may get: those which the plugin computes.
-KINDS = ("low_rank",)
+KINDS = ("low_rank", "one_bit", "two_bit")
 
 # Samples and neurons on which kinds and ranks are compared; the choice is then calibrated on all that were held back.
 _SEARCH_SAMPLES = 512
@@ -255,8 +255,8 @@ class _FewBits:
         n_embd = data.weight.shape[1]
         self.kind = kind
         self.ready = 0
-        # Codes fill whole bytes.
-        self.ranks = range(n_embd, n_embd + 1) if n_embd * FEW_BITS[kind] % 8 == 0 else range(0)
+        # The plugin multiplies them 32 at a time.
+        self.ranks = range(n_embd, n_embd + 1) if n_embd % _BLOCK == 0 else range(0)
         self._data = data
         self._inputs = inputs
 
