@@ -238,15 +238,18 @@ def print_profile(report: ProfileReport) -> None:
 def print_train(report: TrainReport) -> None:
     """What the predictor of each layer names, keeps and costs."""
 
-    def row(label: str, rank: str, part: LayerReport | TrainReport) -> tuple[str, ...]:
+    def kind(layer: LayerReport) -> str:
+        return {"one_bit": "1 bit", "two_bit": "2 bits"}.get(layer.kind, f"rank {layer.rank}" if layer.rank else "none")
+
+    def row(label: str, kind: str, part: LayerReport | TrainReport) -> tuple[str, ...]:
         ratio = f"{part.candidates / part.active:.2f}" if part.active > 0 else ""
         saved = f"{format_bytes(part.expected_bytes)} of {format_bytes(part.exact_bytes)}"
         shares = (percent(part.recall), percent(part.candidates), percent(part.active))
-        return (label, rank, *shares, ratio, format_bytes(part.predictor_bytes), saved)
+        return (label, kind, *shares, ratio, format_bytes(part.predictor_bytes), saved)
 
-    rows = [row(str(layer.layer), str(layer.rank) if layer.rank else layer.kind, layer) for layer in report.layers]
+    rows = [row(str(layer.layer), kind(layer), layer) for layer in report.layers]
     rows.append(row("whole model", "", report))
-    columns = ("layer", "rank", "recall", "candidates", "active", "cand./active", "predictor", "read per token")
+    columns = ("layer", "kind", "recall", "candidates", "active", "cand./active", "predictor", "read per token")
     print_table(f"learnt from {report.n_samples:,} tokens", columns, rows)
     print_paths(report.path)
 
