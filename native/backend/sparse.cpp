@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 #include <omp.h>
 
 namespace {
@@ -15,6 +16,10 @@ constexpr int64_t SLAB = 32;
 
 // Neurons computed together: a tile.
 constexpr int64_t GROUP = PINFER_TILE_ROWS;
+
+// Neurons a thread takes at a time where all are computed: they are sorted by falling impact, so that the first ones fire
+// far more often.
+constexpr int64_t CHUNK = 16 * GROUP;
 
 // Neurons that fire wait here until their other rows have arrived in the cache.
 constexpr int64_t WAITING = 2 * GROUP;
@@ -140,20 +145,17 @@ public:
         finish(n_waiting);
     }
 
+    // Rows of all neurons come in a stream, which the hardware fetches ahead by itself.
     void compute_all() {
-        const int64_t begin = share_begin(s.job.neurons->n, ith, nth), end = share_begin(s.job.neurons->n, ith + 1, nth);
-        uint32_t      every[GROUP];
+        uint32_t every[GROUP];
         std::fill(every, every + GROUP, ~0u);
-        for (int64_t j = begin; j < end; j += GROUP) {
-            int32_t       list[GROUP];
-            const int64_t n = std::min(GROUP, end - j);
-            for (int64_t r = 0; r < n; r++) {
-                list[r] = (int32_t) (j + r);
-                if (j + GROUP + r < end) {
-                    prefetch_row(s.first, j + GROUP + r, s.job.n_embd);
-                }
+        for (int64_t chunk = ith * CHUNK; chunk < s.job.neurons->n; chunk += nth * CHUNK) {
+            const int64_t end = std::min(s.job.neurons->n, chunk + CHUNK);
+            for (int64_t j = chunk; j < end; j += GROUP) {
+                int32_t list[GROUP];
+                std::iota(list, list + GROUP, (int32_t) j);
+                compute_group(list, every, std::min(GROUP, end - j), 0);
             }
-            compute_group(list, every, n);
         }
         finish(n_waiting);
     }
@@ -162,20 +164,18 @@ public:
 
 private:
     void compute_list(const int32_t * list, const uint32_t * named, int64_t n) {
-        for (int64_t k = 0; k < std::min(n, GROUP); k++) {
-            prefetch_row(s.first, list[k], s.job.n_embd);
-        }
         for (int64_t at = 0; at < n; at += GROUP) {
-            for (int64_t k = at + GROUP; k < std::min(n, at + 2 * GROUP); k++) {
-                prefetch_row(s.first, list[k], s.job.n_embd);
-            }
-            compute_group(list + at, named + at, std::min(GROUP, n - at));
+            compute_group(list + at, named + at, std::min(GROUP, n - at), std::min(2 * GROUP, n - at));
         }
     }
 
-    // out[t*GROUP + r] = rows[list[r]] . x_t, with bias, for the n <= GROUP rows of the list.
-    void products(const pinfer_rows & rows, const x_view & x, const int32_t * list, int64_t n, float * out) const {
+    // out[t*GROUP + r] = rows[list[r]] . x_t, with bias, for the n <= GROUP rows of the list. The rows from list[GROUP] to
+    // list[known - 1] come next: each is fetched while another is computed, since a burst of requests would stall both.
+    void products(const pinfer_rows & rows, const x_view & x, const int32_t * list, int64_t n, int64_t known, float * out) const {
         if (rows.kernel->multiply && s.n_tokens > 1) {
+            for (int64_t r = GROUP; r < known; r++) {
+                prefetch_row(rows, list[r], s.job.n_embd);
+            }
             const void * row[GROUP];
             for (int64_t r = 0; r < GROUP; r++) {
                 row[r] = row_at(rows, list[std::min(r, n - 1)]);
@@ -185,6 +185,9 @@ private:
             rows.kernel->multiply(s.job.n_embd, 0, s.job.n_embd, tile, x.data, x.row, s.n_tokens, out, GROUP);
         } else {
             for (int64_t r = 0; r < n; r++) {
+                if (r + GROUP < known) {
+                    prefetch_row(rows, list[r + GROUP], s.job.n_embd);
+                }
                 float dots[SLAB];
                 pinfer_kernel_dot_many(rows.kernel, s.job.n_embd, row_at(rows, list[r]), x.data, x.row, s.n_tokens, dots);
                 for (int64_t t = 0; t < s.n_tokens; t++) {
@@ -199,9 +202,9 @@ private:
         }
     }
 
-    void compute_group(const int32_t * list, const uint32_t * named, int64_t n) {
+    void compute_group(const int32_t * list, const uint32_t * named, int64_t n, int64_t known) {
         float out[SLAB * GROUP];
-        products(s.first, s.x_first, list, n, out);
+        products(s.first, s.x_first, list, n, known, out);
         for (int64_t r = 0; r < n; r++) {
             counts.candidates += (uint64_t) std::min<int64_t>(__builtin_popcount(named[r]), s.n_tokens);
             float * f   = value[n_waiting];
@@ -239,7 +242,7 @@ private:
     void finish_group(int64_t at, int64_t n) {
         float out[SLAB * GROUP], f[GROUP * SLAB];
         if (s.second) {
-            products(*s.second, s.x_second, waiting + at, n, out);
+            products(*s.second, s.x_second, waiting + at, n, n, out);
         }
         const void * rows[GROUP];
         for (int64_t r = 0; r < n; r++) {
