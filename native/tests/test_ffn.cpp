@@ -438,7 +438,7 @@ void run_case(const ffn_case & c, const shard_paths & p) {
         uint64_t            active;
     };
     std::vector<batch> batches;
-    for (int64_t n_tokens : {1, 7, 40}) {
+    for (int64_t n_tokens : {1, 7, 40, 70}) {
         batch b = {.n_tokens = n_tokens, .x = noise(N_EMBD * n_tokens, 1.0f), .want = {}, .active = 0};
         b.want  = reference(m, b.x, n_tokens, &b.active);
         batches.push_back(b);
@@ -461,9 +461,9 @@ void run_case(const ffn_case & c, const shard_paths & p) {
                     pinfer_stats st;
                     pinfer_get_stats(&st);
                     check(st.n_fallback == 0, name + ": fell back");
-                    check(n_tokens < 32 ? st.n_tokens == 2u * (uint64_t) n_tokens : st.n_tokens_dense == 2u * (uint64_t) n_tokens,
+                    check(n_tokens < 64 ? st.n_tokens == 2u * (uint64_t) n_tokens : st.n_tokens_dense == 2u * (uint64_t) n_tokens,
                           name + ": wrong path");
-                    if (n_tokens < 32 && hot <= 0) {
+                    if (n_tokens < 64 && hot <= 0) {
                         // a quantised x may tip a handful of neurons near zero
                         check(std::llabs((long long) st.n_active / 2 - (long long) active) <= (long long) (2 + active / 50),
                               name + ": active " + std::to_string(st.n_active / 2) + ", expected " + std::to_string(active));
