@@ -401,7 +401,7 @@ bool configure(const shard_paths & p, const ffn_case & c, bool shards, bool pred
         .cold_path      = shards ? p.cold.c_str() : nullptr,
         .device         = "CPU",
         .activation     = c.act,
-        .n_batch_dense  = 32,
+        .n_batch_dense  = 0,
     };
     char text[512] = "";
     const bool ok = pinfer_configure(&params, text, sizeof(text));
