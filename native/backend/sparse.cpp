@@ -8,6 +8,9 @@
 #include <cmath>
 #include <numeric>
 #include <omp.h>
+#include <sys/mman.h>
+#include <sys/resource.h>
+#include <unistd.h>
 
 namespace {
 
@@ -39,7 +42,8 @@ struct shared {
     const pinfer_rows *       down;   // null: absent
     const pinfer_predictor_layer * predictor;
 
-    int64_t       n_tokens; // of this slab
+    bool          from_disk; // rows may have to be read
+    int64_t       n_tokens;  // of this slab
     const float * x;
     float *       h;
 
@@ -66,6 +70,23 @@ void prefetch_row(const pinfer_rows & rows, int64_t j, int64_t n) {
     for (uintptr_t line = row / 64 * 64; line < end; line += 64) {
         __builtin_prefetch((const void *) line, 0, 2);
     }
+}
+
+// Asks the system for the pages of a row, to be read while others are computed.
+void request_row(const pinfer_rows & rows, int64_t j, int64_t n) {
+    static const uintptr_t page  = (uintptr_t) sysconf(_SC_PAGESIZE);
+    const uintptr_t        row   = (uintptr_t) row_at(rows, j), end = row + ggml_row_size(rows.kernel->type, n);
+    const uintptr_t        begin = row / page * page;
+    madvise((void *) begin, end - begin, MADV_WILLNEED);
+}
+
+// Whether this process has read from disk since the last call: then the shard is not in memory, or not yet.
+bool reads_from_disk(pinfer_engine * e) {
+    rusage usage = {};
+    getrusage(RUSAGE_SELF, &usage);
+    const bool reads = usage.ru_inblock != e->blocks_read;
+    e->blocks_read   = usage.ru_inblock;
+    return reads;
 }
 
 // Multiples of GROUP, so that tiles are whole.
@@ -164,6 +185,13 @@ public:
 
 private:
     void compute_list(const int32_t * list, const uint32_t * named, int64_t n) {
+        for (int64_t k = 0; s.from_disk && k < n; k++) {
+            for (const pinfer_rows * rows : {&s.first, s.second, s.down}) {
+                if (rows) {
+                    request_row(*rows, list[k], s.job.n_embd);
+                }
+            }
+        }
         for (int64_t at = 0; at < n; at += GROUP) {
             compute_group(list + at, named + at, std::min(GROUP, n - at), std::min(2 * GROUP, n - at));
         }
@@ -408,6 +436,7 @@ pinfer_sparse_counts pinfer_sparse_compute(pinfer_engine * e, const pinfer_spars
             .second      = job.gated ? &neurons.up : nullptr,
             .down        = neurons.down.data ? &neurons.down : nullptr,
             .predictor   = job.predictor,
+            .from_disk   = job.predictor && reads_from_disk(e),
             .n_tokens    = std::min(SLAB, job.n_tokens - t),
             .x           = job.x + t * job.n_embd,
             .h           = job.h ? job.h + t * job.n_ff : nullptr,
