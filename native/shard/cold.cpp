@@ -3,8 +3,6 @@
 
 #include "pinfer.h"
 
-#include <algorithm>
-#include <numeric>
 
 static bool damaged(const pinfer_cold * c, const std::string & cause, std::string * err) {
     *err = c->file.path + " is damaged: " + cause + c->file.remake;
@@ -55,9 +53,6 @@ static bool read_layer(pinfer_cold * c, int il, bool gated, std::string * err) {
             return damaged(c, "layer " + std::to_string(il) + " names neurons that the model has not", err);
         }
     }
-    layer.by_id.resize((size_t) layer.n);
-    std::iota(layer.by_id.begin(), layer.by_id.end(), 0);
-    std::sort(layer.by_id.begin(), layer.by_id.end(), [&](int32_t a, int32_t b) { return layer.ids[a] < layer.ids[b]; });
     return true;
 }
 

@@ -21,8 +21,6 @@ struct pinfer_neurons {
     int64_t         n = 0;
     const int32_t * ids = nullptr;
     pinfer_rows     gate, up, down; // down: one row of n_embd a neuron; absent: the model's own matrix is used
-
-    std::vector<int32_t> by_id; // the j in the order of ids[j]; empty where ids is null
 };
 
 struct pinfer_cold {
