@@ -3,7 +3,6 @@
 
 #include "pinfer.h"
 
-
 static bool damaged(const pinfer_cold * c, const std::string & cause, std::string * err) {
     *err = c->file.path + " is damaged: " + cause + c->file.remake;
     return false;
