@@ -38,7 +38,7 @@ from pinfer.train import TrainOptions, train
 
 TEXT = Path(__file__).resolve().parent / "data" / "profile.txt"
 QUICK = BenchOptions(
-    n_prompt=(32,), n_gen=(8,), n_seq=(1, 3), repetitions=2, n_threads=2, n_stream_bytes=16 << 20, text=TEXT
+    n_prompt=(96,), n_gen=(8,), n_seq=(1, 3), repetitions=2, n_threads=2, n_stream_bytes=16 << 20, text=TEXT
 )
 
 
@@ -63,7 +63,7 @@ def test_both_sides_run_in_turn_on_the_same_tokens(report: BenchReport) -> None:
     assert report.mode == "predicted"
     assert report.tokens_from == "profile.txt"
     assert [(r.test.name, r.side) for r in report.results] == [
-        (name, side) for name in ("pp32", "tg8", "tg8 ×3") for side in (SPARSE, DENSE)
+        (name, side) for name in ("pp96", "tg8", "tg8 ×3") for side in (SPARSE, DENSE)
     ]
     for n, sparse, dense in zip(range(3), report.results[::2], report.results[1::2], strict=True):
         assert sparse.order == (4 * n, 4 * n + 2)
@@ -248,7 +248,7 @@ def test_text_that_is_too_short_begins_anew() -> None:
     [
         ({"n_prompt": (), "n_gen": (0,)}, "nothing to measure"),
         ({"n_seq": (0,)}, "nothing to measure"),
-        ({"n_ctx": 16}, "holds no 32"),
+        ({"n_ctx": 16}, "holds no 96"),
         ({"text": Path("missing.txt")}, "missing.txt"),
     ],
 )
