@@ -318,7 +318,7 @@ def test_rank_follows_the_price() -> None:
     cheap_rank, dear_rank = (fit_layer(d, 0, TrainOptions(type="f16"), ("low_rank",))[1].rank for d in (data, dear))
     assert 32 <= cheap_rank < dear_rank
     assert fit_layer(dear, 0, TrainOptions(max_rank=40, type="f16"), ("low_rank",))[1].rank == 32
-    assert fit_layer(data, 0, TrainOptions(max_rank=0, type="f16"))[1].kind == "none"
+    assert fit_layer(data, 0, TrainOptions(max_rank=0, type="f16"), ("low_rank",))[1].kind == "none"
 
 
 @settings(max_examples=5, deadline=None)
