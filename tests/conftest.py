@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +21,9 @@ from models.synth import SynthOptions, write_model
 # How long an example takes says more about the machine than about the code.
 settings.register_profile("pinfer", deadline=None)
 settings.load_profile("pinfer")
+
+# A shell that starts the tests in the background has them ignore Ctrl-C, and what they start would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ROOT / "models"
