@@ -24,29 +24,11 @@ ggml_status pinfer_dense_nodes(pinfer_engine * e, ggml_tensor * const * nodes, i
     return queued ? ggml_backend_graph_compute(e->cpu, e->graph) : GGML_STATUS_SUCCESS;
 }
 
-static inline float relu(float v) {
-    return v > 0.0f ? v : 0.0f;
-}
-
-// One value of h from the gate (or, ungated, the only) product g and the up product u.
-static inline float activate(pinfer_activation act, float g, float u) {
-    switch (act) {
-        case PINFER_ACT_RELU2:
-            return relu(g) * relu(g);
-        case PINFER_ACT_REGLU:
-            return relu(g) * u;
-        case PINFER_ACT_DRELU:
-            return relu(g) * relu(u);
-        default:
-            return relu(g);
-    }
-}
-
 // h of n products; gate is up where the FFN has no gate.
 static void activate_all(const pinfer_engine * e, pinfer_activation act, const float * gate, const float * up, float * h, int64_t n) {
 #pragma omp parallel for num_threads(e->n_threads) schedule(static)
     for (int64_t i = 0; i < n; i++) {
-        h[i] = activate(act, gate[i], up[i]);
+        h[i] = pinfer_activate(act, gate[i], up[i]);
     }
 }
 
@@ -178,8 +160,7 @@ ggml_status pinfer_dense_product(pinfer_engine * e, const pinfer_product & p, co
     }
     const pinfer_rows rows = pinfer_model_rows(p);
     if (rows.kernel && rows.kernel->multiply) {
-        multiply_tiles(e, rows, p.weight->ne[0], p.weight->ne[1], x, p.out()->ne[1], (float *) p.out()->data);
-        return GGML_STATUS_SUCCESS;
+        return pinfer_dense_rows(e, rows, p.weight->ne[0], p.weight->ne[1], x, p.out()->ne[1], (float *) p.out()->data);
     }
     ggml_tensor * nodes[] = {p.mul_mat, p.add};
     return pinfer_dense_nodes(e, nodes, 2);

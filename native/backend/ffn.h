@@ -34,6 +34,21 @@ uint8_t * pinfer_engine_arena(pinfer_engine * e, size_t size);
 // All nodes of a split, in order.
 ggml_status pinfer_engine_compute(pinfer_engine * e, pinfer_state * s, ggml_cgraph * graph);
 
+// f_i(x) from the gate product g and the up product u; where the FFN has no gate, u is g.
+inline float pinfer_activate(pinfer_activation act, float g, float u) {
+    const float gate = g > 0.0f ? g : 0.0f, up = u > 0.0f ? u : 0.0f;
+    switch (act) {
+        case PINFER_ACT_RELU2:
+            return gate * gate;
+        case PINFER_ACT_REGLU:
+            return gate * u;
+        case PINFER_ACT_DRELU:
+            return gate * up;
+        default:
+            return gate;
+    }
+}
+
 // plugin.cpp: gives back the memory that a weight's pages take, where they are a mapped file
 void pinfer_release_weight(const ggml_tensor * weight);
 

@@ -5,7 +5,6 @@
 #include "sparse.h"
 
 #include <algorithm>
-#include <cmath>
 #include <numeric>
 #include <omp.h>
 #include <sys/mman.h>
@@ -36,10 +35,10 @@ struct x_view {
 
 // What all threads share.
 struct shared {
-    const pinfer_sparse_job & job;
-    const pinfer_rows &       first;  // decides whether a neuron fires
-    const pinfer_rows *       second; // null: ungated
-    const pinfer_rows *       down;   // null: absent
+    const pinfer_sparse_job &      job;
+    const pinfer_rows &            first;  // decides whether a neuron fires
+    const pinfer_rows *            second; // null: ungated
+    const pinfer_rows *            down;   // null: absent
     const pinfer_predictor_layer * predictor;
 
     bool          from_disk; // rows may have to be read
@@ -47,12 +46,13 @@ struct shared {
     const float * x;
     float *       h;
 
-    x_view     x_first, x_second, x_predictor, z;
-    float *    hidden;     // [n_tokens, rank]
-    int32_t *  candidates; // [n], the segment of thread i starts at its share of the neurons
-    uint32_t * named;      // bit t: token t named the candidate beside it
-    int64_t *  n_found;    // [threads]
-    float *    partial;    // [threads][n_tokens, n_embd]
+    // cut from the engine's arena by lay_out
+    x_view     x_first = {}, x_second = {}, x_predictor = {}, z = {};
+    float *    hidden = nullptr;     // [n_tokens, rank]
+    int32_t *  candidates = nullptr; // [n], the segment of thread i starts at its share of the neurons
+    uint32_t * named = nullptr;      // bit t: token t named the candidate beside it
+    int64_t *  n_found = nullptr;    // [threads]
+    float *    partial = nullptr;    // [threads][n_tokens, n_embd]
 };
 
 int64_t neuron_id(const shared & s, int64_t j) {
@@ -160,7 +160,9 @@ public:
         for (int i = 0; i < nth; i++) {
             const int64_t at   = share_begin(s.job.neurons->n, i, nth) - before;
             const int64_t from = std::max(begin, before), to = std::min(end, before + s.n_found[i]);
-            compute_list(s.candidates + at + from, s.named + at + from, to - from);
+            if (from < to) {
+                compute_list(s.candidates + at + from, s.named + at + from, to - from);
+            }
             before += s.n_found[i];
         }
         finish(n_waiting);
@@ -278,7 +280,7 @@ private:
             rows[r]         = s.down ? row_at(*s.down, j) : nullptr;
             for (int64_t t = 0; t < s.n_tokens; t++) {
                 const float g  = value[at + r][t];
-                const float fi = g > 0.0f ? activate(g, out[t * GROUP + r]) : 0.0f;
+                const float fi = g > 0.0f ? pinfer_activate(s.job.act, g, s.second ? out[t * GROUP + r] : g) : 0.0f;
                 f[r * s.n_tokens + t] = fi;
                 counts.active += fi != 0.0f;
                 if (!s.down) {
@@ -289,14 +291,6 @@ private:
         if (s.down) {
             pinfer_kernel_accumulate(s.down->kernel, s.job.n_embd, n, rows, f, s.n_tokens, y, scratch.data());
         }
-    }
-
-    // f_i(x) of a first product g > 0 and the second product u.
-    float activate(float g, float u) const {
-        if (!s.second) {
-            return s.job.act == PINFER_ACT_RELU2 ? g * g : g;
-        }
-        return s.job.act == PINFER_ACT_DRELU && !(u > 0.0f) ? 0.0f : g * u;
     }
 
     const shared &     s;
@@ -431,24 +425,15 @@ pinfer_sparse_counts pinfer_sparse_compute(pinfer_engine * e, const pinfer_spars
     pinfer_sparse_counts   sum;
     for (int64_t t = 0; t < job.n_tokens; t += SLAB) {
         shared s = {
-            .job         = job,
-            .first       = job.gated ? neurons.gate : neurons.up,
-            .second      = job.gated ? &neurons.up : nullptr,
-            .down        = neurons.down.data ? &neurons.down : nullptr,
-            .predictor   = job.predictor,
-            .from_disk   = job.predictor && reads_from_disk(e),
-            .n_tokens    = std::min(SLAB, job.n_tokens - t),
-            .x           = job.x + t * job.n_embd,
-            .h           = job.h ? job.h + t * job.n_ff : nullptr,
-            .x_first     = {},
-            .x_second    = {},
-            .x_predictor = {},
-            .z           = {},
-            .hidden      = nullptr,
-            .candidates  = nullptr,
-            .named       = nullptr,
-            .n_found     = nullptr,
-            .partial     = nullptr,
+            .job       = job,
+            .first     = job.gated ? neurons.gate : neurons.up,
+            .second    = job.gated ? &neurons.up : nullptr,
+            .down      = neurons.down.data ? &neurons.down : nullptr,
+            .predictor = job.predictor,
+            .from_disk = job.predictor && reads_from_disk(e),
+            .n_tokens  = std::min(SLAB, job.n_tokens - t),
+            .x         = job.x + t * job.n_embd,
+            .h         = job.h ? job.h + t * job.n_ff : nullptr,
         };
         const pinfer_sparse_counts c = compute_slab(e, s, job.y ? job.y + t * job.n_embd : nullptr);
         sum.candidates += c.candidates;

@@ -1,4 +1,5 @@
-// predictor.cpp: reads predictor.gguf; its arithmetic runs inside the FFN executor, which knows the threads.
+// predictor.cpp: reads predictor.gguf, arranges B so that it streams, and scores 16 neurons at a time. The rest of its
+// arithmetic runs inside the FFN executor, which knows the threads.
 #include "predictor.h"
 
 #include <algorithm>
@@ -11,12 +12,14 @@ static const size_t HUGE_PAGE = 2u << 20;
 
 void pinfer_buffer::allocate(size_t n_bytes) {
     const size_t align = n_bytes >= HUGE_PAGE ? HUGE_PAGE : 64;
-    size               = (n_bytes + align - 1) / align * align;
+    const size_t size  = (n_bytes + align - 1) / align * align;
     data               = (uint8_t *) aligned_alloc(align, size);
     if (!data) {
         throw std::bad_alloc();
     }
-    madvise(data, align == HUGE_PAGE ? size : 0, MADV_HUGEPAGE); // a wish
+    if (align == HUGE_PAGE) {
+        madvise(data, size, MADV_HUGEPAGE); // a wish
+    }
 }
 
 pinfer_buffer::~pinfer_buffer() {

@@ -13,12 +13,11 @@
 // Memory of its own, 64-byte aligned, in huge pages where the system gives them.
 struct pinfer_buffer {
     uint8_t * data = nullptr;
-    size_t    size = 0;
 
     pinfer_buffer() = default;
     pinfer_buffer(const pinfer_buffer &) = delete;
     pinfer_buffer & operator=(const pinfer_buffer &) = delete;
-    pinfer_buffer(pinfer_buffer && other) noexcept : data(other.data), size(other.size) { other.data = nullptr; }
+    pinfer_buffer(pinfer_buffer && other) noexcept : data(other.data) { other.data = nullptr; }
     ~pinfer_buffer();
 
     void allocate(size_t n_bytes); // throws std::bad_alloc
