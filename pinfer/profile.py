@@ -216,7 +216,7 @@ def _write(
     progress: Progress,
 ) -> ProfileReport:
     from pinfer import paths
-    from pinfer.artefact import replace_together
+    from pinfer.gguf_writer import replace_together
 
     seen = [plugin.observer_layer(layer) for layer in range(model.n_layer)]
     layers = [layer for layer in seen if layer is not None]

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pinfer import ggml, paths
-from pinfer.artefact import ArtefactWriter, replace_together
+from pinfer.artefact import ArtefactWriter
 from pinfer.gguf_file import type_name, type_size
+from pinfer.gguf_writer import replace_together
 from pinfer.model import Model, Tensor, open_model
 from pinfer.placement_file import PlacementFile, new_placement_id
 from pinfer.progress import NULL_PROGRESS, Progress

@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 from small_model import Shape, write_small_model
 
 from pinfer import paths
-from pinfer.artefact import FORMAT_VERSION, ArtefactWriter, open_artefact, replace_together
+from pinfer.artefact import FORMAT_VERSION, ArtefactWriter, open_artefact
 from pinfer.errors import PinferError
+from pinfer.gguf_writer import replace_together
 from pinfer.model import Model, open_model
 
 

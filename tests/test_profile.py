@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from models.reference import Reference
 from models.synth import planted_frequencies
 from pinfer import paths
-from pinfer.artefact import ArtefactWriter, replace_together
+from pinfer.artefact import ArtefactWriter
 from pinfer.engine import Engine, PluginConfig
 from pinfer.errors import PinferError
+from pinfer.gguf_writer import replace_together
 from pinfer.model import Model, open_model
 from pinfer.native import Stats, load_plugin
 from pinfer.profile import ProfileOptions, ProfileReport, _stride, profile, share_of_most, windows_of
@@ -215,7 +216,7 @@ def test_interrupt_while_writing_loses_nothing(tiny_relu2: Path, monkeypatch: py
         signal.raise_signal(signal.SIGINT)
         replace_together(writers)
 
-    monkeypatch.setattr("pinfer.artefact.replace_together", replace_slowly)
+    monkeypatch.setattr("pinfer.gguf_writer.replace_together", replace_slowly)
     report = profile(tiny_relu2, ProfileOptions(str(TEXT), 64, n_threads=1))
     assert (report.interrupted, report.tokens) == (True, 64)
     assert _read(report, open_model(tiny_relu2))[0].tokens == 64
