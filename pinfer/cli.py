@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
-import re
-import shlex
 import signal
 import sys
 from pathlib import Path
@@ -15,8 +12,23 @@ from typing import Annotated, Literal, NoReturn
 import typer
 
 from pinfer import __version__
+from pinfer.cli_exit import describe_os_error, fail, mute, wrong_usage
+from pinfer.cli_options import (
+    ActivationOpt,
+    Choice,
+    DeviceOpt,
+    HubOpt,
+    JsonOpt,
+    ModelArg,
+    ModelOpt,
+    OfflineOpt,
+    ThreadsOpt,
+    parse_count,
+    parse_layers,
+    parse_list,
+    parse_size,
+)
 from pinfer.errors import PinferError
-from pinfer.pick import is_gguf, pick_model, remember
 
 app = typer.Typer(
     name="pinfer",
@@ -28,75 +40,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
-
-_SIZE = re.compile(r"(?P<number>\d+(?:\.\d*)?|\.\d+)\s*(?P<unit>[kmgt]?)(?P<tail>i?b?)", re.IGNORECASE | re.ASCII)
-
-
-def parse_size(text: str | int) -> int:
-    """Bytes in ``24G``, ``512M``, ``7.5GiB`` or ``1073741824``: K M G T and KiB … count by 1024, KB … by 1000."""
-    if isinstance(text, int):  # Typer parses defaults as well
-        return text
-    match = _SIZE.fullmatch(text.strip())
-    if match is None or (match["tail"].lower() in ("i", "ib") and not match["unit"]):
-        raise typer.BadParameter(f"{text!r} is no size; write it like 24G, 512M, 7.5GiB or a number of bytes")
-    base = 1000 if match["unit"] and match["tail"].lower() == "b" else 1024
-    power = " kmgt".index(match["unit"].lower() or " ")
-    number = match["number"]  # whole numbers keep every digit
-    return int(number) * base**power if number.isdigit() else int(float(number) * base**power)
-
-
-def parse_count(text: str | int) -> int:
-    """A number of tokens, where ``128k`` is 131072."""
-    try:
-        return parse_size(text)
-    except typer.BadParameter:
-        raise typer.BadParameter(f"{text!r} is no number of tokens; write it like 2048 or 128k") from None
-
-
-def parse_list(text: str, option: str) -> tuple[int, ...]:
-    """``1,4,16`` as numbers; whoever asks says what they have to be."""
-    try:
-        return tuple(parse_size(word) for word in text.split(","))
-    except typer.BadParameter:
-        raise typer.BadParameter(
-            f"{text!r} is no list of numbers; write it like 512 or 1,4,16", param_hint=option
-        ) from None
-
-
-def parse_layers(text: str | int) -> int:
-    """A number of layers, or ``all`` of them."""
-    if isinstance(text, str) and text.strip().lower() == "all":
-        from pinfer.run import ALL_LAYERS
-
-        return ALL_LAYERS
-    try:
-        return int(text)
-    except ValueError:
-        raise typer.BadParameter(f"{text!r} is no number of layers; write it like 32, or all") from None
-
-
-# What several commands share. Names are llama.cpp's where llama.cpp has one.
-ModelArg = Annotated[
-    Path | None,
-    typer.Argument(
-        metavar="MODEL",
-        help="GGUF model. Left out: $PINFER_MODEL, else the last one used in this folder, else the only GGUF here.",
-        show_default=False,
-    ),
-]
-ModelOpt = Annotated[Path | None, typer.Option("-m", "--model", help="The same as MODEL.", metavar="FILE")]
-JsonOpt = Annotated[bool, typer.Option("--json", help="Print the report as JSON.")]
-ThreadsOpt = Annotated[
-    int | None, typer.Option("-t", "--threads", help="CPU threads. [default: physical cores]", min=1, metavar="N")
-]
-DeviceOpt = Annotated[
-    str | None,
-    typer.Option("--device", "-dev", metavar="NAME", help="ggml device of the hot neurons. [default: as solved]"),
-]
-ActivationOpt = Annotated[
-    Literal["relu", "relu2", "reglu", "drelu"] | None,
-    typer.Option("--activation", help="What the FFN computes, where the GGUF does not say so."),
-]
 
 
 def _version(wanted: bool) -> None:
@@ -112,29 +55,6 @@ def _root(
     ] = False,
 ) -> None:
     pass
-
-
-def _model(given: Path | None, flag: Path | None) -> Path:
-    """The model to work on: said on stderr when it was not typed, remembered for the next command in this folder."""
-    from pinfer import ui
-
-    if given is not None and flag is not None and given != flag:
-        raise typer.BadParameter(f"two models named, {given} and {flag}", param_hint="MODEL")
-    pick = pick_model(given or flag)
-    if pick.why:
-        ui.say(f"model: {pick.path} ({pick.why})")
-    if is_gguf(pick.path):
-        remember(pick.path)
-    return pick.path
-
-
-def _next(command: str, given: Path | None, flag: Path | None, rest: str = "") -> None:
-    """Say the next command to type; MODEL is in it when it was typed this time."""
-    from pinfer import ui
-
-    model = given or flag
-    words = ["pinfer", command] + ([shlex.quote(str(model))] if model else []) + ([rest] if rest else [])
-    ui.say(f"next: {' '.join(words)}")
 
 
 @app.command()
@@ -164,12 +84,15 @@ def profile(
     activation: ActivationOpt = None,
     as_json: JsonOpt = False,
     model_flag: ModelOpt = None,
+    repo: HubOpt = None,
+    offline: OfflineOpt = False,
 ) -> None:
     """Count which neurons fire on a text; keeps samples for `train`. Ctrl-C keeps what was counted."""
     from pinfer import profile as stage
     from pinfer import ui
 
-    path = _model(model, model_flag)
+    choice = Choice(model, model_flag, repo, offline)
+    path = choice.path()
     options = stage.ProfileOptions(
         dataset=dataset,
         n_tokens=tokens,
@@ -181,7 +104,7 @@ def profile(
     )
     report = stage.profile(path, options, ui.stderr_progress())
     ui.print_json(report.to_json()) if as_json else ui.print_profile(report)
-    _next("train", model, model_flag)
+    choice.say_next("train")
     if report.interrupted:
         raise typer.Exit(130)
 
@@ -199,16 +122,19 @@ def train(
     activation: ActivationOpt = None,
     as_json: JsonOpt = False,
     model_flag: ModelOpt = None,
+    repo: HubOpt = None,
+    offline: OfflineOpt = False,
 ) -> None:
     """Make the predictor that names the neurons worth computing, from the samples of `profile`."""
     from pinfer import train as stage
     from pinfer import ui
 
-    path = _model(model, model_flag)
+    choice = Choice(model, model_flag, repo, offline)
+    path = choice.path()
     options = stage.TrainOptions(recall=recall, max_rank=max_rank, type=type_, activation=activation)
     report = stage.train(path, options, ui.stderr_progress())
     ui.print_json(report.to_json()) if as_json else ui.print_train(report)
-    _next("solve", model, model_flag)
+    choice.say_next("solve")
 
 
 @app.command()
@@ -239,12 +165,15 @@ def solve(
     activation: ActivationOpt = None,
     as_json: JsonOpt = False,
     model_flag: ModelOpt = None,
+    repo: HubOpt = None,
+    offline: OfflineOpt = False,
 ) -> None:
     """Decide which neurons go to the GPU, from the profile and the memory there is."""
     from pinfer import solve as stage
     from pinfer import ui
 
-    path = _model(model, model_flag)
+    choice = Choice(model, model_flag, repo, offline)
+    path = choice.path()
     options = stage.SolveOptions(
         vram=vram,
         n_ctx=ctx,
@@ -257,7 +186,7 @@ def solve(
     )
     report = stage.solve(path, options, ui.stderr_progress())
     ui.print_json(report.to_json()) if as_json else ui.print_solve(report)
-    _next("split", model, model_flag)
+    choice.say_next("split")
 
 
 @app.command()
@@ -271,16 +200,19 @@ def split(
     activation: ActivationOpt = None,
     as_json: JsonOpt = False,
     model_flag: ModelOpt = None,
+    repo: HubOpt = None,
+    offline: OfflineOpt = False,
 ) -> None:
     """Write the hot and the cold neurons as `solve` placed them."""
     from pinfer import split as stage
     from pinfer import ui
 
-    path = _model(model, model_flag)
+    choice = Choice(model, model_flag, repo, offline)
+    path = choice.path()
     options = stage.SplitOptions(down_type=down_type, verify=verify, activation=activation)
     report = stage.split(path, options, ui.stderr_progress())
     ui.print_json(report.to_json()) if as_json else ui.print_split(report)
-    _next("run", model, model_flag, "-p 'Once upon a time'")
+    choice.say_next("run", "-p 'Once upon a time'")
 
 
 @app.command()
@@ -374,11 +306,14 @@ def run(
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="libllama's log on stderr.")] = False,
     as_json: JsonOpt = False,
     model_flag: ModelOpt = None,
+    repo: HubOpt = None,
+    offline: OfflineOpt = False,
 ) -> int:
     """Generate text; without a prompt, chat. Sparse where the model allows it, with whatever artefacts there are."""
     from pinfer import run as stage
 
-    path = _model(model, model_flag)
+    choice = Choice(model, model_flag, repo, offline)
+    path = choice.path()
     options = stage.RunOptions(
         prompt=prompt,
         prompt_file=prompt_file,
@@ -443,18 +378,21 @@ def evaluate(
     activation: ActivationOpt = None,
     as_json: JsonOpt = False,
     model_flag: ModelOpt = None,
+    repo: HubOpt = None,
+    offline: OfflineOpt = False,
 ) -> None:
     """Measure what the predictor costs: KL divergence to the dense model, agreement, perplexity."""
     from pinfer import eval as stage
     from pinfer import ui
 
-    path = _model(model, model_flag)
+    choice = Choice(model, model_flag, repo, offline)
+    path = choice.path()
     options = stage.EvalOptions(
         text=text, n_tokens=tokens, n_ctx=ctx, exact=exact, activation=activation, n_threads=threads, device=device
     )
     report = stage.evaluate(path, options, ui.stderr_progress())
     ui.print_json(report.to_json()) if as_json else ui.print_eval(report)
-    _next("run", model, model_flag, "-p 'Once upon a time'")
+    choice.say_next("run", "-p 'Once upon a time'")
 
 
 @app.command()
@@ -503,13 +441,16 @@ def bench(
     ] = "md",
     as_json: Annotated[bool, typer.Option("--json", help="The same as -o json.")] = False,
     model_flag: ModelOpt = None,
+    repo: HubOpt = None,
+    offline: OfflineOpt = False,
 ) -> None:
     """Measure the speed against stock libllama: both in turn, in one run, on the same tokens."""
     from pinfer import bench as stage
     from pinfer import ui
 
     n_prompt, n_gen, n_seq = parse_list(prompt, "-p"), parse_list(gen, "-n"), parse_list(sequences, "-b")
-    path = _model(model, model_flag)
+    choice = Choice(model, model_flag, repo, offline)
+    path = choice.path()
     options = stage.BenchOptions(
         n_prompt=n_prompt,
         n_gen=n_gen,
@@ -536,23 +477,23 @@ def run_cli(args: list[str]) -> int:
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
     except typer.TyperException as error:
-        return _usage(error)
+        return wrong_usage(error)
     except typer.Abort:
-        return _fail("input ended")
+        return fail("input ended")
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        return _mute()
+        return mute()
     except PinferError as error:
-        return _fail(str(error))
+        return fail(str(error))
     except MemoryError:
-        return _fail("out of memory; close other programs, or use a smaller model, context or batch")
+        return fail("out of memory; close other programs, or use a smaller model, context or batch")
     except ImportError as error:
-        return _fail(f"a Python package is missing or broken ({error}); install pinfer again: pip install .")
+        return fail(f"a Python package is missing or broken ({error}); install pinfer again: pip install .")
     except OSError as error:
-        return _mute() if error.errno == errno.EPIPE else _fail(_os_error(error))
+        return mute() if error.errno == errno.EPIPE else fail(describe_os_error(error))
     except Exception as error:  # the last resort: a user gets a line, a developer the traceback
-        return _fail(f"internal error: {type(error).__name__}: {error}; rerun with PINFER_DEBUG=1 for the traceback")
+        return fail(f"internal error: {type(error).__name__}: {error}; rerun with PINFER_DEBUG=1 for the traceback")
 
 
 def _with_flash_attn(args: list[str]) -> list[str]:
@@ -575,43 +516,3 @@ def main() -> NoReturn:
 
 def _leave(signum: int, _frame: FrameType | None) -> NoReturn:
     sys.exit(128 + signum)
-
-
-def _fail(text: str) -> int:
-    if os.environ.get("PINFER_DEBUG"):
-        import traceback
-
-        traceback.print_exc()
-    print("pinfer: " + " ".join(text.split()), file=sys.stderr)
-    return 1
-
-
-def _usage(error: typer.TyperException) -> int:
-    context = getattr(error, "ctx", None)
-    command = context.command_path if context is not None else "pinfer"
-    text = error.format_message()
-    if "\n" in text:  # `pinfer` alone: the message is the help
-        print(text, file=sys.stderr)
-    else:
-        print(f"{command}: {text.rstrip('.')}; see {command} --help", file=sys.stderr)
-    return error.exit_code
-
-
-def _os_error(error: OSError) -> str:
-    cause = error.strerror or str(error)
-    where = f": {os.fsdecode(error.filename)}" if error.filename is not None else ""
-    hints = {
-        errno.ENOSPC: "; free some space, or set PINFER_HOME to a folder on another disk",
-        errno.EDQUOT: "; free some space, or set PINFER_HOME to a folder on another disk",
-        errno.EFBIG: "; free some space, or raise the limit on the size of files (ulimit -f)",
-        errno.EACCES: "; check the rights of that file, or set PINFER_HOME to a folder you can write",
-        errno.EPERM: "; check the rights of that file, or set PINFER_HOME to a folder you can write",
-        errno.EROFS: "; set PINFER_HOME to a folder you can write",
-    }
-    return f"{cause}{where}{hints.get(error.errno or 0, '')}"
-
-
-def _mute() -> int:
-    # The reader of the pipe has gone: nothing more to say, and the interpreter must not try to at its end either.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 1

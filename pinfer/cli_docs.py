@@ -9,7 +9,7 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "cli.md"
 
 _HEAD = """# The command line
 
-<!-- Written by `python -m pinfer.cli_docs` from the help texts in pinfer/cli.py: edit those. -->
+<!-- Written by `python -m pinfer.cli_docs` from the help texts in the package: edit those (pinfer/cli*.py). -->
 
 Data goes to stdout, everything else to stderr. Exit codes: 0 done, 1 an error (one line says the cause and what to
 type next), 2 wrong usage, 130 Ctrl-C. Sizes read `24G`, `512M`, `7.5GiB` or plain bytes.
@@ -21,6 +21,8 @@ type next), 2 wrong usage, 130 Ctrl-C. Sizes read `24G`, `512M`, `7.5GiB` or pla
 | `PINFER_NATIVE_DIR` | folder of another build of plugin and runner |
 | `PINFER_ISA` | forces the kernels: `scalar`, `avx2`, `avx512`, `neon` |
 | `PINFER_DEBUG` | `1`: errors come with their traceback |
+| `HF_TOKEN`, `HF_HOME`, `HF_ENDPOINT` | for `-hf` and data sets: access token, folder of the shared cache, address |
+| `HF_HUB_OFFLINE` | `1`: the same as `--offline` |
 """
 
 

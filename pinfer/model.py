@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pinfer.errors import PinferError
 from pinfer.gguf_file import GgufError, GgufFile, Tensor, read_gguf
+from pinfer.pick import check_is_model
 
 if TYPE_CHECKING:
     import numpy as np
@@ -122,6 +123,7 @@ def open_model(path: Path, activation: str | None = None) -> Model:
 
 
 def _read(path: Path) -> GgufFile:
+    check_is_model(path)
     try:
         return read_gguf(path)
     except GgufError as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from pinfer.errors import PinferError
 
 NAME_IT = "name one: pinfer COMMAND model.gguf (or set PINFER_MODEL)"
 _GGUF_MAGIC = b"GGUF"
+_POWERINFER_MAGIC = b"PWRI"
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w./-]+)?")
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,8 @@ def remember(model: Path, folder: Path | None = None) -> None:
     try:
         here = (folder or Path.cwd()).resolve()
         note = _note_of(here)
-        text = f"{model.resolve()}\n"
+        # A link keeps its own name: in the hub's cache what it leads to is called by a hash.
+        text = f"{model.parent.resolve() / model.name}\n"
         if note.exists() and note.read_text(encoding="utf-8") == text:
             return
         note.parent.mkdir(parents=True, exist_ok=True)
@@ -86,6 +90,37 @@ def is_gguf(path: Path) -> bool:
             return file.read(len(_GGUF_MAGIC)) == _GGUF_MAGIC
     except (OSError, ValueError):
         return False
+
+
+def check_is_model(path: Path) -> None:
+    """Raises PinferError, with the command to type, where ``path`` is no GGUF and there is a way to one.
+
+    That is a checkpoint's folder, a PowerInfer file, the name of a repository of the hub. What else is wrong with a
+    file is told by whoever opens it.
+    """
+    try:
+        if (path / "config.json").is_file():
+            raise PinferError(f"{path} is a checkpoint's folder, not a GGUF", f"make one of it: pinfer convert {path}")
+        if path.is_file():
+            with path.open("rb") as file:
+                if file.read(len(_POWERINFER_MAGIC)) == _POWERINFER_MAGIC:
+                    raise PinferError(f"{path} is in PowerInfer's format", f"make a GGUF of it: pinfer convert {path}")
+        elif _looks_like_repo(path):
+            raise PinferError(f"{path} does not exist", f"a repository of the hub is named by an option: -hf {path}")
+    except (OSError, ValueError):
+        return
+
+
+def _looks_like_repo(path: Path) -> bool:
+    """``user/repo``, where no folder here is called ``user``."""
+    text = str(path)
+    return (
+        _HUB_NAME.fullmatch(text) is not None
+        and not text.partition(":")[0].lower().endswith(".gguf")
+        and text[0] != "."
+        and not path.exists()
+        and not path.parent.exists()
+    )
 
 
 def _note_of(folder: Path) -> Path:

@@ -21,7 +21,7 @@ from command_line import MODELS, ROOT, CommandLine, Outcome
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pinfer import __version__, cli, cli_docs, pick, train, ui
+from pinfer import __version__, cli, cli_docs, cli_options, pick, train, ui
 from pinfer.errors import PinferError
 
 COMMANDS = ("profile", "train", "solve", "split", "run", "eval")
@@ -142,25 +142,25 @@ def test_no_command_shows_the_help_and_is_wrong_usage(command: CommandLine) -> N
     ],
 )
 def test_sizes(text: str, size: int) -> None:
-    assert cli.parse_size(text) == size
+    assert cli_options.parse_size(text) == size
 
 
 @pytest.mark.parametrize("text", ["", "G", "-1G", "1E", "24 G B", "1iB", "1e9", "0x10", "1,5G", "nan", "24Gi B", "٣G"])
 def test_what_is_no_size(text: str) -> None:
     with pytest.raises(typer.BadParameter, match="24G"):
-        cli.parse_size(text)
+        cli_options.parse_size(text)
 
 
 @given(st.integers(0, 1 << 60))
 def test_plain_bytes_keep_every_digit(size: int) -> None:
-    assert cli.parse_size(str(size)) == size
+    assert cli_options.parse_size(str(size)) == size
 
 
 def test_number_of_tokens() -> None:
-    assert cli.parse_count("128k") == 131072
-    assert cli.parse_count("2048") == 2048
+    assert cli_options.parse_count("128k") == 131072
+    assert cli_options.parse_count("2048") == 2048
     with pytest.raises(typer.BadParameter, match="number of tokens"):
-        cli.parse_count("lots")
+        cli_options.parse_count("lots")
 
 
 @pytest.mark.parametrize(
@@ -265,7 +265,7 @@ def _failing(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> int:
     def fail(*args: object) -> NoReturn:
         raise error
 
-    monkeypatch.setattr(cli, "pick_model", fail)
+    monkeypatch.setattr(cli_options, "pick_model", fail)
     return cli.run_cli(["solve"])
 
 
@@ -405,7 +405,7 @@ def _options_of(monkeypatch: pytest.MonkeyPatch, name: str, *flags: str) -> Any:
         caught.append(sys.exc_info()[1])
         return 1
 
-    monkeypatch.setattr(cli, "_fail", keep)
+    monkeypatch.setattr(cli, "fail", keep)
     assert cli.run_cli([name, "x.gguf", *flags]) == 1
     (error,) = caught
     assert isinstance(error, _Caught), error

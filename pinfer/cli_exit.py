@@ -1,0 +1,52 @@
+"""How a command ends: the one line of an error, and the exit code."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+
+import typer
+
+
+def fail(text: str) -> int:
+    """One line on stderr, behind the traceback where PINFER_DEBUG asks for it; the exit code of an error."""
+    if os.environ.get("PINFER_DEBUG"):
+        import traceback
+
+        traceback.print_exc()
+    print("pinfer: " + " ".join(text.split()), file=sys.stderr)
+    return 1
+
+
+def wrong_usage(error: typer.TyperException) -> int:
+    """What is wrong with the words that were typed, and where the help is."""
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context is not None else "pinfer"
+    text = error.format_message()
+    if "\n" in text:  # `pinfer` alone: the message is the help
+        print(text, file=sys.stderr)
+    else:
+        print(f"{command}: {text.rstrip('.')}; see {command} --help", file=sys.stderr)
+    return error.exit_code
+
+
+def describe_os_error(error: OSError) -> str:
+    """Cause, file, and what may help."""
+    cause = error.strerror or str(error)
+    where = f": {os.fsdecode(error.filename)}" if error.filename is not None else ""
+    hints = {
+        errno.ENOSPC: "; free some space, or set PINFER_HOME to a folder on another disk",
+        errno.EDQUOT: "; free some space, or set PINFER_HOME to a folder on another disk",
+        errno.EFBIG: "; free some space, or raise the limit on the size of files (ulimit -f)",
+        errno.EACCES: "; check the rights of that file, or set PINFER_HOME to a folder you can write",
+        errno.EPERM: "; check the rights of that file, or set PINFER_HOME to a folder you can write",
+        errno.EROFS: "; set PINFER_HOME to a folder you can write",
+    }
+    return f"{cause}{where}{hints.get(error.errno or 0, '')}"
+
+
+def mute() -> int:
+    """The reader of the pipe has gone: nothing more to say, and the interpreter must not try to at its end either."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 1
