@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,8 +27,8 @@ class PlannedTensor:
     """GGUF's order: ``shape[0]`` is the contiguous axis"""
     n_source_bytes: int
     """bytes read from the source for it, which progress counts"""
-    load: Callable[[], NDArray[np.float32]] | None = None
-    """the values, ``[n_rows, row_length]`` or ``[row_length]``"""
+    load: Callable[[], NDArray[Any]] | None = None
+    """the values, ``[n_rows, row_length]`` or ``[row_length]``, of any floating-point type"""
     raw: Callable[[], NDArray[np.uint8]] | None = None
     """the bytes as they go into the file, of type ``type_name``"""
     type_name: str | None = None
@@ -47,6 +47,8 @@ class ConvertPlan:
     """adds every key but ``general.architecture``, ``general.file_type`` and the ``pinfer.`` ones"""
     tensors: Sequence[PlannedTensor]
     activation_threshold: float = 0.0
+    names_activation: bool = True
+    """whether the GGUF has to say ``pinfer.ffn.activation``, for stock libllama's graph computes another"""
     notes: Sequence[str] = field(default=())
     """what the user should know, a line each"""
     settings: Mapping[str, object] = field(default_factory=dict)
