@@ -8,7 +8,6 @@ arrays only when asked, and knows one failure: `GgufError` with a cause in half 
 from __future__ import annotations
 
 import mmap
-import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -76,6 +75,17 @@ class Tensor:
 
 
 @dataclass(frozen=True)
+class TypedValue:
+    """A metadata value as it lies in the file, to be copied: strings are bytes, whatever is in them."""
+
+    type: int
+    """GGUF's number of the type of the value"""
+    item_type: int | None
+    """of an array's items"""
+    value: Any
+
+
+@dataclass(frozen=True)
 class _Array:
     """An array that still lies in the file."""
 
@@ -112,6 +122,8 @@ class GgufFile:
     data_offset: int
     tensors: Mapping[str, Tensor]
     _values: Mapping[str, Any] = field(repr=False)
+    _places: Mapping[str, tuple[int, int]] = field(repr=False)
+    """of each value: its type and where it begins"""
 
     def __contains__(self, key: str) -> bool:
         return key in self._values
@@ -124,6 +136,17 @@ class GgufFile:
         """Value of a metadata key; arrays are decoded to lists; ``None`` where there is no such key."""
         value = self._values.get(key)
         return _decode_array(self._map, value) if isinstance(value, _Array) else value
+
+    def typed(self, key: str) -> TypedValue:
+        """A metadata value with its type, byte for byte. Raises KeyError where there is no such key."""
+        kind, offset = self._places[key]
+        value = self._values[key]
+        if isinstance(value, _Array):
+            items = _string_items(self._map, value) if value.type == _STRING else _decode_array(self._map, value)
+            return TypedValue(kind, value.type, items)
+        if kind == _STRING:
+            value = _string_items(self._map, _Array(_STRING, 1, offset))[0]
+        return TypedValue(kind, None, value)
 
     def count(self, key: str) -> int:
         """Length of an array without decoding it; 0 where the key is absent or not an array."""
@@ -222,9 +245,17 @@ class _Cursor:
 def _decode_array(data: mmap.mmap, array: _Array) -> list[Any]:
     if array.type != _STRING:
         return list(struct.unpack_from(f"<{array.count}{_SCALARS[array.type]}", data, array.offset))
-    cursor = _Cursor(data)
-    cursor.at = array.offset
-    return [cursor.value(_STRING) for _ in range(array.count)]
+    return [text.decode("utf-8", errors="replace") for text in _string_items(data, array)]
+
+
+def _string_items(data: mmap.mmap, array: _Array) -> list[bytes]:
+    """The strings of an array that has been walked before, so that its bytes are known to be there."""
+    at, items = array.offset, []
+    for _ in range(array.count):
+        n = struct.unpack_from("<Q", data, at)[0]
+        items.append(data[at + 8 : at + 8 + n])
+        at += 8 + n
+    return items
 
 
 def _read_tensor(cursor: _Cursor) -> Tensor:
@@ -246,7 +277,7 @@ def _read_tensor(cursor: _Cursor) -> Tensor:
 
 def _read(path: Path, data: mmap.mmap) -> GgufFile:
     cursor = _Cursor(data)
-    cursor.skip(len(MAGIC))
+    cursor.skip(len(MAGIC))  # of any format this reads, four bytes
     version = cursor.scalar("I")
     if version & 0xFFFF == 0:
         raise GgufError("it was made for a big-endian machine")
@@ -255,9 +286,11 @@ def _read(path: Path, data: mmap.mmap) -> GgufFile:
     n_tensors, n_values = cursor.scalar("Q"), cursor.scalar("Q")
 
     values: dict[str, Any] = {}
+    places: dict[str, tuple[int, int]] = {}
     for _ in range(n_values):
-        key = cursor.string()
-        values[key] = cursor.value(cursor.scalar("I"))
+        key, kind = cursor.string(), cursor.scalar("I")
+        places[key] = kind, cursor.at
+        values[key] = cursor.value(kind)
     table = [_read_tensor(cursor) for _ in range(n_tensors)]
 
     alignment = values.get("general.alignment", 32)
@@ -275,13 +308,16 @@ def _read(path: Path, data: mmap.mmap) -> GgufFile:
         if placed.offset + placed.n_bytes > len(data):
             raise GgufError(f"it is cut off: tensor {t.name!r} ends at byte {placed.offset + t.n_bytes} of {len(data)}")
         tensors[t.name] = placed
-    return GgufFile(path, version, len(data), alignment, data_offset, tensors, values)
+    return GgufFile(path, version, len(data), alignment, data_offset, tensors, values, places)
 
 
-def read_gguf(path: Path) -> GgufFile:
-    """Reads and checks the header. Raises GgufError (damaged, not a GGUF) or OSError (missing, not readable)."""
+def read_gguf(path: Path, magic: bytes = MAGIC) -> GgufFile:
+    """Reads and checks the header. Raises GgufError (damaged, not a GGUF) or OSError (missing, not readable).
+
+    ``magic`` are the four bytes that the file begins with; some formats are GGUF in everything else.
+    """
     with open(path, "rb") as file:
-        if os.fstat(file.fileno()).st_size < len(MAGIC) or file.read(len(MAGIC)) != MAGIC:
+        if file.read(len(magic)) != magic:
             raise GgufError("it is not a GGUF file")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _read(path, data)
