@@ -1,8 +1,12 @@
-"""Where the artefacts of a model lie: ``MODEL.pinfer/`` beside it, or under ``$PINFER_HOME``."""
+"""Where the artefacts of a model lie: ``MODEL.pinfer/`` beside it, or under ``$PINFER_HOME``.
+
+native/runner/artefacts.cpp looks for them by the same rules.
+"""
 
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from pathlib import Path
 
@@ -15,6 +19,9 @@ PLACEMENT = "placement.gguf"
 HOT = "hot.gguf"
 COLD = "cold.gguf"
 
+# In the model hub's shared cache a model is a link to a file that is called by its hash.
+_HUB_BLOB = re.compile(r"[0-9a-f]{40,}")
+
 
 def pinfer_home() -> Path:
     """``$PINFER_HOME``, else the user's data folder (``$XDG_DATA_HOME/pinfer``, ``~/.local/share/pinfer``)."""
@@ -24,10 +31,16 @@ def pinfer_home() -> Path:
     return (Path(data) if data else Path.home() / ".local" / "share") / "pinfer"
 
 
-def _candidates(model_path: Path, fingerprint: str) -> tuple[Path, Path]:
+def _candidates(model_path: Path, fingerprint: str) -> tuple[Path, ...]:
+    """Where artefacts may lie, the place to write to first in front.
+
+    The hub's cache may be emptied at any time: what took hours does not lie there.
+    """
     model_path = model_path.resolve()
-    beside = model_path.with_name(model_path.name + ".pinfer")
-    return beside, pinfer_home() / f"{model_path.name}-{fingerprint[:12]}"
+    digits = fingerprint[:12]
+    if _HUB_BLOB.fullmatch(model_path.name):
+        return (pinfer_home() / f"hub-{digits}",)
+    return model_path.with_name(model_path.name + ".pinfer"), pinfer_home() / f"{model_path.name}-{digits}"
 
 
 def _is_writable(folder: Path) -> bool:
@@ -53,17 +66,16 @@ def artefact_dir(model_path: Path, fingerprint: str, *, for_writing: bool) -> Pa
     For reading, the folder that a writer would take comes first, so that what was written last is found; the other one
     is taken when only it exists. Raises PinferError when neither place can be written.
     """
-    beside, home = _candidates(model_path, fingerprint)
+    places = _candidates(model_path, fingerprint)
     if not for_writing:
-        first, second = (beside, home) if _is_writable(beside) else (home, beside)
-        return second if second.is_dir() and not first.is_dir() else first
-    cause = _try_to_write(beside)
-    if not cause:
-        return beside
-    home_cause = _try_to_write(home)
-    if not home_cause:
-        return home
+        ordered = places if _is_writable(places[0]) else places[::-1]
+        return next((place for place in ordered if place.is_dir()), ordered[0])
+    causes = []
+    for place in places:
+        cause = _try_to_write(place)
+        if not cause:
+            return place
+        causes.append(f"{place} ({cause})")
     raise PinferError(
-        f"cannot write to {beside} ({cause}) nor to {home} ({home_cause})",
-        "name a folder that can be written: export PINFER_HOME=FOLDER",
+        f"cannot write to {' nor to '.join(causes)}", "name a folder that can be written: export PINFER_HOME=FOLDER"
     )

@@ -54,9 +54,12 @@ bool folder_find(const std::string & model_path, std::string & folder, std::stri
     free(resolved);
     const std::string name   = path.substr(path.find_last_of('/') + 1);
     const std::string beside = path + ".pinfer";
-    const std::string home   = pinfer_home() + "/" + name + "-" + std::string(fingerprint, 12);
+    // In the model hub's shared cache a model is a link to a file that is called by its hash. That cache may be emptied
+    // at any time, so that artefacts do not lie there.
+    const bool        in_hub = name.size() >= 40 && name.find_first_not_of("0123456789abcdef") == std::string::npos;
+    const std::string home   = pinfer_home() + "/" + (in_hub ? "hub" : name) + "-" + std::string(fingerprint, 12);
 
-    const bool          first_is_beside = can_be_written(beside);
+    const bool          first_is_beside = !in_hub && can_be_written(beside);
     const std::string & first           = first_is_beside ? beside : home;
     const std::string & second          = first_is_beside ? home : beside;
     folder = is_folder(first) ? first : is_folder(second) ? second : "";
