@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -55,6 +56,58 @@ def _root(
     ] = False,
 ) -> None:
     pass
+
+
+@app.command()
+def convert(
+    source: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="SOURCE", help="Checkpoint folder (config.json, weights, tokenizer) or PowerInfer GGUF."
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "-o", "--output", "--outfile", metavar="FILE", help="GGUF to write. [default: NAME-TYPE.gguf here]"
+        ),
+    ] = None,
+    type_: Annotated[
+        Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_k_m"] | None,
+        typer.Option("--type", "--outtype", help="Type of the matrices. [default: f16; a PowerInfer file's own]"),
+    ] = None,
+    activation: Annotated[
+        Literal["relu", "relu2", "reglu", "drelu"] | None,
+        typer.Option("--activation", help="What the FFN computes, where config.json is wrong about it."),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the file if it is there.")] = False,
+    threads: ThreadsOpt = None,
+    repo: Annotated[
+        str | None,
+        typer.Option("-hf", "-hfr", "--hf-repo", metavar="USER/REPO", help="Fetch the checkpoint from the hub, once."),
+    ] = None,
+    offline: OfflineOpt = False,
+    as_json: JsonOpt = False,
+) -> None:
+    """Make a GGUF of a Hugging Face checkpoint or of a PowerInfer file."""
+    from pinfer import convert as stage
+    from pinfer import ui
+
+    if (source is None) == (repo is None):
+        raise typer.BadParameter("name one checkpoint: a folder, or -hf USER/REPO", param_hint="SOURCE")
+    progress = ui.stderr_progress()
+    name = None
+    if repo is not None:
+        from pinfer.hub import fetch_checkpoint
+
+        source, name = fetch_checkpoint(repo, progress, offline=offline), repo.rpartition("/")[2]
+    assert source is not None
+    options = stage.ConvertOptions(
+        out=out, type=type_, activation=activation, force=force, n_threads=threads, name=name
+    )
+    report = stage.convert(source, options, progress)
+    ui.print_json(report.to_json()) if as_json else ui.print_convert(report)
+    ui.say(f"next: pinfer profile {shlex.quote(str(report.path))}")
 
 
 @app.command()

@@ -48,6 +48,8 @@ class ConvertOptions:
     force: bool = False
     """replace a file that is there"""
     n_threads: int | None = None
+    name: str | None = None
+    """of the model; None: the source's"""
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,8 @@ def convert(source: Path, options: ConvertOptions, progress: Progress) -> Conver
     started = time.monotonic()
     opened = _open(source, options.activation)
     type_ = options.type or ("f16" if is_checkpoint(source) else opened.precision)
-    out = options.out or Path(f"{_stem(source)}-{type_.upper()}.gguf")
+    name = options.name or _stem(source)
+    out = options.out or Path(f"{name}-{type_.upper()}.gguf")
     _require_free_name(out, source, options.force)
     plan = opened.plan
     plain = type_ if type_ in PLAIN else opened.precision
@@ -108,7 +111,7 @@ def convert(source: Path, options: ConvertOptions, progress: Progress) -> Conver
     with GgufFileWriter(out, plan.arch, elsewhere="write to another disk: -o FILE") as writer:
         tokenizer = opened.add_tokenizer(writer.header)
         plan.add_metadata(writer.header)
-        _add_own_keys(plan, plain, _stem(source), writer.header)
+        _add_own_keys(plan, plain, name, writer.header)
         for tensor in plan.tensors:
             writer.declare(tensor.name, tensor.shape, _file_type(tensor, plain))
         writer.begin(also=0 if type_ in PLAIN else estimated_bytes(n_weights, type_))

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from pinfer.bench_report import BenchReport, Result
+    from pinfer.convert import ConvertReport
     from pinfer.eval import EvalReport
     from pinfer.profile import ProfileReport
     from pinfer.solve import SolveReport
@@ -220,6 +221,23 @@ def _show(table: Table) -> None:
     # Rich draws a margin and fills lines up to the table's width; what is piped or copied should not carry that.
     lines = [line.rstrip() for line in captured.get().splitlines()]
     print(textwrap.dedent("\n".join(line for line in lines if line)))
+
+
+def print_convert(report: ConvertReport) -> None:
+    """What `pinfer convert` wrote."""
+    threshold = f" above {report.activation_threshold:g}" if report.activation_threshold else ""
+    facts = [
+        ("architecture", report.arch),
+        ("activation", report.activation + threshold),
+        ("weights", f"{report.n_weights:,} in {report.n_tensors} tensors, {report.type}"),
+        ("size", format_bytes(report.n_bytes)),
+        ("tokenizer", str(report.tokenizer) if report.tokenizer else "as in the source"),
+        ("speed", f"{format_bytes(report.n_bytes / max(report.seconds, 1e-9))}/s"),
+    ]
+    print_facts(facts)
+    for note in report.notes:
+        say(f"note: {note}")
+    print_paths(report.path)
 
 
 def print_profile(report: ProfileReport) -> None:
