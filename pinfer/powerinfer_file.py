@@ -419,7 +419,13 @@ def _opt_beginning(gguf: GgufFile) -> dict[str, int | bool]:
     return values
 
 
-_NOT_COPIED = ("general.architecture", "general.file_type", "general.alignment")
+_NOT_COPIED = (
+    "general.architecture",
+    "general.file_type",
+    "general.alignment",
+    "general.name",
+    "general.quantization_version",
+)
 
 
 def _add_metadata(file: PowerInferFile, to: str, values: dict[str, str | int | float | bool], out: GGUFWriter) -> None:

@@ -43,6 +43,8 @@ class LayerPredictor:
     """``[n_ff]``"""
     kind: str = "low_rank"
     """what the file calls it; ``none`` whenever the rank is 0"""
+    types: tuple[str, str] | None = None
+    """of A and B, where they are not those of the other layers"""
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ class PredictorWriter:
 
     def __init__(self, path: Path, factor_type: str) -> None:
         self._path = path
-        self._a_type, self._b_type = (name.upper() for name in FACTOR_TYPES[factor_type])
+        self._file_types = FACTOR_TYPES[factor_type]
         self._layers: list[LayerPredictor] = []
         self._pieces: list[tuple[str, int]] = []  # tensor name, bytes, in the spool's order
         self._spool: IO[bytes] = tempfile.TemporaryFile(dir=path.parent)  # noqa: SIM115 (closed by __exit__)
@@ -131,7 +133,8 @@ class PredictorWriter:
         """The next layer. Its factors hold values that the factor type can represent (see ``quantised``)."""
         i = len(self._layers)
         kind = layer.kind if layer.rank else "none"
-        self._layers.append(LayerPredictor(layer.rank, layer.recall, layer.candidates, kind=kind))
+        types = self._types(layer)
+        self._layers.append(LayerPredictor(layer.rank, layer.recall, layer.candidates, kind=kind, types=types))
         if not layer.rank:
             return
         if layer.b is None or layer.t is None or (layer.a is None) != (layer.kind in FEW_BITS):
@@ -140,10 +143,15 @@ class PredictorWriter:
         if layer.a is None:
             data_of = {"b": packed(layer.b, FEW_BITS[layer.kind]), "t": layer.t}
         else:
-            data_of = {"a": quantise(layer.a, self._a_type), "b": quantise(layer.b, self._b_type), "t": layer.t}
+            data_of = {"a": quantise(layer.a, types[0]), "b": quantise(layer.b, types[1]), "t": layer.t}
         for name, data in data_of.items():
             self._pieces.append((f"blk.{i}.pred_{name}", data.nbytes))
             self._spool.write(data.tobytes())
+
+    def _types(self, layer: LayerPredictor) -> tuple[str, str]:
+        """Names of ggml types."""
+        a, b = layer.types or self._file_types
+        return a.upper(), b.upper()
 
     def finish(self, model: Model, settings: Mapping[str, object]) -> int:
         """Write the file, whole or not at all; returns the bytes of its tensors."""
@@ -154,7 +162,8 @@ class PredictorWriter:
             out.add_f32_array("pinfer.predictor.candidates", [layer.candidates for layer in self._layers])
             for i, layer in enumerate(self._layers):
                 few = layer.kind in FEW_BITS
-                types = {"a": self._a_type, "b": "I8" if few else self._b_type, "t": "F32"}
+                a, b = self._types(layer)
+                types = {"a": a, "b": "I8" if few else b, "t": "F32"}
                 for name, shape in _shapes(layer.kind, layer.rank, model).items() if layer.rank else ():
                     out.declare(f"blk.{i}.pred_{name}", shape, types[name])
             self._spool.seek(0)

@@ -130,7 +130,7 @@ def train(model_path: Path, options: TrainOptions, progress: Progress = NULL_PRO
             advance(1)
         settings = {**asdict(options), "command": "train", "n_samples": samples.n_samples}
         n_bytes = writer.finish(model, settings)
-    return _report(path, samples.n_samples, n_bytes, reports)
+    return summary(path, samples.n_samples, n_bytes, reports)
 
 
 def _check(options: TrainOptions) -> None:
@@ -142,7 +142,9 @@ def _check(options: TrainOptions) -> None:
         raise PinferError(f"unknown type {options.type!r}", f"use --type {'|'.join(FACTOR_TYPES)}")
 
 
-def _report(path: Path, n_samples: int, n_bytes: int, layers: list[LayerReport]) -> TrainReport:
+def summary(path: Path, n_samples: int, n_bytes: int, layers: list[LayerReport]) -> TrainReport:
+    """What the layers come to."""
+
     def mean(values: Iterator[float]) -> float:
         return math.fsum(values) / len(layers)
 
@@ -170,21 +172,25 @@ def fit_layer(
     if "low_rank" in kinds:
         sources.append(_LowRank(data, inputs, options))
     chosen = _cheapest(data, sources, held, options)
-    fitted = _Fitted.of(data, chosen[0], chosen[1], held, options) if chosen else None
-    paid = fitted is not None and fitted.cost(data, held) < _exact_cost(data, held)
+    fitted = Fitted.of(data, chosen[0], chosen[1], held, options) if chosen else None
+    if fitted is not None and fitted.cost(data, held) >= exact_cost(data, held):
+        fitted = None
     del held  # at large widths there is not room for both
+    return tested(data, layer, fitted, HeldBack.of(data, test))
 
-    tested = HeldBack.of(data, test)
-    active = float((tested.mass > 0).mean())
+
+def tested(data: LayerData, layer: int, fitted: Fitted | None, held: HeldBack) -> tuple[LayerPredictor, LayerReport]:
+    """A layer's predictor, or none, with what it does on samples that neither the fit nor the thresholds have seen."""
+    active = float((held.mass > 0).mean())
     exact_bytes = len(data.weight) * (data.first_bytes + active * data.rest_bytes)
-    if fitted is None or not paid:
+    if fitted is None:
         none = LayerPredictor(0, 1.0, 1.0, kind="none")
         return none, LayerReport(layer, "none", 0, 1.0, 1.0, active, 0, exact_bytes, exact_bytes)
-    named = fitted.named(tested)
-    recall, candidates = tested.recall(named), float(named.mean())
+    named = fitted.named(held)
+    recall, candidates = held.recall(named), float(named.mean())
     rank = fitted.b.shape[1]
-    result = LayerPredictor(rank, recall, candidates, fitted.a, fitted.b, fitted.t, fitted.kind)
-    expected = fitted.n_bytes + fitted.row_bytes(data, tested, named)
+    result = LayerPredictor(rank, recall, candidates, fitted.a, fitted.b, fitted.t, fitted.kind, fitted.types)
+    expected = fitted.n_bytes + fitted.row_bytes(data, held, named)
     report = LayerReport(layer, fitted.kind, rank, recall, candidates, active, fitted.n_bytes, expected, exact_bytes)
     return result, report
 
@@ -270,7 +276,7 @@ class _FewBits:
 
 
 @dataclass(frozen=True)
-class _Fitted:
+class Fitted:
     """A predictor, calibrated. ``t`` holds bias and mean; A and B are as they will be stored."""
 
     kind: str
@@ -278,15 +284,17 @@ class _Fitted:
     b: Matrix
     t: Matrix
     n_bytes: int
+    types: tuple[str, str] | None = None
+    """of A and B, where they are not the file's"""
 
     @staticmethod
     def of(
         data: LayerData, source: _Source, rank: int, held: HeldBack, options: TrainOptions, neurons: slice = slice(None)
-    ) -> _Fitted:
+    ) -> Fitted:
         """With the thresholds that keep the recall on ``held``; ``data`` and ``held`` are of ``neurons`` alone."""
         a, b = source.parts(rank, neurons)
         t = calibrate(scores(a, b, held.x), held, data, options.recall)
-        return _Fitted(source.kind, a, b, t, source.n_bytes(rank))
+        return Fitted(source.kind, a, b, t, source.n_bytes(rank))
 
     def named(self, held: HeldBack) -> NDArray[np.bool_]:
         """Which neurons are candidates, ``[n, n_ff]``."""
@@ -310,7 +318,7 @@ def scores(a: Matrix | None, b: Matrix, x: Matrix) -> Matrix:
     return hidden @ b.T
 
 
-def _exact_cost(data: LayerData, held: HeldBack) -> float:
+def exact_cost(data: LayerData, held: HeldBack) -> float:
     """What a token costs without a predictor: the first matrix is streamed."""
     import numpy as np
 
@@ -326,11 +334,11 @@ def _cheapest(
     some = held.some(-(-len(held.x) // _SEARCH_SAMPLES), neurons)
     part = data.some(neurons)
     times = len(data.weight) / len(part.weight)
-    lowest, best = times * _exact_cost(part, some), None
+    lowest, best = times * exact_cost(part, some), None
     for source in sources:
 
         def cost(rank: int, source: _Source = source) -> float:
-            return _Fitted.of(part, source, rank, some, options, neurons).cost(part, some, times)
+            return Fitted.of(part, source, rank, some, options, neurons).cost(part, some, times)
 
         found = _lowest(cost, source, lowest)
         if found and found[0] < lowest:
