@@ -7,7 +7,6 @@ import gzip
 import hashlib
 import json
 import lzma
-import os
 import re
 import sys
 import zipfile
@@ -80,16 +79,16 @@ class Corpus:
         return self._digest.hexdigest()
 
 
-def open_corpus(dataset: str, progress: Progress = NULL_PROGRESS, *, cache_dir: Path | None = None) -> Corpus:
+def open_corpus(dataset: str, progress: Progress = NULL_PROGRESS) -> Corpus:
     """Open ``c4``, ``wikitext``, a text file (plain, ``.gz``, ``.xz``, ``.jsonl``) or ``-`` for standard input.
 
-    ``cache_dir`` replaces the hub's own cache folder. Raises PinferError when the name is unknown, the file cannot be
-    read, or the hub cannot be reached and the cache does not hold the data set.
+    Raises PinferError when the name is unknown, the file cannot be read, or the hub cannot be reached and its cache
+    does not hold the data set.
     """
     if dataset == "-":
         return Corpus("stdin", _text_lines(sys.stdin.buffer, "standard input"), _split_text)
     if dataset in HUB_SOURCES and not Path(dataset).is_file():
-        return _open_hub(dataset, HUB_SOURCES[dataset], progress, cache_dir)
+        return _open_hub(dataset, HUB_SOURCES[dataset], progress)
     path = Path(dataset).expanduser()
     if path.is_dir():
         raise PinferError(f"{dataset} is a folder", "name a text file in it")
@@ -205,8 +204,8 @@ def _json_text(record: object) -> str:
     return "\n\n".join(str(message["content"]) for message in record["messages"])
 
 
-def _open_hub(name: str, source: HubSource, progress: Progress, cache_dir: Path | None) -> Corpus:
-    path = _download(name, source, progress, cache_dir)
+def _open_hub(name: str, source: HubSource, progress: Progress) -> Corpus:
+    path = _download(name, source, progress)
     if source.member is not None:
         return Corpus(name, _zip_lines(path, source.member), _split_wikitext)
     return _open_file(path, name)
@@ -220,27 +219,18 @@ def _zip_lines(path: Path, member: str) -> Iterator[str]:
         raise PinferError(f"cannot read {member} in {path}: {error}", f"remove {path} and try again") from error
 
 
-def _download(name: str, source: HubSource, progress: Progress, cache_dir: Path | None) -> Path:
-    from huggingface_hub import hf_hub_download
+def _download(name: str, source: HubSource, progress: Progress) -> Path:
+    from pinfer.hub_download import HubFile, cached_files, endpoint, fetch_files
 
-    endpoint = os.environ.get("HF_ENDPOINT", "").rstrip("/") or None
     progress.note(f"data set {name}: {source.description} ({source.repo} on the Hugging Face hub)")
     try:
-        # The hub's library keeps what was downloaded, resumes what was begun and serves it again without a network.
-        return Path(
-            hf_hub_download(
-                repo_id=source.repo,
-                filename=source.filename,
-                repo_type="dataset",
-                cache_dir=cache_dir,
-                endpoint=endpoint,
-                library_name="pinfer",
-            )
-        )
-    except Exception as error:  # whatever its HTTP client of the day raises, the user's way out is the same
+        return fetch_files([HubFile(source.repo, source.filename, "dataset")], f"data set {name}", progress)[0]
+    except Exception as error:  # whatever the HTTP client of the hub's library raises, the user's way out is the same
+        if (path := cached_files(source.repo, "dataset").get(source.filename)) is not None:
+            return path
         cause = " ".join(str(error).split()) or type(error).__name__
         raise PinferError(
-            f"cannot get the data set {name} from {endpoint or 'the Hugging Face hub'} ({_shorten(cause)})",
+            f"cannot get the data set {name} from {endpoint()} ({_shorten(cause)})",
             "connect to the network and try again, or pass a text file: --dataset FILE",
         ) from error
 

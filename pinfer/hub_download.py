@@ -246,7 +246,7 @@ class _ToProgress(logging.Handler):
         self._progress = progress
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._progress.note("hub: " + " ".join(record.getMessage().split()))
+        self._progress.note("hub: " + " ".join(record.getMessage().split())[:160])
 
 
 @contextmanager

@@ -10,15 +10,13 @@ import lzma
 import os
 import subprocess
 import sys
-import threading
 import zipfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from hub_server import Hub, clean_environment, serve_hub
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -156,74 +154,15 @@ def _wikitext_zip() -> bytes:
     return out.getvalue()
 
 
-@dataclass
-class _Hub:
-    """What the stand-in serves, and what it was asked."""
-
-    files: dict[str, bytes]
-    url: str = ""
-    cut_first: bool = False  # end the first download in its middle
-    ranges: list[str | None] = field(default_factory=list)  # of each GET
-
-
 @pytest.fixture
-def hub() -> Iterator[_Hub]:
-    """A local server that answers as the Hugging Face hub does for two files."""
-    state = _Hub(
-        {
-            "/datasets/allenai/c4/resolve/main/en/c4-validation.00000-of-00008.json.gz": _c4_shard(),
-            "/datasets/ggml-org/ci/resolve/main/wikitext-2-raw-v1.zip": _wikitext_zip(),
-        }
-    )
-
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def do_HEAD(self) -> None:
-            self._answer(with_body=False)
-
-        def do_GET(self) -> None:
-            self._answer(with_body=True)
-
-        def _answer(self, *, with_body: bool) -> None:
-            data = state.files.get(self.path)
-            if data is None:
-                self.send_response(404)
-                self.send_header("X-Error-Code", "EntryNotFound")
-                self.send_header("Content-Length", "0")
-                self.end_headers()
-                return
-            asked = self.headers.get("Range")
-            begin = int(asked.removeprefix("bytes=").split("-")[0]) if asked else 0
-            self.send_response(206 if asked else 200)
-            self.send_header("ETag", f'"{hashlib.sha256(data).hexdigest()}"')
-            self.send_header("X-Repo-Commit", "0123456789abcdef0123456789abcdef01234567")
-            self.send_header("Accept-Ranges", "bytes")
-            self.send_header("Content-Length", str(len(data) - begin))
-            if asked:
-                self.send_header("Content-Range", f"bytes {begin}-{len(data) - 1}/{len(data)}")
-            self.end_headers()
-            if not with_body:
-                return
-            state.ranges.append(asked)
-            if state.cut_first and len(state.ranges) == 1:
-                self.wfile.write(data[: len(data) // 2])
-                self.wfile.flush()
-                self.close_connection = True
-                return
-            self.wfile.write(data[begin:])
-
-        def log_message(self, format: str, *args: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    state.url = f"http://127.0.0.1:{server.server_port}"
-    yield state
-    server.shutdown()
-    server.server_close()
-    thread.join()
+def hub() -> Iterator[Hub]:
+    """A local server that has the two data sets."""
+    files = {
+        "datasets/allenai/c4/en/c4-validation.00000-of-00008.json.gz": _c4_shard(),
+        "datasets/ggml-org/ci/wikitext-2-raw-v1.zip": _wikitext_zip(),
+    }
+    with serve_hub(files) as state:
+        yield state
 
 
 _SCRIPT = """
@@ -237,30 +176,28 @@ except PinferError as error:
 """
 
 
-def _fetch(dataset: str, cache: Path, endpoint: str, *, offline: bool = False) -> subprocess.CompletedProcess[str]:
+def _fetch(dataset: str, cache: Path, hub: Hub, *, offline: bool = False) -> subprocess.CompletedProcess[str]:
     """Read a data set in a process of its own: the hub's library reads its settings when it is imported."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
-    environment |= {"HF_HOME": str(cache), "HF_ENDPOINT": endpoint, "HF_HUB_ETAG_TIMEOUT": "2", "NO_PROXY": "*"}
-    environment["HF_HUB_OFFLINE"] = "1" if offline else "0"
+    environment = clean_environment() | hub.environment(cache, offline=offline)
     environment["PYTHONPATH"] = str(Path(__file__).resolve().parent.parent)
     return subprocess.run(
         [sys.executable, "-c", _SCRIPT, dataset], env=environment, capture_output=True, text=True, timeout=120
     )
 
 
-def test_c4_comes_from_the_hub_and_then_from_its_cache(hub: _Hub, tmp_path: Path) -> None:
-    first = _fetch("c4", tmp_path / "hf", hub.url)
+def test_c4_comes_from_the_hub_and_then_from_its_cache(hub: Hub, tmp_path: Path) -> None:
+    first = _fetch("c4", tmp_path / "hf", hub)
     assert first.returncode == 0, first.stderr
     assert json.loads(first.stdout) == C4
-    again = _fetch("c4", tmp_path / "hf", hub.url, offline=True)
+    again = _fetch("c4", tmp_path / "hf", hub, offline=True)
     assert json.loads(again.stdout) == C4
     assert len(hub.ranges) == 1
 
 
-def test_wikitext_is_the_train_split_by_article_and_resumes(hub: _Hub, tmp_path: Path) -> None:
-    hub.cut_first = True
+def test_wikitext_is_the_train_split_by_article_and_resumes(hub: Hub, tmp_path: Path) -> None:
+    hub.cut = 1
     for _ in range(2):  # whether the library itself tries again after a cut is its own affair
-        result = _fetch("wikitext", tmp_path / "hf", hub.url)
+        result = _fetch("wikitext", tmp_path / "hf", hub)
         if result.returncode == 0:
             break
         assert result.stderr.count("\n") < 20
@@ -275,15 +212,15 @@ def test_wikitext_is_the_train_split_by_article_and_resumes(hub: _Hub, tmp_path:
 
 @pytest.mark.parametrize("offline", [True, False])
 def test_without_a_hub_the_error_says_how_to_pass_a_file(tmp_path: Path, offline: bool) -> None:
-    result = _fetch("wikitext", tmp_path / "hf", "http://127.0.0.1:9", offline=offline)
+    result = _fetch("wikitext", tmp_path / "hf", Hub(url="http://127.0.0.1:9"), offline=offline)
     assert result.returncode == 1
     last = result.stderr.strip().splitlines()[-1]
     assert last.startswith("refused: cannot get the data set wikitext from http://127.0.0.1:9 ")
     assert "--dataset FILE" in last
 
 
-def test_file_missing_on_the_hub(hub: _Hub, tmp_path: Path) -> None:
+def test_file_missing_on_the_hub(hub: Hub, tmp_path: Path) -> None:
     hub.files.clear()
-    result = _fetch("c4", tmp_path / "hf", hub.url)
+    result = _fetch("c4", tmp_path / "hf", hub)
     assert result.returncode == 1
     assert "refused: cannot get the data set c4" in result.stderr
