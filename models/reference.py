@@ -45,6 +45,8 @@ class Reference:
             raise ValueError(f"no reference for architecture {self.arch}")
         stated = reader.fields.get("pinfer.ffn.activation")
         self.activation: str = activation or (stated.contents() if stated else _OWN_ACTIVATION[self.arch])
+        limit = reader.fields.get("pinfer.ffn.activation_threshold")
+        self.threshold = float(limit.contents()) if limit else 0.0
         self._fields = reader.fields
         self.n_layer = int(self._value("block_count"))
         self.n_embd = int(self._value("embedding_length"))
@@ -123,18 +125,22 @@ class Reference:
         y = (weights @ v.transpose(1, 0, 2)).transpose(1, 0, 2).reshape(n, self.n_embd)
         return self._linear(f"{blk}.attn_output", y.astype(self.dtype))
 
+    def _relu(self, x: Array) -> Array:
+        """x where it exceeds the model's threshold, else 0."""
+        return np.where(x > self.threshold, x, self.dtype(0))
+
     def _ffn(self, blk: str, x: Array) -> tuple[Array, Array]:
         up = self._linear(f"{blk}.ffn_up", x)
         if self.activation in ("reglu", "drelu"):
-            gate = np.maximum(self._linear(f"{blk}.ffn_gate", x), 0)
-            neurons = gate * (np.maximum(up, 0) if self.activation == "drelu" else up)
+            gate = self._relu(self._linear(f"{blk}.ffn_gate", x))
+            neurons = gate * (self._relu(up) if self.activation == "drelu" else up)
         elif self.activation == "swiglu":
             gate = self._linear(f"{blk}.ffn_gate", x)
             neurons = gate / (1 + np.exp(-gate)) * up
         elif self.activation == "gelu":
             neurons = up / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (up + 0.044715 * up**3)))
         elif self.activation in ("relu", "relu2"):
-            neurons = np.maximum(up, 0)
+            neurons = self._relu(up)
             if self.activation == "relu2":
                 neurons = neurons * neurons
         else:

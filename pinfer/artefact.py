@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from pinfer.errors import PinferError
 from pinfer.gguf_file import GgufError, GgufFile, Tensor, read_gguf
 from pinfer.gguf_writer import GgufFileWriter
+from pinfer.model import describe_activation
 
 if TYPE_CHECKING:
     import numpy as np
@@ -67,6 +68,7 @@ class ArtefactWriter(GgufFileWriter):
         self.header.add_uint32("pinfer.n_embd", model.n_embd)
         self.header.add_uint32("pinfer.n_ff", model.n_ff)
         self.header.add_string("pinfer.activation", model.activation)
+        self.header.add_float32("pinfer.activation_threshold", model.activation_threshold)
         self.header.add_string("pinfer.settings", json.dumps(dict(settings), sort_keys=True))
 
     def add_str(self, key: str, value: str) -> None:
@@ -191,11 +193,11 @@ def open_artefact(path: Path, kind: str, model: Model) -> Artefact:
     shape = (model.n_layer, model.n_embd, model.n_ff)
     if tuple(gguf.get(f"pinfer.{key}") for key in ("n_layer", "n_embd", "n_ff")) != shape:
         raise PinferError(f"{path} has another shape than {model.path}", again)
-    if gguf.get("pinfer.activation") != model.activation:
-        made_for = gguf.get("pinfer.activation")
-        raise PinferError(
-            f"{path} was made for activation {made_for}, {model.name} is run with {model.activation}", again
-        )
+    made_for = (gguf.get("pinfer.activation"), gguf.get("pinfer.activation_threshold") or 0.0)
+    run_with = (model.activation, model.activation_threshold)
+    if made_for != run_with:
+        made, runs = describe_activation(*made_for), describe_activation(*run_with)
+        raise PinferError(f"{path} was made for activation {made}, {model.name} is run with {runs}", again)
     try:
         settings = json.loads(gguf.get("pinfer.settings") or "{}")
     except (TypeError, ValueError):

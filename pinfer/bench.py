@@ -127,7 +127,7 @@ class _Setup:
         n_threads = options.n_threads or physical_cores()
         if n_threads > len(os.sched_getaffinity(0)):
             notes.append(f"{n_threads} threads on {len(os.sched_getaffinity(0))} CPUs wait for each other")
-        if len(sides) == 2 and _graph_activation(model) != model.activation:
+        if len(sides) == 2 and not model.stock_computes_it:
             notes.append(
                 f"stock libllama computes another activation than this model's {model.activation}: "
                 "its work is the same and so is its speed, its text is not the model's"
@@ -145,11 +145,11 @@ class _Setup:
 
     def load(self, side: str) -> dict[str, object]:
         """Arguments of a worker's command to load the model."""
-        plugin: dict[str, str | None] | None = None
+        plugin: dict[str, str | float | None] | None = None
         if side == SPARSE and self.plugin is not None:
             files = {name: getattr(self.plugin, name) for name in ("predictor", "hot", "cold")}
             plugin = {name: str(path) for name, path in files.items() if path is not None}
-            plugin |= {"activation": self.plugin.activation, "device": self.plugin.device}
+            plugin |= {name: getattr(self.plugin, name) for name in ("activation", "activation_threshold", "device")}
         path = str(self.model.path.resolve())
         return {"model": path, "plugin": plugin, "n_threads": self.n_threads, "n_gpu_layers": self.n_gpu_layers}
 
@@ -159,7 +159,7 @@ def _plugin(model: Model, options: BenchOptions) -> tuple[PluginConfig, int]:
     from pinfer import paths
     from pinfer.placement_file import PlacementFile
 
-    config = PluginConfig(activation=model.activation)
+    config = PluginConfig.of(model)
     if options.no_artefacts:
         return config, 0
     folder = paths.artefact_dir(model.path, model.fingerprint, for_writing=False)
@@ -175,12 +175,6 @@ def _plugin(model: Model, options: BenchOptions) -> tuple[PluginConfig, int]:
                 config = replace(config, hot=folder / paths.HOT, device=options.device or placement.device)
                 n_gpu_layers = placement.n_gpu_layers
     return config, n_gpu_layers
-
-
-def _graph_activation(model: Model) -> str:
-    from pinfer.native import load_plugin
-
-    return load_plugin().arch_activation(model.arch)
 
 
 def _wait_policy() -> str:

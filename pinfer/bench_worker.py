@@ -173,6 +173,7 @@ def _plugin_config(values: dict[str, Any]) -> PluginConfig:
 
     return PluginConfig(
         activation=values["activation"],
+        activation_threshold=values["activation_threshold"],
         predictor=file("predictor"),
         hot=file("hot"),
         cold=file("cold"),

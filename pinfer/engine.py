@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from pinfer.model import Model
+
 DEVICE_NAME = b"PINFER"
 
 # DESIGN section 3, fact 3: for layers offloaded to a GPU the loader has to be told who owns the FFN.
@@ -32,11 +34,17 @@ class PluginConfig:
     """What the plugin is to do in this engine; every default is the plugin's own."""
 
     activation: str | None = None  # relu, relu2, reglu, drelu; None: what the architecture says
+    activation_threshold: float = 0.0  # what a ReLU lets through has to exceed it
     predictor: Path | None = None  # None: exact mode
     hot: Path | None = None
     cold: Path | None = None
     device: str | None = None  # of the hot part
     n_batch_dense: int = 0  # from this many tokens a batch is computed densely
+
+    @staticmethod
+    def of(model: Model) -> PluginConfig:
+        """What ``model`` computes, in exact mode and without shards."""
+        return PluginConfig(activation=model.activation, activation_threshold=model.activation_threshold)
 
 
 def physical_cores() -> int:
@@ -268,6 +276,7 @@ def _configure_plugin(model_path: Path, config: PluginConfig | None) -> None:
         cold=config.cold,
         device=config.device,
         activation=config.activation,
+        activation_threshold=config.activation_threshold,
         n_batch_dense=config.n_batch_dense,
     )
 

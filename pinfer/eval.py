@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -111,8 +111,8 @@ def _sparse_config(model: Model, options: EvalOptions) -> PluginConfig:
         placement = PlacementFile.read(folder / paths.PLACEMENT, model)
         if any(placement.n_hot) and (folder / paths.HOT).is_file():
             hot, device = folder / paths.HOT, options.device or placement.device
-    return PluginConfig(
-        activation=model.activation,
+    return replace(
+        PluginConfig.of(model),
         predictor=predictor if predictor.is_file() and not options.exact else None,
         hot=hot,
         cold=cold if cold.is_file() else None,
@@ -122,11 +122,9 @@ def _sparse_config(model: Model, options: EvalOptions) -> PluginConfig:
 
 
 def _dense_config(model: Model) -> tuple[PluginConfig | None, str]:
-    from pinfer.native import load_plugin
-
-    if load_plugin().arch_activation(model.arch) == model.activation:
+    if model.stock_computes_it:
         return None, "libllama"
-    return PluginConfig(activation=model.activation, n_batch_dense=ALWAYS_DENSE), "pinfer"
+    return replace(PluginConfig.of(model), n_batch_dense=ALWAYS_DENSE), "pinfer"
 
 
 def _windows(engine: Engine, options: EvalOptions, n_ctx: int) -> list[list[int]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,8 +20,18 @@ if TYPE_CHECKING:
 ACTIVATIONS = ("relu", "relu2", "reglu", "drelu")
 GATED_ACTIVATIONS = ("reglu", "drelu")
 ACTIVATION_KEY = "pinfer.ffn.activation"
+THRESHOLD_KEY = "pinfer.ffn.activation_threshold"
 
-__all__ = ["ACTIVATIONS", "FfnTensors", "GgufError", "Model", "Tensor", "dequantize", "open_model"]
+__all__ = [
+    "ACTIVATIONS",
+    "FfnTensors",
+    "GgufError",
+    "Model",
+    "Tensor",
+    "dequantize",
+    "describe_activation",
+    "open_model",
+]
 
 
 @dataclass(frozen=True)
@@ -57,6 +69,8 @@ class Model:
     head_dim_v: int
     activation: str
     """``relu``, ``relu2``, ``reglu``, ``drelu`` or ``other``"""
+    activation_threshold: float
+    """a float32: what a ReLU lets through has to exceed it, 0 but for FATReLU"""
     gated: bool
     ffn: tuple[FfnTensors, ...] = field(repr=False)
     gguf: GgufFile = field(repr=False, compare=False)
@@ -70,6 +84,13 @@ class Model:
     def is_sparse(self) -> bool:
         """Whether the FFN has exact zeros that pinfer can make use of."""
         return self.activation in ACTIVATIONS and _is_plain(self.ffn, self.n_embd, self.n_ff)
+
+    @property
+    def stock_computes_it(self) -> bool:
+        """Whether stock llama.cpp computes this FFN as it is meant."""
+        from pinfer.native import load_plugin
+
+        return load_plugin().arch_activation(self.arch) == self.activation and self.activation_threshold == 0
 
     def require_sparse(self) -> None:
         """Raises PinferError where there is nothing for pinfer to do."""
@@ -178,6 +199,7 @@ def _describe(path: Path, gguf: GgufFile, activation: str | None) -> Model:
         head_dim_k=_integer(gguf, f"{arch}.attention.key_length", default=head_dim),
         head_dim_v=_integer(gguf, f"{arch}.attention.value_length", default=head_dim),
         activation=found,
+        activation_threshold=_threshold(path, gguf),
         gated=found in GATED_ACTIVATIONS or (found not in ACTIVATIONS and has_gate),
         ffn=ffn,
         gguf=gguf,
@@ -249,6 +271,22 @@ def _activation(path: Path, gguf: GgufFile, arch: str) -> str:
     if named not in (*ACTIVATIONS, "other"):
         raise PinferError(f"{path} has {ACTIVATION_KEY} = {named!r}", f"pass --activation {'|'.join(ACTIVATIONS)}")
     return str(named)
+
+
+def _threshold(path: Path, gguf: GgufFile) -> float:
+    value = gguf.get(THRESHOLD_KEY)
+    if value is None:
+        return 0.0
+    # as the file has it, the plugin and the artefacts: in float32
+    threshold = ctypes.c_float(value).value if isinstance(value, float) else math.nan
+    if not math.isfinite(threshold) or threshold < 0:
+        raise PinferError(f"{path}: {THRESHOLD_KEY} is no number of 0 or more: {value!r}", "convert the model again")
+    return threshold
+
+
+def describe_activation(activation: object, threshold: object) -> str:
+    """``reglu``, or ``reglu above 0.01`` where there is a threshold."""
+    return f"{activation} above {threshold:g}" if isinstance(threshold, float) and threshold > 0 else str(activation)
 
 
 def _check_gate(path: Path, ffn: Sequence[FfnTensors], activation: str) -> None:

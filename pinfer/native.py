@@ -42,6 +42,7 @@ class _Params(ctypes.Structure):
         ("device", ctypes.c_char_p),
         ("activation", ctypes.c_int32),
         ("n_batch_dense", ctypes.c_int32),
+        ("activation_threshold", ctypes.c_float),
     )
 
 
@@ -197,11 +198,13 @@ class PluginLibrary:
         cold: Path | None = None,
         device: str | None = None,
         activation: str | None = None,
+        activation_threshold: float = 0.0,
         n_batch_dense: int = 0,
     ) -> None:
         """``pinfer_configure``: check and map the artefacts. Only while no llama_context is alive.
 
         Without a predictor it is exact mode, without an activation the graph's own; ``n_batch_dense=0`` is the default.
+        With an ``activation_threshold`` what a ReLU lets through has to exceed it.
         """
         if activation not in _ACTIVATIONS:
             raise PinferError(f"unknown activation {activation!r}", "it is one of relu, relu2, reglu, drelu, other")
@@ -213,6 +216,7 @@ class PluginLibrary:
             None if device is None else device.encode(),
             _ACTIVATIONS[activation],
             n_batch_dense,
+            activation_threshold,
         )
         error = ctypes.create_string_buffer(_ERROR_BYTES)
         _check(self._library.pinfer_configure(ctypes.byref(params), error, _ERROR_BYTES), error)

@@ -116,7 +116,7 @@ def profile(model_path: Path, options: ProfileOptions, progress: Progress = NULL
     n_ctx = options.n_ctx or min(model.n_ctx_train or MAX_CONTEXT, MAX_CONTEXT)
     with Engine(
         model.path,
-        plugin=PluginConfig(activation=model.activation),
+        plugin=PluginConfig.of(model),
         n_ctx=n_ctx,
         n_batch=BATCH,
         n_threads=options.n_threads,

@@ -16,6 +16,8 @@ import math
 from functools import cache
 from typing import TYPE_CHECKING
 
+from pinfer.train_data import relu
+
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
@@ -39,6 +41,9 @@ def calibrate(scores: Matrix, held: HeldBack, data: LayerData, recall: float) ->
     import numpy as np
 
     slope, constant, deviation = _regress(held.z, scores)
+    # With a threshold a neuron begins there. That it begins with a leap is left out of what is expected of it, which
+    # makes the prices less apt but not the recall: that is counted in true masses.
+    constant -= data.threshold
     worth = worths(data, held) * deviation**data.power  # of a neuron whose score equals its deviation's unit
     fired = np.flatnonzero(held.mass)
     neuron = fired % held.mass.shape[1]
@@ -47,6 +52,20 @@ def calibrate(scores: Matrix, held: HeldBack, data: LayerData, recall: float) ->
     with np.errstate(divide="ignore", over="ignore"):
         t = (inverse_gain(price / worth, data.power) * deviation - constant) / slope
         return np.nan_to_num(t.astype(np.float32), nan=3e38, posinf=3e38, neginf=-3e38)
+
+
+def one_threshold(scores: Matrix, held: HeldBack, recall: float) -> float:
+    """The highest threshold for all neurons at which the candidates keep ``recall`` of the mass."""
+    import numpy as np
+
+    fired = np.flatnonzero(held.mass)
+    if not len(fired):
+        return math.inf
+    score = scores.ravel()[fired]
+    order = np.argsort(-score, kind="stable")
+    kept = np.cumsum(held.mass.ravel()[fired][order], dtype=np.float64)
+    last = int(np.searchsorted(kept - kept[-1], -(1 - recall) * kept[-1]))
+    return float(np.nextafter(score[order[min(last, len(order) - 1)]], np.float32(-np.inf)))
 
 
 def _regress(z: Matrix, scores: Matrix) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
@@ -85,7 +104,7 @@ def worths(data: LayerData, held: HeldBack) -> NDArray[np.float64]:
         return data.down_norm.astype(np.float64)
     # mass = relu(z) |u| ‖d‖, so its ratio to relu(z) is the mean of the other factor where the neuron fires. Neurons
     # that hardly fire get the layer's mean: their own would be guesswork.
-    positive = np.maximum(held.z, 0).sum(axis=0, dtype=np.float64)
+    positive = relu(held.z, data.threshold).sum(axis=0, dtype=np.float64)
     mass = held.mass.sum(axis=0, dtype=np.float64)
     layer_mean = mass.sum() / max(float((positive * data.down_norm).sum()), 1e-30)
     prior = positive.mean()

@@ -44,6 +44,8 @@ class LayerData:
     """of the row whose product decides"""
     rest_bytes: int
     """of the other rows of a neuron"""
+    threshold: float = 0.0
+    """what a ReLU lets through has to exceed it"""
 
     @property
     def power(self) -> int:
@@ -83,6 +85,7 @@ class LayerData:
             activation=model.activation,
             first_bytes=first.row_bytes,
             rest_bytes=neuron_bytes - first.row_bytes,
+            threshold=model.activation_threshold,
         )
 
 
@@ -95,6 +98,13 @@ def _column_norms(model: Model, down: Tensor) -> Matrix:
         rows = dequantize(model, down, slice(begin, min(begin + _CHUNK_ROWS, down.n_rows)))
         squares += np.einsum("ij,ij->j", rows, rows)
     return np.sqrt(squares).astype(np.float32)
+
+
+def relu(v: Matrix, threshold: float) -> Matrix:
+    """``v`` where it exceeds ``threshold``, else 0."""
+    import numpy as np
+
+    return np.where(v > np.float32(threshold), v, np.float32(0))
 
 
 @dataclass(frozen=True)
@@ -116,10 +126,10 @@ class HeldBack:
         x = data.x[part].astype(np.float32)
         z = x @ data.weight.T
         z += data.bias
-        mass = np.maximum(z, 0)
+        mass = relu(z, data.threshold)
         if data.partner is not None:
             other = data.partner(x)
-            mass *= np.maximum(other, 0) if data.activation == "drelu" else np.abs(other)
+            mass *= relu(other, data.threshold) if data.activation == "drelu" else np.abs(other)
         elif data.activation == "relu2":
             mass *= mass
         mass *= data.down_norm

@@ -25,16 +25,16 @@ ggml_status pinfer_dense_nodes(pinfer_engine * e, ggml_tensor * const * nodes, i
 }
 
 // h of n products; gate is up where the FFN has no gate.
-static void activate_all(const pinfer_engine * e, pinfer_activation act, const float * gate, const float * up, float * h, int64_t n) {
-#pragma omp parallel for num_threads(e->n_threads) schedule(static)
+static void activate_all(const pinfer_engine * e, pinfer_rule rule, const float * gate, const float * up, float * h, int64_t n) {
+#pragma omp parallel for num_threads(e->n_threads) schedule(static) firstprivate(rule) // h might be it otherwise
     for (int64_t i = 0; i < n; i++) {
-        h[i] = pinfer_activate(act, gate[i], up[i]);
+        h[i] = pinfer_activate(rule, gate[i], up[i]);
     }
 }
 
-void pinfer_dense_activation(const pinfer_engine * e, const pinfer_ffn & f, pinfer_activation act) {
+void pinfer_dense_activation(const pinfer_engine * e, const pinfer_ffn & f, const pinfer_rule & rule) {
     const float * up = (const float *) f.up.out()->data;
-    activate_all(e, act, f.gated() ? (const float *) f.gate.out()->data : up, up, (float *) f.h->data, ggml_nelements(f.h));
+    activate_all(e, rule, f.gated() ? (const float *) f.gate.out()->data : up, up, (float *) f.h->data, ggml_nelements(f.h));
 }
 
 // Tokens and neurons of a decode step that had to be dense (no shards): the report still wants to know what fired.
@@ -202,7 +202,7 @@ static void sum_down(const pinfer_neurons & neurons, const float * h, int64_t n,
     }
 }
 
-ggml_status pinfer_dense_neurons(pinfer_engine * e, const pinfer_ffn & f, const pinfer_neurons & neurons, pinfer_activation act,
+ggml_status pinfer_dense_neurons(pinfer_engine * e, const pinfer_ffn & f, const pinfer_neurons & neurons, const pinfer_rule & rule,
                                  const float * x) {
     const int64_t n_embd = f.x->ne[0], n_tokens = f.x->ne[1];
     float * const up     = (float *) f.up.out()->data;
@@ -219,7 +219,7 @@ ggml_status pinfer_dense_neurons(pinfer_engine * e, const pinfer_ffn & f, const 
     if (status != GGML_STATUS_SUCCESS) {
         return status;
     }
-    activate_all(e, act, gate, up, h, neurons.n * n_tokens);
+    activate_all(e, rule, gate, up, h, neurons.n * n_tokens);
 #pragma omp parallel num_threads(e->n_threads)
     {
         const int ith = omp_get_thread_num(), nth = omp_get_num_threads();
@@ -228,7 +228,7 @@ ggml_status pinfer_dense_neurons(pinfer_engine * e, const pinfer_ffn & f, const 
     return GGML_STATUS_SUCCESS;
 }
 
-ggml_status pinfer_dense_ffn(pinfer_engine * e, pinfer_state * s, const pinfer_ffn & f, pinfer_activation act) {
+ggml_status pinfer_dense_ffn(pinfer_engine * e, pinfer_state * s, const pinfer_ffn & f, const pinfer_rule & rule) {
     const float * x = (const float *) f.x->data;
     for (const pinfer_product * p : {&f.gate, &f.up}) {
         const ggml_status status = pinfer_dense_product(e, *p, x);
@@ -237,7 +237,7 @@ ggml_status pinfer_dense_ffn(pinfer_engine * e, pinfer_state * s, const pinfer_f
         }
     }
     // x may be gone once the nodes below are computed: the allocator reuses memory in graph order
-    pinfer_dense_activation(e, f, act);
+    pinfer_dense_activation(e, f, rule);
     if (s->observer.on) {
         pinfer_observer_add(&s->observer, f.layer, x, (const float *) f.h->data, f.x->ne[0], f.h->ne[0], f.x->ne[1], e->n_threads);
     }

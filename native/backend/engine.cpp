@@ -67,9 +67,12 @@ static void mark_done(pinfer_engine * e, int layer, const ggml_tensor * h) {
     e->activation_done[(size_t) layer] = h;
 }
 
+static bool is_relu(const ggml_tensor * t) {
+    return t->op == GGML_OP_UNARY && ggml_get_unary_op(t) == GGML_UNARY_OP_RELU;
+}
+
 // Whether the graph's own operations, taken as they are, end in h = act(...).
 static bool graph_computes(const ggml_tensor * h, pinfer_activation act) {
-    const auto is_relu = [](const ggml_tensor * t) { return t->op == GGML_OP_UNARY && ggml_get_unary_op(t) == GGML_UNARY_OP_RELU; };
     switch (act) {
         case PINFER_ACT_RELU:
             return is_relu(h);
@@ -83,16 +86,46 @@ static bool graph_computes(const ggml_tensor * h, pinfer_activation act) {
     }
 }
 
-// Layer of an activation node that has to be computed by the model's rule instead of the graph's; -1: none such. A ReLU
-// stays what it is: it is the whole of relu, and the inner step of the others.
-static int replaced_activation(const ggml_tensor * node, pinfer_activation act) {
+// Whether h, which feeds the down product of a layer, is the model's activation: the graph's own, or computed here.
+// With a threshold the graph's own is right only as far as the ReLU in it was computed here.
+static bool is_models(const pinfer_engine * e, const pinfer_rule & rule, int layer, const ggml_tensor * h) {
+    const ggml_tensor * const done = (size_t) layer < e->activation_done.size() ? e->activation_done[(size_t) layer] : nullptr;
+    const bool                same = graph_computes(h, rule.act);
+    if (h == done) {
+        return same || !is_relu(h); // a ReLU may be but the inner step
+    }
+    return same && (rule.threshold == 0.0f || (done && (h->src[0] == done || h->src[1] == done)));
+}
+
+// Layer of an activation node that has to be computed by the model's rule instead of the graph's; -1: none such. Without
+// a threshold a ReLU stays what it is: it is the whole of relu, and the inner step of the others.
+static int replaced_activation(const ggml_tensor * node, const pinfer_rule & rule) {
     pinfer_ffn f;
-    const bool is_activation = node->op == GGML_OP_GLU || (node->op == GGML_OP_UNARY && ggml_get_unary_op(node) != GGML_UNARY_OP_RELU) ||
-                               (node->op == GGML_OP_SQR && act == PINFER_ACT_RELU);
-    if (!is_activation || graph_computes(node, act)) {
+    const bool thresholds    = rule.threshold > 0.0f;
+    const bool is_activation = node->op == GGML_OP_GLU || (node->op == GGML_OP_UNARY && (thresholds || !is_relu(node))) ||
+                               (node->op == GGML_OP_SQR && rule.act == PINFER_ACT_RELU);
+    if (!is_activation || (!thresholds && graph_computes(node, rule.act))) {
         return -1;
     }
     return pinfer_match_activation(const_cast<ggml_tensor *>(node), &f) ? f.layer : named_layer(node);
+}
+
+// An activation node by the model's rule, from its sources.
+static ggml_status compute_activation(pinfer_engine * e, const pinfer_rule & rule, ggml_tensor * node, int layer) {
+    pinfer_ffn f;
+    f.h            = node;
+    f.up.mul_mat   = node->op == GGML_OP_GLU ? node->src[1] : node->src[0];
+    f.gate.mul_mat = node->op == GGML_OP_GLU ? node->src[0] : nullptr;
+    // the graph's own ReLU is the ReLU of any rule; what follows it stays the graph's
+    const pinfer_rule own = is_relu(node) ? pinfer_rule{PINFER_ACT_RELU, rule.threshold} : rule;
+    if (!f.up.mul_mat || pinfer_is_gated(own.act) != f.gated() || !ggml_is_contiguous(f.up.mul_mat) ||
+        (f.gated() && !ggml_is_contiguous(f.gate.mul_mat))) {
+        fprintf(stderr, "pinfer: %s cannot be computed as %s\n", node->name, pinfer_activation_name(rule.act));
+        return GGML_STATUS_FAILED;
+    }
+    pinfer_dense_activation(e, f, own);
+    mark_done(e, layer, node);
+    return GGML_STATUS_SUCCESS;
 }
 
 // A node outside a whole FFN, computed from its direct sources: what lies before them may be overwritten by now. A down
@@ -104,30 +137,17 @@ static ggml_status compute_single(pinfer_engine * e, pinfer_state * s, ggml_tens
         fprintf(stderr, "pinfer: %s (%s) is no FFN pinfer knows; such nodes run on the plain CPU backend\n", node->name,
                 ggml_op_desc(node));
     }
-    if (s->activation == PINFER_ACT_GRAPH) {
+    if (s->rule.act == PINFER_ACT_GRAPH) {
         return pinfer_dense_nodes(e, &node, 1);
     }
-    int layer = replaced_activation(node, s->activation);
+    int layer = replaced_activation(node, s->rule);
     if (layer >= 0) {
-        pinfer_ffn f;
-        f.h            = node;
-        f.up.mul_mat   = node->op == GGML_OP_GLU ? node->src[1] : node->src[0];
-        f.gate.mul_mat = node->op == GGML_OP_GLU ? node->src[0] : nullptr;
-        const bool gated_rule = s->activation == PINFER_ACT_REGLU || s->activation == PINFER_ACT_DRELU;
-        if (!f.up.mul_mat || gated_rule != f.gated() || !ggml_is_contiguous(f.up.mul_mat) ||
-            (f.gated() && !ggml_is_contiguous(f.gate.mul_mat))) {
-            fprintf(stderr, "pinfer: %s cannot be computed as %s\n", node->name, pinfer_activation_name(s->activation));
-            return GGML_STATUS_FAILED;
-        }
-        pinfer_dense_activation(e, f, s->activation);
-        mark_done(e, layer, node);
-        return GGML_STATUS_SUCCESS;
+        return compute_activation(e, s->rule, node, layer);
     }
     if (node->op == GGML_OP_MUL_MAT && pinfer_tensor_part(node->src[0], false, &layer) == PINFER_PART_DOWN &&
-        !graph_computes(node->src[1], s->activation) &&
-        ((size_t) layer >= e->activation_done.size() || e->activation_done[(size_t) layer] != node->src[1])) {
+        !is_models(e, s->rule, layer, node->src[1])) {
         fprintf(stderr, "pinfer: the activation of layer %d was computed elsewhere, not as %s\n", layer,
-                pinfer_activation_name(s->activation));
+                pinfer_activation_name(s->rule.act));
         return GGML_STATUS_FAILED;
     }
     return pinfer_dense_nodes(e, &node, 1);
@@ -150,8 +170,8 @@ ggml_status pinfer_engine_compute(pinfer_engine * e, pinfer_state * s, ggml_cgra
         if (nodes[i]->op != GGML_OP_MUL_MAT || !pinfer_match_ffn(nodes, n, i, &f)) {
             continue;
         }
-        if (s->activation == PINFER_ACT_GRAPH && f.graph_act == PINFER_ACT_OTHER) {
-            continue; // no exact zeros: the CPU backend does it
+        if (s->rule.act == PINFER_ACT_GRAPH ? f.graph_act == PINFER_ACT_OTHER : pinfer_is_gated(s->rule.act) != f.gated()) {
+            continue; // no exact zeros: the CPU backend does it; or a rule for other FFNs, which is refused there
         }
         const ggml_tensor * members[] = {f.gate.mul_mat, f.gate.add, f.up.mul_mat, f.up.add, f.inner, f.h, f.down.mul_mat, f.down.add};
         for (int k = 0; k < n; k++) {

@@ -46,7 +46,7 @@ void count(pinfer_state * s, const pinfer_sparse_counts & c) {
 ggml_status compute_shards(pinfer_engine * e, pinfer_state * s, const pinfer_ffn & f, pinfer_sparse_job & j) {
     const pinfer_hot_layer * hot = s->hot ? &s->hot->layers[(size_t) f.layer] : nullptr;
     const bool               any = hot && hot->n > 0;
-    if (any && !pinfer_hot_begin(s->hot.get(), f.layer, j.act, (const float *) f.x->data, j.n_tokens)) {
+    if (any && !pinfer_hot_begin(s->hot.get(), f.layer, j.rule, (const float *) f.x->data, j.n_tokens)) {
         return GGML_STATUS_FAILED;
     }
     j.x = x_beside(e, f.x, f.down.out());
@@ -70,14 +70,14 @@ ggml_status compute_shards(pinfer_engine * e, pinfer_state * s, const pinfer_ffn
 // Many tokens: nothing is predicted. Where all neurons are cold the shard has what is needed, and its down rows are the
 // way to save what is zero; else the model's own matrices are used.
 ggml_status compute_long_batch(pinfer_engine * e, pinfer_state * s, const pinfer_ffn & f, const pinfer_neurons & cold,
-                               pinfer_activation act) {
+                               const pinfer_rule & rule) {
     if (cold.n < f.h->ne[0]) {
-        const ggml_status status = pinfer_dense_ffn(e, s, f, act);
+        const ggml_status status = pinfer_dense_ffn(e, s, f, rule);
         release_weights(f);
         return status;
     }
     s->stats.n_tokens_dense += (uint64_t) f.x->ne[1];
-    const ggml_status status = pinfer_dense_neurons(e, f, cold, act, x_beside(e, f.x, f.down.out()));
+    const ggml_status status = pinfer_dense_neurons(e, f, cold, rule, x_beside(e, f.x, f.down.out()));
     add_rest(f, nullptr);
     return status;
 }
@@ -94,8 +94,8 @@ ggml_status compute_model(pinfer_engine * e, pinfer_state * s, const pinfer_ffn 
 } // namespace
 
 ggml_status pinfer_ffn_compute(pinfer_engine * e, pinfer_state * s, const pinfer_ffn & f) {
-    const pinfer_activation act = s->activation == PINFER_ACT_GRAPH ? f.graph_act : s->activation;
-    const auto              il  = (size_t) f.layer;
+    const pinfer_rule rule = s->rule.act == PINFER_ACT_GRAPH ? pinfer_rule{f.graph_act, 0.0f} : s->rule;
+    const auto        il   = (size_t) f.layer;
 
     const pinfer_neurons *         cold = s->cold && il < s->cold->layers.size() ? &s->cold->layers[il] : nullptr;
     const pinfer_predictor_layer * pred = s->predictor && il < s->predictor->layers.size() ? &s->predictor->layers[il] : nullptr;
@@ -109,10 +109,10 @@ ggml_status pinfer_ffn_compute(pinfer_engine * e, pinfer_state * s, const pinfer
     // Without shards only an up row or a predictor can be saved; else whole products are as good and faster.
     const bool pays = cold || f.gated() || pred;
     if (s->observer.on || !pays) {
-        return pinfer_dense_ffn(e, s, f, act);
+        return pinfer_dense_ffn(e, s, f, rule);
     }
     if (n_tokens >= s->n_batch_dense) {
-        return cold ? compute_long_batch(e, s, f, *cold, act) : pinfer_dense_ffn(e, s, f, act);
+        return cold ? compute_long_batch(e, s, f, *cold, rule) : pinfer_dense_ffn(e, s, f, rule);
     }
 
     pinfer_neurons own;
@@ -121,13 +121,13 @@ ggml_status pinfer_ffn_compute(pinfer_engine * e, pinfer_state * s, const pinfer
         own.gate = pinfer_model_rows(f.gate);
         own.up   = pinfer_model_rows(f.up);
         if (!own.up.kernel || (f.gated() && !own.gate.kernel)) {
-            return pinfer_dense_ffn(e, s, f, act);
+            return pinfer_dense_ffn(e, s, f, rule);
         }
     }
     pinfer_sparse_job j;
     j.neurons   = cold ? cold : &own;
     j.predictor = pred;
-    j.act       = act;
+    j.rule      = rule;
     j.gated     = f.gated();
     j.n_embd    = f.x->ne[0];
     j.n_ff      = f.h->ne[0];

@@ -1,6 +1,7 @@
 // ffn.h: computes the FFN of a layer, sparsely on this CPU (and the hot device) or densely through ggml's CPU backend.
 #pragma once
 
+#include "activation.h"
 #include "ggml-backend.h"
 #include "match.h"
 #include "state.h"
@@ -34,21 +35,6 @@ uint8_t * pinfer_engine_arena(pinfer_engine * e, size_t size);
 // All nodes of a split, in order.
 ggml_status pinfer_engine_compute(pinfer_engine * e, pinfer_state * s, ggml_cgraph * graph);
 
-// f_i(x) from the gate product g and the up product u; where the FFN has no gate, u is g.
-inline float pinfer_activate(pinfer_activation act, float g, float u) {
-    const float gate = g > 0.0f ? g : 0.0f, up = u > 0.0f ? u : 0.0f;
-    switch (act) {
-        case PINFER_ACT_RELU2:
-            return gate * gate;
-        case PINFER_ACT_REGLU:
-            return gate * u;
-        case PINFER_ACT_DRELU:
-            return gate * up;
-        default:
-            return gate;
-    }
-}
-
 // plugin.cpp: gives back the memory that a weight's pages take, where they are a mapped file
 void pinfer_release_weight(const ggml_tensor * weight);
 
@@ -62,9 +48,9 @@ ggml_status pinfer_dense_product(pinfer_engine * e, const pinfer_product & p, co
 ggml_status pinfer_dense_rows(pinfer_engine * e, const pinfer_rows & rows, int64_t n, int64_t n_rows, const float * x,
                               int64_t n_tokens, float * out);
 // All of these neurons for every token: whole first products, then the down rows of what is not zero
-ggml_status pinfer_dense_neurons(pinfer_engine * e, const pinfer_ffn & f, const pinfer_neurons & neurons, pinfer_activation act,
+ggml_status pinfer_dense_neurons(pinfer_engine * e, const pinfer_ffn & f, const pinfer_neurons & neurons, const pinfer_rule & rule,
                                  const float * x);
 // The matrix of a product as rows; kernel is null where its type has none
 pinfer_rows pinfer_model_rows(const pinfer_product & p);
-ggml_status pinfer_dense_ffn(pinfer_engine * e, pinfer_state * s, const pinfer_ffn & f, pinfer_activation act);
-void        pinfer_dense_activation(const pinfer_engine * e, const pinfer_ffn & f, pinfer_activation act);
+ggml_status pinfer_dense_ffn(pinfer_engine * e, pinfer_state * s, const pinfer_ffn & f, const pinfer_rule & rule);
+void        pinfer_dense_activation(const pinfer_engine * e, const pinfer_ffn & f, const pinfer_rule & rule);

@@ -5,7 +5,7 @@
 
 #include <cstring>
 
-// A hot FFN has at most 8 nodes and 6 leafs.
+// A hot FFN has at most 14 nodes and 6 leafs.
 static const size_t GRAPH_NODES = 32;
 
 pinfer_hot::~pinfer_hot() {
@@ -89,9 +89,9 @@ static bool declare_layer(pinfer_hot * hot, int il, int64_t n_ff, std::string * 
     return ok;
 }
 
-bool pinfer_hot_open(pinfer_hot * hot, const char * path, const char * device, const char * model_path,
-                     const char * fingerprint, std::string * err) {
-    if (!pinfer_artefact_open(&hot->file, path, "hot", model_path, fingerprint, err)) {
+bool pinfer_hot_open(pinfer_hot * hot, const char * path, const char * device, const pinfer_origin & origin,
+                     std::string * err) {
+    if (!pinfer_artefact_open(&hot->file, path, "hot", origin, err)) {
         return false;
     }
     uint32_t n_layer = 0, n_embd = 0, n_ff = 0;
@@ -99,7 +99,7 @@ bool pinfer_hot_open(pinfer_hot * hot, const char * path, const char * device, c
         !pinfer_artefact_u32(&hot->file, "pinfer.n_embd", &n_embd) ||
         !pinfer_artefact_u32(&hot->file, "pinfer.n_ff", &n_ff) ||
         !pinfer_artefact_str(&hot->file, "pinfer.placement.id", &hot->placement_id)) {
-        *err = std::string(path) + " lacks a key; make it anew with: pinfer split " + model_path;
+        *err = std::string(path) + " lacks a key" + hot->file.remake;
         return false;
     }
     hot->n_embd = n_embd;
@@ -163,7 +163,14 @@ static ggml_tensor * product(ggml_context * ctx, ggml_tensor * w, ggml_tensor * 
     return bias ? ggml_add(ctx, y, bias) : y;
 }
 
-bool pinfer_hot_begin(pinfer_hot * hot, int il, pinfer_activation act, const float * x, int64_t n_tokens) {
+// pinfer_relu() of v in operations that every device has. v - threshold is above zero exactly where v is above the
+// threshold; after the ReLU no infinity meets the step's zero.
+static ggml_tensor * relu(ggml_context * ctx, ggml_tensor * v, float threshold) {
+    v = ggml_relu(ctx, v);
+    return threshold > 0.0f ? ggml_mul(ctx, v, ggml_step(ctx, ggml_scale_bias(ctx, v, 1.0f, -threshold))) : v;
+}
+
+bool pinfer_hot_begin(pinfer_hot * hot, int il, const pinfer_rule & rule, const float * x, int64_t n_tokens) {
     const pinfer_hot_layer & layer = hot->layers[(size_t) il];
     if (hot->graph_ctx) {
         ggml_free(hot->graph_ctx);
@@ -174,19 +181,14 @@ bool pinfer_hot_begin(pinfer_hot * hot, int il, pinfer_activation act, const flo
     ggml_tensor * in = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, hot->n_embd, n_tokens);
     ggml_set_input(in);
     ggml_tensor * h = product(ctx, layer.up, layer.up_bias, in);
-    switch (act) {
-        case PINFER_ACT_REGLU:
-            h = ggml_reglu_split(ctx, product(ctx, layer.gate, layer.gate_bias, in), h);
-            break;
-        case PINFER_ACT_DRELU:
-            h = ggml_reglu_split(ctx, product(ctx, layer.gate, layer.gate_bias, in), ggml_relu(ctx, h));
-            break;
-        case PINFER_ACT_RELU2:
-            h = ggml_sqr(ctx, ggml_relu(ctx, h));
-            break;
-        default:
-            h = ggml_relu(ctx, h);
-            break;
+    if (rule.act != PINFER_ACT_REGLU) {
+        h = relu(ctx, h, rule.threshold);
+    }
+    if (layer.gate) {
+        ggml_tensor * gate = product(ctx, layer.gate, layer.gate_bias, in);
+        h = rule.threshold > 0.0f ? ggml_mul(ctx, relu(ctx, gate, rule.threshold), h) : ggml_reglu_split(ctx, gate, h);
+    } else if (rule.act == PINFER_ACT_RELU2) {
+        h = ggml_sqr(ctx, h);
     }
     hot->y = ggml_mul_mat(ctx, layer.down, h);
     ggml_set_output(hot->y);

@@ -1,6 +1,7 @@
 // hot.h: the hot neurons, computed densely by ggml's own operations on another ggml device while the CPU does the cold ones.
 #pragma once
 
+#include "activation.h"
 #include "artefact.h"
 #include "ggml-alloc.h"
 #include "ggml-backend.h"
@@ -39,8 +40,8 @@ struct pinfer_hot {
 };
 
 // Maps hot.gguf and copies its weights to the device (name of a ggml device, null: the first GPU).
-bool pinfer_hot_open(pinfer_hot * hot, const char * path, const char * device, const char * model_path,
-                     const char * fingerprint, std::string * err);
+bool pinfer_hot_open(pinfer_hot * hot, const char * path, const char * device, const pinfer_origin & origin,
+                     std::string * err);
 
 // Device memory in use: weights and the compute buffer, bytes.
 size_t pinfer_hot_bytes(const pinfer_hot * hot);
@@ -48,6 +49,6 @@ size_t pinfer_hot_bytes(const pinfer_hot * hot);
 void pinfer_hot_set_n_threads(pinfer_hot * hot, int n_threads);
 
 // Starts layer il on x [n_embd, n_tokens] and returns at once where the device is asynchronous. False: the device failed.
-bool pinfer_hot_begin(pinfer_hot * hot, int il, pinfer_activation act, const float * x, int64_t n_tokens);
+bool pinfer_hot_begin(pinfer_hot * hot, int il, const pinfer_rule & rule, const float * x, int64_t n_tokens);
 // Waits and fetches y [n_embd, n_tokens].
 bool pinfer_hot_end(pinfer_hot * hot, float * y, int64_t n_tokens);

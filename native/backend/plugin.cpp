@@ -272,7 +272,7 @@ static bool weight_is_ours(const ggml_tensor * weight) {
 }
 
 static bool device_supports_op(ggml_backend_dev_t, const ggml_tensor * op) {
-    const pinfer_activation act = pinfer_state_get().activation;
+    const pinfer_activation act = pinfer_state_get().rule.act;
     return act != PINFER_ACT_OTHER && pinfer_match_claims(op, act != PINFER_ACT_GRAPH, weight_is_ours);
 }
 

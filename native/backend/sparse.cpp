@@ -233,14 +233,15 @@ private:
     }
 
     void compute_group(const int32_t * list, const uint32_t * named, int64_t n, int64_t known) {
-        float out[SLAB * GROUP];
+        const float threshold = s.job.rule.threshold;
+        float       out[SLAB * GROUP];
         products(s.first, s.x_first, list, n, known, out);
         for (int64_t r = 0; r < n; r++) {
             counts.candidates += (uint64_t) std::min<int64_t>(__builtin_popcount(named[r]), s.n_tokens);
             float * f   = value[n_waiting];
             bool    any = false;
             for (int64_t t = 0; t < s.n_tokens; t++) {
-                const bool fires = out[t * GROUP + r] > 0.0f && (named[r] >> t & 1);
+                const bool fires = out[t * GROUP + r] > threshold && (named[r] >> t & 1);
                 f[t]             = fires ? out[t * GROUP + r] : 0.0f;
                 any |= fires;
             }
@@ -280,7 +281,7 @@ private:
             rows[r]         = s.down ? row_at(*s.down, j) : nullptr;
             for (int64_t t = 0; t < s.n_tokens; t++) {
                 const float g  = value[at + r][t];
-                const float fi = g > 0.0f ? pinfer_activate(s.job.act, g, s.second ? out[t * GROUP + r] : g) : 0.0f;
+                const float fi = g > 0.0f ? pinfer_activate(s.job.rule, g, s.second ? out[t * GROUP + r] : g) : 0.0f;
                 f[r * s.n_tokens + t] = fi;
                 counts.active += fi != 0.0f;
                 if (!s.down) {

@@ -8,7 +8,7 @@
 struct pinfer_sparse_job {
     const pinfer_neurons *         neurons = nullptr;
     const pinfer_predictor_layer * predictor = nullptr; // null: every neuron is a candidate
-    pinfer_activation              act = PINFER_ACT_OTHER;
+    pinfer_rule                    rule;
     bool                           gated = false;
     int64_t                        n_embd = 0, n_ff = 0;
     int64_t                        n_tokens = 0;

@@ -3,6 +3,7 @@
 
 #include "ggml-backend-impl.h"
 
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -56,29 +57,34 @@ static bool open_artefacts(const pinfer_params & p, std::unique_ptr<pinfer_predi
     if (!p.predictor_path && !p.hot_path && !p.cold_path) {
         return true;
     }
-    std::string fingerprint;
     if (!p.model_path) {
         *err = "artefacts need the model they belong to";
         return false;
     }
-    if (!pinfer_fingerprint_file(p.model_path, &fingerprint, err)) {
+    pinfer_origin origin = {
+        .model_path  = p.model_path,
+        .fingerprint = "",
+        .activation  = (pinfer_activation) p.activation,
+        .threshold   = p.activation_threshold,
+    };
+    if (!pinfer_fingerprint_file(p.model_path, &origin.fingerprint, err)) {
         return false;
     }
     if (p.predictor_path) {
         *predictor = std::make_unique<pinfer_predictor>();
-        if (!pinfer_predictor_open(predictor->get(), p.predictor_path, p.model_path, fingerprint.c_str(), err)) {
+        if (!pinfer_predictor_open(predictor->get(), p.predictor_path, origin, err)) {
             return false;
         }
     }
     if (p.cold_path) {
         *cold = std::make_unique<pinfer_cold>();
-        if (!pinfer_cold_open(cold->get(), p.cold_path, p.model_path, fingerprint.c_str(), err)) {
+        if (!pinfer_cold_open(cold->get(), p.cold_path, origin, err)) {
             return false;
         }
     }
     if (p.hot_path) {
         *hot = std::make_unique<pinfer_hot>();
-        if (!pinfer_hot_open(hot->get(), p.hot_path, p.device, p.model_path, fingerprint.c_str(), err)) {
+        if (!pinfer_hot_open(hot->get(), p.hot_path, p.device, origin, err)) {
             return false;
         }
         if (!*cold || (*cold)->placement_id != (*hot)->placement_id || (*cold)->layers.size() != (*hot)->layers.size()) {
@@ -104,12 +110,16 @@ bool pinfer_configure(const pinfer_params * params, char * err, size_t err_len) 
     if (params->activation < PINFER_ACT_GRAPH || params->activation > PINFER_ACT_OTHER) {
         return set_error(err, err_len, "unknown activation; allowed are relu, relu2, reglu and drelu");
     }
+    const float threshold = params->activation_threshold;
+    if (!std::isfinite(threshold) || threshold < 0.0f || (threshold > 0.0f && params->activation == PINFER_ACT_GRAPH)) {
+        return set_error(err, err_len, "the activation threshold must be 0 or more, and 0 where no activation is named");
+    }
     if (!open_artefacts(*params, &predictor, &hot, &cold, &why)) {
         return set_error(err, err_len, why);
     }
     pinfer_state &              s = pinfer_state_get();
     std::lock_guard<std::mutex> lock(s.mutex);
-    s.activation    = (pinfer_activation) params->activation;
+    s.rule          = {(pinfer_activation) params->activation, threshold};
     s.n_batch_dense = params->n_batch_dense > 0 ? params->n_batch_dense : N_BATCH_DENSE;
     s.predictor     = std::move(predictor);
     s.hot           = std::move(hot);
@@ -121,14 +131,22 @@ bool pinfer_configure(const pinfer_params * params, char * err, size_t err_len) 
     return set_error(err, err_len, std::string("out of memory while opening the artefacts: ") + e.what());
 }
 
+// NaN, which pinfer_configure() refuses, where the text is no number.
+static float number(const char * text) {
+    char *      end   = nullptr;
+    const float value = strtof(text, &end);
+    return end != text && *end == '\0' ? value : NAN;
+}
+
 void pinfer_state_configure_from_env() {
     const char * activation = getenv("PINFER_ACTIVATION");
     if (!activation) {
         return;
     }
-    const char * model  = getenv("PINFER_MODEL");
-    const char * folder = getenv("PINFER_ARTEFACTS");
-    auto         path   = [&](const char * name) {
+    const char * threshold = getenv("PINFER_ACTIVATION_THRESHOLD");
+    const char * model     = getenv("PINFER_MODEL");
+    const char * folder    = getenv("PINFER_ARTEFACTS");
+    auto         path      = [&](const char * name) {
         const std::string p = model && folder ? std::string(folder) + "/" + name : "";
         return !p.empty() && access(p.c_str(), R_OK) == 0 ? p : std::string();
     };
@@ -136,13 +154,14 @@ void pinfer_state_configure_from_env() {
 
     const std::string predictor = path("predictor.gguf"), hot = path("hot.gguf"), cold = path("cold.gguf");
     const pinfer_params params = {
-        .model_path     = model,
-        .predictor_path = or_null(predictor),
-        .hot_path       = or_null(hot),
-        .cold_path      = or_null(cold),
-        .device         = getenv("PINFER_DEVICE"),
-        .activation     = pinfer_activation_parse(activation),
-        .n_batch_dense  = 0,
+        .model_path           = model,
+        .predictor_path       = or_null(predictor),
+        .hot_path             = or_null(hot),
+        .cold_path            = or_null(cold),
+        .device               = getenv("PINFER_DEVICE"),
+        .activation           = pinfer_activation_parse(activation),
+        .n_batch_dense        = 0,
+        .activation_threshold = threshold ? number(threshold) : 0.0f,
     };
     char err[1024];
     if (!pinfer_configure(&params, err, sizeof(err))) {
@@ -227,7 +246,7 @@ bool pinfer_fingerprint(const char * path, char out[33], char * err, size_t err_
 bool pinfer_observer_start(const pinfer_observer_params * params, char * err, size_t err_len) {
     pinfer_state &              s = pinfer_state_get();
     std::lock_guard<std::mutex> lock(s.mutex);
-    if (s.activation == PINFER_ACT_OTHER) {
+    if (s.rule.act == PINFER_ACT_OTHER) {
         return set_error(err, err_len, "the model's activation has no exact zeros, there is nothing to count");
     }
     s.observer             = {};

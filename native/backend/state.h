@@ -1,6 +1,7 @@
 // state.h: what the process has configured: the artefacts of one model, the counters, the observer.
 #pragma once
 
+#include "activation.h"
 #include "cold.h"
 #include "hot.h"
 #include "observer.h"
@@ -12,7 +13,7 @@
 #include <string>
 
 struct pinfer_state {
-    pinfer_activation                 activation = PINFER_ACT_OTHER; // OTHER: nothing is claimed
+    pinfer_rule                       rule;
     int64_t                           n_batch_dense = 0;
     std::unique_ptr<pinfer_predictor> predictor;
     std::unique_ptr<pinfer_hot>       hot;
@@ -25,5 +26,6 @@ struct pinfer_state {
 
 pinfer_state & pinfer_state_get();
 
-// For programs that only know GGML_BACKEND_PATH: PINFER_ACTIVATION, and PINFER_MODEL with PINFER_ARTEFACTS (a folder).
+// For programs that only know GGML_BACKEND_PATH: PINFER_ACTIVATION, PINFER_ACTIVATION_THRESHOLD, and PINFER_MODEL with
+// PINFER_ARTEFACTS (a folder).
 void pinfer_state_configure_from_env();

@@ -40,6 +40,7 @@ struct pinfer_params {
     const char * device;          // ggml device of the hot part; NULL: the first GPU, an error if there is none
     int32_t      activation;      // enum pinfer_activation
     int32_t      n_batch_dense;   // from this many tokens a batch is computed densely; 0: default
+    float        activation_threshold; // relu(v) is v where v exceeds this, else 0; finite, >= 0, and 0 with ACT_GRAPH
 };
 
 // Counters since pinfer_configure() or pinfer_stats_reset().

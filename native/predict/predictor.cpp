@@ -91,9 +91,8 @@ static bool read_layer(pinfer_predictor * p, int il, const std::string & kind, i
     return true;
 }
 
-bool pinfer_predictor_open(pinfer_predictor * p, const char * path, const char * model_path, const char * fingerprint,
-                           std::string * err) {
-    if (!pinfer_artefact_open(&p->file, path, "predictor", model_path, fingerprint, err)) {
+bool pinfer_predictor_open(pinfer_predictor * p, const char * path, const pinfer_origin & origin, std::string * err) {
+    if (!pinfer_artefact_open(&p->file, path, "predictor", origin, err)) {
         return false;
     }
     uint32_t                 n_layer = 0, n_embd = 0, n_ff = 0;
@@ -105,7 +104,7 @@ bool pinfer_predictor_open(pinfer_predictor * p, const char * path, const char *
         !pinfer_artefact_str_array(&p->file, "pinfer.predictor.kind", &kind) ||
         !pinfer_artefact_u32_array(&p->file, "pinfer.predictor.rank", &rank) || kind.size() != n_layer ||
         rank.size() != n_layer) {
-        *err = std::string(path) + " lacks a key; make it anew with: pinfer train " + model_path;
+        *err = std::string(path) + " lacks a key" + p->file.remake;
         return false;
     }
     p->n_ff = n_ff;

@@ -59,5 +59,4 @@ void pinfer_predictor_arrange(pinfer_predictor * p, const std::vector<pinfer_neu
 void pinfer_predictor_scores(const pinfer_predictor_layer & p, const int32_t * ids, int64_t j, int64_t n, const uint8_t * z,
                              size_t z_row, int64_t n_tokens, float * score);
 
-bool pinfer_predictor_open(pinfer_predictor * p, const char * path, const char * model_path, const char * fingerprint,
-                           std::string * err);
+bool pinfer_predictor_open(pinfer_predictor * p, const char * path, const pinfer_origin & origin, std::string * err);

@@ -4,6 +4,7 @@
 #include "log.h"
 
 #include <cerrno>
+#include <cmath>
 #include <cstring>
 #include <fcntl.h>
 #include <sys/stat.h>
@@ -100,6 +101,21 @@ uint64_t pinfer_gguf_uint(const struct gguf_context * gguf, const char * key, ui
     }
 }
 
+// pinfer.ffn.activation_threshold, 0 where there is none; false when it is no finite number >= 0.
+static bool threshold_read(const struct gguf_context * gguf, float & threshold) {
+    const int64_t id = gguf_find_key(gguf, "pinfer.ffn.activation_threshold");
+    threshold        = 0.0f;
+    if (id < 0) {
+        return true;
+    }
+    switch (gguf_get_kv_type(gguf, id)) {
+        case GGUF_TYPE_FLOAT32: threshold = gguf_get_val_f32(gguf, id); break;
+        case GGUF_TYPE_FLOAT64: threshold = (float) gguf_get_val_f64(gguf, id); break;
+        default:                return false;
+    }
+    return std::isfinite(threshold) && threshold >= 0.0f;
+}
+
 bool pinfer_model_file_open(const std::string & path, pinfer_model_file & model, std::string & err) {
     struct gguf_context * gguf = pinfer_gguf_open(path, "fetch the model again", err);
     if (!gguf) {
@@ -109,6 +125,7 @@ bool pinfer_model_file_open(const std::string & path, pinfer_model_file & model,
     model.arch       = pinfer_gguf_string(gguf, "general.architecture", "");
     model.activation = pinfer_gguf_string(gguf, "pinfer.ffn.activation", "");
     model.n_split    = (uint32_t) pinfer_gguf_uint(gguf, "split.count", 1);
+    const bool threshold_ok = threshold_read(gguf, model.threshold);
     const bool empty = gguf_get_n_tensors(gguf) == 0;
     const std::string kind = pinfer_gguf_string(gguf, "pinfer.kind", "");
     gguf_free(gguf);
@@ -119,6 +136,8 @@ bool pinfer_model_file_open(const std::string & path, pinfer_model_file & model,
         err = path + " has no general.architecture, so it is not a language model; name another GGUF";
     } else if (empty) {
         err = path + " holds no tensors (a vocabulary only?); name another GGUF";
+    } else if (!threshold_ok) {
+        err = path + ": pinfer.ffn.activation_threshold is no number of 0 or more; convert the model again";
     }
     return err.empty();
 }

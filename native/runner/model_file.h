@@ -13,6 +13,7 @@ struct pinfer_model_file {
     std::string path;
     std::string arch;        // general.architecture
     std::string activation;  // pinfer.ffn.activation, empty when the model does not say it
+    float       threshold = 0.0f;  // pinfer.ffn.activation_threshold
     uint32_t    n_split = 1; // files a split GGUF has
 };
 

@@ -131,13 +131,14 @@ bool plugin_configure(const pinfer_arguments & args, pinfer_session & session, e
     const auto path_or_null = [](const std::string & path) { return path.empty() ? nullptr : path.c_str(); };
     const bool any          = !a.predictor.empty() || !a.hot.empty() || !a.cold.empty();
 
-    params.model_path     = any ? session.file.path.c_str() : nullptr;
-    params.predictor_path = path_or_null(a.predictor);
-    params.hot_path       = path_or_null(a.hot);
-    params.cold_path      = path_or_null(a.cold);
-    params.device         = a.hot.empty() ? nullptr : path_or_null(session.device_name);
-    params.activation     = activation;
-    params.n_batch_dense  = args.n_batch_dense;
+    params.model_path           = any ? session.file.path.c_str() : nullptr;
+    params.predictor_path       = path_or_null(a.predictor);
+    params.hot_path             = path_or_null(a.hot);
+    params.cold_path            = path_or_null(a.cold);
+    params.device               = a.hot.empty() ? nullptr : path_or_null(session.device_name);
+    params.activation           = activation;
+    params.n_batch_dense        = args.n_batch_dense;
+    params.activation_threshold = session.file.threshold;
 
     char cause[1024] = "";
     if (!pinfer_configure(&params, cause, sizeof(cause))) {
@@ -296,7 +297,7 @@ int pinfer_session_open(const pinfer_arguments & args, pinfer_session & session)
     if (!args.dense && !sparse) {
         session.notes.push_back("running dense: " + why);
     } else if (args.dense && activation != PINFER_ACT_OTHER &&
-               pinfer_arch_activation(session.file.arch.c_str()) != activation) {
+               (pinfer_arch_activation(session.file.arch.c_str()) != activation || session.file.threshold > 0.0f)) {
         session.notes.push_back(std::string("stock libllama does not know that this model's FFN is ") +
                                 pinfer_activation_name(activation) + ", its text will be wrong; leave out --dense");
     }

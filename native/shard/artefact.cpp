@@ -1,8 +1,6 @@
 // artefact.cpp: mapping and checking of pinfer's GGUF files, and the fingerprint that ties them to a model.
 #include "artefact.h"
 
-#include "pinfer.h"
-
 #include <cerrno>
 #include <cinttypes>
 #include <cstdio>
@@ -70,6 +68,28 @@ struct hash128 {
     }
 };
 
+// "reglu", "reglu above 0.01"
+std::string described(const char * activation, float threshold) {
+    char text[64];
+    snprintf(text, sizeof(text), threshold > 0.0f ? "%s above %g" : "%s", activation, (double) threshold);
+    return text;
+}
+
+bool check_activation(const pinfer_artefact * a, const pinfer_origin & origin, std::string * err) {
+    std::string name;
+    float       threshold = 0.0f; // where the file does not say it
+    pinfer_artefact_f32(a, "pinfer.activation_threshold", &threshold);
+    if (!pinfer_artefact_str(a, "pinfer.activation", &name)) {
+        return fail(err, a->path + " lacks a key" + a->remake);
+    }
+    const char * const wanted = pinfer_activation_name(origin.activation);
+    if (origin.activation == PINFER_ACT_GRAPH || (name == wanted && threshold == origin.threshold)) {
+        return true;
+    }
+    return fail(err, a->path + " was made for activation " + described(name.c_str(), threshold) + ", " + origin.model_path +
+                         " is run with " + described(wanted, origin.threshold) + a->remake);
+}
+
 } // namespace
 
 pinfer_artefact::~pinfer_artefact() {
@@ -81,9 +101,9 @@ pinfer_artefact::~pinfer_artefact() {
     }
 }
 
-bool pinfer_artefact_open(pinfer_artefact * a, const char * path, const char * kind, const char * model_path,
-                          const char * fingerprint, std::string * err) {
-    const std::string remake = std::string("; make it anew with: ") + maker_of(kind) + " " + model_path;
+bool pinfer_artefact_open(pinfer_artefact * a, const char * path, const char * kind, const pinfer_origin & origin,
+                          std::string * err) {
+    const std::string remake = std::string("; make it anew with: ") + maker_of(kind) + " " + origin.model_path;
     a->path   = path;
     a->remake = remake;
 
@@ -128,10 +148,10 @@ bool pinfer_artefact_open(pinfer_artefact * a, const char * path, const char * k
         return fail(err, std::string(path) + " has format version " + std::to_string(version) + ", this pinfer reads " +
                              std::to_string(PINFER_FORMAT_VERSION) + remake);
     }
-    if (!pinfer_artefact_str(a, "pinfer.model.fingerprint", &have) || have != fingerprint) {
-        return fail(err, std::string(path) + " was made from another model than " + model_path + remake);
+    if (!pinfer_artefact_str(a, "pinfer.model.fingerprint", &have) || have != origin.fingerprint) {
+        return fail(err, std::string(path) + " was made from another model than " + origin.model_path + remake);
     }
-    return true;
+    return check_activation(a, origin, err);
 }
 
 bool pinfer_artefact_tensor(const pinfer_artefact * a, const char * name, ggml_type type, int64_t ne0, int64_t ne1,
@@ -164,6 +184,14 @@ bool pinfer_artefact_u32(const pinfer_artefact * a, const char * key, uint32_t *
     const int64_t id = find_key(a->gguf, key, GGUF_TYPE_UINT32, false);
     if (id >= 0) {
         *out = gguf_get_val_u32(a->gguf, id);
+    }
+    return id >= 0;
+}
+
+bool pinfer_artefact_f32(const pinfer_artefact * a, const char * key, float * out) {
+    const int64_t id = find_key(a->gguf, key, GGUF_TYPE_FLOAT32, false);
+    if (id >= 0) {
+        *out = gguf_get_val_f32(a->gguf, id);
     }
     return id >= 0;
 }

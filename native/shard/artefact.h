@@ -3,6 +3,7 @@
 
 #include "ggml.h"
 #include "gguf.h"
+#include "pinfer.h"
 
 #include <cstdint>
 #include <string>
@@ -29,10 +30,18 @@ struct pinfer_blob {
     size_t          size = 0; // bytes
 };
 
-// Maps path and checks kind, format version and the fingerprint of the model. On failure *err says the cause and the
-// command that mends it.
-bool pinfer_artefact_open(pinfer_artefact * a, const char * path, const char * kind, const char * model_path,
-                          const char * fingerprint, std::string * err);
+// What an artefact must have been made from.
+struct pinfer_origin {
+    const char *      model_path = nullptr;
+    std::string       fingerprint;
+    pinfer_activation activation = PINFER_ACT_GRAPH; // GRAPH: any
+    float             threshold = 0.0f;
+};
+
+// Maps path and checks kind, format version and what it was made from. On failure *err says the cause and the command
+// that mends it.
+bool pinfer_artefact_open(pinfer_artefact * a, const char * path, const char * kind, const pinfer_origin & origin,
+                          std::string * err);
 
 // Tensor by name; false (with *err) when its shape is not [ne0, ne1] (ne1 = 1 for vectors) or its type not `type`
 // (GGML_TYPE_COUNT: any). A missing tensor is not an error: out->data stays null.
@@ -44,6 +53,7 @@ void pinfer_artefact_release(const void * data, size_t size);
 
 // Keys; false when absent or of another type.
 bool pinfer_artefact_u32(const pinfer_artefact * a, const char * key, uint32_t * out);
+bool pinfer_artefact_f32(const pinfer_artefact * a, const char * key, float * out);
 bool pinfer_artefact_str(const pinfer_artefact * a, const char * key, std::string * out);
 bool pinfer_artefact_u32_array(const pinfer_artefact * a, const char * key, std::vector<uint32_t> * out);
 bool pinfer_artefact_str_array(const pinfer_artefact * a, const char * key, std::vector<std::string> * out);

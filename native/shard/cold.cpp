@@ -55,9 +55,8 @@ static bool read_layer(pinfer_cold * c, int il, bool gated, std::string * err) {
     return true;
 }
 
-bool pinfer_cold_open(pinfer_cold * c, const char * path, const char * model_path, const char * fingerprint,
-                      std::string * err) {
-    if (!pinfer_artefact_open(&c->file, path, "cold", model_path, fingerprint, err)) {
+bool pinfer_cold_open(pinfer_cold * c, const char * path, const pinfer_origin & origin, std::string * err) {
+    if (!pinfer_artefact_open(&c->file, path, "cold", origin, err)) {
         return false;
     }
     uint32_t    n_layer = 0, n_embd = 0, n_ff = 0;

@@ -30,5 +30,4 @@ struct pinfer_cold {
     std::vector<pinfer_neurons> layers;
 };
 
-bool pinfer_cold_open(pinfer_cold * c, const char * path, const char * model_path, const char * fingerprint,
-                      std::string * err);
+bool pinfer_cold_open(pinfer_cold * c, const char * path, const pinfer_origin & origin, std::string * err);

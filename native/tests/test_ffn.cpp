@@ -69,8 +69,11 @@ std::vector<float> noise(int64_t n, float scale, float mean = 0.0f) {
 
 struct ffn_case {
     pinfer_activation act;
-    bool              gated, biases;
+    bool              biases;
     ggml_type         type;
+    float             threshold = 0.0f;
+
+    bool gated() const { return pinfer_is_gated(act); }
 };
 
 struct model {
@@ -98,15 +101,16 @@ double reference_h(const model & m, int64_t i, const float * x) {
         u += (double) m.up.row(i)[k] * x[k];
         g += (double) m.gate.row(i)[k] * x[k];
     }
+    const double relu_u = u > m.c.threshold ? u : 0.0, relu_g = g > m.c.threshold ? g : 0.0;
     switch (m.c.act) {
         case PINFER_ACT_RELU:
-            return std::max(0.0, u);
+            return relu_u;
         case PINFER_ACT_RELU2:
-            return std::max(0.0, u) * std::max(0.0, u);
+            return relu_u * relu_u;
         case PINFER_ACT_REGLU:
-            return std::max(0.0, g) * u;
+            return relu_g * u;
         default:
-            return std::max(0.0, g) * std::max(0.0, u);
+            return relu_g * relu_u;
     }
 }
 
@@ -133,13 +137,15 @@ struct shard_paths {
     std::string model, hot, cold, predictor;
 };
 
-void add_common(gguf_context * g, const char * kind, const std::string & fingerprint) {
+void add_common(gguf_context * g, const char * kind, const ffn_case & c, const std::string & fingerprint) {
     gguf_set_val_u32(g, "pinfer.format_version", PINFER_FORMAT_VERSION);
     gguf_set_val_str(g, "pinfer.kind", kind);
     gguf_set_val_str(g, "pinfer.model.fingerprint", fingerprint.c_str());
     gguf_set_val_u32(g, "pinfer.n_layer", 1);
     gguf_set_val_u32(g, "pinfer.n_embd", N_EMBD);
     gguf_set_val_u32(g, "pinfer.n_ff", N_FF);
+    gguf_set_val_str(g, "pinfer.activation", pinfer_activation_name(c.act));
+    gguf_set_val_f32(g, "pinfer.activation_threshold", c.threshold);
     gguf_set_val_str(g, "pinfer.placement.id", "0123456789abcdef");
 }
 
@@ -191,18 +197,18 @@ std::vector<float> down_columns(const matrix & down, const std::vector<int32_t> 
 
 void write_hot(const model & m, const std::vector<int32_t> & ids, const std::string & fp, const std::string & path) {
     writer w;
-    add_common(w.gguf, "hot", fp);
+    add_common(w.gguf, "hot", m.c, fp);
     const auto n = (int64_t) ids.size();
     if (n) {
         w.add("blk.0.neurons", GGML_TYPE_I32, n, 1, ids.data());
-        if (m.c.gated) {
+        if (m.c.gated()) {
             w.add("blk.0.ffn_gate.weight", m.c.type, N_EMBD, n, rows_of(m.gate, ids).data());
         }
         w.add("blk.0.ffn_up.weight", m.c.type, N_EMBD, n, rows_of(m.up, ids).data());
         w.add("blk.0.ffn_down.weight", GGML_TYPE_F32, n, N_EMBD, down_columns(m.down, ids, false).data());
         if (m.c.biases) {
             w.add("blk.0.ffn_up.bias", GGML_TYPE_F32, n, 1, pick(m.up_bias, ids).data());
-            if (m.c.gated) {
+            if (m.c.gated()) {
                 w.add("blk.0.ffn_gate.bias", GGML_TYPE_F32, n, 1, pick(m.gate_bias, ids).data());
             }
         }
@@ -212,19 +218,18 @@ void write_hot(const model & m, const std::vector<int32_t> & ids, const std::str
 
 void write_cold(const model & m, const std::vector<int32_t> & ids, const std::string & fp, const std::string & path) {
     writer w;
-    add_common(w.gguf, "cold", fp);
-    gguf_set_val_str(w.gguf, "pinfer.activation", pinfer_activation_name(m.c.act));
+    add_common(w.gguf, "cold", m.c, fp);
     const auto n = (int64_t) ids.size();
     if (n) {
         w.add("blk.0.neurons", GGML_TYPE_I32, n, 1, ids.data());
-        if (m.c.gated) {
+        if (m.c.gated()) {
             w.add("blk.0.ffn_gate.weight", m.c.type, N_EMBD, n, rows_of(m.gate, ids).data());
         }
         w.add("blk.0.ffn_up.weight", m.c.type, N_EMBD, n, rows_of(m.up, ids).data());
         w.add("blk.0.ffn_down_t.weight", GGML_TYPE_F32, N_EMBD, n, down_columns(m.down, ids, true).data());
         if (m.c.biases) {
             w.add("blk.0.ffn_up.bias", GGML_TYPE_F32, n, 1, pick(m.up_bias, ids).data());
-            if (m.c.gated) {
+            if (m.c.gated()) {
                 w.add("blk.0.ffn_gate.bias", GGML_TYPE_F32, n, 1, pick(m.gate_bias, ids).data());
             }
         }
@@ -235,7 +240,7 @@ void write_cold(const model & m, const std::vector<int32_t> & ids, const std::st
 // A predictor that is the first matrix itself (A = identity, B = W) names exactly the neurons that fire (plus rounding).
 void write_predictor(const model & m, const std::string & fp, const std::string & path) {
     writer w;
-    add_common(w.gguf, "predictor", fp);
+    add_common(w.gguf, "predictor", m.c, fp);
     const char *   kind = "low_rank";
     const uint32_t rank = N_EMBD;
     gguf_set_arr_str(w.gguf, "pinfer.predictor.kind", &kind, 1);
@@ -244,9 +249,9 @@ void write_predictor(const model & m, const std::string & fp, const std::string 
     for (int64_t i = 0; i < N_EMBD; i++) {
         eye[(size_t) (i * N_EMBD + i)] = 1.0f;
     }
-    const matrix &             first = m.c.gated ? m.gate : m.up;
-    const std::vector<float> & bias  = m.c.gated ? m.gate_bias : m.up_bias;
-    std::vector<float>         t((size_t) N_FF, -0.02f); // quantised x may tip a sum near zero
+    const matrix &             first = m.c.gated() ? m.gate : m.up;
+    const std::vector<float> & bias  = m.c.gated() ? m.gate_bias : m.up_bias;
+    std::vector<float>         t((size_t) N_FF, m.c.threshold - 0.02f); // quantised x may tip a sum near it
     for (int64_t i = 0; i < N_FF && !bias.empty(); i++) {
         t[(size_t) i] -= bias[(size_t) i];
     }
@@ -259,12 +264,12 @@ void write_predictor(const model & m, const std::string & fp, const std::string 
 // The same with the signs of the matrix alone, and a threshold that names about as many neurons as it leaves out.
 void write_sign_predictor(const model & m, const std::string & fp, const std::string & path) {
     writer w;
-    add_common(w.gguf, "predictor", fp);
+    add_common(w.gguf, "predictor", m.c, fp);
     const char *   kind = "one_bit";
     const uint32_t rank = N_EMBD;
     gguf_set_arr_str(w.gguf, "pinfer.predictor.kind", &kind, 1);
     gguf_set_arr_data(w.gguf, "pinfer.predictor.rank", GGUF_TYPE_UINT32, &rank, 1);
-    const matrix &       first = m.c.gated ? m.gate : m.up;
+    const matrix &       first = m.c.gated() ? m.gate : m.up;
     std::vector<int8_t>  bits((size_t) (N_EMBD / 8 * N_FF));
     std::vector<float>   t((size_t) N_FF);
     for (size_t j = 0; j < (size_t) (N_EMBD * N_FF); j++) {
@@ -278,7 +283,7 @@ void write_sign_predictor(const model & m, const std::string & fp, const std::st
 // Neurons that the sign predictor should name for these tokens, of those whose score is not too near zero to tell.
 void check_sign_predictor(const model & m, const std::vector<float> & x, int64_t n_tokens, uint64_t n_candidates,
                           const std::string & name) {
-    const matrix & first = m.c.gated ? m.gate : m.up;
+    const matrix & first = m.c.gated() ? m.gate : m.up;
     uint64_t       sure = 0, unsure = 0;
     for (int64_t t = 0; t < n_tokens; t++) {
         for (int64_t i = 0; i < N_FF; i++) {
@@ -302,9 +307,27 @@ ggml_tensor * named(ggml_tensor * t, const char * name) {
     return t;
 }
 
+// What libllama builds: for architectures with another activation (SwiGLU, GELU), or with that of the case, there spelled
+// in two nodes where it is gated.
+enum graph_kind { GRAPH_STOCK, GRAPH_NATIVE, GRAPH_SPELLED };
+
+ggml_tensor * activation_nodes(ggml_context * ctx, const ffn_case & c, graph_kind kind, ggml_tensor * gate, ggml_tensor * up) {
+    if (gate && kind == GRAPH_SPELLED && c.act == PINFER_ACT_REGLU) {
+        return named(ggml_mul(ctx, named(ggml_relu(ctx, gate), "ffn_relu-0"), up), "ffn_gate_par-0");
+    }
+    if (gate) {
+        const bool native = kind == GRAPH_NATIVE && c.act == PINFER_ACT_REGLU;
+        return native ? named(ggml_reglu_split(ctx, gate, up), "ffn_reglu-0") : named(ggml_swiglu_split(ctx, gate, up), "ffn_swiglu-0");
+    }
+    if (c.act == PINFER_ACT_RELU2) {
+        return named(ggml_sqr(ctx, named(ggml_relu(ctx, up), "ffn_relu-0")), "ffn_sqr(relu)-0");
+    }
+    return kind != GRAPH_STOCK ? named(ggml_relu(ctx, up), "ffn_relu-0") : named(ggml_gelu(ctx, up), "ffn_gelu-0");
+}
+
 // libllama's FFN graph for the case, run by the scheduler on PINFER and CPU as libllama does.
 std::vector<float> run_graph(const model & m, const std::vector<float> & x, int64_t n_tokens, int n_threads,
-                             bool node_by_node = false) {
+                             graph_kind kind = GRAPH_STOCK, bool node_by_node = false) {
     ggml_backend_t pinfer = ggml_backend_dev_init(ggml_backend_reg_dev_get(ggml_backend_init(), 0), nullptr);
     ggml_backend_t cpu    = ggml_backend_cpu_init();
     auto *         set    = (ggml_backend_set_n_threads_t) ggml_backend_reg_get_proc_address(
@@ -313,12 +336,12 @@ std::vector<float> run_graph(const model & m, const std::vector<float> & x, int6
     ggml_backend_cpu_set_n_threads(cpu, n_threads);
 
     ggml_context * wctx = ggml_init({.mem_size = ggml_tensor_overhead() * 8, .mem_buffer = nullptr, .no_alloc = true});
-    ggml_tensor *  gate = m.c.gated ? named(ggml_new_tensor_2d(wctx, m.c.type, N_EMBD, N_FF), "blk.0.ffn_gate.weight") : nullptr;
+    ggml_tensor *  gate = m.c.gated() ? named(ggml_new_tensor_2d(wctx, m.c.type, N_EMBD, N_FF), "blk.0.ffn_gate.weight") : nullptr;
     ggml_tensor *  up   = named(ggml_new_tensor_2d(wctx, m.c.type, N_EMBD, N_FF), "blk.0.ffn_up.weight");
     ggml_tensor *  down = named(ggml_new_tensor_2d(wctx, m.c.type, N_FF, N_EMBD), "blk.0.ffn_down.weight");
     ggml_tensor *  gb   = nullptr, *ub = nullptr, *db = nullptr;
     if (m.c.biases) {
-        gb = m.c.gated ? named(ggml_new_tensor_1d(wctx, GGML_TYPE_F32, N_FF), "blk.0.ffn_gate.bias") : nullptr;
+        gb = m.c.gated() ? named(ggml_new_tensor_1d(wctx, GGML_TYPE_F32, N_FF), "blk.0.ffn_gate.bias") : nullptr;
         ub = named(ggml_new_tensor_1d(wctx, GGML_TYPE_F32, N_FF), "blk.0.ffn_up.bias");
         db = named(ggml_new_tensor_1d(wctx, GGML_TYPE_F32, N_EMBD), "blk.0.ffn_down.bias");
     }
@@ -344,15 +367,8 @@ std::vector<float> run_graph(const model & m, const std::vector<float> & x, int6
         ggml_tensor * y = ggml_mul_mat(ctx, w, v);
         return b ? ggml_add(ctx, y, b) : y;
     };
-    ggml_tensor * h = product(up, ub, cur);
-    if (m.c.gated) {
-        // what libllama builds for a llama-architecture model, whatever its activation: SwiGLU
-        h = named(ggml_swiglu_split(ctx, product(gate, gb, cur), h), "ffn_swiglu-0");
-    } else if (m.c.act == PINFER_ACT_RELU2) {
-        h = ggml_sqr(ctx, ggml_relu(ctx, h));
-    } else {
-        h = named(ggml_gelu(ctx, h), "ffn_gelu-0"); // gpt2 and falcon graphs
-    }
+    ggml_tensor * u = product(up, ub, cur);
+    ggml_tensor * h = activation_nodes(ctx, m.c, kind, gate ? product(gate, gb, cur) : nullptr, u);
     ggml_tensor * y = ggml_scale(ctx, product(down, db, h), 1.0f);
     ggml_set_output(y);
     ggml_cgraph * graph = ggml_new_graph(ctx);
@@ -395,13 +411,14 @@ double tolerance(ggml_type type) {
 
 bool configure(const shard_paths & p, const ffn_case & c, bool shards, bool predicted, std::string * err) {
     const pinfer_params params = {
-        .model_path     = p.model.c_str(),
-        .predictor_path = predicted ? p.predictor.c_str() : nullptr,
-        .hot_path       = shards ? p.hot.c_str() : nullptr,
-        .cold_path      = shards ? p.cold.c_str() : nullptr,
-        .device         = "CPU",
-        .activation     = c.act,
-        .n_batch_dense  = 0,
+        .model_path           = p.model.c_str(),
+        .predictor_path       = predicted ? p.predictor.c_str() : nullptr,
+        .hot_path             = shards ? p.hot.c_str() : nullptr,
+        .cold_path            = shards ? p.cold.c_str() : nullptr,
+        .device               = "CPU",
+        .activation           = c.act,
+        .n_batch_dense        = 0,
+        .activation_threshold = c.threshold,
     };
     char text[512] = "";
     const bool ok = pinfer_configure(&params, text, sizeof(text));
@@ -411,20 +428,34 @@ bool configure(const shard_paths & p, const ffn_case & c, bool shards, bool pred
 
 std::string describe(const ffn_case & c, int64_t n_tokens, int n_threads, int hot, bool predicted) {
     char text[160];
-    snprintf(text, sizeof(text), "%s %s%s tokens %d threads %d %s%s", pinfer_activation_name(c.act), ggml_type_name(c.type),
-             c.biases ? " biases" : "", (int) n_tokens, n_threads,
+    snprintf(text, sizeof(text), "%s above %g %s%s tokens %d threads %d %s%s", pinfer_activation_name(c.act),
+             (double) c.threshold, ggml_type_name(c.type), c.biases ? " biases" : "", (int) n_tokens, n_threads,
              hot < 0 ? "model" : ("hot " + std::to_string(hot) + "%").c_str(), predicted ? " predicted" : "");
     return text;
 }
 
-void run_case(const ffn_case & c, const shard_paths & p) {
-    const model m = make_model(c);
+// Any GGUF serves as the model that artefacts belong to; returns its fingerprint.
+std::string write_model(const model & m, const shard_paths & p) {
     std::string fp, err;
-    writer      w; // any GGUF serves as the model the artefacts belong to
+    writer      w;
     gguf_set_val_str(w.gguf, "general.architecture", "test");
-    w.add("up", c.type, N_EMBD, N_FF, m.up.data.data());
+    w.add("up", m.c.type, N_EMBD, N_FF, m.up.data.data());
     w.write(p.model);
     check(pinfer_fingerprint_file(p.model.c_str(), &fp, &err), "fingerprint " + err);
+    return fp;
+}
+
+// So many percent of the neurons are hot, the first ones of the order.
+void write_shards(const model & m, const std::vector<int32_t> & order, int hot, const std::string & fp, const shard_paths & p) {
+    const auto cut = order.begin() + (ptrdiff_t) (N_FF * hot / 100);
+    write_hot(m, {order.begin(), cut}, fp, p.hot);
+    write_cold(m, {cut, order.end()}, fp, p.cold);
+}
+
+void run_case(const ffn_case & c, const shard_paths & p) {
+    const model       m  = make_model(c);
+    const std::string fp = write_model(m, p);
+    std::string       err;
     write_predictor(m, fp, p.predictor);
 
     std::vector<int32_t> order((size_t) N_FF);
@@ -445,9 +476,7 @@ void run_case(const ffn_case & c, const shard_paths & p) {
     }
     for (int hot : {-1, 0, 50, 100}) {
         if (hot >= 0) {
-            const auto cut = order.begin() + (ptrdiff_t) (N_FF * hot / 100);
-            write_hot(m, {order.begin(), cut}, fp, p.hot);
-            write_cold(m, {cut, order.end()}, fp, p.cold);
+            write_shards(m, order, hot, fp, p);
         }
         for (bool predicted : {false, true}) {
             check(configure(p, c, hot >= 0, predicted, &err), "configure: " + err);
@@ -476,13 +505,9 @@ void run_case(const ffn_case & c, const shard_paths & p) {
 }
 
 void test_sign_predictor(const shard_paths & p) {
-    const ffn_case c = {.act = PINFER_ACT_RELU2, .gated = false, .biases = false, .type = GGML_TYPE_Q4_0};
+    const ffn_case c = {.act = PINFER_ACT_RELU2, .biases = false, .type = GGML_TYPE_Q4_0};
     const model    m = make_model(c);
-    std::string    fp, err;
-    writer         w;
-    w.add("up", c.type, N_EMBD, N_FF, m.up.data.data());
-    w.write(p.model);
-    check(pinfer_fingerprint_file(p.model.c_str(), &fp, &err), "fingerprint " + err);
+    std::string    fp = write_model(m, p), err;
     write_sign_predictor(m, fp, p.predictor);
     std::vector<int32_t> order((size_t) N_FF);
     std::iota(order.begin(), order.end(), 0);
@@ -505,20 +530,67 @@ void test_sign_predictor(const shard_paths & p) {
 
 // Where nodes come one at a time no FFN is whole: the CPU backend multiplies, and the activation is still the model's.
 void test_node_by_node(const shard_paths & p) {
+    for (float threshold : {0.0f, 0.5f}) {
+        for (pinfer_activation act : {PINFER_ACT_RELU, PINFER_ACT_RELU2, PINFER_ACT_DRELU, PINFER_ACT_REGLU}) {
+            for (graph_kind kind : {GRAPH_STOCK, GRAPH_NATIVE, GRAPH_SPELLED}) {
+                const ffn_case           c      = {.act = act, .biases = true, .type = GGML_TYPE_F32, .threshold = threshold};
+                const model              m      = make_model(c);
+                const std::vector<float> x      = noise(N_EMBD * 3, 1.0f);
+                uint64_t                 active = 0;
+                std::string              err;
+                check(configure(p, c, false, false, &err), "configure: " + err);
+                const auto   want  = reference(m, x, 3, &active);
+                const double error = nmse(run_graph(m, x, 3, 2, kind, true), want);
+                check(error <= tolerance(c.type), describe(c, 3, 2, -1, false) + " node by node: nmse " + std::to_string(error));
+                pinfer_stats st;
+                pinfer_get_stats(&st);
+                check(st.n_fallback > 0, "node by node: nothing fell back");
+            }
+        }
+    }
+}
+
+// What equals the threshold is zero and the next number is not, to the last bit, wherever it is computed.
+void test_threshold_is_exact(const shard_paths & p) {
+    const float t        = 0.3f;
+    const float values[] = {t, std::nextafter(t, 1.0f), std::nextafter(t, 0.0f), 2 * t, -t, 0.0f};
     for (pinfer_activation act : {PINFER_ACT_RELU, PINFER_ACT_RELU2, PINFER_ACT_DRELU, PINFER_ACT_REGLU}) {
-        const bool               gated  = act == PINFER_ACT_DRELU || act == PINFER_ACT_REGLU;
-        const ffn_case           c      = {.act = act, .gated = gated, .biases = true, .type = GGML_TYPE_F32};
-        const model              m      = make_model(c);
-        const std::vector<float> x      = noise(N_EMBD * 3, 1.0f);
-        uint64_t                 active = 0;
-        std::string              err;
-        check(configure(p, c, false, false, &err), "configure: " + err);
-        const auto   want  = reference(m, x, 3, &active);
-        const double error = nmse(run_graph(m, x, 3, 2, true), want);
-        check(error <= tolerance(c.type), std::string(pinfer_activation_name(act)) + " node by node: nmse " + std::to_string(error));
-        pinfer_stats st;
-        pinfer_get_stats(&st);
-        check(st.n_fallback > 0, "node by node: nothing fell back");
+        const ffn_case     c = {.act = act, .biases = false, .type = GGML_TYPE_F32, .threshold = t};
+        model              m = make_model(c);
+        std::vector<float> first((size_t) (N_EMBD * N_FF)), one(first.size()), down(first.size());
+        for (int64_t i = 0; i < N_FF; i++) { // neuron i has values[i % 6] for x = (1, 0, ...), and is output i
+            first[(size_t) (i * N_EMBD)] = values[i % 6];
+            one[(size_t) (i * N_EMBD)]   = 1.0f;
+            if (i < N_EMBD) {
+                down[(size_t) (i * N_FF + i)] = 1.0f;
+            }
+        }
+        m.gate = quantised(c.type, N_EMBD, N_FF, first);
+        m.up   = quantised(c.type, N_EMBD, N_FF, act == PINFER_ACT_REGLU ? one : first);
+        m.down = quantised(c.type, N_FF, N_EMBD, down);
+        const std::string    fp = write_model(m, p);
+        std::vector<int32_t> order((size_t) N_FF);
+        std::iota(order.begin(), order.end(), 0);
+        for (int hot : {-1, 0, 50, 100}) {
+            if (hot >= 0) {
+                write_shards(m, order, hot, fp, p);
+            }
+            std::string err;
+            check(configure(p, c, hot >= 0, false, &err), "configure: " + err);
+            for (int64_t n_tokens : {1, 7, 70}) {
+                std::vector<float> x((size_t) (N_EMBD * n_tokens));
+                for (int64_t k = 0; k < n_tokens; k++) {
+                    x[(size_t) (k * N_EMBD)] = 1.0f;
+                }
+                const auto got = run_graph(m, x, n_tokens, 2);
+                for (size_t k = 0; k < got.size(); k++) {
+                    const float v    = values[k % (size_t) N_EMBD % 6], h = v > t ? v : 0.0f;
+                    const float want = act == PINFER_ACT_RELU || act == PINFER_ACT_REGLU ? h : h * h;
+                    check(got[k] == want, describe(c, n_tokens, 2, hot, false) + ": " + std::to_string(got[k]) + " where " +
+                                              std::to_string(want) + " is exact");
+                }
+            }
+        }
     }
 }
 
@@ -532,8 +604,7 @@ struct cold_tensor {
 void write_zeros(const std::vector<cold_tensor> & tensors, const ffn_case & c, const std::vector<int32_t> & ids,
                  const std::string & fp, const std::string & path) {
     writer w;
-    add_common(w.gguf, "cold", fp);
-    gguf_set_val_str(w.gguf, "pinfer.activation", pinfer_activation_name(c.act));
+    add_common(w.gguf, "cold", c, fp);
     w.add("blk.0.neurons", GGML_TYPE_I32, (int64_t) ids.size(), 1, ids.data());
     for (const cold_tensor & t : tensors) {
         const std::vector<uint8_t> zeros(ggml_row_size(t.type, t.ne0) * (size_t) t.ne1);
@@ -542,9 +613,44 @@ void write_zeros(const std::vector<cold_tensor> & tensors, const ffn_case & c, c
     w.write(path);
 }
 
+// Artefacts made under another activation or threshold are refused, and thresholds that make no sense.
+void test_other_activations(const shard_paths & p, model m, const std::vector<int32_t> & cold, const std::vector<int32_t> & hot,
+                            const std::string & fp) {
+    const ffn_case run  = m.c;
+    const auto     made = [&](const ffn_case & c) {
+        m.c = c;
+        write_hot(m, hot, fp, p.hot);
+        write_cold(m, cold, fp, p.cold);
+        write_predictor(m, fp, p.predictor);
+    };
+    std::string err;
+    ffn_case    other = run;
+    other.threshold   = 0.01f;
+    made(other);
+    check(configure(p, other, true, true, &err), "artefacts of the same threshold: " + err);
+    check(!configure(p, run, true, true, &err) &&
+              err == "predictor.gguf was made for activation reglu above 0.01, model.gguf is run with reglu; make it anew with: "
+                     "pinfer train model.gguf",
+          "artefacts of a threshold: " + err);
+    check(!configure(p, run, true, false, &err) && err.find("cold.gguf was made for") == 0, "cold shard of a threshold: " + err);
+    made(run);
+    check(!configure(p, other, true, false, &err), "artefacts of no threshold");
+    other.act = PINFER_ACT_DRELU;
+    made(other);
+    check(!configure(p, run, true, true, &err) && err.find("activation drelu above 0.01") != std::string::npos, "drelu: " + err);
+
+    for (float bad : {-1.0f, NAN, INFINITY}) {
+        other           = run;
+        other.threshold = bad;
+        check(!configure(p, other, false, false, &err) && err.find("threshold must be 0 or more") != std::string::npos, "bad: " + err);
+    }
+    other = {.act = PINFER_ACT_GRAPH, .biases = false, .type = GGML_TYPE_F32, .threshold = 0.5f};
+    check(!configure(p, other, false, false, &err), "a threshold for whatever the graph says");
+}
+
 // Damaged or foreign artefacts are refused with one line that says what to type.
 void test_refusals(const shard_paths & p) {
-    const ffn_case c = {.act = PINFER_ACT_REGLU, .gated = true, .biases = false, .type = GGML_TYPE_F16};
+    const ffn_case c = {.act = PINFER_ACT_REGLU, .biases = false, .type = GGML_TYPE_F16};
     const model    m = make_model(c);
     std::string    fp, err;
     check(pinfer_fingerprint_file(p.model.c_str(), &fp, &err), "fingerprint " + err);
@@ -600,6 +706,7 @@ void test_refusals(const shard_paths & p) {
     write_cold(m, cold, fp, p.cold);
     write_predictor(m, "ffffffffffffffffffffffffffffffff", p.predictor);
     refused("predictor of another model", "pinfer train");
+    test_other_activations(p, m, cold, hot, fp);
 }
 
 } // namespace
@@ -615,15 +722,19 @@ int main() {
     const shard_paths p      = {.model = "model.gguf", .hot = "hot.gguf", .cold = "cold.gguf", .predictor = "predictor.gguf"};
 
     int n = 0;
-    for (ggml_type type : {GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_Q8_0, GGML_TYPE_Q4_K}) {
+    for (pinfer_activation act : {PINFER_ACT_RELU, PINFER_ACT_RELU2, PINFER_ACT_DRELU, PINFER_ACT_REGLU}) {
         for (bool biases : {false, true}) {
-            run_case({.act = PINFER_ACT_RELU, .gated = false, .biases = biases, .type = type}, p);
-            run_case({.act = PINFER_ACT_RELU2, .gated = false, .biases = biases, .type = type}, p);
-            run_case({.act = PINFER_ACT_DRELU, .gated = true, .biases = biases, .type = type}, p);
-            run_case({.act = PINFER_ACT_REGLU, .gated = true, .biases = biases, .type = type}, p);
-            n += 4;
+            for (ggml_type type : {GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_Q8_0, GGML_TYPE_Q4_K}) {
+                run_case({.act = act, .biases = biases, .type = type}, p);
+                n++;
+            }
+            // a product that rounding tips over the threshold costs all of it: what quantised types explain needs a small one
+            run_case({.act = act, .biases = biases, .type = GGML_TYPE_F32, .threshold = 0.5f}, p);
+            run_case({.act = act, .biases = biases, .type = GGML_TYPE_Q4_K, .threshold = 0.1f}, p);
+            n += 2;
         }
     }
+    test_threshold_is_exact(p);
     test_sign_predictor(p);
     test_node_by_node(p);
     test_refusals(p);
