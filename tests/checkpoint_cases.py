@@ -1,7 +1,8 @@
 """The tiny checkpoints of tests/checkpoints: each one's config.json as its family publishes it, and how it is stored.
 
-The keys are those of the published models (the spelling of the transformers release that wrote them included: most say
-`rope_theta` and `torch_dtype`, the newest `rope_parameters` and `dtype`); only the sizes are small and odd.
+The keys are those of the published models, in the spelling of the transformers release that wrote them: most say
+`rope_theta` and `torch_dtype`, the newest `rope_parameters` and `dtype`. The sizes are small and odd; some norms have
+an epsilon large enough to be noticed.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ class Case:
     files: str = "safetensors"
     """`safetensors` or `bin` (a state_dict of torch.save)"""
     n_shards: int = 1
+    attributes: bool = False
+    """in `bin`: tensors that carry attributes, which makes the pickle rebuild them by another name"""
     prefix: bool = True
     """False: tensors are named as the bare decoder names them, without `model.`"""
     seed: int = 0
@@ -133,9 +136,195 @@ _FALCON: dict[str, Any] = {
 _FALCON_40B: dict[str, Any] = {key: _FALCON[key] for key in _FALCON if key != "multi_query"} | {
     "hidden_size": 72,
     "ffn_hidden_size": 200,
+    "layer_norm_epsilon": 0.02,
     "new_decoder_architecture": True,
     "num_attention_heads": 6,
     "num_kv_heads": 2,
+}
+
+_BAMBOO: dict[str, Any] = {
+    "architectures": ["BambooForCausalLM"],
+    "auto_map": {
+        "AutoConfig": "configuration_bamboo.BambooConfig",
+        "AutoModel": "modeling_bamboo.BambooForCausalLM",
+        "AutoModelForCausalLM": "modeling_bamboo.BambooForCausalLM",
+    },
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "hidden_act": "relu",
+    "hidden_size": 50,
+    "initializer_range": 0.02,
+    "intermediate_size": 200,
+    "max_position_embeddings": 32768,
+    "model_type": "bamboo",
+    "num_attention_heads": 5,
+    "num_hidden_layers": 2,
+    "num_key_value_heads": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 10000.0,
+    "sliding_window": 4096,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.34.0.dev0",
+    "use_cache": True,
+    "vocab_size": VOCAB,
+}
+
+# MiniCPM-S-1B's file names no model_type: its remote code does.
+_MINICPM: dict[str, Any] = {
+    "architectures": ["MiniCPMForCausalLM"],
+    "auto_map": {
+        "AutoConfig": "configuration_minicpm.MiniCPMConfig",
+        "AutoModel": "modeling_minicpm.MiniCPMModel",
+        "AutoModelForCausalLM": "modeling_minicpm.MiniCPMForCausalLM",
+        "AutoModelForSeq2SeqLM": "modeling_minicpm.MiniCPMForCausalLM",
+        "AutoModelForSequenceClassification": "modeling_minicpm.MiniCPMForSequenceClassification",
+    },
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "hidden_act": "fatrelu",
+    "hidden_act_param": 0.03,
+    "hidden_size": 48,
+    "initializer_range": 0.1,
+    "intermediate_size": 152,
+    "max_position_embeddings": 4096,
+    "num_attention_heads": 6,
+    "num_hidden_layers": 3,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": None,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.36.0",
+    "use_cache": True,
+    "vocab_size": VOCAB,
+    "scale_emb": 12,
+    "dim_model_base": 16,
+    "scale_depth": 1.4,
+}
+
+_ARCEE: dict[str, Any] = {
+    "architectures": ["ArceeForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 318,
+    "eos_token_id": 321,
+    "head_dim": 14,
+    "hidden_act": "relu2",
+    "hidden_size": 56,
+    "initializer_range": 0.02,
+    "intermediate_size": 216,
+    "max_position_embeddings": 4096,
+    "mlp_bias": False,
+    "model_type": "arcee",
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": None,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.54.0",
+    "use_cache": True,
+    "vocab_size": VOCAB,
+}
+
+# AFM-4.5B's.
+_YARN: dict[str, Any] = {
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "factor": 20.0,
+    "mscale": 1.0,
+    "original_max_position_embeddings": 4096,
+    "rope_type": "yarn",
+    "type": "yarn",
+}
+
+_NEMOTRON: dict[str, Any] = {
+    "architectures": ["NemotronForCausalLM"],
+    "bos_token_id": 2,
+    "eos_token_id": 3,
+    "hidden_act": "relu2",
+    "hidden_size": 64,
+    "initializer_range": 0.0134,
+    "intermediate_size": 200,
+    "max_position_embeddings": 4096,
+    "model_type": "nemotron",
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+    "num_key_value_heads": 2,
+    "norm_eps": 0.02,
+    "rope_theta": 10000,
+    "partial_rotary_factor": 0.5,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.32.0.dev0",
+    "use_cache": True,
+    "vocab_size": VOCAB,
+    "head_dim": 16,
+}
+
+_JAIS2: dict[str, Any] = {
+    "architectures": ["Jais2ForCausalLM"],
+    "attention_bias": True,
+    "attention_dropout": 0.0,
+    "bos_token_id": 0,
+    "dtype": "bfloat16",
+    "eos_token_id": 321,
+    "head_dim": 10,
+    "hidden_act": "relu2",
+    "hidden_size": 50,
+    "initializer_range": 0.02,
+    "intermediate_size": 216,
+    "layer_norm_eps": 0.02,
+    "max_position_embeddings": 8192,
+    "mlp_bias": True,
+    "model_type": "jais2",
+    "num_attention_heads": 5,
+    "num_hidden_layers": 2,
+    "num_key_value_heads": 5,
+    "rope_scaling": None,
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+    "transformers_version": "4.57.0",
+    "use_cache": True,
+    "vocab_size": VOCAB,
+}
+
+_PLM: dict[str, Any] = {
+    "architectures": ["PLMForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "auto_map": {
+        "AutoConfig": "configuration_plm.PLMConfig",
+        "AutoModel": "modeling_plm.PLMModel",
+        "AutoModelForCausalLM": "modeling_plm.PLMForCausalLM",
+    },
+    "bos_token_id": 320,
+    "eos_token_id": 322,
+    "hidden_act": "relu2",
+    "hidden_size": 60,
+    "initializer_range": 0.02,
+    "intermediate_size": 216,
+    "kv_lora_rank": 28,
+    "max_position_embeddings": 4096,
+    "model_type": "plm",
+    "num_attention_heads": 5,
+    "num_hidden_layers": 2,
+    "num_key_value_heads": 5,
+    "pretraining_tp": 1,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 10,
+    "qk_rope_head_dim": 6,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 100000.0,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.49.0",
+    "use_cache": True,
+    "v_head_dim": 14,
+    "vocab_size": VOCAB,
 }
 
 CASES: tuple[Case, ...] = (
@@ -154,6 +343,7 @@ CASES: tuple[Case, ...] = (
             "mlp_bias": False,
             "num_attention_heads": 8,
             "num_key_value_heads": 2,
+            "rms_norm_eps": 0.02,
             "rope_parameters": {"rope_theta": 500000.0, "rope_type": "default"},
             "tie_word_embeddings": True,
             "transformers_version": "5.0.0",
@@ -190,6 +380,56 @@ CASES: tuple[Case, ...] = (
         "falcon-40b-untied",
         _FALCON_40B | {"num_attention_heads": 4, "num_kv_heads": 2, "hidden_size": 56, "tie_word_embeddings": False},
         "falcon",
-        dtype="float16",
+        # As ReluFalcon-40B is published.
+        files="bin",
+        n_shards=2,
+        attributes=True,
     ),
+    Case("bamboo", _BAMBOO, "llama", "bamboo", dtype="bfloat16"),
+    Case(
+        "turbosparse-mistral",
+        _BAMBOO
+        | {
+            "attention_dropout": 0.0,
+            "num_attention_heads": 5,
+            "num_key_value_heads": 5,
+            "rms_norm_eps": 0.01,
+            "rope_theta": 1000000.0,
+            "sliding_window": None,
+            "torch_dtype": "float16",
+            "transformers_version": "4.41.0",
+            "use_cache": False,
+        },
+        "llama",
+        "bamboo",
+    ),
+    Case("minicpm-s", _MINICPM, "llama", "minicpm", dtype="bfloat16", embedding_std=0.03, gate_scale=0.1),
+    Case(
+        "minicpm-relu",
+        # As a later transformers writes the same model: with the keys that the published file leaves to their defaults.
+        {key: _MINICPM[key] for key in _MINICPM if key != "hidden_act_param"}
+        | {
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "hidden_act": "relu",
+            "model_type": "minicpm",
+            "num_key_value_heads": 6,
+            "pretraining_tp": 1,
+            "rms_norm_eps": 0.01,
+            "rope_theta": 20000.0,
+            "scale_depth": 1.1,
+            "scale_emb": 9,
+            "tie_word_embeddings": True,
+            "torch_dtype": "float16",
+            "transformers_version": "4.41.2",
+        },
+        "llama",
+        "minicpm",
+        embedding_std=0.04,
+    ),
+    Case("arcee", _ARCEE | {"rms_norm_eps": 0.02}, "arcee", dtype="bfloat16"),
+    Case("arcee-yarn", _ARCEE | {"max_position_embeddings": 65536, "rope_scaling": _YARN}, "arcee", dtype="bfloat16"),
+    Case("nemotron", _NEMOTRON, "nemotron", dtype="bfloat16", files="bin"),
+    Case("jais2", _JAIS2, "jais2", dtype="bfloat16"),
+    Case("plm", _PLM, "plm", "plm", dtype="bfloat16"),
 )
