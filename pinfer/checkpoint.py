@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,15 +57,30 @@ class CheckpointTensor:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint whose config and tensor tables have been read and checked; no weights are in memory."""
+    """A checkpoint whose config has been read; no weights are in memory."""
 
     folder: Path
     config: Mapping[str, Any]
-    tensors: Mapping[str, CheckpointTensor] = field(repr=False)
 
     @property
     def model_type(self) -> str:
-        return str(self.config.get("model_type", ""))
+        """config.json's, or by the name of its class where it has none (MiniCPM-S)."""
+        named = self.config.get("model_type")
+        return named if isinstance(named, str) else self.architecture.removesuffix("ForCausalLM").lower()
+
+    @property
+    def architecture(self) -> str:
+        """Name of the original's class, ``""`` where config.json does not say."""
+        named = self.config.get("architectures")
+        return str(named[0]) if isinstance(named, list) and named else ""
+
+    @cached_property
+    def tensors(self) -> Mapping[str, CheckpointTensor]:
+        """Every tensor by its name in the checkpoint, each known to lie whole in its file.
+
+        Raises PinferError for weights that are missing, damaged or would have to be executed.
+        """
+        return _open_weights(self.folder)
 
     def integer(self, *keys: str, default: int | None = None) -> int:
         """A positive number of config.json under the first of these keys that is there."""
@@ -101,20 +117,20 @@ def is_checkpoint(path: Path) -> bool:
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """Reads config.json and the tables of all weight files; every tensor is known to lie whole in its file.
-
-    Raises PinferError for what is missing, damaged, quantised or would have to be executed.
-    """
+    """Reads config.json. Raises PinferError where it is damaged, or says that the weights are quantised."""
     config = _read_json(folder / "config.json")
-    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
-        raise PinferError(f"{folder / 'config.json'} names no model_type", _AGAIN)
+    if not isinstance(config, dict):
+        raise PinferError(f"{folder / 'config.json'} is no description of a model", _AGAIN)
     method = config.get("quantization_config") or config.get("compression_config")
     if method:
         kind = method.get("quant_method", "some method") if isinstance(method, dict) else method
         raise PinferError(
             f"{folder} is already quantised ({kind})", "get the F32, F16 or BF16 checkpoint; convert quantises itself"
         )
-    return Checkpoint(folder, config, _open_weights(folder))
+    checkpoint = Checkpoint(folder, config)
+    if not checkpoint.model_type:
+        raise PinferError(f"{folder / 'config.json'} names no model_type", _AGAIN)
+    return checkpoint
 
 
 def _read_json(path: Path) -> Any:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from pinfer.checkpoint import Checkpoint, is_checkpoint, open_checkpoint
 from pinfer.convert_plan import ConvertPlan, PlannedTensor
+from pinfer.engine import require_loadable
 from pinfer.errors import PinferError
 from pinfer.gguf_writer import GgufFileWriter
 from pinfer.model import ACTIVATION_KEY, ACTIVATIONS, THRESHOLD_KEY, open_model
@@ -115,6 +116,8 @@ def convert(source: Path, options: ConvertOptions, progress: Progress) -> Conver
         for tensor in plan.tensors:
             writer.declare(tensor.name, tensor.shape, _file_type(tensor, plain))
         writer.begin(also=0 if type_ in PLAIN else estimated_bytes(n_weights, type_))
+        writer.reserve()
+        _require_loadable(writer.temporary, source)
         _write(plan, plain, writer, progress)
         if type_ not in PLAIN:
             writer.finish()
@@ -134,6 +137,15 @@ def convert(source: Path, options: ConvertOptions, progress: Progress) -> Conver
         tokenizer=tokenizer,
         notes=tuple(plan.notes),
     )
+
+
+def _require_loadable(written: Path, source: Path) -> None:
+    """libllama reads the header, so that nothing of a model's weights is written in vain."""
+    try:
+        require_loadable(written)
+    except PinferError as error:
+        said = error.message.replace(str(written), "the GGUF")
+        raise PinferError(f"{source} is incomplete or contradicts itself: {said}", "check the checkpoint") from None
 
 
 def _open(source: Path, activation: str | None) -> _Source:

@@ -76,8 +76,11 @@ class Engine:
         n_batch: int = 512,
         n_threads: int | None = None,
         n_gpu_layers: int = 0,
+        f32_attention: bool = False,
     ) -> None:
         """Load ``model_path``. ``n_ctx`` 0 is the context the model was trained with.
+
+        ``f32_attention`` keeps keys and values in F32 and leaves flash attention out, which rounds them to F16.
 
         Raises PinferError with libllama's last words when it refuses the model or the context.
         """
@@ -92,7 +95,7 @@ class Engine:
         llama.llama_backend_init()
         try:
             self._load(model_path, n_gpu_layers, with_plugin=plugin is not None)
-            self._open(model_path, n_ctx, n_batch, n_threads or physical_cores())
+            self._open(model_path, n_ctx, n_batch, n_threads or physical_cores(), f32_attention)
         except BaseException:
             self.close()
             raise
@@ -120,9 +123,12 @@ class Engine:
         if not self._model:
             raise PinferError(f"libllama cannot load {model_path}: {_last_words()}", "check that the file is a model")
 
-    def _open(self, model_path: Path, n_ctx: int, n_batch: int, n_threads: int) -> None:
+    def _open(self, model_path: Path, n_ctx: int, n_batch: int, n_threads: int, f32_attention: bool) -> None:
         llama = self._llama
         params = llama.llama_context_default_params()
+        if f32_attention:
+            params.type_k = params.type_v = llama.GGML_TYPE_F32
+            params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
         params.n_ctx = n_ctx
         params.n_batch = params.n_ubatch = n_batch
         params.n_seq_max = 1
@@ -259,6 +265,25 @@ class Engine:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+def require_loadable(path: Path) -> None:
+    """Raises PinferError with libllama's last words where it refuses the header of a GGUF or misses a tensor.
+
+    Weights are neither read nor given memory.
+    """
+    from llama_cpp import llama_cpp as llama
+
+    _quieten(llama)
+    llama.llama_backend_init()
+    params = llama.llama_model_default_params()
+    params.no_alloc = True
+    params.load_mode = llama.LLAMA_LOAD_MODE_NONE  # libllama maps no file that it will not read
+    _LOG.clear()
+    model = llama.llama_model_load_from_file(os.fsencode(path), params)
+    if not model:
+        raise PinferError(f"libllama would refuse the model: {_last_words()}")
+    llama.llama_model_free(model)
 
 
 def _configure_plugin(model_path: Path, config: PluginConfig | None) -> None:

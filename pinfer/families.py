@@ -328,8 +328,8 @@ def _in_order(tensors: Iterable[PlannedTensor]) -> list[PlannedTensor]:
 
 def _is_drelu(checkpoint: Checkpoint) -> bool:
     """Bamboo and TurboSparse apply ReLU to gate and up; their code is remote, their hidden_act says only relu."""
-    names = [checkpoint.model_type, *map(str, checkpoint.config.get("architectures") or ())]
-    if any(word in name.lower() for name in names for word in ("bamboo", "turbosparse")):
+    names = f"{checkpoint.model_type} {checkpoint.architecture}".lower()
+    if "bamboo" in names or "turbosparse" in names:
         return True
     return checkpoint.model_type == "mistral" and bool(checkpoint.config.get("auto_map"))
 

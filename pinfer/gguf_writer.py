@@ -129,6 +129,16 @@ class GgufFileWriter:
         self._left = self._sizes[self._queue[0]] if self._queue else 0
         self._write_small()
 
+    def reserve(self) -> None:
+        """Gives the temporary file its final length, so that readers find every tensor inside it before it is filled."""
+        self.begin()
+        assert self._file is not None
+        try:
+            self._file.flush()
+            os.truncate(self._temporary, self._file.tell() + self.n_bytes)
+        except OSError as error:
+            raise self._error(error) from error
+
     def _write_small(self) -> None:
         """Writes the tensors whose data is known as their turn comes."""
         while self._queue and (data := self._small.pop(self._queue[0], None)) is not None:

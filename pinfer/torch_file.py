@@ -34,6 +34,7 @@ _STORAGES = {
     "ByteStorage": ("U8", "u1", 1),
     "BoolStorage": ("BOOL", "u1", 1),
 }
+_TENSOR_CLASSES = (("torch", "Tensor"), ("torch.nn.parameter", "Parameter"))
 _LOCAL_HEADER = 30
 """bytes of a zip's local file header before the name"""
 
@@ -104,6 +105,12 @@ def _rebuild_parameter(data: Any, *_: Any) -> Any:
     return data
 
 
+def _rebuild_from_type(rebuild: Any, _type: Any, args: Any, _state: Any) -> Any:
+    if rebuild not in (_rebuild_tensor, _rebuild_parameter):
+        raise _Refused(f"{rebuild}")
+    return rebuild(*args)
+
+
 class _Unpickler(pickle.Unpickler):
     """Knows dicts and tensors, and nothing that could be called to do harm."""
 
@@ -117,7 +124,9 @@ class _Unpickler(pickle.Unpickler):
             return _rebuild_tensor
         if (module, name) == ("torch._utils", "_rebuild_parameter"):
             return _rebuild_parameter
-        if module == "torch" and name in _STORAGES:
+        if (module, name) == ("torch._tensor", "_rebuild_from_type_v2"):
+            return _rebuild_from_type
+        if (module == "torch" and name in _STORAGES) or (module, name) in _TENSOR_CLASSES:
             return name  # a string stands for the class: it cannot be called
         raise _Refused(f"{module}.{name}")
 

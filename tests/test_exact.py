@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from quantised import FTYPES, quantise
+from shards import nmse, write_shards
 
 from models.reference import Reference
-from pinfer import ggml, paths
+from pinfer import ggml
 from pinfer.engine import NEVER_DENSE, Engine, PluginConfig
 from pinfer.model import open_model
-from pinfer.placement_file import PlacementFile, new_placement_id
 from pinfer.shard_file import ShardFile, down_name
-from pinfer.split import SplitOptions, SplitReport, split
+from pinfer.split import SplitReport
 
 ROOT = Path(__file__).resolve().parent.parent
 Logits = NDArray[np.float32]
@@ -42,10 +42,6 @@ def tolerance(type_name: str) -> float:
     if type_name.endswith("_K") or type_name in ("IQ3_S", "IQ4_XS"):
         return 1e-3
     return {"F32": 1e-6, "F16": 1e-6, "BF16": 1e-5}.get(type_name, 2e-4)
-
-
-def nmse(got: NDArray[np.floating], want: NDArray[np.floating]) -> float:
-    return float(((got - want) ** 2).sum() / (want.astype(np.float64) ** 2).sum())
 
 
 @dataclass(frozen=True)
@@ -68,18 +64,6 @@ def make_case(model_name: str, type_name: str, folder: Path) -> Case:
     reference = Reference(path, dtype=np.float32)
     down = [reference.tensor(f"blk.{layer}.ffn_down.weight") for layer in range(reference.n_layer)]
     return Case(path, prompt, text, reference, down)
-
-
-def write_shards(path: Path, hot_share: float) -> SplitReport:
-    """Split with a random but fixed choice of hot neurons: a multiple of 64 a layer, or all."""
-    model = open_model(path)
-    rng = np.random.default_rng(1)
-    n_hot = model.n_ff if hot_share == 1 else int(model.n_ff * hot_share) // 64 * 64
-    order = tuple(rng.permutation(model.n_ff).astype(np.int32) for _ in range(model.n_layer))
-    folder = paths.artefact_dir(path, model.fingerprint, for_writing=True)
-    placement = PlacementFile(new_placement_id(), (n_hot,) * model.n_layer, "CPU", 1 << 30, 0, 512, {}, order)
-    placement.write(folder / paths.PLACEMENT, model, {})
-    return split(path, SplitOptions())
 
 
 def down_of_shards(path: Path, shards: SplitReport) -> list[NDArray[np.float32]]:

@@ -1,0 +1,29 @@
+"""Shards with a given share of hot neurons, without a profile; and the measure of how far logits lie apart."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pinfer import paths
+from pinfer.model import open_model
+from pinfer.placement_file import PlacementFile, new_placement_id
+from pinfer.split import SplitOptions, SplitReport, split
+
+
+def nmse(got: NDArray[np.floating], want: NDArray[np.floating]) -> float:
+    return float(((got - want) ** 2).sum() / (want.astype(np.float64) ** 2).sum())
+
+
+def write_shards(path: Path, hot_share: float) -> SplitReport:
+    """Split with a random but fixed choice of hot neurons: a multiple of 64 a layer, or all."""
+    model = open_model(path)
+    rng = np.random.default_rng(1)
+    n_hot = model.n_ff if hot_share == 1 else int(model.n_ff * hot_share) // 64 * 64
+    order = tuple(rng.permutation(model.n_ff).astype(np.int32) for _ in range(model.n_layer))
+    folder = paths.artefact_dir(path, model.fingerprint, for_writing=True)
+    placement = PlacementFile(new_placement_id(), (n_hot,) * model.n_layer, "CPU", 1 << 30, 0, 512, {}, order)
+    placement.write(folder / paths.PLACEMENT, model, {})
+    return split(path, SplitOptions())

@@ -1,0 +1,439 @@
+"""`pinfer convert` itself: types, names, streaming, and checkpoints that are damaged, incomplete or hostile.
+
+That what it writes says the words of the original is shown in test_families.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from command_line import ROOT, CommandLine, Outcome
+from numpy.typing import NDArray
+from safetensors.numpy import load_file, save_file
+
+from pinfer import ggml
+from pinfer.checkpoint import open_checkpoint
+from pinfer.convert import ConvertOptions, convert
+from pinfer.engine import Engine, PluginConfig
+from pinfer.errors import PinferError
+from pinfer.model import Model, dequantize, open_model
+from pinfer.progress import NULL_PROGRESS
+
+CHECKPOINTS = ROOT / "tests" / "checkpoints"
+ONE_FILE, SHARDED, PICKLED = "llama-gqa-tied", "llama-mha", "opt-bin"
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> CommandLine:
+    return CommandLine(tmp_path / "work", tmp_path / "home")
+
+
+def copy(case: str, folder: Path) -> Path:
+    return Path(shutil.copytree(CHECKPOINTS / case, folder / case))
+
+
+def change_config(folder: Path, **changes: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def change_tensors(folder: Path, change: Callable[[dict[str, NDArray[np.float32]]], None]) -> None:
+    """Rewrites the one safetensors file of a checkpoint in F32."""
+    path = folder / "model.safetensors"
+    tensors = {name: values.astype(np.float32) for name, values in load_file(path).items()}
+    change(tensors)
+    save_file(tensors, path)
+
+
+def refused(outcome: Outcome, folder: Path, *words: str) -> None:
+    """One line that says each of ``words``, exit code 1, and no file left."""
+    assert outcome.code == 1, outcome.err
+    assert outcome.out == ""
+    lines = [line for line in outcome.err_lines if line.startswith("pinfer: ")]
+    assert len(lines) == 1, outcome.err
+    assert "Traceback" not in outcome.err
+    for word in words:
+        assert word in lines[0]
+    assert not list(folder.glob("*.gguf"))
+    assert not list(folder.glob(".*.tmp"))
+
+
+# --- what is written ----------------------------------------------------------------------------------------------
+
+
+def tensors_of(model: Model) -> dict[str, NDArray[np.float32]]:
+    return {tensor.name: dequantize(model, tensor) for tensor in model.tensors}
+
+
+@pytest.mark.parametrize("type_", ["f32", "f16", "bf16", "q8_0", "q4_0", "q4_k_m"])
+def test_types(type_: str, command: CommandLine) -> None:
+    """Every type opens in libllama, and each matrix is what ggml makes of the F32 one."""
+    outcome = command("convert", CHECKPOINTS / "arcee", "--type", type_, "--json")
+    assert outcome.code == 0, outcome.err
+    report = json.loads(outcome.out)
+    assert report["model"] == f"arcee-{type_.upper()}.gguf"
+    model = open_model(command.folder / report["model"])
+    assert (model.arch, report["activation"], report["type"]) == ("arcee", "relu2", type_)
+    exact = convert(CHECKPOINTS / "arcee", ConvertOptions(out=command.folder / "x.gguf", type="f32"), NULL_PROGRESS)
+    for name, want in tensors_of(open_model(exact.path)).items():
+        tensor = model.gguf.tensors[name]
+        got = dequantize(model, tensor)
+        if tensor.n_rows == 1:
+            assert tensor.type_name == "F32"
+        raw = ggml.quantise(want, tensor.type, tensor.row_bytes)
+        assert np.array_equal(got, ggml.dequantise(raw, tensor.type, tensor.row_length)), name
+    with Engine(model.path, n_ctx=32) as engine:
+        assert len(engine.generate([1, 2, 3], 4)) > 0
+
+
+def test_pickled_and_safetensors_are_the_same(tmp_path: Path) -> None:
+    """The same weights in torch's format and in safetensors, sharded and whole, give the same file."""
+    pickled = open_checkpoint(CHECKPOINTS / PICKLED)
+    assert any(tensor.file.suffix == ".bin" for tensor in pickled.tensors.values())
+    whole = copy(PICKLED, tmp_path)
+    for path in whole.glob("*.bin*"):
+        path.unlink()
+    save_file(
+        {name: np.ascontiguousarray(t.load()) for name, t in pickled.tensors.items()}, whole / "model.safetensors"
+    )
+    first = convert(CHECKPOINTS / PICKLED, ConvertOptions(out=tmp_path / "1.gguf", name="same"), NULL_PROGRESS).path
+    second = convert(whole, ConvertOptions(out=tmp_path / "2.gguf", name="same"), NULL_PROGRESS).path
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_activation_can_be_named(tmp_path: Path) -> None:
+    """ReLU on gate and up or on gate alone cannot be told from a config.json that lies."""
+    report = convert(CHECKPOINTS / SHARDED, ConvertOptions(out=tmp_path / "d.gguf", activation="drelu"), NULL_PROGRESS)
+    assert report.activation == "drelu"
+    assert open_model(report.path).activation == "drelu"
+
+
+def test_silu_is_converted_and_told(command: CommandLine, tmp_path: Path) -> None:
+    folder = copy(ONE_FILE, tmp_path)
+    change_config(folder, hidden_act="silu")
+    outcome = command("convert", folder, "-o", "silu.gguf")
+    assert outcome.code == 0, outcome.err
+    assert "no exact zeros" in outcome.err
+    assert not open_model(command.folder / "silu.gguf").is_sparse
+
+
+def test_existing_file_is_kept_unless_forced(command: CommandLine) -> None:
+    (command.folder / "out.gguf").write_text("precious")
+    outcome = command("convert", CHECKPOINTS / ONE_FILE, "-o", "out.gguf")
+    assert outcome.code == 1
+    assert "--force" in outcome.err
+    assert (command.folder / "out.gguf").read_text() == "precious"
+    assert command("convert", CHECKPOINTS / ONE_FILE, "-o", "out.gguf", "--force").code == 0
+    open_model(command.folder / "out.gguf")
+
+
+@pytest.mark.parametrize("rope", ["llama3", "linear", "yarn"])
+def test_scaled_positions_reach_libllama(rope: str, tmp_path: Path) -> None:
+    """The scaling changes the logits where positions are far, and libllama takes its keys."""
+    folder = copy(SHARDED, tmp_path)
+    prompt = [1] + [5 + i % 50 for i in range(60)]
+
+    def logits(out: str) -> NDArray[np.float32]:
+        path = convert(folder, ConvertOptions(out=tmp_path / out, type="f32"), NULL_PROGRESS).path
+        with Engine(path, plugin=PluginConfig.of(open_model(path)), n_ctx=64) as engine:
+            return engine.decode(prompt)
+
+    plain = logits("plain.gguf")
+    change_config(folder, rope_scaling={"rope_type": rope, "factor": 8.0, "original_max_position_embeddings": 16})
+    assert not np.allclose(logits("scaled.gguf"), plain, rtol=1e-3)
+
+
+def test_memory_is_of_the_largest_tensor(command: CommandLine, tmp_path: Path) -> None:
+    """A checkpoint of 24 layers converts in the memory of one of its matrices, not of the model."""
+    n_layer, n_embd, n_ff, n_vocab = 24, 512, 4096, 331
+    folder = copy(ONE_FILE, tmp_path)
+    rng = np.random.default_rng(0)
+    matrix = rng.normal(0, 0.02, (n_ff, n_embd)).astype(np.float16)
+    tensors: dict[str, NDArray[np.float16]] = {
+        "model.embed_tokens.weight": matrix[:n_vocab],
+        "model.norm.weight": np.ones(n_embd, np.float16),
+    }
+    for i in range(n_layer):
+        name = f"model.layers.{i}."
+        tensors |= {
+            name + f"{norm}_layernorm.weight": np.ones(n_embd, np.float16) for norm in ("input", "post_attention")
+        }
+        tensors |= {name + f"self_attn.{p}_proj.weight": matrix[:n_embd] for p in "qkvo"}
+        tensors |= {name + f"mlp.{p}_proj.weight": matrix for p in ("gate", "up")}
+        tensors |= {name + "mlp.down_proj.weight": np.ascontiguousarray(matrix.T)}
+    save_file(tensors, folder / "model.safetensors")
+    total = (folder / "model.safetensors").stat().st_size
+    change_config(
+        folder,
+        num_hidden_layers=n_layer,
+        hidden_size=n_embd,
+        intermediate_size=n_ff,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        head_dim=64,
+    )
+    script = (
+        "import resource, sys; from pathlib import Path; from pinfer.convert import *; "
+        "from pinfer.progress import NULL_PROGRESS as P; "
+        "convert(Path(sys.argv[1]), ConvertOptions(out=Path('small.gguf')), P); "
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; "
+        "convert(Path(sys.argv[2]), ConvertOptions(out=Path('large.gguf')), P); "
+        "print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, CHECKPOINTS / ONE_FILE, folder],
+        cwd=command.folder,
+        env=command.environment(),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert total > 20 * matrix.nbytes
+    # mapped pages of the checkpoint's file and of libllama count as well, so this is not the tensor's size alone
+    assert int(done.stdout) < total / 3
+
+
+# --- what is refused ----------------------------------------------------------------------------------------------
+
+
+def test_missing_shard(command: CommandLine, tmp_path: Path) -> None:
+    folder = copy(SHARDED, tmp_path)
+    next(folder.glob("model-00002-of-*")).unlink()
+    refused(command("convert", folder), command.folder, "lacks 1 of 3 shards", "model-00002-of")
+
+
+def test_index_that_lies(command: CommandLine, tmp_path: Path) -> None:
+    folder = copy(SHARDED, tmp_path)
+    index = folder / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"]["model.layers.9.mlp.up_proj.weight"] = next(iter(content["weight_map"].values()))
+    index.write_text(json.dumps(content))
+    refused(command("convert", folder), command.folder, "does not hold model.layers.9")
+    content["weight_map"]["model.norm.weight"] = "../../../etc/passwd"
+    index.write_text(json.dumps(content))
+    refused(command("convert", folder), command.folder, "lacks 1 of 4 shards")
+
+
+def test_missing_index(command: CommandLine, tmp_path: Path) -> None:
+    folder = copy(SHARDED, tmp_path)
+    (folder / "model.safetensors.index.json").unlink()
+    refused(command("convert", folder), command.folder, "no model.safetensors.index.json")
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, 50_000])
+def test_truncated_safetensors(keep: int, command: CommandLine, tmp_path: Path) -> None:
+    folder = copy(ONE_FILE, tmp_path)
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    refused(command("convert", folder), command.folder, "model.safetensors is damaged")
+
+
+@pytest.mark.parametrize("keep", [0, 10, 300, 20_000])
+def test_truncated_pickle(keep: int, command: CommandLine, tmp_path: Path) -> None:
+    folder = copy(PICKLED, tmp_path)
+    path = sorted(folder.glob("*.bin"))[0]
+    path.write_bytes(path.read_bytes()[:keep])
+    refused(command("convert", folder), command.folder, path.name)
+
+
+class _Harm:
+    """Pickles to a call of os.system."""
+
+    def __init__(self, proof: Path) -> None:
+        self.proof = proof
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[str]]:
+        return os.system, (f"touch {self.proof}",)
+
+
+def replace_pickle(path: Path, state: object) -> None:
+    """The archive as torch writes it, with another pickle in it."""
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    index = next(name for name in members if name.endswith("data.pkl"))
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in {**members, index: pickle.dumps(state, protocol=2)}.items():
+            archive.writestr(name, data)
+
+
+def test_pickle_that_wants_to_run_code(command: CommandLine, tmp_path: Path) -> None:
+    folder = copy(PICKLED, tmp_path)
+    proof = tmp_path / "harmed"
+    path = sorted(folder.glob("*.bin"))[0]
+    replace_pickle(path, {"model.decoder.embed_tokens.weight": _Harm(proof)})
+    refused(command("convert", folder), command.folder, "wants to run", "system", "nothing of it was run")
+    assert not proof.exists()
+
+
+def test_pickle_that_builds_objects(command: CommandLine, tmp_path: Path) -> None:
+    """Nothing outside the few names of a state dict: no class of numpy's or of Python's either."""
+    folder = copy(PICKLED, tmp_path)
+    path = sorted(folder.glob("*.bin"))[0]
+    for state in ({"x": Path("y")}, {"x": np.zeros(3)}, [1, 2], {"x": subprocess.Popen}):
+        replace_pickle(path, state)
+        refused(command("convert", folder), command.folder, path.name)
+
+
+def test_type_that_is_no_float(command: CommandLine, tmp_path: Path) -> None:
+    folder = copy(ONE_FILE, tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    save_file(
+        tensors | {"model.layers.0.mlp.up_proj.weight": np.ones((200, 72), np.int8)}, folder / "model.safetensors"
+    )
+    refused(command("convert", folder), command.folder, "model.layers.0.mlp.up_proj.weight", "I8")
+
+
+def test_quantised_checkpoint(command: CommandLine, tmp_path: Path) -> None:
+    folder = copy(ONE_FILE, tmp_path)
+    change_config(folder, quantization_config={"quant_method": "gptq", "bits": 4})
+    refused(command("convert", folder), command.folder, "already quantised (gptq)")
+
+
+def test_unknown_model_type(command: CommandLine, tmp_path: Path) -> None:
+    folder = copy(ONE_FILE, tmp_path)
+    change_config(folder, model_type="bert")
+    refused(command("convert", folder), command.folder, "'bert'", "llama", "opt")
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"hidden_act": "tanh"}, "'tanh'"),
+        ({"hidden_act": "fatrelu"}, "hidden_act_param"),
+        ({"num_hidden_layers": 5}, "blk.2"),
+        ({"num_hidden_layers": "many"}, "num_hidden_layers"),
+        ({"intermediate_size": 96}, "ffn_gate"),
+        ({"hidden_size": 64}, "token_embd"),
+        ({"rope_scaling": {"rope_type": "spiral", "factor": 2}}, "spiral"),
+        ({"hidden_size": None}, "hidden_size"),
+    ],
+)
+def test_config_that_contradicts_the_weights(
+    changes: dict[str, object], word: str, command: CommandLine, tmp_path: Path
+) -> None:
+    folder = copy(ONE_FILE, tmp_path)
+    change_config(folder, **changes)
+    refused(command("convert", folder), command.folder, word)
+
+
+def test_config_that_is_no_json(command: CommandLine, tmp_path: Path) -> None:
+    folder = copy(ONE_FILE, tmp_path)
+    (folder / "config.json").write_text("{")
+    refused(command("convert", folder), command.folder, "config.json cannot be read")
+    (folder / "config.json").write_text("[]")
+    refused(command("convert", folder), command.folder, "config.json")
+
+
+def test_tensor_too_few_or_too_many(command: CommandLine, tmp_path: Path) -> None:
+    folder = copy(ONE_FILE, tmp_path)
+    change_tensors(folder, lambda tensors: tensors.__delitem__("model.layers.1.mlp.up_proj.weight"))
+    refused(command("convert", folder), command.folder, "blk.1.ffn_up.weight")
+    shutil.rmtree(folder)
+    folder = copy(ONE_FILE, tmp_path)
+    change_tensors(folder, lambda tensors: tensors.update({"model.layers.0.mystery": np.ones(4, np.float32)}))
+    refused(command("convert", folder), command.folder, "model.layers.0.mystery")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_values_that_are_no_numbers(value: float, command: CommandLine, tmp_path: Path) -> None:
+    folder = copy(ONE_FILE, tmp_path)
+    change_tensors(folder, lambda tensors: tensors["model.layers.1.mlp.up_proj.weight"].__setitem__((3, 3), value))
+    refused(command("convert", folder), command.folder, "blk.1.ffn_up.weight", "NaN or infinity")
+
+
+def test_values_that_f16_cannot_hold(command: CommandLine, tmp_path: Path) -> None:
+    folder = copy(ONE_FILE, tmp_path)
+    change_tensors(folder, lambda tensors: tensors["model.layers.1.mlp.up_proj.weight"].__setitem__((3, 3), 1e6))
+    refused(command("convert", folder), command.folder, "blk.1.ffn_up.weight", "--type bf16")
+    assert command("convert", folder, "--type", "bf16").code == 0
+
+
+def test_sources_that_are_none(command: CommandLine, tmp_path: Path) -> None:
+    refused(command("convert", tmp_path / "nowhere"), command.folder, "does not exist", "-hf")
+    refused(command("convert", command.folder), command.folder, "config.json")
+    refused(command("convert", ROOT / "models" / "tiny-relu2.gguf"), command.folder, "pinfer show")
+    assert command("convert").code == 2
+
+
+def test_pointer_of_git_lfs(command: CommandLine, tmp_path: Path) -> None:
+    folder = copy(PICKLED, tmp_path)
+    sorted(folder.glob("*.bin"))[0].write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    refused(command("convert", folder), command.folder, "git lfs pull")
+
+
+def test_full_disk_leaves_nothing(command: CommandLine) -> None:
+    import resource
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    outcome = command("convert", CHECKPOINTS / ONE_FILE, "-o", "out.gguf", preexec_fn=limit)
+    refused(outcome, command.folder, "no space left", "-o FILE")
+
+
+def test_interrupt_leaves_nothing(command: CommandLine, tmp_path: Path) -> None:
+    """Ctrl-C while the quantiser works ends it, too."""
+    folder = copy(ONE_FILE, tmp_path)
+    marker = tmp_path / "quantising"
+    wrapper = (
+        "import sys, time; from pathlib import Path; import pinfer.quantise as q; "
+        f"q._POLL = 0.01; q.subprocess.Popen = (lambda P: lambda c, **k: (Path({str(marker)!r}).touch(), "
+        "P([sys.executable, '-c', 'import time; time.sleep(60)'], **k))[1])(q.subprocess.Popen); "
+        "from pinfer.cli import main; sys.argv[0] = 'pinfer'; sys.exit(main())"
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-c", wrapper, "convert", str(folder), "--type", "q4_0"],
+        cwd=command.folder,
+        env=command.environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 60
+    while not marker.exists() and time.monotonic() < deadline and child.poll() is None:
+        time.sleep(0.05)
+    child.send_signal(signal.SIGINT)
+    _, err = child.communicate(timeout=30)
+    assert child.returncode == 130, err
+    assert "Traceback" not in err
+    assert not list(command.folder.glob("*.gguf"))
+    assert not list(command.folder.glob(".*.tmp"))
+
+
+def test_torch_storage_beyond_the_file(command: CommandLine, tmp_path: Path) -> None:
+    """A tensor said to be larger than its storage is found before anything is read."""
+    folder = copy(PICKLED, tmp_path)
+    path = sorted(folder.glob("*.bin"))[0]
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    storage = max((name for name in members if "/data/" in name), key=lambda name: len(members[name]))
+    members[storage] = members[storage][: len(members[storage]) // 2]
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+    refused(command("convert", folder), command.folder, "does not lie in it whole")
+
+
+def test_safetensors_header_that_is_huge(command: CommandLine, tmp_path: Path) -> None:
+    folder = copy(ONE_FILE, tmp_path)
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", 1 << 60) + b"{}")
+    refused(command("convert", folder), command.folder, "model.safetensors is damaged")
+
+
+def test_python_api_raises_the_same(tmp_path: Path) -> None:
+    with pytest.raises(PinferError, match="does not exist"):
+        convert(tmp_path / "none", ConvertOptions(), NULL_PROGRESS)

@@ -1,0 +1,131 @@
+"""Converted checkpoints of every family say what the originals say: tests/checkpoints, whose README tells how.
+
+Attention is computed in F32 here, so that what is left is the FFN's and the conversion's: at F32 the logits agree to
+rounding. The threshold of FATReLU is a jump, across which rounding at F16 carries single neurons.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from shards import nmse, write_shards
+
+from pinfer.checkpoint import open_checkpoint
+from pinfer.convert import ConvertOptions, convert
+from pinfer.engine import ALWAYS_DENSE, Engine, PluginConfig
+from pinfer.errors import PinferError
+from pinfer.model import open_model
+from pinfer.native import load_plugin
+from pinfer.progress import NULL_PROGRESS
+
+CHECKPOINTS = Path(__file__).parent / "checkpoints"
+CASES = sorted(path.parent.name for path in CHECKPOINTS.glob("*/reference.npz"))
+TOLERANCE = {"f32": 1e-6, "f16": 1e-4}
+N_PROMPTS = 3
+
+ARCHITECTURES = {
+    "opt": ("gpt2", "relu"),
+    "falcon": ("falcon", "relu"),
+    "llama": ("llama", "reglu"),
+    "sparsellama": ("llama", "reglu"),
+    "bamboo": ("llama", "drelu"),
+    "minicpm": ("minicpm", "reglu"),
+    "arcee": ("arcee", "relu2"),
+    "nemotron": ("nemotron", "relu2"),
+    "plm": ("plm", "relu2"),
+    "jais2": ("jais2", "relu2"),
+}
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the original says after one prompt."""
+
+    prompt: list[int]
+    logits: NDArray[np.float32]
+    """of every position, ``[len(prompt), n_vocab]``"""
+    greedy: list[int]
+
+
+def references(case: str) -> list[Reference]:
+    with np.load(CHECKPOINTS / case / "reference.npz") as saved:
+        return [
+            Reference(saved[f"prompt_{i}"].tolist(), saved[f"logits_{i}"], saved[f"greedy_{i}"].tolist())
+            for i in range(N_PROMPTS)
+        ]
+
+
+def converted(case: str, type_: str, folder: Path) -> Path:
+    out = folder / f"{case}-{type_}.gguf"
+    return convert(CHECKPOINTS / case, ConvertOptions(out=out, type=type_), NULL_PROGRESS).path
+
+
+def configurations(path: Path) -> Iterator[tuple[str, PluginConfig]]:
+    plugin = PluginConfig.of(open_model(path))
+    yield "no shards", plugin
+    yield "dense", replace(plugin, n_batch_dense=ALWAYS_DENSE)
+    for share in (0.0, 0.5, 1.0):
+        shards = write_shards(path, share)
+        yield f"hot {share:.0%}", replace(plugin, hot=shards.hot, cold=shards.cold, device="CPU")
+
+
+def check(engine: Engine, reference: Reference, tolerance: float, label: str) -> None:
+    """The prompt at once, in batches of 5 and token by token, and the greedy continuation."""
+    for n in (len(reference.prompt), 5, 1):
+        engine.clear()
+        pieces = [reference.prompt[i : i + n] for i in range(0, len(reference.prompt), n)]
+        logits = np.concatenate([engine.decode(piece, logits=True) for piece in pieces])
+        error = nmse(logits, reference.logits)
+        assert error <= tolerance, f"{label}, batches of {n}: NMSE {error:.2g}"
+    tokens = [int(logits[-1].argmax())]
+    while len(tokens) < len(reference.greedy):
+        tokens.append(int(engine.decode(tokens[-1:])[0].argmax()))
+    assert tokens == reference.greedy, label
+
+
+@pytest.mark.parametrize("type_", ["f32", "f16"])
+@pytest.mark.parametrize("case", CASES)
+def test_converted_says_what_the_original_says(case: str, type_: str, tmp_path: Path) -> None:
+    path = converted(case, type_, tmp_path)
+    model = open_model(path)
+    checkpoint = open_checkpoint(CHECKPOINTS / case)
+    assert (model.arch, model.activation) == ARCHITECTURES[checkpoint.model_type]
+    has_threshold = checkpoint.config.get("hidden_act") == "fatrelu"
+    assert model.activation_threshold == pytest.approx(checkpoint.config["hidden_act_param"] if has_threshold else 0)
+    counters = load_plugin()
+    for label, plugin in configurations(path):
+        with Engine(path, plugin=plugin, n_ctx=96, n_threads=1, f32_attention=True) as engine:
+            counters.reset_stats()
+            for i, reference in enumerate(references(case)):
+                check(engine, reference, TOLERANCE[type_], f"{case} {type_}, {label}, prompt {i}")
+            stats = counters.stats()
+        assert stats.n_fallback == 0, f"{label}: parts of the FFN were not recognised"
+        if label != "dense":
+            n_cold = stats.n_neurons - stats.n_hot
+            assert n_cold * 0.02 < stats.n_active < n_cold * 0.98 or n_cold == 0, f"{label}: nothing was skipped"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_stock_libllama_opens_what_is_written(case: str, tmp_path: Path) -> None:
+    """Without the plugin the architectures whose own function it is say the same, the others something else."""
+    path = converted(case, "f32", tmp_path)
+    model = open_model(path)
+    reference = references(case)[0]
+    with Engine(path, n_ctx=96, n_threads=1, f32_attention=True) as engine:
+        error = nmse(engine.decode(reference.prompt, logits=True), reference.logits)
+    is_native = load_plugin().arch_activation(model.arch) == model.activation
+    assert (error <= TOLERANCE["f32"]) == is_native
+
+
+def test_every_family_has_a_case() -> None:
+    assert {open_checkpoint(CHECKPOINTS / case).model_type for case in CASES} == set(ARCHITECTURES)
+
+
+def test_opt_350m_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(PinferError, match="post-norm"):
+        converted("opt-350m", "f16", tmp_path)
