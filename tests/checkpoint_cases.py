@@ -351,10 +351,10 @@ CASES: tuple[Case, ...] = (
         "llama",
         dtype="bfloat16",
     ),
-    Case("prosparse", _PROSPARSE, "llama", "fatrelu_llama", dtype="bfloat16", gate_scale=0.05),
+    Case("prosparse", _PROSPARSE, "llama", "fatrelu_llama", dtype="bfloat16", gate_scale=0.1),
     Case(
         "prosparse-threshold",
-        _PROSPARSE | {"hidden_act_param": 0.25, "num_key_value_heads": 1, "torch_dtype": "float16"},
+        _PROSPARSE | {"hidden_act_param": 0.15, "num_key_value_heads": 1, "torch_dtype": "float16"},
         "llama",
         "fatrelu_llama",
     ),
@@ -403,7 +403,7 @@ CASES: tuple[Case, ...] = (
         "llama",
         "bamboo",
     ),
-    Case("minicpm-s", _MINICPM, "llama", "minicpm", dtype="bfloat16", embedding_std=0.03, gate_scale=0.1),
+    Case("minicpm-s", _MINICPM, "llama", "minicpm", dtype="bfloat16", embedding_std=0.03, gate_scale=0.3),
     Case(
         "minicpm-relu",
         # As a later transformers writes the same model: with the keys that the published file leaves to their defaults.
