@@ -523,6 +523,25 @@ def bench(
     ui.print_bench(stage.bench(path, options, ui.stderr_progress()), "json" if as_json else output)
 
 
+@app.command()
+def show(
+    model: ModelArg = None,
+    activation: ActivationOpt = None,
+    as_json: JsonOpt = False,
+    model_flag: ModelOpt = None,
+    repo: HubOpt = None,
+    offline: OfflineOpt = False,
+) -> None:
+    """Tell what a model is, what was prepared for it, and what pinfer will do with it."""
+    from pinfer import show as stage
+    from pinfer import ui
+
+    choice = Choice(model, model_flag, repo, offline)
+    report = stage.show(choice.path(), stage.ShowOptions(activation=activation))
+    ui.print_json(report.to_json()) if as_json else ui.print_show(report)
+    choice.say_next(report.next)
+
+
 def run_cli(args: list[str]) -> int:
     """Run one command line and return its exit code: 0, 1 for an error, 2 for wrong usage, 130 for Ctrl-C."""
     try:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from pinfer.convert import ConvertReport
     from pinfer.eval import EvalReport
     from pinfer.profile import ProfileReport
+    from pinfer.show import ShowReport
     from pinfer.solve import SolveReport
     from pinfer.split import SplitReport
     from pinfer.train import LayerReport, TrainReport
@@ -185,14 +186,14 @@ def print_json(value: Mapping[str, object]) -> None:
     print(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
 
 
-def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table on stdout, the first column to the left, the others to the right."""
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> None:
+    """A table on stdout; columns hang to the right but for those in ``left``."""
     from rich import box
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
+        table.add_column(column, justify="left" if i in left else "right", no_wrap=True)
     for row in rows:
         table.add_row(*row)
     if title:
@@ -322,6 +323,25 @@ def print_eval(report: EvalReport) -> None:
         ("computed", f"{percent(report.computed)} of the neurons; {percent(report.active)} of the CPU's were active"),
     ]
     print_facts(facts)
+
+
+def print_show(report: ShowReport) -> None:
+    """What a model is, what there is for it, and what will be done with it."""
+    from pinfer import show_report
+
+    print_facts(show_report.facts(report))
+    print()
+    print_table("", ("part", "size", "share", "types"), show_report.parts(report), left=(0, 3))
+    print()
+    if rows := show_report.artefacts(report):
+        print_table(f"artefacts in {report.artefact_folder}", ("artefact", "size", "state", ""), rows, left=(0, 2, 3))
+    else:
+        print("no artefacts yet")
+    print()
+    print(f"{report.plan[0].upper()}{report.plan[1:]}.")
+    for artefact in report.artefacts:
+        if artefact.problem:
+            say(f"{artefact.problem}; make it again: {artefact.mend}")
 
 
 def print_bench(report: BenchReport, output: str) -> None:

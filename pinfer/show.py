@@ -1,0 +1,345 @@
+"""What a model is, what was prepared for it, and what pinfer will do with it: headers are read, no weights."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from pinfer import paths
+from pinfer.artefact import mending_command
+from pinfer.errors import PinferError
+from pinfer.gguf_file import GgufError
+from pinfer.model import ACTIVATION_KEY, ACTIVATIONS, Model, Tensor, open_model
+
+_FFN = re.compile(r"blk\.\d+\.ffn_(up|gate|down|gate_up)(_exps|_shexp|_chexps)?\.(weight|bias|scale)")
+_UP = re.compile(r"blk\.\d+\.ffn_(up|gate_up)(_exps|_shexp|_chexps)?\.weight")
+_EMBEDDINGS = re.compile(r"(token_embd|output|position_embd|token_types|per_layer_token_embd)\b.*")
+
+# Bytes of a value in the KV cache that llama.cpp takes unless told otherwise: F16.
+_KV_BYTES = 2
+KV_TOKENS = 1024
+
+FITS, ABSENT, STALE, UNUSABLE = "fits", "absent", "stale", "unusable"
+
+
+@dataclass(frozen=True)
+class ShowOptions:
+    """Settings of ``pinfer show``."""
+
+    activation: str | None = None
+
+
+@dataclass(frozen=True)
+class Part:
+    """Tensors that serve one purpose."""
+
+    bytes: int
+    types: Mapping[str, int]
+    """bytes by type, the most first"""
+
+
+@dataclass(frozen=True)
+class ArtefactState:
+    """One artefact, whether it is there and can be used, and what was measured when it was made."""
+
+    kind: str
+    path: Path
+    state: str
+    """``fits``, ``absent``, ``stale`` (works, but something newer was solved) or ``unusable``"""
+    bytes: int = 0
+    problem: str = ""
+    mend: str = ""
+    """the command that makes it (again)"""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ShowReport:
+    """Everything that ``pinfer show`` tells."""
+
+    model: Path
+    arch: str
+    size: int
+    n_params: int
+    activation: str
+    activation_source: str
+    """``--activation``, the key, or ``architecture``"""
+    activation_threshold: float
+    is_sparse: bool
+    gated: bool
+    n_layer: int
+    n_embd: int
+    n_ff: int
+    n_neurons: int
+    n_expert: int
+    n_head: tuple[int, ...]
+    """per layer"""
+    n_head_kv: tuple[int, ...]
+    """per layer"""
+    head_dim_k: int
+    head_dim_v: int
+    n_ctx_train: int
+    n_vocab: int
+    parts: Mapping[str, Part]
+    """``ffn``, ``dense`` and ``embeddings``"""
+    kv_bytes_per_1k: int
+    """of 1,024 tokens in F16"""
+    artefact_folder: Path
+    artefacts: tuple[ArtefactState, ...]
+    mode: str
+    """``dense``, ``exact``, ``predicted``, or ``refused`` where an artefact that `run` would use cannot be used"""
+    plan: str
+    """what pinfer will do with the model, a sentence"""
+    next: str
+    """the command that comes next"""
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as plain JSON values."""
+        return {
+            **asdict(self),
+            "model": str(self.model),
+            "artefact_folder": str(self.artefact_folder),
+            "artefacts": [{**asdict(a), "path": str(a.path)} for a in self.artefacts],
+        }
+
+
+def show(model_path: Path, options: ShowOptions) -> ShowReport:
+    """Describe a model and its artefacts. Raises PinferError for what is not a model; bad artefacts are reported."""
+    model = open_model(model_path, options.activation)
+    folder = paths.artefact_dir(model.path, model.fingerprint, for_writing=False)
+    artefacts = _artefacts(model, folder)
+    mode, plan = _plan(model, artefacts)
+    return ShowReport(
+        model=model.path,
+        arch=model.arch,
+        size=model.gguf.size,
+        n_params=sum(_count(t) for t in model.tensors),
+        activation=model.activation,
+        activation_source=_activation_source(model, options.activation),
+        activation_threshold=model.activation_threshold,
+        is_sparse=model.is_sparse,
+        gated=model.gated,
+        n_layer=model.n_layer,
+        n_embd=model.n_embd,
+        n_ff=model.n_ff,
+        n_neurons=_n_neurons(model),
+        n_expert=_expert_count(model),
+        n_head=model.n_head,
+        n_head_kv=model.n_head_kv,
+        head_dim_k=model.head_dim_k,
+        head_dim_v=model.head_dim_v,
+        n_ctx_train=model.n_ctx_train,
+        n_vocab=model.n_vocab,
+        parts=_parts(model.tensors),
+        kv_bytes_per_1k=round(
+            sum(model.kv_bytes_per_token(layer, _KV_BYTES) for layer in range(model.n_layer)) * KV_TOKENS
+        ),
+        artefact_folder=folder,
+        artefacts=artefacts,
+        mode=mode,
+        plan=plan,
+        next=_next(model, artefacts),
+    )
+
+
+def _count(tensor: Tensor) -> int:
+    return tensor.row_length * tensor.n_rows
+
+
+def _activation_source(model: Model, given: str | None) -> str:
+    if given is not None:
+        return "--activation"
+    return ACTIVATION_KEY if ACTIVATION_KEY in model.gguf else "architecture"
+
+
+def _expert_count(model: Model) -> int:
+    value = model.gguf.get(f"{model.arch}.expert_count")
+    return value if isinstance(value, int) else 0
+
+
+def _n_neurons(model: Model) -> int:
+    """All neurons of the file, those of experts included; a matrix of gate and up together has two rows for each."""
+    total = 0
+    for tensor in model.tensors:
+        if match := _UP.fullmatch(tensor.name):
+            fused = match[1] == "gate_up" or (not match[2] and tensor.n_rows == 2 * model.n_ff)
+            total += tensor.n_rows // 2 if fused else tensor.n_rows
+    return total
+
+
+def _parts(tensors: Sequence[Tensor]) -> dict[str, Part]:
+    """Sizes and types of the FFN, of embeddings and output, and of all the rest: attention, norms, routers."""
+    sizes: dict[str, dict[str, int]] = {"ffn": {}, "dense": {}, "embeddings": {}}
+    for tensor in tensors:
+        name = "ffn" if _FFN.fullmatch(tensor.name) else "embeddings" if _EMBEDDINGS.fullmatch(tensor.name) else "dense"
+        sizes[name][tensor.type_name] = sizes[name].get(tensor.type_name, 0) + tensor.n_bytes
+    return {
+        name: Part(sum(types.values()), dict(sorted(types.items(), key=lambda item: -item[1])))
+        for name, types in sizes.items()
+    }
+
+
+# --- artefacts --------------------------------------------------------------------------------------------------------
+
+
+def _artefacts(model: Model, folder: Path) -> tuple[ArtefactState, ...]:
+    readers: list[tuple[str, str, Callable[[Path, Model], Mapping[str, Any]]]] = [
+        ("profile", paths.PROFILE, _profile_facts),
+        ("samples", paths.SAMPLES, _samples_facts),
+        ("predictor", paths.PREDICTOR, _predictor_facts),
+        ("placement", paths.PLACEMENT, _placement_facts),
+        ("hot", paths.HOT, lambda path, model: _shard_facts(path, "hot", model)),
+        ("cold", paths.COLD, lambda path, model: _shard_facts(path, "cold", model)),
+    ]
+    return _checked_together({kind: _state(model, kind, folder / name, read) for kind, name, read in readers})
+
+
+def _checked_together(found: dict[str, ArtefactState]) -> tuple[ArtefactState, ...]:
+    """Shards are two halves of one thing, and belong to the placement they were cut by."""
+    placement, hot, cold = found["placement"], found["hot"], found["cold"]
+    if hot.state == FITS and cold.state == ABSENT:
+        found["hot"] = replace(hot, state=UNUSABLE, problem=f"{hot.path} lies there without its {cold.path.name}")
+    halves = [shard for shard in (hot, cold) if shard.state == FITS]
+    ids = {shard.facts["placement_id"] for shard in halves}
+    for shard in halves:
+        if len(ids) > 1:
+            problem = f"{hot.path.name} and {cold.path.name} were cut by two placements"
+            found[shard.kind] = replace(shard, state=UNUSABLE, problem=problem)
+        elif placement.state == FITS and placement.facts["id"] not in ids and found[shard.kind].state == FITS:
+            found[shard.kind] = replace(shard, state=STALE, problem=f"{shard.path.name} was cut before that placement")
+    return tuple(found.values())
+
+
+def _state(model: Model, kind: str, path: Path, read: Callable[[Path, Model], Mapping[str, Any]]) -> ArtefactState:
+    mend = mending_command(kind, model)
+    try:
+        size = path.stat().st_size
+    except OSError:
+        return ArtefactState(kind, path, ABSENT, mend=mend)
+    try:
+        return ArtefactState(kind, path, FITS, size, mend=mend, facts=read(path, model))
+    except PinferError as error:
+        return ArtefactState(kind, path, UNUSABLE, size, error.message, mend)
+    except GgufError as error:
+        return ArtefactState(kind, path, UNUSABLE, size, f"{path} is damaged: {error}", mend)
+
+
+def _profile_facts(path: Path, model: Model) -> dict[str, Any]:
+    import numpy as np
+
+    from pinfer.profile import share_of_most
+    from pinfer.profile_file import ProfileFile
+
+    file = ProfileFile.read(path, model)
+    count = np.concatenate(file.count)
+    return {
+        "tokens": file.tokens,
+        "corpus": file.corpus,
+        "active": float(count.mean()) / file.tokens,
+        "most": share_of_most(count),
+        "never": float((count == 0).mean()),
+    }
+
+
+def _samples_facts(path: Path, model: Model) -> dict[str, Any]:
+    from pinfer.profile_file import SamplesFile
+
+    return {"n_samples": SamplesFile.read(path, model).n_samples}
+
+
+def _predictor_facts(path: Path, model: Model) -> dict[str, Any]:
+    from pinfer.predictor_file import PredictorFile
+
+    file = PredictorFile.read(path, model)
+    kinds = dict.fromkeys(file.kind)
+    return {
+        "recall": fmean(file.recall),
+        "recall_of_worst_layer": min(file.recall),
+        "candidates": fmean(file.candidates),
+        "kinds": {kind: file.kind.count(kind) for kind in kinds},
+    }
+
+
+def _placement_facts(path: Path, model: Model) -> dict[str, Any]:
+    from pinfer.placement_file import PlacementFile
+
+    file = PlacementFile.read(path, model)
+    return {
+        "id": file.id,
+        "hot_share": sum(file.n_hot) / (model.n_layer * model.n_ff),
+        "hot_activations": file.report.get("hot_activations"),
+        "device": file.device,
+        "vram": file.vram,
+        "n_gpu_layers": file.n_gpu_layers,
+        "n_ctx": file.n_ctx,
+        "tokens_per_s": file.report.get("tokens_per_s"),
+    }
+
+
+def _shard_facts(path: Path, kind: str, model: Model) -> dict[str, Any]:
+    from pinfer.shard_file import ShardFile
+
+    file = ShardFile.read(path, kind, model)
+    return {
+        "placement_id": file.placement_id,
+        "n_neurons": sum(len(n) for n in file.neurons),
+        "down_types": file.describe_types(),
+    }
+
+
+# --- what will be done ------------------------------------------------------------------------------------------------
+
+
+def _plan(model: Model, artefacts: Sequence[ArtefactState]) -> tuple[str, str]:
+    """Mode and sentence: what ``pinfer run`` does with the model and these artefacts."""
+    if model.activation not in ACTIVATIONS:
+        return "dense", f"no exact zeros (SiLU, GELU or the like in {model.arch}): runs dense by stock libllama"
+    if not model.is_sparse:
+        return (
+            "dense",
+            "layers without a plain FFN (a mixture of experts?): what is no plain FFN runs by stock libllama",
+        )
+    by_kind = {a.kind: a for a in artefacts}
+    bad = [by_kind[kind] for kind in ("predictor", "placement", "hot", "cold") if by_kind[kind].state == UNUSABLE]
+    if bad:
+        commands = " and ".join(dict.fromkeys(a.mend for a in bad))
+        return "refused", f"run refuses artefacts that do not fit: make them again ({commands}), or run --no-artefacts"
+    hot, cold = by_kind["hot"], by_kind["cold"]
+    on_device = hot.facts.get("n_neurons", 0)
+    is_split = cold.state in (FITS, STALE)
+    where = ""
+    if on_device and is_split:
+        device = by_kind["placement"].facts.get("device") or "the device"
+        where = f"; {100 * on_device / (model.n_layer * model.n_ff):.1f} % of the neurons are hot, on {device}"
+    if by_kind["predictor"].state == FITS:
+        return "predicted", _predicted(model, by_kind["predictor"].facts["candidates"], is_split) + where
+    return "exact", _exact(model, by_kind["profile"].facts.get("active"), is_split) + where
+
+
+def _predicted(model: Model, candidates: float, is_split: bool) -> str:
+    rest = "" if is_split else "; the down projection is computed whole until `pinfer split` has cut it by neurons"
+    return f"predicted mode: computes the {100 * candidates:.1f} % of the neurons that the predictor names{rest}"
+
+
+def _exact(model: Model, active: float | None, is_split: bool) -> str:
+    inactive = "inactive neurons" + (f" ({100 * (1 - active):.1f} %)" if active is not None else "")
+    saved = "up and down projections" if model.gated else "down projection"
+    if is_split:
+        return f"exact mode: saves the {saved} of {inactive}"
+    if model.gated:
+        return f"exact mode: saves the up projection of {inactive}, and the down projection once `pinfer split` was run"
+    return f"exact mode: saves the down projection of {inactive} once `pinfer split` was run, nothing before"
+
+
+def _next(model: Model, artefacts: Sequence[ArtefactState]) -> str:
+    """The first stage whose work is missing or unusable; `run` when there is none."""
+    if not model.is_sparse:
+        return "run"
+    # Samples are needed for training alone, and may be deleted after it.
+    trained = any(a.kind == "predictor" and a.state == FITS for a in artefacts)
+    open_ones = [a for a in artefacts if a.state != FITS and not (a.kind == "samples" and trained)]
+    return open_ones[0].mend.split()[1] if open_ones else "run"
