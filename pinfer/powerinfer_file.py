@@ -278,8 +278,8 @@ def _down_type(tensor: Tensor) -> str:
     """Plain numbers keep their type. Blocks do not survive a transposition, so their values are quantised anew.
 
     To Q8_0: a file of models/tiny-reglu.gguf in Q4_0 has a KL divergence of 0.04 from the model it was made of. To
-    that conversion adds 0.0004 with Q8_0, half of it the rounding of FFN activations that any type but F32 brings
-    (F16: 0.0002), and 0.004 with Q4_0, which changes the most likely token in one place in twenty.
+    that the conversion adds 0.0003 with Q8_0, most of it what rounding FFN activations, as any type but F32 does,
+    comes to by itself (F16: 0.0002), and 0.003 with Q4_0, which changes the most likely token in one place of twenty.
     """
     from pinfer import ggml
 

@@ -1,0 +1,261 @@
+"""The predictor of a PowerInfer file on the inputs that the plugin sees: what it was worth there, it is worth here."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import MODELS, ROOT
+from powerinfer_models import as_llama, bamboo, falcon, opt
+from powerinfer_writer import Matrix, Weights, read_weights, write_powerinfer
+from test_powerinfer_file import convert, divergence
+
+from pinfer.engine import NEVER_DENSE, Engine, PluginConfig
+from pinfer.errors import PinferError
+from pinfer.model import open_model
+from pinfer.powerinfer_predictor import (
+    ImportOptions,
+    ImportReport,
+    constant,
+    has_predictor,
+    import_predictor,
+    without_scale,
+)
+from pinfer.predictor_file import PredictorFile
+from pinfer.profile import ProfileOptions, profile
+
+TEXT = str(ROOT / "tests" / "data" / "profile.txt")
+HELD_OUT = ROOT / "tests" / "data" / "heldout.txt"
+OPTIONS = ImportOptions(dataset=TEXT, n_tokens=1536, n_threads=1)
+KEEP = ImportOptions(dataset=TEXT, n_tokens=1536, n_threads=1, keep=True)
+
+Predictors = Mapping[int, tuple[Matrix, Matrix]]
+
+
+def first_matrices(weights: Weights) -> list[tuple[Matrix, str]]:
+    """Of each layer the matrix whose sign decides, as it is multiplied by the norm's input, and the norm's name."""
+    found = []
+    for layer in range(len([name for name in weights.tensors if name.endswith("ffn_up.weight")])):
+        norm = f"blk.{layer}.{'attn' if weights.arch == 'falcon' else 'ffn'}_norm"
+        up = weights.tensors[f"blk.{layer}.ffn_up.weight"]
+        first = weights.tensors.get(f"blk.{layer}.ffn_gate.weight", up) * weights.tensors[f"{norm}.weight"]
+        if f"{norm}.bias" in weights.tensors:
+            first = first - first.mean(axis=1, keepdims=True)
+        found.append((first, norm))
+    return found
+
+
+def exact_predictors(weights: Weights) -> Predictors:
+    """Scores that are the first product: each input once as it is and once turned round, which relu tells apart."""
+    predictors = {}
+    for layer, (first, _) in enumerate(first_matrices(weights)):
+        eye = np.eye(first.shape[1], dtype=np.float32)
+        predictors[layer] = np.concatenate([eye, -eye]), np.concatenate([first, -first], axis=1)
+    return predictors
+
+
+def thin_predictors(weights: Weights, rank: int) -> Predictors:
+    """The same of the directions that the first matrix has most of."""
+    predictors = {}
+    for layer, (first, _) in enumerate(first_matrices(weights)):
+        u, s, v = np.linalg.svd(first.astype(np.float64), full_matrices=False)
+        a, b = v[:rank].astype(np.float32), (u[:, :rank] * s[:rank]).astype(np.float32)
+        predictors[layer] = np.concatenate([a, -a]), np.concatenate([b, -b], axis=1)
+    return predictors
+
+
+def imported(
+    folder: Path, weights: Weights, kind: str = "F16", options: ImportOptions = KEEP
+) -> tuple[Path, ImportReport]:
+    """The converted model and what became of the predictor."""
+    source = write_powerinfer(folder / "m.powerinfer.gguf", weights, kind)
+    model = convert(source, folder / "m.gguf")
+    return model, import_predictor(source, model, options)
+
+
+def test_a_rms_norm_is_undone_exactly(tmp_path: Path) -> None:
+    weights = read_weights(MODELS / "tiny-reglu.gguf")
+    _, report = imported(tmp_path, weights.with_predictors(exact_predictors(weights)))
+    assert report.n_imported == 5
+    assert {layer.kind for layer in report.layers} == {"mlp"}
+    # By sign alone the candidates are the neurons that fire; what is left is the rounding to half floats.
+    assert report.sign_recall is not None
+    assert report.sign_recall > 0.9999
+    assert report.sign_recall_active is not None
+    assert report.sign_recall_active > 0.999
+    assert report.sign_candidates == pytest.approx(report.active, rel=2e-3)
+    # At a recall below 1 the neurons of least mass are left out.
+    assert report.recall == pytest.approx(0.995, abs=2e-3)
+    assert report.candidates < report.active
+    assert report.corpus == "profile.txt"
+
+
+@pytest.mark.parametrize("weights", [bamboo(), falcon(), falcon(two_norms=True), opt()], ids=lambda w: w.arch)
+def test_every_architecture_keeps_its_predictor(weights: Weights, tmp_path: Path) -> None:
+    _, report = imported(tmp_path, weights.with_predictors(exact_predictors(weights)))
+    assert report.n_imported == 2
+    assert report.recall > 0.99
+    # A perfect predictor names every neuron that can fire, half of them in random models, and of drelu's half in vain.
+    assert report.candidates < 0.55
+
+
+def test_a_thin_predictor_that_pays_is_kept_and_run(synthetic: Path, tmp_path: Path) -> None:
+    weights = read_weights(synthetic)
+    folder = tmp_path / "thin"
+    folder.mkdir()
+    model, report = imported(folder, weights.with_predictors(thin_predictors(weights, 32)), options=OPTIONS)
+    assert report.n_imported == len(report.layers) == 2
+    assert report.recall > 0.99
+    assert report.candidates < 0.5
+    assert report.expected_bytes < 0.8 * report.exact_bytes
+    file = PredictorFile.read(report.path, open_model(model))
+    assert file.kind == ("mlp", "mlp")
+    assert file.rank == (64, 64)
+    assert divergence(*_exact_and_predicted(model, report.path)) < 2e-3
+
+
+def _exact_and_predicted(model: Path, predictor: Path) -> tuple[Matrix, Matrix]:
+    logits = []
+    for path in (None, predictor):
+        config = PluginConfig(open_model(model).activation, predictor=path, n_batch_dense=NEVER_DENSE)
+        # Token by token: in a batch a neuron is computed for all tokens where it is named for one.
+        with Engine(model, plugin=config, n_ctx=128, n_batch=1, n_threads=1) as engine:
+            tokens = engine.tokenize(HELD_OUT.read_text(encoding="utf-8")[:4000])[:128]
+            logits.append(engine.decode(tokens, logits=True))
+    assert not np.array_equal(*logits)
+    return logits[0], logits[1]
+
+
+@pytest.mark.parametrize("kind", ["F16", "Q4_0"])
+def test_the_plugin_predicts_as_was_measured(kind: str, tmp_path: Path) -> None:
+    weights = read_weights(MODELS / "tiny-reglu.gguf")
+    model, report = imported(tmp_path, weights.with_predictors(exact_predictors(weights)), kind)
+    assert report.recall > 0.99
+    assert divergence(*_exact_and_predicted(model, report.path)) < 1e-3
+
+
+def test_ranks_are_filled_up_to_blocks(tmp_path: Path) -> None:
+    weights = bamboo()
+    model, report = imported(tmp_path, weights.with_predictors(thin_predictors(weights, 20)))
+    assert PredictorFile.read(report.path, open_model(model)).rank == (64, 64)
+    assert report.recall > 0.99
+
+
+def test_a_predictor_that_tells_nothing_gives_way_to_a_trained_one(synthetic: Path, tmp_path: Path) -> None:
+    weights = read_weights(synthetic)
+    rng = np.random.default_rng(0)
+    useless = {
+        layer: (rng.normal(size=(32, 256)).astype(np.float32), rng.normal(size=(768, 32)).astype(np.float32))
+        for layer in range(2)
+    }
+    model, report = imported(tmp_path, weights.with_predictors(useless), options=OPTIONS)
+    assert report.n_imported == 0
+    assert not any(layer.imported for layer in report.layers)
+    assert {layer.kind for layer in report.layers} <= {"low_rank", "one_bit", "two_bit"}
+    assert report.recall > 0.99
+    assert report.sign_recall is not None
+    assert report.sign_recall < 0.8
+    kinds = PredictorFile.read(report.path, open_model(model)).kind
+    assert kinds == tuple(layer.kind for layer in report.layers)
+
+
+def test_layers_without_a_predictor_are_trained(synthetic: Path, tmp_path: Path) -> None:
+    weights = read_weights(synthetic)
+    thin = thin_predictors(weights, 32)
+    model, report = imported(tmp_path, weights.with_predictors({1: thin[1]}), options=OPTIONS)
+    assert [layer.imported for layer in report.layers] == [False, True]
+    assert report.layers[0].sign_recall is None
+    file = PredictorFile.read(report.path, open_model(model))
+    assert file.kind[1] == "mlp"
+    # Each layer has factors of its own types.
+    assert file.artefact.tensor("blk.1.pred_b").type_name == "F16"
+
+
+def test_samples_that_are_there_are_used(tmp_path: Path) -> None:
+    weights = read_weights(MODELS / "tiny-reglu.gguf")
+    source = write_powerinfer(tmp_path / "m.pi", weights.with_predictors(exact_predictors(weights)), "F16")
+    model = convert(source, tmp_path / "m.gguf")
+    profile(model, ProfileOptions(str(HELD_OUT), 512, n_threads=1))
+    report = import_predictor(source, model, KEEP)
+    assert report.n_samples == 512
+    assert report.corpus == str(HELD_OUT)
+
+
+def test_files_without_a_predictor_say_so(tmp_path: Path) -> None:
+    source = write_powerinfer(tmp_path / "m.pi", bamboo(), "F16")
+    assert not has_predictor(source)
+    with pytest.raises(PinferError, match="no predictor"):
+        import_predictor(source, convert(source, tmp_path / "m.gguf"), OPTIONS)
+
+
+def test_another_model_is_refused(tmp_path: Path) -> None:
+    weights = bamboo()
+    source = write_powerinfer(tmp_path / "m.pi", weights.with_predictors(exact_predictors(weights)), "F16")
+    other = Path(shutil.copy(MODELS / "tiny-reglu.gguf", tmp_path))
+    with pytest.raises(PinferError, match="was not made from"):
+        import_predictor(source, other, OPTIONS)
+
+
+def test_a_text_that_is_too_short_is_named(tmp_path: Path) -> None:
+    weights = bamboo()
+    source = write_powerinfer(tmp_path / "m.pi", weights.with_predictors(exact_predictors(weights)), "F16")
+    text = tmp_path / "short.txt"
+    text.write_text("the man")
+    with pytest.raises(PinferError, match=r"short\.txt"):
+        import_predictor(source, convert(source, tmp_path / "m.gguf"), ImportOptions(dataset=str(text), n_threads=1))
+
+
+def test_a_recall_out_of_range_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(PinferError, match="recall"):
+        import_predictor(tmp_path, tmp_path, ImportOptions(recall=1.5))
+
+
+# What the re-basing rests on, against the formulas of the norms in double precision.
+
+
+def _layer_norm(x: np.ndarray, weight: Matrix, bias: Matrix) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    mean, deviation = x.mean(axis=1, keepdims=True), x.std(axis=1, keepdims=True)
+    return weight * (x - mean) / deviation + bias, mean, deviation
+
+
+def test_inputs_that_the_norm_drops_take_no_part() -> None:
+    fc1 = np.ones((2, 3), np.float32)
+    found = without_scale(fc1, np.array([2.0, 0.0, -0.5], np.float32))
+    assert np.array_equal(found, np.array([[0.5, 0.0, -2.0]] * 2, np.float32))
+
+
+def test_a_layer_norm_tells_a_constant() -> None:
+    rng = np.random.default_rng(0)
+    weight = rng.uniform(0.2, 2, 512).astype(np.float32)
+    bias = rng.normal(0, 0.3, 512).astype(np.float32)
+    y, _, _ = _layer_norm(rng.normal(3, 5, (64, 512)), weight, bias)
+    assert np.abs(y @ constant(weight, bias, 2.0**-12) - 1).max() < 1e-2
+    assert not constant(weight, np.zeros_like(bias), 2.0**-12).any()
+
+
+def test_scores_behind_a_layer_norm_are_those_before_it() -> None:
+    """With the mean that all tokens share, but for the deviation that each has to itself."""
+    rng = np.random.default_rng(1)
+    n, rank, share = 512, 64, 0.1
+    weight = rng.uniform(0.2, 2, n).astype(np.float32)
+    bias = rng.normal(0, 0.3, n).astype(np.float32)
+    fc1 = rng.normal(0.01, 1, (rank, n)).astype(np.float32)
+    fc2 = rng.normal(size=(100, rank)).astype(np.float32)
+    x = rng.normal(size=(64, n)) * rng.uniform(0.5, 20, (64, 1))
+    x = x - x.mean(axis=1, keepdims=True) + share * x.std(axis=1, keepdims=True)
+    y, _, deviation = _layer_norm(x, weight, bias)
+    wanted = np.maximum(x @ fc1.T, 0) @ fc2.T / deviation
+    a = without_scale(fc1, weight)
+    added = share * fc1.sum(axis=1) - a @ bias
+    found = np.maximum(y @ (a + np.outer(added, constant(weight, bias, 2.0**-12))).T, 0) @ fc2.T
+    plain = np.maximum(y @ a.T, 0) @ fc2.T
+    scale = np.abs(wanted).max()
+    assert np.abs(found - wanted).max() < 1e-2 * scale
+    assert np.abs(plain - wanted).max() > 0.1 * scale
+
+
+def test_bamboo_and_llama_differ_in_the_name_alone() -> None:
+    assert [name for _, name in first_matrices(bamboo())] == [name for _, name in first_matrices(as_llama(bamboo()))]
