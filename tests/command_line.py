@@ -35,7 +35,8 @@ class CommandLine:
     preexec_fn: Callable[[], object] | None = None
 
     def environment(self, env: Mapping[str, str] | None = None) -> dict[str, str]:
-        clean = {name: value for name, value in os.environ.items() if not name.startswith("PINFER_")}
+        foreign = ("PINFER_", "HF_", "HUGGING")
+        clean = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
         if native := os.environ.get("PINFER_NATIVE_DIR"):
             clean["PINFER_NATIVE_DIR"] = native
         clean |= {"PINFER_HOME": str(self.home), "PYTHONPATH": str(ROOT), "COLUMNS": "100", "HF_HUB_OFFLINE": "1"}

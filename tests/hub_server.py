@@ -98,6 +98,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, *, with_body: bool) -> None:
         hub = self.state
         path = unquote(urlsplit(self.path).path).strip("/")
+        if path.startswith("api/") and not path.startswith("api/models/"):  # the library's own affairs
+            self._refuse(404, "")
+            return
         token = (self.headers.get("Authorization") or "").removeprefix("Bearer ") or None
         hub.tokens.add(token)
         if hub.status:
