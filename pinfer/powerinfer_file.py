@@ -196,6 +196,7 @@ def plan_powerinfer(path: Path) -> ConvertPlan:
         settings={
             "source_format": "powerinfer",
             "source_architecture": file.arch,
+            "source_type": file.gguf.tensors["blk.0.ffn_up.weight"].type_name.lower(),
             "predictor_rank": max(ranks),
         },
     )

@@ -83,7 +83,7 @@ class ImportedLayer:
     candidates: float
     active: float
     sign_recall: float | None
-    """of the activation mass at threshold 0, which is PowerInfer's own rule; None where the file has no predictor"""
+    """of the activation mass at threshold 0, PowerInfer's own rule unless the file names another; None: no predictor"""
     sign_recall_active: float | None
     sign_candidates: float | None
     predictor_bytes: int
@@ -102,6 +102,8 @@ class ImportReport:
     n_samples: int
     n_imported: int
     """layers that kept the file's predictor"""
+    sparse_threshold: float
+    """the score from which on PowerInfer computes a neuron, in its own units"""
     predictor_bytes: int
     recall: float
     recall_active: float
@@ -150,7 +152,7 @@ def import_predictor(
             advance(1)
         settings = {**asdict(options), "command": "convert", "source": source.name, "n_samples": samples.n_samples}
         n_bytes = writer.finish(model, settings)
-    return _report(path, source, corpus, samples.n_samples, n_bytes, layers)
+    return _report(path, file, corpus, samples.n_samples, n_bytes, layers)
 
 
 def _check(file: PowerInferFile, model: Model) -> None:
@@ -251,7 +253,7 @@ def _recall_active(held: HeldBack, named: NDArray[np.bool_]) -> float:
 
 
 def _report(
-    path: Path, source: Path, corpus: str, n_samples: int, n_bytes: int, layers: list[ImportedLayer]
+    path: Path, file: PowerInferFile, corpus: str, n_samples: int, n_bytes: int, layers: list[ImportedLayer]
 ) -> ImportReport:
     def mean(values: Iterator[float | None]) -> float:
         known = [value for value in values if value is not None]
@@ -259,10 +261,11 @@ def _report(
 
     return ImportReport(
         path=path,
-        source=source,
+        source=file.path,
         corpus=corpus,
         n_samples=n_samples,
         n_imported=sum(layer.imported for layer in layers),
+        sparse_threshold=file.sparse_threshold,
         predictor_bytes=n_bytes,
         recall=mean(layer.recall for layer in layers),
         recall_active=mean(layer.recall_active for layer in layers),

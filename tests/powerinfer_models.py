@@ -123,7 +123,7 @@ def falcon(seed: int = 0, n_ff: int = N_FF, two_norms: bool = False) -> Weights:
             tensors[f"blk.{i}.{name}.weight"], tensors[f"blk.{i}.{name}.bias"] = random.norm(), random.bias()
     tensors |= {"output_norm.weight": random.norm(), "output_norm.bias": random.bias()}
     tensors["output.weight"] = random.matrix(n_vocab, N_EMBD)
-    more = {
+    more: dict[str, str | int | float] = {
         "tensor_data_layout": "jploski",
         "attention__head_count_kv": n_kv,
         "attention__layer_norm_epsilon": 1e-5,
