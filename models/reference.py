@@ -129,7 +129,8 @@ class Reference:
         """x where it exceeds the model's threshold, else 0."""
         return np.where(x > self.threshold, x, self.dtype(0))
 
-    def _ffn(self, blk: str, x: Array) -> tuple[Array, Array]:
+    def ffn(self, blk: str, x: Array) -> tuple[Array, Array]:
+        """Output [n, n_embd] and neurons [n, n_ff] of the FFN of ``blk.N`` for its inputs x [n, n_embd]."""
         up = self._linear(f"{blk}.ffn_up", x)
         if self.activation in ("reglu", "drelu"):
             gate = self._relu(self._linear(f"{blk}.ffn_gate", x))
@@ -160,12 +161,12 @@ class Reference:
             second = f"{blk}.attn_norm_2"
             attended = self._attention(blk, self._norm(second, h) if f"{second}.weight" in self._tensors else normed)
             if self.arch == "falcon":  # attention and FFN side by side on the same normed input
-                y, neurons = self._ffn(blk, normed)
+                y, neurons = self.ffn(blk, normed)
                 h = h + attended + y
             else:
                 h = h + attended
                 normed = self._norm(f"{blk}.ffn_norm", h)
-                y, neurons = self._ffn(blk, normed)
+                y, neurons = self.ffn(blk, normed)
                 h = h + y
             ffn_inputs.append(normed)
             all_neurons.append(neurons)

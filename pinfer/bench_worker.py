@@ -48,13 +48,12 @@ class BenchEngine(Engine):
     def _open(self, model_path: Path, n_ctx: int, n_batch: int, n_threads: int) -> None:
         """Like an engine's, but with ``n_seq_max`` and batches cut as llama-bench cuts them."""
         llama = self._llama
-        params = llama.llama_context_default_params()
+        params = self._context_params()
         params.n_ctx = n_ctx
         params.n_batch = n_batch
         params.n_ubatch = min(n_batch, N_UBATCH)
         params.n_seq_max = self._n_seq
         params.n_threads = params.n_threads_batch = n_threads
-        params.no_perf = True
         self._context = llama.llama_init_from_model(self._model, params)
         if not self._context:
             raise PinferError(

@@ -24,6 +24,9 @@ DEVICE_NAME = b"PINFER"
 # DESIGN section 3, fact 3: for layers offloaded to a GPU the loader has to be told who owns the FFN.
 _FFN_TENSORS = rb"\.ffn_(up|gate|down)\.(weight|bias)"
 
+# Architectures whose graph in libllama aborts with flash attention, which it would choose by itself.
+NO_FLASH_ATTENTION = (b"plm",)
+
 # Dense from the first token on, and sparse whatever the size of the batch: see pinfer_params.n_batch_dense.
 ALWAYS_DENSE = 1
 NEVER_DENSE = 2**31 - 1
@@ -87,6 +90,7 @@ class Engine:
         self._model: Any = None
         self._context: Any = None
         self._batch: Any = None
+        self._f32_attention = f32_attention
         _configure_plugin(model_path, plugin)
         from llama_cpp import llama_cpp as llama
 
@@ -95,7 +99,7 @@ class Engine:
         llama.llama_backend_init()
         try:
             self._load(model_path, n_gpu_layers, with_plugin=plugin is not None)
-            self._open(model_path, n_ctx, n_batch, n_threads or physical_cores(), f32_attention)
+            self._open(model_path, n_ctx, n_batch, n_threads or physical_cores())
         except BaseException:
             self.close()
             raise
@@ -123,17 +127,26 @@ class Engine:
         if not self._model:
             raise PinferError(f"libllama cannot load {model_path}: {_last_words()}", "check that the file is a model")
 
-    def _open(self, model_path: Path, n_ctx: int, n_batch: int, n_threads: int, f32_attention: bool) -> None:
+    def _context_params(self) -> Any:
+        """``llama_context_params`` with what all contexts of this model have in common."""
         llama = self._llama
         params = llama.llama_context_default_params()
-        if f32_attention:
+        params.no_perf = True
+        arch = ctypes.create_string_buffer(64)
+        llama.llama_model_meta_val_str(self._model, b"general.architecture", arch, len(arch))
+        if self._f32_attention:
             params.type_k = params.type_v = llama.GGML_TYPE_F32
+        if self._f32_attention or arch.value in NO_FLASH_ATTENTION:
             params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        return params
+
+    def _open(self, model_path: Path, n_ctx: int, n_batch: int, n_threads: int) -> None:
+        llama = self._llama
+        params = self._context_params()
         params.n_ctx = n_ctx
         params.n_batch = params.n_ubatch = n_batch
         params.n_seq_max = 1
         params.n_threads = params.n_threads_batch = n_threads
-        params.no_perf = True
         _LOG.clear()
         self._context = llama.llama_init_from_model(self._model, params)
         if not self._context:

@@ -244,9 +244,14 @@ bool context_create(const pinfer_arguments & args, pinfer_session & session, std
     params.n_ubatch        = (uint32_t) std::min(args.n_ubatch, args.n_batch);
     params.n_threads       = args.n_threads > 0 ? args.n_threads : pinfer_machine_threads();
     params.n_threads_batch = args.n_threads_batch > 0 ? args.n_threads_batch : params.n_threads;
-    params.flash_attn_type = args.flash_attn == "on"  ? LLAMA_FLASH_ATTN_TYPE_ENABLED
-                           : args.flash_attn == "off" ? LLAMA_FLASH_ATTN_TYPE_DISABLED
-                                                      : LLAMA_FLASH_ATTN_TYPE_AUTO;
+    const bool no_flash = session.file.arch == "plm";  // its graph in libllama aborts with it
+    if (no_flash && args.flash_attn == "on") {
+        err = "libllama has no flash attention for " + session.file.arch + " models; leave out -fa";
+        return false;
+    }
+    params.flash_attn_type = args.flash_attn == "on"              ? LLAMA_FLASH_ATTN_TYPE_ENABLED
+                           : args.flash_attn == "off" || no_flash ? LLAMA_FLASH_ATTN_TYPE_DISABLED
+                                                                  : LLAMA_FLASH_ATTN_TYPE_AUTO;
     params.abort_callback  = pinfer_interrupt_abort_callback;
     if (!cache_type_parse(args.cache_type_k, params.type_k) || !cache_type_parse(args.cache_type_v, params.type_v)) {
         err = "not reached: cache types are checked first";
