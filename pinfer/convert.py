@@ -10,7 +10,7 @@ import os
 import re
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,7 +83,7 @@ class ConvertReport:
             "n_weights": self.n_weights,
             "n_bytes": self.n_bytes,
             "seconds": self.seconds,
-            "tokenizer": self.tokenizer.to_json() if self.tokenizer else None,
+            "tokenizer": asdict(self.tokenizer) if self.tokenizer else None,
             "notes": list(self.notes),
         }
 
@@ -135,7 +135,7 @@ def convert(source: Path, options: ConvertOptions, progress: Progress) -> Conver
         n_bytes=out.stat().st_size,
         seconds=time.monotonic() - started,
         tokenizer=tokenizer,
-        notes=tuple(plan.notes),
+        notes=(*plan.notes, *(tokenizer.notes if tokenizer else ())),
     )
 
 

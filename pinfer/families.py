@@ -200,6 +200,12 @@ def _add_plm_metadata(checkpoint: Checkpoint, header: GGUFWriter) -> None:
     add_rope(checkpoint, header, rotated)
 
 
+def _require_expressible_plm(checkpoint: Checkpoint) -> None:
+    eps = checkpoint.number("rms_norm_eps", default=1e-6)
+    if eps != 1e-6:  # the original's norm inside its attention has 1e-6 whatever the others have; libllama knows one
+        raise PinferError(f"{checkpoint.folder} has rms_norm_eps = {eps:g}, libllama can compute PLM with 1e-06 only")
+
+
 # --- falcon ----------------------------------------------------------------------------------------------------------
 
 
@@ -277,7 +283,14 @@ _FAMILIES: dict[str, Family] = {
         "nemotron", False, "relu2", _add_nemotron_metadata, _mapped("nemotron", _one_plus_norm, output="always")
     ),
     "jais2": Family("jais2", False, "relu2", _add_jais2_metadata, _mapped("jais2")),
-    "plm": Family("plm", False, "relu2", _add_plm_metadata, _mapped("plm", tied_by_default=True, output="never")),
+    "plm": Family(
+        "plm",
+        False,
+        "relu2",
+        _add_plm_metadata,
+        _mapped("plm", tied_by_default=True, output="never"),
+        _require_expressible_plm,
+    ),
     "falcon": Family(
         "falcon",
         False,
@@ -360,6 +373,8 @@ def _notes(checkpoint: Checkpoint, activation: str, given: str | None) -> list[s
     notes = []
     if activation == "other":
         notes.append("its FFN has no exact zeros: pinfer will run it dense, as stock llama.cpp does")
+        if checkpoint.model_type.lower().startswith(("falcon", "refinedweb")) and given is None:
+            notes.append("config.json names no ReLU; if its code has one all the same, say --activation relu")
     if checkpoint.model_type == "mistral" and activation in ("reglu", "drelu") and given is None:
         notes.append(f"taken for {activation}; if that is wrong, --activation reglu|drelu names it")
     window, context = (checkpoint.integer(k, default=0) for k in ("sliding_window", "max_position_embeddings"))

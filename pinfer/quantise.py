@@ -24,6 +24,8 @@ TYPES = {
 """type: libllama's constant, and about how many bits a weight takes"""
 _POLL = 0.1
 """seconds"""
+_LOG_ERROR = 4
+"""enum ggml_log_level"""
 
 
 def estimated_bytes(n_weights: int, type_: str) -> int:
@@ -36,7 +38,8 @@ def quantise(source: Path, out: Path, type_: str, n_weights: int, n_threads: int
 
     Ctrl-C ends the child; whatever it wrote is the caller's to remove.
     """
-    command = [sys.executable, "-m", "pinfer.quantise", str(source), str(out), type_, str(n_threads)]
+    command = [sys.executable, "-m", "pinfer.quantise", str(source.resolve()), str(out.resolve())]
+    command += [type_, str(n_threads)]
     child = subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
@@ -77,7 +80,7 @@ def _child(source: str, out: str, type_: str, n_threads: str) -> int:
 
     @llama_cpp.llama_log_callback
     def log(level: int, text: bytes, _: ctypes.c_void_p) -> None:
-        if level == llama_cpp.GGML_LOG_LEVEL_ERROR:
+        if level == _LOG_ERROR:
             errors.append(text.decode("utf-8", "replace").strip())
 
     llama_cpp.llama_log_set(log, ctypes.c_void_p(0))

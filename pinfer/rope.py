@@ -42,8 +42,12 @@ def rope_theta(checkpoint: Checkpoint) -> float:
 
 def partial_rotary_factor(checkpoint: Checkpoint, default: float) -> float:
     """Share of a head's dimensions that are rotated."""
-    given = _parameters(checkpoint).get("partial_rotary_factor", checkpoint.config.get("partial_rotary_factor"))
-    return float(default if given is None else given)
+    places = (
+        (_parameters(checkpoint), "partial_rotary_factor"),
+        (checkpoint.config, "partial_rotary_factor"),
+        (checkpoint.config, "rope_percent"),
+    )
+    return next((float(found[key]) for found, key in places if found.get(key) is not None), default)
 
 
 def add_rope(checkpoint: Checkpoint, header: GGUFWriter, n_dims: int) -> None:

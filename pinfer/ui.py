@@ -232,13 +232,21 @@ def print_convert(report: ConvertReport) -> None:
         ("activation", report.activation + threshold),
         ("weights", f"{report.n_weights:,} in {report.n_tensors} tensors, {report.type}"),
         ("size", format_bytes(report.n_bytes)),
-        ("tokenizer", str(report.tokenizer) if report.tokenizer else "as in the source"),
+        ("tokenizer", _tokenizer(report)),
         ("speed", f"{format_bytes(report.n_bytes / max(report.seconds, 1e-9))}/s"),
     ]
     print_facts(facts)
     for note in report.notes:
         say(f"note: {note}")
     print_paths(report.path)
+
+
+def _tokenizer(report: ConvertReport) -> str:
+    if report.tokenizer is None:
+        return "as in the source"
+    found = report.tokenizer
+    kind = found.model if found.pre == "default" else found.pre
+    return f"{kind}, {found.n_tokens:,} tokens; ids of {found.n_strings} texts are those of {found.verified_with}"
 
 
 def print_profile(report: ProfileReport) -> None:

@@ -290,9 +290,8 @@ def test_pickle_that_builds_objects(command: CommandLine, tmp_path: Path) -> Non
 def test_type_that_is_no_float(command: CommandLine, tmp_path: Path) -> None:
     folder = copy(ONE_FILE, tmp_path)
     tensors = load_file(folder / "model.safetensors")
-    save_file(
-        tensors | {"model.layers.0.mlp.up_proj.weight": np.ones((200, 72), np.int8)}, folder / "model.safetensors"
-    )
+    name = "model.layers.0.mlp.up_proj.weight"
+    save_file(tensors | {name: np.ones(tensors[name].shape, np.int8)}, folder / "model.safetensors")
     refused(command("convert", folder), command.folder, "model.layers.0.mlp.up_proj.weight", "I8")
 
 
@@ -316,8 +315,8 @@ def test_unknown_model_type(command: CommandLine, tmp_path: Path) -> None:
         ({"num_hidden_layers": 5}, "blk.2"),
         ({"num_hidden_layers": "many"}, "num_hidden_layers"),
         ({"intermediate_size": 96}, "ffn_gate"),
-        ({"hidden_size": 64}, "token_embd"),
-        ({"rope_scaling": {"rope_type": "spiral", "factor": 2}}, "spiral"),
+        ({"hidden_size": 80}, "token_embd"),
+        ({"rope_parameters": {"rope_type": "spiral", "factor": 2}}, "spiral"),
         ({"hidden_size": None}, "hidden_size"),
     ],
 )
