@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from pinfer import __version__, cli, cli_docs, cli_options, pick, train, ui
 from pinfer.errors import PinferError
 
-COMMANDS = ("profile", "train", "solve", "split", "run", "eval")
+COMMANDS = ("profile", "train", "solve", "split", "run", "eval", "bench", "show")
 
 
 @pytest.fixture
@@ -71,6 +71,8 @@ def test_help_of_each_command_lists_its_flags(command: CommandLine, name: str) -
     assert shown.code == 0
     assert "--json" in shown.out
     assert "--activation" in shown.out
+    assert "-hf, -hfr, --hf-repo USER/REPO" in shown.out
+    assert "--offline" in shown.out
 
 
 def test_version(command: CommandLine) -> None:
