@@ -148,6 +148,9 @@ def profile(
         int, typer.Option("-ngl", "--n-gpu-layers", "--gpu-layers", min=0, metavar="N", help="Layers on the GPU.")
     ] = 0,
     activation: ActivationOpt = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Count even where the model reads worse with this activation.")
+    ] = False,
     as_json: JsonOpt = False,
     model_flag: ModelOpt = None,
     repo: HubOpt = None,
@@ -167,6 +170,7 @@ def profile(
         n_samples=samples,
         activation=activation,
         n_gpu_layers=n_gpu_layers,
+        force=force,
     )
     report = stage.profile(path, options, ui.stderr_progress())
     ui.print_json(report.to_json()) if as_json else ui.print_profile(report)

@@ -10,7 +10,7 @@ import os
 import re
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,9 +28,11 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from pinfer.convert_tokenizer import TokenizerReport
+    from pinfer.powerinfer_predictor import ImportReport
 
-PLAIN = {"f32": ("F32", 0), "f16": ("F16", 1), "bf16": ("BF16", 32)}
-"""type: ggml's name for it, and GGUF's number of a file of that type"""
+PLAIN = ("f32", "f16", "bf16")
+_FILE_TYPES = {"f32": 0, "f16": 1, "bf16": 32, "q4_0": 2}
+"""GGUF's number of a file whose matrices are of that type"""
 _CHUNK = 1 << 24
 """values converted at a time"""
 _F16_MAX = 65504.0
@@ -44,6 +46,8 @@ class ConvertOptions:
     """None: the source's name and the type, in the current folder"""
     type: str | None = None
     """None: f16, or the source's own for a PowerInfer file"""
+    dataset: str = "wikitext"
+    """text on which a PowerInfer file's predictor is calibrated and its recall measured"""
     activation: str | None = None
     """wins over what the source says"""
     force: bool = False
@@ -68,6 +72,8 @@ class ConvertReport:
     n_bytes: int
     seconds: float
     tokenizer: TokenizerReport | None
+    predictor: ImportReport | None
+    """of a PowerInfer file"""
     notes: tuple[str, ...] = field(default=())
 
     def to_json(self) -> dict[str, object]:
@@ -84,6 +90,7 @@ class ConvertReport:
             "n_bytes": self.n_bytes,
             "seconds": self.seconds,
             "tokenizer": asdict(self.tokenizer) if self.tokenizer else None,
+            "predictor": self.predictor.to_json() if self.predictor else None,
             "notes": list(self.notes),
         }
 
@@ -94,7 +101,8 @@ class _Source:
 
     plan: ConvertPlan
     precision: str
-    """the plain type that holds every weight exactly"""
+    """the type that holds every weight exactly"""
+    default_type: str
     add_tokenizer: Callable[[GGUFWriter], TokenizerReport | None]
 
 
@@ -102,41 +110,76 @@ def convert(source: Path, options: ConvertOptions, progress: Progress) -> Conver
     """Writes the GGUF. Raises PinferError before anything is written where the source cannot be converted."""
     started = time.monotonic()
     opened = _open(source, options.activation)
-    type_ = options.type or ("f16" if is_checkpoint(source) else opened.precision)
+    type_ = options.type or opened.default_type
     name = options.name or _stem(source)
     out = options.out or Path(f"{name}-{type_.upper()}.gguf")
     _require_free_name(out, source, options.force)
-    plan = opened.plan
-    plain = type_ if type_ in PLAIN else opened.precision
-    n_weights = sum(_n_values(tensor) for tensor in plan.tensors)
-    with GgufFileWriter(out, plan.arch, elsewhere="write to another disk: -o FILE") as writer:
-        tokenizer = opened.add_tokenizer(writer.header)
-        plan.add_metadata(writer.header)
-        _add_own_keys(plan, plain, name, writer.header)
-        for tensor in plan.tensors:
-            writer.declare(tensor.name, tensor.shape, _file_type(tensor, plain))
-        writer.begin(also=0 if type_ in PLAIN else estimated_bytes(n_weights, type_))
-        writer.reserve()
-        _require_loadable(writer.temporary, source)
-        _write(plan, plain, writer, progress)
-        if type_ not in PLAIN:
-            writer.finish()
-            _quantise_in_place(writer, type_, n_weights, options.n_threads, progress)
+    n_weights = sum(_n_values(tensor) for tensor in opened.plan.tensors)
+    tokenizer = _write_file(source, opened, out, name, type_, n_weights, options.n_threads, progress)
+    predictor, notes = _import_predictor(source, out, options, progress)
     model = open_model(out)
     return ConvertReport(
         path=out,
         source=source,
-        arch=plan.arch,
+        arch=model.arch,
         activation=model.activation,
         activation_threshold=model.activation_threshold,
         type=type_,
-        n_tensors=len(plan.tensors),
+        n_tensors=len(opened.plan.tensors),
         n_weights=n_weights,
         n_bytes=out.stat().st_size,
         seconds=time.monotonic() - started,
         tokenizer=tokenizer,
-        notes=(*plan.notes, *(tokenizer.notes if tokenizer else ())),
+        predictor=predictor,
+        notes=(*opened.plan.notes, *(tokenizer.notes if tokenizer else ()), *notes),
     )
+
+
+def _write_file(
+    source: Path,
+    opened: _Source,
+    out: Path,
+    name: str,
+    type_: str,
+    n_weights: int,
+    n_threads: int | None,
+    progress: Progress,
+) -> TokenizerReport | None:
+    """Writes the GGUF as it is stored or plain, then quantises it where that is asked for."""
+    plan = opened.plan
+    written = type_ if type_ in PLAIN and opened.default_type in PLAIN else opened.precision
+    quantises = type_ != written
+    if quantises and written not in PLAIN:
+        raise PinferError(f"{source} is stored as {written}, which cannot become {type_}", "leave out --type")
+    with GgufFileWriter(out, plan.arch, elsewhere="write to another disk: -o FILE") as writer:
+        tokenizer = opened.add_tokenizer(writer.header)
+        plan.add_metadata(writer.header)
+        _add_own_keys(plan, written, name, writer.header)
+        for tensor in plan.tensors:
+            writer.declare(tensor.name, tensor.shape, _type_in_file(tensor, written))
+        writer.begin(also=estimated_bytes(n_weights, type_) if quantises else 0)
+        writer.reserve()
+        _require_loadable(writer.temporary, source)
+        _write_tensors(plan, written, writer, progress)
+        if quantises:
+            writer.finish()
+            _quantise_in_place(writer, type_, n_weights, n_threads, progress)
+    return tokenizer
+
+
+def _import_predictor(
+    source: Path, out: Path, options: ConvertOptions, progress: Progress
+) -> tuple[ImportReport | None, list[str]]:
+    """The predictor of a PowerInfer file beside the model, or why there is none: the model is whole without it."""
+    from pinfer.powerinfer_file import is_powerinfer
+    from pinfer.powerinfer_predictor import ImportOptions, has_predictor, import_predictor
+
+    if not is_powerinfer(source) or not has_predictor(source):
+        return None, []
+    try:
+        return import_predictor(source, out, ImportOptions(options.dataset, n_threads=options.n_threads), progress), []
+    except PinferError as error:
+        return None, [f"its predictor was left out: {error}", f"pinfer profile {out} and pinfer train make another"]
 
 
 def _require_loadable(written: Path, source: Path) -> None:
@@ -157,6 +200,10 @@ def _open(source: Path, activation: str | None) -> _Source:
         raise PinferError(f"{source} has no config.json", "name the folder of a Hugging Face checkpoint")
     if not source.exists():
         raise PinferError(f"{source} does not exist", "name a checkpoint folder, or one of the hub: -hf USER/REPO")
+    from pinfer.powerinfer_file import is_powerinfer
+
+    if is_powerinfer(source):
+        return _open_powerinfer(source, activation)
     raise PinferError(
         f"{source} is neither a checkpoint folder nor a PowerInfer file",
         f"a GGUF needs no conversion: pinfer show {source}",
@@ -177,7 +224,18 @@ def _open_checkpoint(checkpoint: Checkpoint, activation: str | None) -> _Source:
     def tokenizer(header: GGUFWriter) -> TokenizerReport:
         return add_tokenizer(checkpoint.folder, checkpoint.config, n_vocab, header)
 
-    return _Source(plan, precision, tokenizer)
+    return _Source(plan, precision, "f16", tokenizer)
+
+
+def _open_powerinfer(source: Path, activation: str | None) -> _Source:
+    """Its tensors go into the GGUF as they are stored, its tokenizer is part of the plan's metadata."""
+    from pinfer.powerinfer_file import plan_powerinfer
+
+    plan = plan_powerinfer(source)
+    if activation is not None:
+        plan = replace(plan, activation=activation)
+    stored = str(plan.settings["source_type"])
+    return _Source(plan, stored, stored, lambda header: None)
 
 
 def _stem(source: Path) -> str:
@@ -200,7 +258,7 @@ def _require_free_name(out: Path, source: Path, force: bool) -> None:
 def _add_own_keys(plan: ConvertPlan, type_: str, name: str, header: GGUFWriter) -> None:
     header.add_type("model")
     header.add_name(name)
-    header.add_file_type(PLAIN[type_][1])
+    header.add_file_type(_FILE_TYPES[type_])
     header.add_quantization_version(2)
     if plan.names_activation:
         header.add_string(ACTIVATION_KEY, plan.activation)
@@ -215,21 +273,21 @@ def _n_values(tensor: PlannedTensor) -> int:
     return n
 
 
-def _file_type(tensor: PlannedTensor, plain: str) -> str:
+def _type_in_file(tensor: PlannedTensor, plain: str) -> str:
     """As llama.cpp has it: vectors in F32, matrices in the type asked for."""
     if tensor.type_name is not None:
         return tensor.type_name
-    return PLAIN[plain][0] if len(tensor.shape) > 1 else "F32"
+    return plain.upper() if len(tensor.shape) > 1 else "F32"
 
 
-def _write(plan: ConvertPlan, plain: str, writer: GgufFileWriter, progress: Progress) -> None:
+def _write_tensors(plan: ConvertPlan, plain: str, writer: GgufFileWriter, progress: Progress) -> None:
     total = sum(tensor.n_source_bytes for tensor in plan.tensors)
     with progress.task("converting", total, "bytes") as advance:
         for tensor in plan.tensors:
             if tensor.raw is not None:
                 writer.write(tensor.name, tensor.raw())
             else:
-                _write_values(tensor, _file_type(tensor, plain), writer)
+                _write_values(tensor, _type_in_file(tensor, plain), writer)
             advance(tensor.n_source_bytes)
 
 

@@ -235,6 +235,18 @@ def print_convert(report: ConvertReport) -> None:
         ("tokenizer", _tokenizer(report)),
         ("speed", f"{format_bytes(report.n_bytes / max(report.seconds, 1e-9))}/s"),
     ]
+    if (predictor := report.predictor) is not None:
+        facts.append(("predictor", f"{format_bytes(predictor.predictor_bytes)}, measured on {predictor.corpus}"))
+        facts.append(
+            ("recall", f"{percent(predictor.recall)} of the activation mass, {percent(predictor.candidates)} computed")
+        )
+        if predictor.sign_recall is not None and predictor.sign_candidates is not None:
+            facts.append(
+                (
+                    "as PowerInfer used it",
+                    f"{percent(predictor.sign_recall)}, {percent(predictor.sign_candidates)} computed",
+                )
+            )
     print_facts(facts)
     for note in report.notes:
         say(f"note: {note}")
