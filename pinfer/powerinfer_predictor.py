@@ -203,13 +203,13 @@ def _import_layer(
     if file.predictor_rank(layer):
         # Nothing is fitted but the thresholds, so they get the samples of the fit as well.
         held = HeldBack.of(data, slice(max(0, calibration.stop - _CALIBRATION_SAMPLES), calibration.stop))
-        fitted = _fit(_Rebased.of(file, model, layer), data, held, options.recall)
+        fitted = _fit(Rebased.of(file, model, layer), data, held, options.recall)
         pays = keep or fitted.cost(data, held) < exact_cost(data, held)
         del held  # at large widths there is not room for both
     held = HeldBack.of(data, test)
     predictor, report = tested(data, layer, fitted, held) if fitted and pays else fit_layer(data, layer, options)
     writer.add(predictor)
-    by_sign = scores(fitted.a, fitted.b, held.x) > 0 if fitted else None
+    by_sign = scores(fitted.a, fitted.b, held.x, "mlp") > 0 if fitted else None
     return _layer_report(report, pays, _recall_active(held, _named(predictor, held)), held, by_sign)
 
 
@@ -219,7 +219,7 @@ def _named(predictor: LayerPredictor, held: HeldBack) -> NDArray[np.bool_]:
 
     if predictor.b is None or predictor.t is None:
         return np.ones(held.mass.shape, dtype=bool)
-    return scores(predictor.a, predictor.b, held.x) > predictor.t
+    return scores(predictor.a, predictor.b, held.x, predictor.kind) > predictor.t
 
 
 def _layer_report(
@@ -310,7 +310,7 @@ def constant(weight: Matrix, bias: Matrix, rounding: float) -> Matrix:
 
 
 @dataclass(frozen=True)
-class _Rebased:
+class Rebased:
     """A layer's predictor on the plugin's inputs, for each value of the mean over the deviation."""
 
     a: Matrix
@@ -326,7 +326,7 @@ class _Rebased:
     """``[n_embd]``: its product with y is 1"""
 
     @staticmethod
-    def of(file: PowerInferFile, model: Model, layer: int) -> _Rebased:
+    def of(file: PowerInferFile, model: Model, layer: int) -> Rebased:
         """From the file's predictor and the norm before the model's FFN."""
         import numpy as np
 
@@ -344,10 +344,10 @@ class _Rebased:
         b = quantised(np.pad(fc2, ((0, 0), (0, spare))), types[1])
         if not has_bias:
             nothing = np.zeros(len(a), np.float32)
-            return _Rebased(a, b, types, None, nothing, np.zeros_like(weight))
+            return Rebased(a, b, types, None, nothing, np.zeros_like(weight))
         bias = dequantize(model, tensors[f"{name}.bias"]).reshape(-1)
         v = constant(weight, bias, _ROUNDING[a_type])
-        return _Rebased(a, b, types, -(a @ bias), np.pad(fc1.sum(axis=1), (0, spare)), v)
+        return Rebased(a, b, types, -(a @ bias), np.pad(fc1.sum(axis=1), (0, spare)), v)
 
     def first(self, mean: float) -> Matrix:
         """A as it is stored, ``[rank, n_embd]``: of a size that half floats hold, which changes no sign."""
@@ -359,7 +359,7 @@ class _Rebased:
         return quantised(a / max(float(np.abs(a).max()), 1e-30), self.types[0])
 
 
-def _fit(rebased: _Rebased, data: LayerData, held: HeldBack, recall: float) -> Fitted:
+def _fit(rebased: Rebased, data: LayerData, held: HeldBack, recall: float) -> Fitted:
     """The predictor with the thresholds that keep ``recall`` on ``held``, and with the best mean."""
     n_ff, n_embd = data.weight.shape
     rank = len(rebased.a)
@@ -368,7 +368,7 @@ def _fit(rebased: _Rebased, data: LayerData, held: HeldBack, recall: float) -> F
 
     def fit(mean: float, b: Matrix, part: LayerData, on: HeldBack) -> Fitted:
         a = rebased.first(mean)
-        t = _thresholds(scores(a, b, on.x), on, part, recall)
+        t = _thresholds(scores(a, b, on.x, "mlp"), on, part, recall)
         return Fitted("mlp", a, b, t, n_bytes, rebased.types)
 
     mean = 0.0

@@ -298,7 +298,7 @@ class Fitted:
 
     def named(self, held: HeldBack) -> NDArray[np.bool_]:
         """Which neurons are candidates, ``[n, n_ff]``."""
-        return scores(self.a, self.b, held.x) > self.t
+        return scores(self.a, self.b, held.x, self.kind) > self.t
 
     def row_bytes(self, data: LayerData, held: HeldBack, named: NDArray[np.bool_]) -> float:
         """Bytes of a token's rows: the first one of each candidate, the others of those that fire."""
@@ -312,10 +312,12 @@ class Fitted:
         return self.n_bytes + times * SCATTERED_COST * self.row_bytes(data, held, self.named(held))
 
 
-def scores(a: Matrix | None, b: Matrix, x: Matrix) -> Matrix:
-    """What the predictor computes for ``x`` ``[n, n_embd]``: ``[n, n_ff]``."""
+def scores(a: Matrix | None, b: Matrix, x: Matrix, kind: str = "low_rank") -> Matrix:
+    """What a predictor of this kind computes for ``x`` ``[n, n_embd]``: ``[n, n_ff]``."""
+    import numpy as np
+
     hidden: Matrix = x if a is None else x @ a.T
-    return hidden @ b.T
+    return (np.maximum(hidden, 0) if kind == "mlp" else hidden) @ b.T
 
 
 def exact_cost(data: LayerData, held: HeldBack) -> float:

@@ -16,9 +16,12 @@ from test_powerinfer_file import convert, divergence
 from pinfer.engine import NEVER_DENSE, Engine, PluginConfig
 from pinfer.errors import PinferError
 from pinfer.model import open_model
+from pinfer.native import load_plugin
+from pinfer.powerinfer_file import open_powerinfer
 from pinfer.powerinfer_predictor import (
     ImportOptions,
     ImportReport,
+    Rebased,
     constant,
     has_predictor,
     import_predictor,
@@ -26,6 +29,7 @@ from pinfer.powerinfer_predictor import (
 )
 from pinfer.predictor_file import PredictorFile
 from pinfer.profile import ProfileOptions, profile
+from pinfer.train import scores
 
 TEXT = str(ROOT / "tests" / "data" / "profile.txt")
 HELD_OUT = ROOT / "tests" / "data" / "heldout.txt"
@@ -48,7 +52,7 @@ def first_matrices(weights: Weights) -> list[tuple[Matrix, str]]:
     return found
 
 
-def exact_predictors(weights: Weights) -> Predictors:
+def exact(weights: Weights) -> Predictors:
     """Scores that are the first product: each input once as it is and once turned round, which relu tells apart."""
     predictors = {}
     for layer, (first, _) in enumerate(first_matrices(weights)):
@@ -57,7 +61,7 @@ def exact_predictors(weights: Weights) -> Predictors:
     return predictors
 
 
-def thin_predictors(weights: Weights, rank: int) -> Predictors:
+def thin(weights: Weights, rank: int) -> Predictors:
     """The same of the directions that the first matrix has most of."""
     predictors = {}
     for layer, (first, _) in enumerate(first_matrices(weights)):
@@ -78,7 +82,7 @@ def imported(
 
 def test_a_rms_norm_is_undone_exactly(tmp_path: Path) -> None:
     weights = read_weights(MODELS / "tiny-reglu.gguf")
-    _, report = imported(tmp_path, weights.with_predictors(exact_predictors(weights)))
+    _, report = imported(tmp_path, weights.with_predictors(exact(weights)))
     assert report.n_imported == 5
     assert {layer.kind for layer in report.layers} == {"mlp"}
     # By sign alone the candidates are the neurons that fire; what is left is the rounding to half floats.
@@ -97,7 +101,7 @@ def test_a_rms_norm_is_undone_exactly(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("weights", [bamboo(), falcon(), falcon(two_norms=True), opt()], ids=lambda w: w.arch)
 def test_every_architecture_keeps_its_predictor(weights: Weights, tmp_path: Path) -> None:
-    _, report = imported(tmp_path, weights.with_predictors(exact_predictors(weights)))
+    _, report = imported(tmp_path, weights.with_predictors(exact(weights)))
     assert report.n_imported == 2
     assert report.recall > 0.99
     # A perfect predictor names every neuron that can fire, half of them in random models, and of drelu's half in vain.
@@ -108,7 +112,7 @@ def test_a_thin_predictor_that_pays_is_kept_and_run(synthetic: Path, tmp_path: P
     weights = read_weights(synthetic)
     folder = tmp_path / "thin"
     folder.mkdir()
-    model, report = imported(folder, weights.with_predictors(thin_predictors(weights, 32)), options=OPTIONS)
+    model, report = imported(folder, weights.with_predictors(thin(weights, 32)), options=OPTIONS)
     assert report.n_imported == len(report.layers) == 2
     assert report.recall > 0.99
     assert report.candidates < 0.5
@@ -134,14 +138,20 @@ def _exact_and_predicted(model: Path, predictor: Path) -> tuple[Matrix, Matrix]:
 @pytest.mark.parametrize("kind", ["F16", "Q4_0"])
 def test_the_plugin_predicts_as_was_measured(kind: str, tmp_path: Path) -> None:
     weights = read_weights(MODELS / "tiny-reglu.gguf")
-    model, report = imported(tmp_path, weights.with_predictors(exact_predictors(weights)), kind)
+    # Inputs below 0 count for less, so that it shows whether relu was taken.
+    lopsided = {
+        i: (fc1, fc2 * np.repeat(np.array([1, 0.7], np.float32), 256)) for i, (fc1, fc2) in exact(weights).items()
+    }
+    model, report = imported(tmp_path, weights.with_predictors(lopsided), kind)
     assert report.recall > 0.99
     assert divergence(*_exact_and_predicted(model, report.path)) < 1e-3
+    stats = load_plugin().stats()
+    assert stats.n_candidates / stats.n_neurons == pytest.approx(report.candidates, rel=0.1)
 
 
 def test_ranks_are_filled_up_to_blocks(tmp_path: Path) -> None:
     weights = bamboo()
-    model, report = imported(tmp_path, weights.with_predictors(thin_predictors(weights, 20)))
+    model, report = imported(tmp_path, weights.with_predictors(thin(weights, 20)))
     assert PredictorFile.read(report.path, open_model(model)).rank == (64, 64)
     assert report.recall > 0.99
 
@@ -166,8 +176,8 @@ def test_a_predictor_that_tells_nothing_gives_way_to_a_trained_one(synthetic: Pa
 
 def test_layers_without_a_predictor_are_trained(synthetic: Path, tmp_path: Path) -> None:
     weights = read_weights(synthetic)
-    thin = thin_predictors(weights, 32)
-    model, report = imported(tmp_path, weights.with_predictors({1: thin[1]}), options=OPTIONS)
+    directions = thin(weights, 32)
+    model, report = imported(tmp_path, weights.with_predictors({1: directions[1]}), options=OPTIONS)
     assert [layer.imported for layer in report.layers] == [False, True]
     assert report.layers[0].sign_recall is None
     file = PredictorFile.read(report.path, open_model(model))
@@ -178,7 +188,7 @@ def test_layers_without_a_predictor_are_trained(synthetic: Path, tmp_path: Path)
 
 def test_samples_that_are_there_are_used(tmp_path: Path) -> None:
     weights = read_weights(MODELS / "tiny-reglu.gguf")
-    source = write_powerinfer(tmp_path / "m.pi", weights.with_predictors(exact_predictors(weights)), "F16")
+    source = write_powerinfer(tmp_path / "m.pi", weights.with_predictors(exact(weights)), "F16")
     model = convert(source, tmp_path / "m.gguf")
     profile(model, ProfileOptions(str(HELD_OUT), 512, n_threads=1))
     report = import_predictor(source, model, KEEP)
@@ -195,7 +205,7 @@ def test_files_without_a_predictor_say_so(tmp_path: Path) -> None:
 
 def test_another_model_is_refused(tmp_path: Path) -> None:
     weights = bamboo()
-    source = write_powerinfer(tmp_path / "m.pi", weights.with_predictors(exact_predictors(weights)), "F16")
+    source = write_powerinfer(tmp_path / "m.pi", weights.with_predictors(exact(weights)), "F16")
     other = Path(shutil.copy(MODELS / "tiny-reglu.gguf", tmp_path))
     with pytest.raises(PinferError, match="was not made from"):
         import_predictor(source, other, OPTIONS)
@@ -203,7 +213,7 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
 
 def test_a_text_that_is_too_short_is_named(tmp_path: Path) -> None:
     weights = bamboo()
-    source = write_powerinfer(tmp_path / "m.pi", weights.with_predictors(exact_predictors(weights)), "F16")
+    source = write_powerinfer(tmp_path / "m.pi", weights.with_predictors(exact(weights)), "F16")
     text = tmp_path / "short.txt"
     text.write_text("the man")
     with pytest.raises(PinferError, match=r"short\.txt"):
@@ -257,6 +267,34 @@ def test_scores_behind_a_layer_norm_are_those_before_it() -> None:
     scale = np.abs(wanted).max()
     assert np.abs(found - wanted).max() < 1e-2 * scale
     assert np.abs(plain - wanted).max() > 0.1 * scale
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1])
+@pytest.mark.parametrize("weights", [bamboo(), falcon(), opt()], ids=lambda w: w.arch)
+def test_a_layer_scores_as_its_file_does(weights: Weights, share: float, tmp_path: Path) -> None:
+    """Inputs of the norm and their scores by the file, against outputs of the norm and their scores by the result."""
+    rng = np.random.default_rng(2)
+    n_embd, n_ff = 96, 200
+    fc1 = rng.normal(0.05, 1, (40, n_embd)).astype(np.float16).astype(np.float32)
+    fc2 = rng.normal(size=(n_ff, 40)).astype(np.float16).astype(np.float32)
+    source = write_powerinfer(tmp_path / "m.pi", weights.with_predictors({0: (fc1, fc2), 1: (fc1, fc2)}), "F16")
+    model = open_model(convert(source, tmp_path / "m.gguf"))
+    rebased = Rebased.of(open_powerinfer(source), model, 1)
+
+    _, norm = first_matrices(weights)[1]
+    weight, bias = weights.tensors[f"{norm}.weight"], weights.tensors.get(f"{norm}.bias")
+    x = rng.normal(size=(256, n_embd)) * rng.uniform(0.5, 20, (256, 1))
+    x = x - x.mean(axis=1, keepdims=True) + share * x.std(axis=1, keepdims=True)
+    if bias is None:
+        size = np.sqrt((x**2).mean(axis=1, keepdims=True))
+        y = weight * x / size
+    else:
+        y, _, size = _layer_norm(x, weight, bias)
+    wanted = np.maximum(x @ fc1.T, 0) @ fc2.T / size
+    found = scores(rebased.first(share), rebased.b, y.astype(np.float32), "mlp")
+    # A factor is free.
+    found = found * ((wanted * found).sum() / (found * found).sum())
+    assert np.abs(found - wanted).max() < 1e-2 * np.abs(wanted).max()
 
 
 def test_bamboo_and_llama_differ_in_the_name_alone() -> None:
