@@ -22,7 +22,9 @@ import numpy as np
 import pytest
 from command_line import ROOT, CommandLine, Outcome
 from numpy.typing import NDArray
+from powerinfer_writer import read_weights, write_powerinfer
 from safetensors.numpy import load_file, save_file
+from test_powerinfer_predictor import exact
 
 from pinfer import ggml
 from pinfer.checkpoint import open_checkpoint
@@ -436,3 +438,26 @@ def test_safetensors_header_that_is_huge(command: CommandLine, tmp_path: Path) -
 def test_python_api_raises_the_same(tmp_path: Path) -> None:
     with pytest.raises(PinferError, match="does not exist"):
         convert(tmp_path / "none", ConvertOptions(), NULL_PROGRESS)
+
+
+# --- PowerInfer files ---------------------------------------------------------------------------------------------
+
+
+def test_powerinfer_file_brings_its_predictor(command: CommandLine) -> None:
+    """Converted, its predictor measured, run with it; and where the text is missing, the model alone is made."""
+    weights = read_weights(ROOT / "models" / "tiny-reglu.gguf")
+    write_powerinfer(command.folder / "tiny.powerinfer.gguf", weights.with_predictors(exact(weights)), "F16")
+    text = ROOT / "tests" / "data" / "heldout.txt"
+    outcome = command("convert", "tiny.powerinfer.gguf", "--dataset", text, "--json")
+    assert outcome.code == 0, outcome.err
+    assert "Duplicated" not in outcome.err
+    report = json.loads(outcome.out)
+    assert (report["model"], report["activation"]) == ("tiny-F16.gguf", "reglu")
+    assert 0.9 < report["predictor"]["recall"] <= 1
+    ran = command("run", "tiny-F16.gguf", "-p", "Once upon", "-n", "8", "--temp", "0", "--json")
+    assert ran.code == 0, ran.err
+    assert json.loads(ran.out)["mode"] == "predicted"
+    again = command("convert", "tiny.powerinfer.gguf", "-o", "again.gguf", "--dataset", "nowhere.txt")
+    assert again.code == 0, again.err
+    assert "its predictor was left out" in again.err
+    assert open_model(command.folder / "again.gguf").is_sparse
