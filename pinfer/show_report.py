@@ -20,8 +20,9 @@ def facts(report: ShowReport) -> list[tuple[str, str]]:
     neurons = f"{report.n_ff:,} a layer, {report.n_neurons:,} in all, {'gated' if report.gated else 'not gated'}"
     if report.n_expert:
         neurons = f"{report.n_neurons:,} in all, {report.n_expert} experts"
-    rows = [
-        ("model", f"{report.model} ({format_bytes(report.size)}, {report.n_params / 1e6:,.1f} M parameters)"),
+    return [
+        ("model", str(report.model)),
+        ("size", f"{format_bytes(report.size)}, {report.n_params / 1e6:,.1f} M parameters"),
         ("architecture", report.arch),
         ("activation", activation),
         ("layers", f"{report.n_layer}, {report.n_embd:,} wide"),
@@ -30,7 +31,6 @@ def facts(report: ShowReport) -> list[tuple[str, str]]:
         ("context", f"{report.n_ctx_train:,} tokens in training" if report.n_ctx_train else "not said"),
         ("vocabulary", f"{report.n_vocab:,} tokens"),
     ]
-    return rows
 
 
 def _heads(report: ShowReport) -> str:

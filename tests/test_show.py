@@ -310,7 +310,8 @@ def test_the_command_in_words(command: CommandLine, tiny_relu2: Path) -> None:
     shown = command("show")
     assert shown.code == 0
     for line in (
-        "model         m.gguf (8.5 MiB, 4.4 M parameters)",
+        "model         m.gguf",
+        "size          8.5 MiB, 4.4 M parameters",
         "architecture  arcee",
         "activation    relu2 (the file's pinfer.ffn.activation)",
         "heads         4, and 2 of keys and values (GQA), 64 wide",
