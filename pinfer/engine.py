@@ -80,10 +80,12 @@ class Engine:
         n_threads: int | None = None,
         n_gpu_layers: int = 0,
         f32_attention: bool = False,
+        repack: bool = True,
     ) -> None:
         """Load ``model_path``. ``n_ctx`` 0 is the context the model was trained with.
 
-        ``f32_attention`` keeps keys and values in F32 and leaves flash attention out, which rounds them to F16.
+        ``f32_attention`` keeps keys and values in F32 and leaves flash attention out, which rounds them to F16. Without
+        ``repack`` no weights are copied into the layouts that are fastest: they stay where the file is mapped.
 
         Raises PinferError with libllama's last words when it refuses the model or the context.
         """
@@ -98,7 +100,7 @@ class Engine:
         _quieten(llama)
         llama.llama_backend_init()
         try:
-            self._load(model_path, n_gpu_layers, with_plugin=plugin is not None)
+            self._load(model_path, n_gpu_layers, repack, with_plugin=plugin is not None)
             self._open(model_path, n_ctx, n_batch, n_threads or physical_cores())
         except BaseException:
             self.close()
@@ -115,9 +117,10 @@ class Engine:
         )
         self.n_past = 0
 
-    def _load(self, model_path: Path, n_gpu_layers: int, *, with_plugin: bool) -> None:
+    def _load(self, model_path: Path, n_gpu_layers: int, repack: bool, *, with_plugin: bool) -> None:
         params = self._llama.llama_model_default_params()
         params.n_gpu_layers = n_gpu_layers
+        params.use_extra_bufts = repack
         overrides = None
         if with_plugin and n_gpu_layers != 0:
             overrides = _ffn_overrides()

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pinfer import activation_check
 from pinfer.corpus import Corpus, open_corpus
 from pinfer.errors import PinferError
 from pinfer.interrupt import HeldInterrupt, hold_interrupt
@@ -42,6 +43,7 @@ class ProfileOptions:
     n_samples: int | None = None  # None: MAX_SAMPLES, fewer where they would take more than SAMPLE_BYTES
     activation: str | None = None
     n_gpu_layers: int = 0
+    force: bool = False  # even where the model does not look like what it claims
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,8 @@ def profile(model_path: Path, options: ProfileOptions, progress: Progress = NULL
     """Run ``options.n_tokens`` tokens of text through the model and count what fires; write profile and samples.
 
     After Ctrl-C what was counted is written all the same, and the report says ``interrupted``. Raises PinferError for a
-    model without exact zeros, a data set that cannot be had, or a folder that cannot be written.
+    model without exact zeros or with another activation than it claims, a data set that cannot be had, or a folder that
+    cannot be written.
     """
     from pinfer import paths
     from pinfer.engine import Engine, PluginConfig
@@ -114,6 +117,14 @@ def profile(model_path: Path, options: ProfileOptions, progress: Progress = NULL
     folder = paths.artefact_dir(model.path, model.fingerprint, for_writing=True)
     corpus = open_corpus(options.dataset, progress)
     n_ctx = options.n_ctx or min(model.n_ctx_train or MAX_CONTEXT, MAX_CONTEXT)
+    sure = options.force or model.stock_computes_it or options.n_tokens <= activation_check.LEAST_TOKENS
+    doubt = None if sure else _Doubt(model, progress)
+    windows: list[list[int]] = []
+    if doubt:
+        # On the CPU, where the FFN is not in the way of what the user wants on the GPU.
+        with Engine(model.path, n_ctx=n_ctx, n_batch=BATCH, n_threads=options.n_threads, repack=False) as engine:
+            windows = _collect(engine, corpus, options.n_tokens, n_ctx, progress)
+            doubt.read_by_stock(engine, windows)
     with Engine(
         model.path,
         plugin=PluginConfig.of(model),
@@ -122,12 +133,11 @@ def profile(model_path: Path, options: ProfileOptions, progress: Progress = NULL
         n_threads=options.n_threads,
         n_gpu_layers=options.n_gpu_layers,
     ) as engine:
-        windows = _collect(engine, corpus, options.n_tokens, n_ctx)
+        if doubt:
+            doubt.settle(engine)
+        else:
+            windows = _collect(engine, corpus, options.n_tokens, n_ctx, progress)
         n_tokens = sum(map(len, windows))
-        if n_tokens == 0:
-            raise PinferError(f"{corpus.name} holds no text", "use another text: --dataset c4|wikitext|FILE")
-        if n_tokens < options.n_tokens:
-            progress.note(f"{corpus.name} has {n_tokens:,} tokens, fewer than the {options.n_tokens:,} asked for")
         plugin = load_plugin()
         n_samples = min(n_tokens, _n_samples(options, model))
         with hold_interrupt() as held:
@@ -174,8 +184,8 @@ def windows_of(engine: Engine, documents: Iterator[str], n_ctx: int) -> Iterator
             yield head + tokens[begin : begin + step]
 
 
-def _collect(engine: Engine, corpus: Corpus, n_tokens: int, n_ctx: int) -> list[list[int]]:
-    """Sequences of ``n_tokens`` tokens in all, or of all there are."""
+def _collect(engine: Engine, corpus: Corpus, n_tokens: int, n_ctx: int, progress: Progress) -> list[list[int]]:
+    """Sequences of ``n_tokens`` tokens in all, or of all there are. Raises PinferError where there are none."""
     windows: list[list[int]] = []
     left = n_tokens
     for window in windows_of(engine, corpus.documents(), n_ctx):
@@ -183,7 +193,39 @@ def _collect(engine: Engine, corpus: Corpus, n_tokens: int, n_ctx: int) -> list[
         left -= len(windows[-1])
         if left == 0:
             break
+    found = n_tokens - left
+    if found == 0:
+        raise PinferError(f"{corpus.name} holds no text", "use another text: --dataset c4|wikitext|FILE")
+    if found < n_tokens:
+        progress.note(f"{corpus.name} has {found:,} tokens, fewer than the {n_tokens:,} asked for")
     return windows
+
+
+class _Doubt:
+    """The check that a model computes what it claims: some tokens by stock llama.cpp, then the same by the plugin."""
+
+    def __init__(self, model: Model, progress: Progress) -> None:
+        self._model = model
+        self._progress = progress
+        self._windows: list[list[int]] = []
+        self._stock: NDArray[np.float64] | None = None
+
+    def read_by_stock(self, engine: Engine, windows: Sequence[list[int]]) -> None:
+        """Reads the beginning of ``windows``."""
+        self._windows = activation_check.first_tokens(windows)
+        self._stock = self._read(engine, "check, dense")
+
+    def settle(self, engine: Engine) -> None:
+        """Reads it again, by the plugin. Raises PinferError where that is clearly the worse reading."""
+        assert self._stock is not None
+        claimed = self._read(engine, f"check, {self._model.activation}")
+        said = activation_check.judge(self._model, activation_check.Readings(claimed, self._stock, engine.n_vocab))
+        if said:
+            self._progress.note(said)
+
+    def _read(self, engine: Engine, label: str) -> NDArray[np.float64]:
+        with self._progress.task(label, sum(len(w) - 1 for w in self._windows), "tokens") as advance:
+            return activation_check.losses(engine, self._windows, advance)
 
 
 def _count(
