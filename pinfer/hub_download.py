@@ -25,6 +25,10 @@ from pinfer.progress import Progress
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+
+# The hub hands out larger files by another protocol only; the library speaks it, and begins anew each time.
+_LARGEST_BY_HTTP = 50 * 1000**3
+
 _TOKEN_HINT = "set HF_TOKEN to a token of an account that has access"
 
 
@@ -155,8 +159,7 @@ def _missing(file: HubFile) -> _Blob | None:
     folder = repo_folder_name(repo_id=file.repo, repo_type=file.repo_type)
     path = cache / folder / "blobs" / found.etag
     at_commit = cache / folder / "snapshots" / found.commit_hash / file.filename
-    # The hub hands out files beyond this size by another protocol only, which the library speaks.
-    too_large = found.size is not None and found.size > constants.MAX_HTTP_DOWNLOAD_SIZE
+    too_large = found.size is not None and found.size > _LARGEST_BY_HTTP
     if path.exists() or at_commit.exists() or too_large:
         return None
     lock = cache / ".locks" / folder / f"{found.etag}.lock"
