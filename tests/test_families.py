@@ -6,22 +6,29 @@ rounding. The threshold of FATReLU is a jump, across which rounding at F16 carri
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from command_line import CommandLine
 from numpy.typing import NDArray
 from shards import nmse, write_shards
 
+from pinfer.budget import hot_overhead
 from pinfer.checkpoint import open_checkpoint
 from pinfer.convert import ConvertOptions, convert
 from pinfer.engine import ALWAYS_DENSE, Engine, PluginConfig
 from pinfer.errors import PinferError
 from pinfer.model import open_model
 from pinfer.native import load_plugin
+from pinfer.profile import ProfileOptions, profile
 from pinfer.progress import NULL_PROGRESS
+from pinfer.solve import SolveOptions, solve
+from pinfer.split import SplitOptions, split
+from pinfer.train import TrainOptions, train
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
 CASES = sorted(path.parent.name for path in CHECKPOINTS.glob("*/reference.npz"))
@@ -129,3 +136,31 @@ def test_every_family_has_a_case() -> None:
 def test_opt_350m_is_refused(tmp_path: Path) -> None:
     with pytest.raises(PinferError, match="post-norm"):
         converted("opt-350m", "f16", tmp_path)
+
+
+@pytest.mark.parametrize("case", ["opt", "falcon-40b", "prosparse", "bamboo", "minicpm-s", "nemotron", "plm", "jais2"])
+def test_whole_pipeline(case: str, tmp_path: Path) -> None:
+    """From the checkpoint to the runner: exact mode from the shards goes on as the original does."""
+    path = converted(case, "f16", tmp_path)
+    text = Path(__file__).parent / "data" / "profile.txt"
+    profile(path, ProfileOptions(dataset=str(text), n_tokens=768, n_ctx=64, n_threads=1))
+    train(path, TrainOptions())
+    room = sum(tensor.n_bytes for tensor in open_model(path).tensors if ".ffn_" in tensor.name) // 2
+    solve(path, SolveOptions(vram=hot_overhead(open_model(path)) + room, device="CPU"))
+    split(path, SplitOptions(verify=True))
+    command = CommandLine(tmp_path / "work", tmp_path / "home")
+    with Engine(path, plugin=PluginConfig.of(open_model(path)), n_ctx=64, n_threads=1) as engine:
+        prompt = engine.tokenize("Once upon a time")
+        words = engine.generate(prompt, 12)
+    for flag, mode in (("--exact", "exact"), (None, "predicted")):
+        flags = [flag] if flag else []
+        ran = command("run", path, "-p", "Once upon a time", "-n", "12", "--temp", "0", "-c", "64", "--json", *flags)
+        assert ran.code == 0, ran.err
+        report = json.loads(ran.out)
+        assert (report["mode"], report["prompt_tokens"], report["n_fallback"]) == (mode, prompt, 0)
+        assert report["hot"] > 0
+        if mode == "exact":
+            assert report["tokens"] == words[: len(report["tokens"])]
+            assert report["n_gen"] > 0
+        else:
+            assert 0 < report["candidates"] <= 1
