@@ -22,11 +22,12 @@ SDIST  := .cache/llama_cpp_python-$(shell sed -n 's/^llama-cpp-python==\([^ ]*\)
 # Ninja and CMake come from the virtual environment.
 export PATH := $(BIN):$(PATH)
 
-.PHONY: help demo test test-sanitize lint build bench docs clean distclean FORCE
+.PHONY: help demo test test-models test-sanitize lint build bench docs clean distclean FORCE
 
 help:
 	@echo 'make demo           profile, solve, split and run the shipped models, next to stock llama.cpp'
 	@echo 'make test           build, then run every test'
+	@echo 'make test-models    the recorded words of the tiny checkpoints, said again by transformers (needs PyTorch)'
 	@echo 'make test-sanitize  the native code under the address and undefined-behaviour sanitizers'
 	@echo 'make lint           formatting, lint, types, generated docs up to date'
 	@echo 'make build          .venv with the pinfer command, and the native part in build/native'
@@ -101,6 +102,18 @@ test test-sanitize: export OMP_WAIT_POLICY ?= passive
 test: build
 	@$(BIN)/ctest --test-dir $(NATIVE) --output-on-failure --no-tests=error
 	@$(BIN)/python -m pytest -q
+
+# The originals, in an environment of their own: `make test` compares with what is recorded of them. TORCH names another
+# build of PyTorch than the default, which brings CUDA along.
+TORCH ?= torch>=2.4
+$(STAMPS)/models: pyproject.toml | $(STAMPS)
+	$(PYTHON) -m venv $(VENV)/models
+	$(VENV)/models/bin/pip install --quiet '$(TORCH)' 'transformers>=5.0' sentencepiece gguf
+	touch $@
+
+test-models: $(STAMPS)/models
+	@$(VENV)/models/bin/python tests/make_checkpoints.py --check
+	@$(VENV)/models/bin/python tests/tokenizer_originals.py
 
 build/sanitize/build.ninja: $(CMAKE_FILES) $(STAMPS)/llama $(BIN)/pinfer
 	$(call configure,sanitize) --log-level=WARNING
