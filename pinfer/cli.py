@@ -102,6 +102,7 @@ def convert(
 
     if (source is None) == (repo is None):
         raise typer.BadParameter("name one checkpoint: a folder, or -hf USER/REPO", param_hint="SOURCE")
+    Choice(source, repo=repo, offline=offline).check()
     progress = ui.stderr_progress()
     name = None
     if repo is not None:
