@@ -8,7 +8,7 @@ tokenizer on every probe is taken. Nothing is written that did not agree.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from pinfer.errors import PinferError
 from pinfer.llama_vocab import LlamaVocab, VocabFile
 from pinfer.tokenizer_files import CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, Vocabulary, read_vocabulary
-from pinfer.tokenizer_original import SPACE, read_json
+from pinfer.tokenizer_original import BYTES, SPACE, JsonTokenizer, read_json
 from pinfer.tokenizer_probes import plain_probes, special_probes, vocabulary_probes
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ _BY_MERGES = (
 )  # fmt: skip
 _SPECIAL = ("bos", "eos", "unk", "sep", "pad", "mask")
 _UNUSED_SCORE = -10000.0
+_SMALL_MERGES = 3000
 
 
 @dataclass(frozen=True)
@@ -284,7 +285,7 @@ def _verify(
             header = GGUFWriter(None, "llama")
             _write(header, vocabulary, texts, specials, keys)
             file = VocabFile(Path(folder, "vocab.gguf"), header)
-            for pre in _candidates(vocabulary):
+            for pre in _candidates(vocabulary, Path(folder, "small.gguf")):
                 file.set_pre(pre)
                 with LlamaVocab(file.path) as vocab:
                     wrong = _first_difference(probes, vocab)
@@ -319,30 +320,52 @@ def _readable(vocabulary: Vocabulary, texts: Sequence[str]) -> list[str]:
             found.append(text.replace(SPACE, " "))
             continue
         try:
-            found.append(bytes(_BYTES[c] for c in text).decode("utf-8"))
+            found.append(bytes(BYTES[c] for c in text).decode("utf-8"))
         except (KeyError, UnicodeDecodeError):
             continue
     return found
 
 
-def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's printable stand-ins for the 256 bytes: those that can be seen stand for themselves."""
-    seen = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    hidden = [byte for byte in range(256) if byte not in seen]
-    return {chr(byte): byte for byte in seen} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
+def _candidates(vocabulary: Vocabulary, path: Path) -> Iterator[str]:
+    """Names of pre-tokenizers: the likely ones, then those that agree on the vocabulary's first merges.
 
-
-_BYTES = _byte_alphabet()
-
-
-def _candidates(vocabulary: Vocabulary) -> Iterable[str]:
-    """Names of pre-tokenizers, the likely ones first."""
+    Loading a large vocabulary once for each name would take minutes. ``path`` is where the small one is written.
+    """
     if vocabulary.model == "llama":
-        return ("default",)
+        yield "default"
+        return
     names = _WHOLE_TOKEN if vocabulary.ignore_merges else _BY_MERGES
-    guess = _guess(vocabulary.pre_tokenizer)
     others = _BY_MERGES if vocabulary.ignore_merges else _WHOLE_TOKEN
-    return dict.fromkeys([name for name in guess if name in names] + list(names) + list(others))
+    guess = [name for name in _guess(vocabulary.pre_tokenizer) if name in names]
+    yield from guess
+    rest = [name for name in (*names, *others) if name not in guess]
+    file, probes = _small(vocabulary, path)
+    for name in rest:
+        file.set_pre(name)
+        with LlamaVocab(path) as vocab:
+            agrees = _first_difference(probes, vocab) is None
+        if agrees:
+            yield name
+
+
+def _small(vocabulary: Vocabulary, path: Path) -> tuple[VocabFile, _Probes]:
+    """The tokenizer with no more than its first merges, and what it makes of the probes."""
+    from gguf import GGUFWriter
+
+    merges = vocabulary.merges[:_SMALL_MERGES]
+    pairs = [tuple(merge.split(" ")) for merge in merges]
+    tokens = list(dict.fromkeys([*BYTES, *(text for pair in pairs for text in (*pair, "".join(pair)))]))
+    original = vocabulary.original
+    assert isinstance(original, JsonTokenizer)
+    texts = [text for text in plain_probes() if not original.is_changed(text)]
+    ids = original.with_merges(tokens, pairs).encode(texts, parse_special=False)
+    header = GGUFWriter(None, "llama")
+    header.add_tokenizer_model("gpt2")
+    header.add_token_list(tokens)
+    header.add_token_types([NORMAL] * len(tokens))
+    header.add_token_merges(merges)
+    header.add_add_bos_token(False)
+    return VocabFile(path, header), _Probes(texts, ids, [])
 
 
 def _guess(pre_tokenizer: Mapping[str, Any]) -> list[str]:
@@ -393,7 +416,8 @@ def _notes(
     ]
     if different:
         notes.append(
-            "the tokenizer rewrites some texts before it reads them (its normalizer), llama.cpp does not: "
+            "the tokenizer rewrites some texts before it reads them (its normalizer, characters it has no token for), "
+            "llama.cpp does not: "
             f"{different[0]!r} gives other tokens"
         )
     kept = [token for token in vocabulary.added if vocabulary.types[token.id] in (CONTROL, USER_DEFINED, UNKNOWN)]

@@ -283,7 +283,8 @@ def _from_json(path: Path, added: list[Added], named: set[str], merges: Path | N
     if vocabulary.model == "llama":
         _fill_by_scores(path, vocabulary, model, pairs)
     else:
-        for text, id_ in model["vocab"].items():
+        original.is_byte_level(vocab)
+        for text, id_ in vocab.items():
             vocabulary.put(id_, text, NORMAL)
         vocabulary.merges = [" ".join(pair) for pair in pairs]
     return vocabulary

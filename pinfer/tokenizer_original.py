@@ -15,6 +15,16 @@ SPACE = "\u2581"  # what SentencePiece writes for a space
 _AGAIN = "download the checkpoint again"
 
 
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's printable stand-ins for the 256 bytes: those that can be seen stand for themselves."""
+    seen = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(256) if byte not in seen]
+    return {chr(byte): byte for byte in seen} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
+
+
+BYTES = _byte_alphabet()
+
+
 @dataclass(frozen=True)
 class Added:
     """A token that was put beside the trained vocabulary, found in a text before anything else is."""
@@ -70,14 +80,22 @@ class JsonTokenizer:
             self.tokenizer: Any = Tokenizer.from_str(text)
         except Exception as error:  # the library raises nothing narrower
             raise PinferError(f"{path} is damaged: {error}", _AGAIN) from None
+        self._path, self._text = path, text
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
         self._normalizer: Any = self.tokenizer.normalizer
+        self._dropped: frozenset[int] = frozenset()
 
-    @property
-    def n_base(self) -> int:
-        """Tokens without the added ones."""
-        return int(self.tokenizer.get_vocab_size(False))
+    def is_byte_level(self, vocab: Mapping[str, int]) -> None:
+        """Tells it that ``vocab`` is made of bytes. Those it lacks are dropped, here before merging, there after it."""
+        self._dropped = frozenset(byte for text, byte in BYTES.items() if text not in vocab)
+
+    def with_merges(self, tokens: Sequence[str], merges: Sequence[tuple[str, ...]]) -> JsonTokenizer:
+        """The same tokenizer with another vocabulary, and nothing added to it."""
+        data = json.loads(self._text)
+        data["added_tokens"], data["post_processor"] = [], None
+        data["model"] |= {"vocab": {text: id_ for id_, text in enumerate(tokens)}, "merges": merges, "unk_token": None}
+        return JsonTokenizer(self._path, json.dumps(data))
 
     def add(self, tokens: Iterable[Added]) -> None:
         """Tokens that another file of the checkpoint adds."""
@@ -101,6 +119,8 @@ class JsonTokenizer:
         return [e.ids for e in self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def is_changed(self, text: str) -> bool:
+        if self._dropped and not self._dropped.isdisjoint(text.encode()):
+            return True
         if self._normalizer is not None:
             seen = str(self._normalizer.normalize_str(text))
             # SentencePiece's way to write spaces, and one before the text, is libllama's as well.

@@ -24,6 +24,7 @@ from tokenizer_originals import (
     write_json,
     write_opt,
 )
+from tokenizers import Tokenizer
 
 from pinfer.convert_tokenizer import TokenizerReport, add_tokenizer
 from pinfer.errors import PinferError
@@ -286,3 +287,31 @@ def test_a_rewriting_sentencepiece_is_noted(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(train_sentencepiece(normalization_rule_name="nfkc"))
     _, report = convert(tmp_path)
     assert "rewrites some texts" in report.notes[0]
+
+
+def test_the_name_is_found_where_the_file_does_not_suggest_it(tmp_path: Path) -> None:
+    data = json.loads(byte_level("plm").to_str())
+    # The same way to cut, said in another way, which gives no hint.
+    split = data["pre_tokenizer"]["pretokenizers"][0]
+    split["pattern"]["Regex"] = split["pattern"]["Regex"].replace(r"\p{N}", r"\p{Number}")
+    data["normalizer"] = None
+    write_json(tmp_path / "tokenizer.json", data)
+    write_json(tmp_path / "tokenizer_config.json", {"eos_token": "<|im_end|>"})
+    with converted(tmp_path) as (vocab, _, report):
+        assert report.pre == "qwen2"
+        assert_equal_ids(vocab, original_ids(Tokenizer.from_file(str(tmp_path / "tokenizer.json")), STRINGS), STRINGS)
+
+
+def test_characters_without_a_token_are_noted(tmp_path: Path) -> None:
+    data = json.loads(byte_level("opt").to_str())
+    tab = "\u010b"  # GPT-2's name for the vertical tab, which Falcon's vocabulary lacks
+    data["model"]["merges"] = [pair for pair in data["model"]["merges"] if tab not in "".join(pair)]
+    kept = {text: id_ for text, id_ in data["model"]["vocab"].items() if tab not in text}
+    data["model"]["vocab"] = kept
+    write_json(tmp_path / "tokenizer.json", data)
+    write_json(tmp_path / "tokenizer_config.json", {"eos_token": "</s>"})
+    strings = [text for text in STRINGS if "\x0b" not in text]
+    with converted(tmp_path) as (vocab, _, report):
+        assert report.pre == "gpt-2"
+        original = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+        assert_equal_ids(vocab, original_ids(original, strings), strings)
