@@ -57,6 +57,7 @@ _PLAIN = (
     "\u00a0non\u00a0breaking\u2003em\u3000wide\u2028line\u0085next",
     "zero\u200bwidth\u200djoin\ufeffmark\u00adhyphen",
     "control\x00\x01\x02\x1b\x1c\x1f\x7fcharacters",
+    "vertical \x0b \x0b\n\x0b\n tab",
     "café naïve Ångström jalapeño Übergröße œuvre",
     "Привет, мир! Как дела?",
     "Καλημέρα κόσμε",

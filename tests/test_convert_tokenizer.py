@@ -313,5 +313,6 @@ def test_characters_without_a_token_are_noted(tmp_path: Path) -> None:
     strings = [text for text in STRINGS if "\x0b" not in text]
     with converted(tmp_path) as (vocab, _, report):
         assert report.pre == "gpt-2"
+        assert "characters it has no token for" in report.notes[0]
         original = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
         assert_equal_ids(vocab, original_ids(original, strings), strings)
