@@ -113,7 +113,7 @@ $(STAMPS)/models: pyproject.toml | $(STAMPS)
 
 test-models: $(STAMPS)/models
 	@$(VENV)/models/bin/python tests/make_checkpoints.py --check
-	@$(VENV)/models/bin/python tests/tokenizer_originals.py
+	@$(VENV)/models/bin/python tests/models_tokenizers.py
 
 build/sanitize/build.ninja: $(CMAKE_FILES) $(STAMPS)/llama $(BIN)/pinfer
 	$(call configure,sanitize) --log-level=WARNING
