@@ -130,7 +130,7 @@ class GgufFileWriter:
         self._write_small()
 
     def reserve(self) -> None:
-        """Gives the temporary file its final length, so that readers find every tensor inside it before it is filled."""
+        """Gives the temporary file its final length: readers find every tensor inside it before it is filled."""
         self.begin()
         assert self._file is not None
         try:
