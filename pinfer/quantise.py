@@ -78,11 +78,11 @@ def _child(source: str, out: str, type_: str, n_threads: str) -> int:
 
     errors: list[str] = []
 
-    @llama_cpp.llama_log_callback
-    def log(level: int, text: bytes, _: ctypes.c_void_p) -> None:
+    def keep(level: int, text: bytes, _: ctypes.c_void_p) -> None:
         if level == _LOG_ERROR:
             errors.append(text.decode("utf-8", "replace").strip())
 
+    log = llama_cpp.llama_log_callback(keep)  # has to outlive the calls below
     llama_cpp.llama_log_set(log, ctypes.c_void_p(0))
     params = llama_cpp.llama_model_quantize_default_params()
     params.nthread = int(n_threads)

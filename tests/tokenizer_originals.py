@@ -235,7 +235,7 @@ def train_sentencepiece(**options: Any) -> bytes:
     from sentencepiece import SentencePieceTrainer
 
     written = io.BytesIO()
-    settings = {
+    settings: dict[str, Any] = {
         "model_type": "bpe", "vocab_size": N_VOCAB - 10, "byte_fallback": True, "character_coverage": 0.98,
         "normalization_rule_name": "identity", "remove_extra_whitespaces": False, "allow_whitespace_only_pieces": True,
         "max_sentence_length": 10000, "minloglevel": 2, "num_threads": 1, "pad_id": -1,
