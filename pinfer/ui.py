@@ -233,7 +233,7 @@ def print_convert(report: ConvertReport) -> None:
         ("weights", f"{report.n_weights:,} in {report.n_tensors} tensors, {report.type}"),
         ("size", format_bytes(report.n_bytes)),
         ("tokenizer", _tokenizer(report)),
-        ("speed", f"{format_bytes(report.n_bytes / max(report.seconds, 1e-9))}/s"),
+        ("took", format_seconds(report.seconds)),
     ]
     if (predictor := report.predictor) is not None:
         facts.append(("predictor", f"{format_bytes(predictor.predictor_bytes)}, measured on {predictor.corpus}"))
