@@ -166,13 +166,13 @@ def _require_plain_minicpm(checkpoint: Checkpoint) -> None:
 # --- squared ReLU ----------------------------------------------------------------------------------------------------
 
 
-def _add_nemotron_metadata(checkpoint: Checkpoint, header: GGUFWriter) -> None:
+def _add_layer_norm_metadata(eps_key: str, rotated_share: float, checkpoint: Checkpoint, header: GGUFWriter) -> None:
     _add_shape(checkpoint, header)
-    header.add_layer_norm_eps(checkpoint.number("norm_eps", default=1e-5))
+    header.add_layer_norm_eps(checkpoint.number(eps_key, default=1e-5))
     head_dim = _head_dim(checkpoint)
     header.add_key_length(head_dim)
     header.add_value_length(head_dim)
-    add_rope(checkpoint, header, int(head_dim * partial_rotary_factor(checkpoint, 0.5)))
+    add_rope(checkpoint, header, int(head_dim * partial_rotary_factor(checkpoint, rotated_share)))
 
 
 def _one_plus_norm(checkpoint: Checkpoint, name: str, values: NDArray[Any]) -> NDArray[Any]:
@@ -180,14 +180,6 @@ def _one_plus_norm(checkpoint: Checkpoint, name: str, values: NDArray[Any]) -> N
     import numpy as np
 
     return values.astype(np.float32) + 1 if name.endswith("norm.weight") else values
-
-
-def _add_jais2_metadata(checkpoint: Checkpoint, header: GGUFWriter) -> None:
-    _add_shape(checkpoint, header)
-    header.add_layer_norm_eps(checkpoint.number("layer_norm_eps", default=1e-5))
-    header.add_key_length(_head_dim(checkpoint))
-    header.add_value_length(_head_dim(checkpoint))
-    add_rope(checkpoint, header, _head_dim(checkpoint))
 
 
 def _add_plm_metadata(checkpoint: Checkpoint, header: GGUFWriter) -> None:
@@ -280,9 +272,15 @@ _FAMILIES: dict[str, Family] = {
     ),
     "arcee": Family("arcee", False, "relu2", _add_llama_metadata, _with_rope(_mapped("arcee", _interleave_rotation))),
     "nemotron": Family(
-        "nemotron", False, "relu2", _add_nemotron_metadata, _mapped("nemotron", _one_plus_norm, output="always")
+        "nemotron",
+        False,
+        "relu2",
+        partial(_add_layer_norm_metadata, "norm_eps", 0.5),
+        _mapped("nemotron", _one_plus_norm, output="always"),
     ),
-    "jais2": Family("jais2", False, "relu2", _add_jais2_metadata, _mapped("jais2")),
+    "jais2": Family(
+        "jais2", False, "relu2", partial(_add_layer_norm_metadata, "layer_norm_eps", 1.0), _mapped("jais2")
+    ),
     "plm": Family(
         "plm",
         False,
