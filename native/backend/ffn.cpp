@@ -3,32 +3,53 @@
 
 #include "sparse.h"
 
+#include <algorithm>
 #include <cstring>
 
 namespace {
 
-// dst [n_tokens, n_embd] += the hot part, then the bias.
-void add_rest(const pinfer_ffn & f, const float * hot) {
+// Values that are added by one thread: to wake the others costs more.
+const int64_t FEW_VALUES = 1 << 16;
+
+// dst [n_tokens, n_embd] += the hot parts in the order of their devices, then the bias.
+void add_rest(pinfer_engine * e, const pinfer_ffn & f) {
     const int64_t n_embd = f.down.out()->ne[0];
     const int64_t n      = ggml_nelements(f.down.out());
     const float * bias   = f.down.bias ? (const float *) f.down.bias->data : nullptr;
     float *       dst    = (float *) f.down.out()->data;
-    for (int64_t k = 0; (hot || bias) && k < n; k++) {
-        dst[k] += (hot ? hot[k] : 0.0f) + (bias ? bias[k % n_embd] : 0.0f);
+    if (e->hot_y.empty() && !bias) {
+        return;
+    }
+#pragma omp parallel for num_threads(e->n_threads) schedule(static) if (n > FEW_VALUES)
+    for (int64_t t = 0; t < n; t += n_embd) {
+        for (const float * y : e->hot_y) {
+            for (int64_t k = 0; k < n_embd; k++) {
+                dst[t + k] += y[t + k];
+            }
+        }
+        for (int64_t k = 0; bias && k < n_embd; k++) {
+            dst[t + k] += bias[k];
+        }
     }
 }
 
-// x of the FFN, or a copy of it where the graph has given its memory to `out`, which is written while x is still read.
-const float * x_beside(pinfer_engine * e, const ggml_tensor * x, const ggml_tensor * out) {
+bool is_beside(const ggml_tensor * x, const ggml_tensor * out) {
     const char * const data = (const char *) x->data, * const to = (const char *) out->data;
-    if (data + ggml_nbytes(x) <= to || to + ggml_nbytes(out) <= data) {
-        return (const float *) data;
+    return data + ggml_nbytes(x) <= to || to + ggml_nbytes(out) <= data;
+}
+
+// x of the FFN, or a copy of it where the graph has given its memory to what is written while x is still read: the output,
+// and the activation where a device may read x so late.
+const float * x_beside(pinfer_engine * e, const pinfer_ffn & f, const ggml_tensor * out, const ggml_tensor * h = nullptr) {
+    const float * const data = (const float *) f.x->data;
+    if (is_beside(f.x, out) && (!h || is_beside(f.x, h))) {
+        return data;
     }
-    e->x_copy.assign((const float *) data, (const float *) data + ggml_nelements(x));
+    e->x_copy.assign(data, data + ggml_nelements(f.x));
     return e->x_copy.data();
 }
 
-// Behind shards only a long batch may read the model's own matrices; the FFN is not held in memory twice for it.
+// Behind shards nothing reads the model's own matrices.
 void release_weights(const pinfer_ffn & f) {
     for (const ggml_tensor * weight : {f.gate.weight, f.up.weight, f.down.weight}) {
         if (weight) {
@@ -42,49 +63,124 @@ void count(pinfer_state * s, const pinfer_sparse_counts & c) {
     s->stats.n_active += c.active;
 }
 
-// Neurons lie in shards: cold ones here, hot ones on their device at the same time.
-ggml_status compute_shards(pinfer_engine * e, pinfer_state * s, const pinfer_ffn & f, pinfer_sparse_job & j) {
-    const pinfer_hot_layer * hot = s->hot ? &s->hot->layers[(size_t) f.layer] : nullptr;
-    const bool               any = hot && hot->n > 0;
-    if (any && !pinfer_hot_begin(s->hot.get(), f.layer, j.rule, (const float *) f.x->data, j.n_tokens)) {
-        return GGML_STATUS_FAILED;
-    }
-    j.x = x_beside(e, f.x, f.down.out());
-    j.y = (float *) f.down.out()->data;
-    if (j.neurons->n > 0) {
-        count(s, pinfer_sparse_compute(e, j));
-    } else {
-        memset(j.y, 0, ggml_nbytes(f.down.out()));
-    }
-    if (any) {
-        e->hot_y.resize((size_t) (j.n_tokens * j.n_embd));
-        if (!pinfer_hot_end(s->hot.get(), e->hot_y.data(), j.n_tokens)) {
-            return GGML_STATUS_FAILED;
+// Sets the devices that have neurons of the layer to work.
+void begin_hot(pinfer_engine * e, pinfer_state * s, const pinfer_hot_job & job) {
+    e->hot_working.clear();
+    e->hot_y.clear();
+    for (const auto & hot : s->hot) {
+        if (hot->layers[(size_t) job.layer].n > 0) {
+            e->hot_working.push_back(hot.get());
         }
-        s->stats.n_hot += (uint64_t) (hot->n * j.n_tokens);
     }
-    add_rest(f, any ? e->hot_y.data() : nullptr);
-    return GGML_STATUS_SUCCESS;
+    // a CPU device computes when it is begun: those that do not need these cores come first
+    for (const bool here : {false, true}) {
+        for (pinfer_hot * hot : e->hot_working) {
+            if ((hot->drive == PINFER_HOT_INLINE) == here) {
+                pinfer_hot_begin(hot, job);
+            }
+        }
+    }
 }
 
-// Many tokens: nothing is predicted. Where all neurons are cold the shard has what is needed, and its down rows are the
-// way to save what is zero; else the model's own matrices are used.
+// Waits for all of them, also behind one that has failed: what they still write to stays theirs until they are done.
+bool end_hot(pinfer_engine * e, pinfer_state * s) {
+    bool ok = true;
+    for (pinfer_hot * hot : e->hot_working) {
+        const float * y = pinfer_hot_end(hot);
+        if (!y && ok) {
+            pinfer_state_fail(s, hot->failure);
+            ok = false;
+        }
+        e->hot_y.push_back(y);
+    }
+    return ok;
+}
+
+// Adds the FFN to the counters and to the trace.
+void account(const pinfer_engine * e, pinfer_state * s, const pinfer_span & cold, const pinfer_span & wait, const pinfer_hot_job & job) {
+    pinfer_span hot;
+    for (const pinfer_hot * device : e->hot_working) {
+        const pinfer_span & w = device->worked;
+        hot = hot.end > 0.0 ? pinfer_span{std::min(hot.begin, w.begin), std::max(hot.end, w.end)} : w;
+        s->stats.seconds_copy += device->copied.seconds();
+    }
+    if (!e->hot_working.empty()) {
+        s->stats.seconds_hot += hot.seconds();
+        s->stats.seconds_cold += cold.seconds();
+        s->stats.seconds_wait += wait.seconds();
+        s->stats.seconds_overlap += std::max(0.0, std::min(hot.end, cold.end) - std::max(hot.begin, cold.begin));
+    }
+    if (!pinfer_trace_on()) {
+        return;
+    }
+    for (size_t i = 0; i < s->hot.size(); i++) {
+        const pinfer_hot & device = *s->hot[i];
+        if (device.layers[(size_t) job.layer].n > 0) {
+            pinfer_trace_add("copy", 0, device.copied, job.layer, job.n_tokens);
+            pinfer_trace_add("hot", (int) i + 1, device.worked, job.layer, job.n_tokens);
+        }
+    }
+    pinfer_trace_add("cold", 0, cold, job.layer, job.n_tokens);
+    if (!e->hot_working.empty()) {
+        pinfer_trace_add("wait", 0, wait, job.layer, job.n_tokens);
+    }
+    pinfer_trace_flush();
+}
+
+// Neurons lie in shards: cold ones are computed here (sparsely as `sparse` says, null: densely), hot ones on their devices at
+// the same time. The sums meet in a fixed order.
+ggml_status compute_shards(pinfer_engine * e, pinfer_state * s, const pinfer_ffn & f, const pinfer_neurons & cold,
+                           const pinfer_hot_job & job, const pinfer_sparse_job * sparse) {
+    begin_hot(e, s, job);
+    pinfer_span at_work, wait;
+    ggml_status status = GGML_STATUS_SUCCESS;
+    at_work.begin      = pinfer_clock();
+    if (cold.n == 0) {
+        memset(f.down.out()->data, 0, ggml_nbytes(f.down.out()));
+    } else if (sparse) {
+        count(s, pinfer_sparse_compute(e, *sparse));
+    } else {
+        status = pinfer_dense_neurons(e, f, cold, job.rule, job.x);
+    }
+    at_work.end = wait.begin = pinfer_clock();
+    if (!end_hot(e, s)) {
+        return GGML_STATUS_FAILED;
+    }
+    wait.end = pinfer_clock();
+    add_rest(e, f);
+    account(e, s, at_work, wait, job);
+    return status;
+}
+
+// Few tokens: of the cold neurons only those that fire.
+ggml_status compute_short_batch(pinfer_engine * e, pinfer_state * s, const pinfer_ffn & f, pinfer_sparse_job & j) {
+    j.x = x_beside(e, f, f.down.out());
+    j.y = (float *) f.down.out()->data;
+    const pinfer_hot_job job    = {.layer = f.layer, .rule = j.rule, .x = j.x, .n_tokens = j.n_tokens};
+    const ggml_status    status = compute_shards(e, s, f, *j.neurons, job, &j);
+    for (const pinfer_hot * hot : e->hot_working) {
+        s->stats.n_hot += (uint64_t) (hot->layers[(size_t) f.layer].n * j.n_tokens);
+    }
+    return status;
+}
+
+// Many tokens: nothing is predicted. First products are whole, and the down rows of the cold shard are the way to save what
+// is zero; the model's own matrices are not touched.
 ggml_status compute_long_batch(pinfer_engine * e, pinfer_state * s, const pinfer_ffn & f, const pinfer_neurons & cold,
                                const pinfer_rule & rule) {
-    if (cold.n < f.h->ne[0]) {
-        const ggml_status status = pinfer_dense_ffn(e, s, f, rule);
-        release_weights(f);
-        return status;
-    }
-    s->stats.n_tokens_dense += (uint64_t) f.x->ne[1];
-    const ggml_status status = pinfer_dense_neurons(e, f, cold, rule, x_beside(e, f.x, f.down.out()));
-    add_rest(f, nullptr);
-    return status;
+    const pinfer_hot_job job = {
+        .layer    = f.layer,
+        .rule     = rule,
+        .x        = x_beside(e, f, f.down.out(), s->hot.empty() ? nullptr : f.h),
+        .n_tokens = f.x->ne[1],
+    };
+    s->stats.n_tokens_dense += (uint64_t) job.n_tokens;
+    return compute_shards(e, s, f, cold, job, nullptr);
 }
 
 // No shards: down is multiplied whole, from an h that is zero where nothing fired.
 ggml_status compute_model(pinfer_engine * e, pinfer_state * s, const pinfer_ffn & f, pinfer_sparse_job & j) {
-    j.x = x_beside(e, f.x, f.h);
+    j.x = x_beside(e, f, f.h);
     j.h = (float *) f.h->data;
     memset(j.h, 0, ggml_nbytes(f.h));
     count(s, pinfer_sparse_compute(e, j));
@@ -135,5 +231,5 @@ ggml_status pinfer_ffn_compute(pinfer_engine * e, pinfer_state * s, const pinfer
 
     s->stats.n_tokens += (uint64_t) n_tokens;
     s->stats.n_neurons += (uint64_t) (n_tokens * j.n_ff);
-    return cold ? compute_shards(e, s, f, j) : compute_model(e, s, f, j);
+    return cold ? compute_short_batch(e, s, f, j) : compute_model(e, s, f, j);
 }

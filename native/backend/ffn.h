@@ -19,7 +19,8 @@ struct pinfer_engine {
 
     std::vector<uint8_t>             arena; // scratch of the executors, cut up anew for every FFN
     std::vector<float>               x_copy;
-    std::vector<float>               hot_y;
+    std::vector<pinfer_hot *>        hot_working; // devices that have a part of the FFN at hand, in their order
+    std::vector<const float *>       hot_y;       // what each of them computed
     long                             blocks_read = 0; // by this process, when it was last asked
     std::set<int>                    released; // layers whose matrices in the model have given their memory back
     std::vector<const ggml_tensor *> activation_done; // per layer: the last activation node computed here

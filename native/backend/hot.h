@@ -1,4 +1,4 @@
-// hot.h: the hot neurons, computed densely by ggml's own operations on another ggml device while the CPU does the cold ones.
+// hot.h: the hot neurons of one ggml device, computed there by ggml's own operations while the CPU does the cold ones.
 #pragma once
 
 #include "activation.h"
@@ -6,32 +6,84 @@
 #include "ggml-alloc.h"
 #include "ggml-backend.h"
 #include "pinfer.h"
+#include "trace.h"
 
+#include <atomic>
+#include <memory>
 #include <string>
+#include <thread>
 #include <vector>
 
+// How a device is driven.
+enum pinfer_hot_drive {
+    PINFER_HOT_INLINE,   // a CPU device shares the cores: what is begun is computed at once
+    PINFER_HOT_QUEUED,   // takes commands and works by itself
+    PINFER_HOT_THREADED, // its calls block, so a thread of its own makes them
+};
+
+// The graph of a layer for so many tokens, built once.
+struct pinfer_hot_graph {
+    pinfer_rule    rule;
+    int64_t        n_tokens = 0;
+    ggml_context * ctx = nullptr;
+    ggml_cgraph *  graph = nullptr;
+    ggml_tensor *  x = nullptr; // [n_embd, n_tokens]
+    ggml_tensor *  y = nullptr; // [n_embd, n_tokens]
+
+    pinfer_hot_graph() = default;
+    pinfer_hot_graph(const pinfer_hot_graph &) = delete;
+    pinfer_hot_graph & operator=(const pinfer_hot_graph &) = delete;
+    ~pinfer_hot_graph();
+};
+
 struct pinfer_hot_layer {
-    int64_t       n = 0; // 0: nothing of this layer is hot
+    int64_t         n = 0; // 0: nothing of this layer is hot
     const int32_t * ids = nullptr;
-    ggml_tensor * gate = nullptr; // [n_embd, n], null: ungated
-    ggml_tensor * up = nullptr;
-    ggml_tensor * down = nullptr; // [n, n_embd]
-    ggml_tensor * gate_bias = nullptr;
-    ggml_tensor * up_bias = nullptr;
+    ggml_tensor *   gate = nullptr; // [n_embd, n], null: ungated
+    ggml_tensor *   up = nullptr;
+    ggml_tensor *   down = nullptr; // [n, n_embd]
+    ggml_tensor *   gate_bias = nullptr;
+    ggml_tensor *   up_bias = nullptr;
+
+    std::vector<std::unique_ptr<pinfer_hot_graph>> graphs; // the one used last comes first
+};
+
+// What a device has been asked for.
+struct pinfer_hot_job {
+    int           layer = -1;
+    pinfer_rule   rule;
+    const float * x = nullptr; // [n_tokens, n_embd]
+    int64_t       n_tokens = 0;
 };
 
 struct pinfer_hot {
     pinfer_artefact               file;
     std::string                   placement_id;
+    std::string                   name; // of the ggml device
     int64_t                       n_embd = 0;
     std::vector<pinfer_hot_layer> layers;
+    pinfer_hot_drive              drive = PINFER_HOT_INLINE;
     ggml_backend_t                backend = nullptr;
     ggml_context *                weights = nullptr;
     ggml_backend_buffer_t         buffer = nullptr;
     ggml_gallocr_t                galloc = nullptr;
-    ggml_context *                graph_ctx = nullptr; // the graph in flight
-    ggml_tensor *                 y = nullptr;
-    std::vector<uint8_t>          graph_mem;
+    size_t                        compute_size = 0; // of its buffer
+
+    // x and y on the host: pinned where the device has memory for that
+    ggml_backend_buffer_t pinned = nullptr;
+    std::vector<float>    plain;
+    float *               x = nullptr; // null: the caller's x is used
+    float *               y = nullptr;
+    int64_t               n_staged = 0; // tokens there is room for
+
+    pinfer_hot_job   job;
+    std::string      failure;               // of the job; empty: none
+    std::atomic<int> layer_in_flight{-1};
+    pinfer_span      copied, worked; // of the job: x handed over; from the launch until y was known to be there
+
+    std::thread           thread; // THREADED only
+    std::atomic<uint32_t> begun{0}, done{0};
+    std::atomic<bool>     stop{false};
 
     pinfer_hot() = default;
     pinfer_hot(const pinfer_hot &) = delete;
@@ -39,16 +91,22 @@ struct pinfer_hot {
     ~pinfer_hot();
 };
 
-// Maps hot.gguf and copies its weights to the device (name of a ggml device, null: the first GPU).
-bool pinfer_hot_open(pinfer_hot * hot, const char * path, const char * device, const pinfer_origin & origin,
+// Maps a hot shard and copies its weights to the device (name of a ggml device; null: the index-th GPU).
+bool pinfer_hot_open(pinfer_hot * hot, const char * path, const char * device, int index, const pinfer_origin & origin,
                      std::string * err);
 
-// Device memory in use: weights and the compute buffer, bytes.
+// Device memory in use, bytes: weights, and a compute buffer for PINFER_HOT_TOKENS tokens. Stays what it is after opening.
 size_t pinfer_hot_bytes(const pinfer_hot * hot);
 
 void pinfer_hot_set_n_threads(pinfer_hot * hot, int n_threads);
 
-// Starts layer il on x [n_embd, n_tokens] and returns at once where the device is asynchronous. False: the device failed.
-bool pinfer_hot_begin(pinfer_hot * hot, int il, const pinfer_rule & rule, const float * x, int64_t n_tokens);
-// Waits and fetches y [n_embd, n_tokens].
-bool pinfer_hot_end(pinfer_hot * hot, float * y, int64_t n_tokens);
+// Starts a layer on x [n_tokens, n_embd], which must stay as it is until the end; returns at once unless the device is
+// INLINE. Longer batches are cut into pieces of PINFER_HOT_TOKENS.
+void pinfer_hot_begin(pinfer_hot * hot, const pinfer_hot_job & job);
+// Waits for y [n_tokens, n_embd], good until the next begin. Null: the device failed, hot->failure says how.
+const float * pinfer_hot_end(pinfer_hot * hot);
+
+// hot_run.cpp: makes room in the compute buffer for any batch of any layer
+bool pinfer_hot_reserve(pinfer_hot * hot, const pinfer_rule & rule);
+void pinfer_hot_start_thread(pinfer_hot * hot);
+void pinfer_hot_stop_thread(pinfer_hot * hot);

@@ -173,6 +173,7 @@ static void backend_free(ggml_backend_t backend) {
 static ggml_status backend_graph_compute(ggml_backend_t backend, ggml_cgraph * graph) try {
     pinfer_state &              s = pinfer_state_get();
     std::lock_guard<std::mutex> lock(s.mutex);
+    s.failure.clear();
     return pinfer_engine_compute((pinfer_engine *) backend->context, &s, graph);
 } catch (const std::bad_alloc &) {
     return GGML_STATUS_ALLOC_FAILED;
@@ -209,8 +210,8 @@ static void backend_set_n_threads(ggml_backend_t backend, int n_threads) {
     pinfer_state &              s = pinfer_state_get();
     std::lock_guard<std::mutex> lock(s.mutex);
     pinfer_engine_set_n_threads((pinfer_engine *) backend->context, n_threads);
-    if (s.hot) {
-        pinfer_hot_set_n_threads(s.hot.get(), n_threads);
+    for (const auto & hot : s.hot) {
+        pinfer_hot_set_n_threads(hot.get(), n_threads);
     }
 }
 

@@ -27,7 +27,7 @@ static bool set_error(char * err, size_t err_len, const std::string & text) {
 }
 
 // Every neuron of every layer must be in exactly one shard.
-static bool shards_are_whole(const pinfer_hot * hot, const pinfer_cold & cold, std::string * err) {
+static bool shards_are_whole(const std::vector<std::unique_ptr<pinfer_hot>> & hot, const pinfer_cold & cold, std::string * err) {
     std::vector<bool> seen;
     for (size_t il = 0; il < cold.layers.size(); il++) {
         seen.assign((size_t) cold.n_ff, false);
@@ -40,8 +40,8 @@ static bool shards_are_whole(const pinfer_hot * hot, const pinfer_cold & cold, s
             return count;
         };
         int64_t total = add(cold.layers[il].ids, cold.layers[il].n);
-        if (hot) {
-            total += add(hot->layers[il].ids, hot->layers[il].n);
+        for (const auto & device : hot) {
+            total += add(device->layers[il].ids, device->layers[il].n);
         }
         if (n != cold.n_ff || total != cold.n_ff) {
             *err = cold.file.path + ": the shards do not hold every neuron of layer " + std::to_string(il) +
@@ -52,9 +52,44 @@ static bool shards_are_whole(const pinfer_hot * hot, const pinfer_cold & cold, s
     return true;
 }
 
+static size_t count_of(const char * const * names) {
+    size_t n = 0;
+    while (names && names[n]) {
+        n++;
+    }
+    return n;
+}
+
+// The hot shards, one to a device, of the placement that the cold shard is of.
+static bool open_hot(const pinfer_params & p, const pinfer_origin & origin, const pinfer_cold * cold,
+                     std::vector<std::unique_ptr<pinfer_hot>> * hot, std::string * err) {
+    const size_t n = count_of(p.hot_paths), n_devices = count_of(p.devices);
+    if (p.devices && n_devices != n) {
+        *err = std::string(p.hot_paths[0]) + " is one of " + std::to_string(n) + " hot shards, but " + std::to_string(n_devices) +
+               " devices are named; name as many with --device, or make the shards anew with: pinfer solve " + p.model_path +
+               " --device, then pinfer split";
+        return false;
+    }
+    for (size_t i = 0; i < n; i++) {
+        hot->push_back(std::make_unique<pinfer_hot>());
+        pinfer_hot & h = *hot->back();
+        if (!pinfer_hot_open(&h, p.hot_paths[i], p.devices ? p.devices[i] : nullptr, (int) i, origin, err)) {
+            return false;
+        }
+        if (!cold || cold->placement_id != h.placement_id || cold->layers.size() != h.layers.size()) {
+            *err = std::string(p.hot_paths[i]) + " and the cold shard are of different placements; make both anew with: pinfer split " +
+                   p.model_path;
+            return false;
+        }
+    }
+    return true;
+}
+
 static bool open_artefacts(const pinfer_params & p, std::unique_ptr<pinfer_predictor> * predictor,
-                           std::unique_ptr<pinfer_hot> * hot, std::unique_ptr<pinfer_cold> * cold, std::string * err) {
-    if (!p.predictor_path && !p.hot_path && !p.cold_path) {
+                           std::vector<std::unique_ptr<pinfer_hot>> * hot, std::unique_ptr<pinfer_cold> * cold,
+                           std::string * err) {
+    const bool any_hot = count_of(p.hot_paths) > 0;
+    if (!p.predictor_path && !any_hot && !p.cold_path) {
         return true;
     }
     if (!p.model_path) {
@@ -82,18 +117,10 @@ static bool open_artefacts(const pinfer_params & p, std::unique_ptr<pinfer_predi
             return false;
         }
     }
-    if (p.hot_path) {
-        *hot = std::make_unique<pinfer_hot>();
-        if (!pinfer_hot_open(hot->get(), p.hot_path, p.device, origin, err)) {
-            return false;
-        }
-        if (!*cold || (*cold)->placement_id != (*hot)->placement_id || (*cold)->layers.size() != (*hot)->layers.size()) {
-            *err = std::string(p.hot_path) + " and the cold shard are of different placements; make both anew with: pinfer split " +
-                   p.model_path;
-            return false;
-        }
+    if (any_hot && !open_hot(p, origin, cold->get(), hot, err)) {
+        return false;
     }
-    if (*cold && !shards_are_whole(hot->get(), **cold, err)) {
+    if (*cold && !shards_are_whole(*hot, **cold, err)) {
         return false;
     }
     if (*predictor) {
@@ -104,7 +131,7 @@ static bool open_artefacts(const pinfer_params & p, std::unique_ptr<pinfer_predi
 
 bool pinfer_configure(const pinfer_params * params, char * err, size_t err_len) try {
     std::unique_ptr<pinfer_predictor> predictor;
-    std::unique_ptr<pinfer_hot>       hot;
+    std::vector<std::unique_ptr<pinfer_hot>> hot;
     std::unique_ptr<pinfer_cold>      cold;
     std::string                       why;
     if (params->activation < PINFER_ACT_GRAPH || params->activation > PINFER_ACT_OTHER) {
@@ -126,6 +153,12 @@ bool pinfer_configure(const pinfer_params * params, char * err, size_t err_len) 
     s.cold          = std::move(cold);
     s.observer      = {};
     s.stats         = {};
+    s.failure.clear();
+    std::vector<std::string> devices;
+    for (const auto & h : s.hot) {
+        devices.push_back(h->name);
+    }
+    pinfer_trace_open(devices);
     return true;
 } catch (const std::exception & e) {
     return set_error(err, err_len, std::string("out of memory while opening the artefacts: ") + e.what());
@@ -136,6 +169,26 @@ static float number(const char * text) {
     char *      end   = nullptr;
     const float value = strtof(text, &end);
     return end != text && *end == '\0' ? value : NAN;
+}
+
+// The parts of a text between commas.
+static std::vector<std::string> parts_of(const char * text) {
+    std::vector<std::string> parts;
+    for (std::string rest = text ? text : ""; !rest.empty();) {
+        const size_t comma = rest.find(',');
+        parts.push_back(rest.substr(0, comma));
+        rest.erase(0, comma == std::string::npos ? comma : comma + 1);
+    }
+    return parts;
+}
+
+static std::vector<const char *> pointers_to(const std::vector<std::string> & texts) {
+    std::vector<const char *> out;
+    for (const std::string & t : texts) {
+        out.push_back(t.c_str());
+    }
+    out.push_back(nullptr);
+    return out;
 }
 
 void pinfer_state_configure_from_env() {
@@ -152,13 +205,21 @@ void pinfer_state_configure_from_env() {
     };
     auto or_null = [](const std::string & s) { return s.empty() ? nullptr : s.c_str(); };
 
-    const std::string predictor = path("predictor.gguf"), hot = path("hot.gguf"), cold = path("cold.gguf");
+    const std::string        predictor = path("predictor.gguf"), cold = path("cold.gguf");
+    std::vector<std::string> hot     = parts_of(getenv("PINFER_HOT"));
+    std::vector<std::string> devices = parts_of(getenv("PINFER_DEVICE"));
+    if (hot.empty()) {
+        for (std::string p = path("hot.gguf"); !p.empty(); p = path(("hot-" + std::to_string(hot.size()) + ".gguf").c_str())) {
+            hot.push_back(p);
+        }
+    }
+    const std::vector<const char *> hot_paths = pointers_to(hot), device_names = pointers_to(devices);
     const pinfer_params params = {
         .model_path           = model,
         .predictor_path       = or_null(predictor),
-        .hot_path             = or_null(hot),
+        .hot_paths            = hot_paths.data(),
         .cold_path            = or_null(cold),
-        .device               = getenv("PINFER_DEVICE"),
+        .devices              = devices.empty() || hot.empty() ? nullptr : device_names.data(),
         .activation           = pinfer_activation_parse(activation),
         .n_batch_dense        = 0,
         .activation_threshold = threshold ? number(threshold) : 0.0f,
@@ -174,7 +235,35 @@ void pinfer_get_stats(pinfer_stats * stats) {
     pinfer_state &              s = pinfer_state_get();
     std::lock_guard<std::mutex> lock(s.mutex);
     *stats           = s.stats;
-    stats->hot_bytes = s.hot ? pinfer_hot_bytes(s.hot.get()) : 0;
+    stats->hot_bytes = 0;
+    for (const auto & hot : s.hot) {
+        stats->hot_bytes += pinfer_hot_bytes(hot.get());
+    }
+}
+
+uint64_t pinfer_hot_shard_bytes(int32_t i) {
+    pinfer_state &              s = pinfer_state_get();
+    std::lock_guard<std::mutex> lock(s.mutex);
+    return i >= 0 && (size_t) i < s.hot.size() ? pinfer_hot_bytes(s.hot[(size_t) i].get()) : 0;
+}
+
+// Beside its neurons a batch takes x, y and, for each neuron, its products, the activation and what a threshold needs, all in
+// F32. ggml aligns tensors to 512 bytes at most, and gives some devices as much to spare.
+uint64_t pinfer_hot_compute_bytes(uint64_t n_embd, uint64_t n_hot) {
+    return n_hot ? 4 * PINFER_HOT_TOKENS * (2 * n_embd + 3 * n_hot) + 16 * 512 : 0;
+}
+
+void pinfer_state_fail(pinfer_state * s, const std::string & why) {
+    s->failure = why;
+    if (s->announce_fallback) {
+        fprintf(stderr, "pinfer: %s\n", why.c_str());
+    }
+}
+
+bool pinfer_last_failure(char * err, size_t err_len) {
+    pinfer_state &              s = pinfer_state_get();
+    std::lock_guard<std::mutex> lock(s.mutex);
+    return !s.failure.empty() && (set_error(err, err_len, s.failure), true);
 }
 
 void pinfer_stats_reset(void) {

@@ -21,6 +21,10 @@ extern "C" {
 
 #define PINFER_FORMAT_VERSION 1
 
+// A hot device computes at most this many tokens at a time; longer batches are cut. Its compute buffer is made for so many
+// when it is opened (pinfer_hot_compute_bytes), and never grows. Fewer would leave a GPU waiting for its weights.
+#define PINFER_HOT_TOKENS 256
+
 // What the FFN of the model computes (DESIGN section 4: relu, relu2, reglu, drelu).
 enum pinfer_activation {
     PINFER_ACT_GRAPH = 0,  // whatever the graph of libllama says
@@ -35,9 +39,10 @@ enum pinfer_activation {
 struct pinfer_params {
     const char * model_path;      // GGUF the artefacts must belong to; NULL: no artefacts
     const char * predictor_path;  // predictor.gguf, NULL: exact mode
-    const char * hot_path;        // hot.gguf,  NULL: no hot part
+    const char * const * hot_paths; // hot.gguf, hot-1.gguf, ..., NULL at the end; NULL: no hot part
     const char * cold_path;       // cold.gguf, NULL: neurons are read from the model itself
-    const char * device;          // ggml device of the hot part; NULL: the first GPU, an error if there is none
+    const char * const * devices; // ggml device of each hot shard, NULL at the end; NULL: the GPUs in order, an error
+                                  // where there are too few
     int32_t      activation;      // enum pinfer_activation
     int32_t      n_batch_dense;   // from this many tokens a batch is computed densely; 0: default
     float        activation_threshold; // relu(v) is v where v exceeds this, else 0; finite, >= 0, and 0 with ACT_GRAPH
@@ -50,9 +55,16 @@ struct pinfer_stats {
     uint64_t n_neurons;      // neurons of those sparse pairs
     uint64_t n_candidates;   // neurons whose first product was computed
     uint64_t n_active;       // neurons that fired
-    uint64_t n_hot;          // neurons that were computed on the hot device
+    uint64_t n_hot;          // neurons that were computed on hot devices
     uint64_t n_fallback;     // graph nodes computed by the plain CPU backend because nothing matched them
-    uint64_t hot_bytes;      // device memory taken by the hot part, measured
+    uint64_t hot_bytes;      // device memory taken by the hot part, over all devices
+
+    // Of the FFNs that have a hot part. What of the shorter side is hidden: seconds_overlap / min(seconds_hot, seconds_cold).
+    double seconds_copy;    // x handed to the devices, the work queued there
+    double seconds_hot;     // from the first launch until the last device was known to be done
+    double seconds_cold;    // the CPU with its own neurons
+    double seconds_wait;    // the CPU waiting for devices
+    double seconds_overlap; // hot and cold at the same time
 };
 
 // Checks the artefacts against the model and maps them. Replaces an earlier configuration; call it while no
@@ -61,6 +73,18 @@ PINFER_API bool pinfer_configure(const struct pinfer_params * params, char * err
 
 PINFER_API void pinfer_get_stats(struct pinfer_stats * stats);
 PINFER_API void pinfer_stats_reset(void);
+
+// Device memory that a hot part takes, bytes: what hot shard i (from 0) took when it was opened, 0 beyond the last; and of
+// that the compute buffer, as an upper bound for a device whose largest layer has n_hot neurons.
+PINFER_API uint64_t pinfer_hot_shard_bytes(int32_t i);
+PINFER_API uint64_t pinfer_hot_compute_bytes(uint64_t n_embd, uint64_t n_hot);
+
+// Why the last FFN failed ("device CUDA0 failed in layer 7 (...)"); false, and nothing written, where it did not.
+PINFER_API bool pinfer_last_failure(char * err, size_t err_len);
+
+// Where ggml gives up (as it does when a remote device is gone), the process ends with one line on stderr and exit code 1,
+// instead of a backtrace and a core dump. For programs whose users have no debugger at hand; call it once.
+PINFER_API void pinfer_abort_in_one_line(void);
 
 // "avx512", "avx2", "neon" or "scalar": the kernels in use (PINFER_ISA forces one).
 PINFER_API const char * pinfer_isa(void);
