@@ -39,9 +39,9 @@ class PluginConfig:
     activation: str | None = None  # relu, relu2, reglu, drelu; None: what the architecture says
     activation_threshold: float = 0.0  # what a ReLU lets through has to exceed it
     predictor: Path | None = None  # None: exact mode
-    hot: Path | None = None
+    hot: Path | Sequence[Path] | None = None  # a shard for each hot device
     cold: Path | None = None
-    device: str | None = None  # of the hot part
+    device: str | None = None  # of the hot part; of several, their names with commas between
     n_batch_dense: int = 0  # from this many tokens a batch is computed densely
 
     @staticmethod
@@ -243,7 +243,7 @@ class Engine:
         if status == 1:
             raise PinferError(f"the context of {self.n_ctx} tokens is full", "use a larger context (-c)")
         if status != 0:
-            raise PinferError(f"libllama cannot decode (status {status}): {_last_words()}")
+            raise PinferError(_why_not_decoded(status))
         self.n_past += len(tokens)
 
     def generate(self, tokens: Sequence[int], n_tokens: int) -> list[int]:
@@ -366,6 +366,13 @@ def _quieten(llama: Any) -> None:
         _CALLBACKS.append(llama.llama_log_callback(_keep_log))
     # Set again each time: another user of llama_cpp in this process may have set its own.
     llama.llama_log_set(_CALLBACKS[0], None)
+
+
+def _why_not_decoded(status: int) -> str:
+    from pinfer import native
+
+    failure = native.load_plugin().last_failure() if native.is_loaded() else None
+    return failure or f"libllama cannot decode (status {status}): {_last_words()}"
 
 
 def _last_words(n: int = 2) -> str:

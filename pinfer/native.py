@@ -9,7 +9,7 @@ import ctypes
 import os
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -30,6 +30,9 @@ _MEND = "build the native part: make build (or pip install pinfer)"
 _ACTIVATIONS = {None: 0, "relu": 1, "relu2": 2, "reglu": 3, "drelu": 4, "other": 5}
 _ERROR_BYTES = 1024
 
+HOT_TOKENS = 256
+"""PINFER_HOT_TOKENS: a hot device computes at most this many tokens at a time"""
+
 
 class _Params(ctypes.Structure):
     """``struct pinfer_params``."""
@@ -37,9 +40,9 @@ class _Params(ctypes.Structure):
     _fields_ = (
         ("model_path", ctypes.c_char_p),
         ("predictor_path", ctypes.c_char_p),
-        ("hot_path", ctypes.c_char_p),
+        ("hot_paths", ctypes.POINTER(ctypes.c_char_p)),
         ("cold_path", ctypes.c_char_p),
-        ("device", ctypes.c_char_p),
+        ("devices", ctypes.POINTER(ctypes.c_char_p)),
         ("activation", ctypes.c_int32),
         ("n_batch_dense", ctypes.c_int32),
         ("activation_threshold", ctypes.c_float),
@@ -58,6 +61,11 @@ class _Stats(ctypes.Structure):
         ("n_hot", ctypes.c_uint64),
         ("n_fallback", ctypes.c_uint64),
         ("hot_bytes", ctypes.c_uint64),
+        ("seconds_copy", ctypes.c_double),
+        ("seconds_hot", ctypes.c_double),
+        ("seconds_cold", ctypes.c_double),
+        ("seconds_wait", ctypes.c_double),
+        ("seconds_overlap", ctypes.c_double),
     )
 
 
@@ -91,9 +99,21 @@ class Stats:
     n_neurons: int  # neurons of the sparse pairs
     n_candidates: int  # neurons whose first product was computed
     n_active: int  # neurons that fired
-    n_hot: int  # neurons computed on the hot device
+    n_hot: int  # neurons computed on hot devices
     n_fallback: int  # graph nodes that matched nothing and went to the CPU backend
-    hot_bytes: int  # device memory of the hot part
+    hot_bytes: int  # device memory of the hot part, over all devices
+    # of the FFNs that have a hot part
+    seconds_copy: float = 0.0  # x handed to the devices, the work queued there
+    seconds_hot: float = 0.0  # from the first launch until the last device was known to be done
+    seconds_cold: float = 0.0  # the CPU with its own neurons
+    seconds_wait: float = 0.0  # the CPU waiting for devices
+    seconds_overlap: float = 0.0  # hot and cold at the same time
+
+    @property
+    def hidden(self) -> float | None:
+        """The part of the shorter side, hot or cold, that ran while the other did; None where there are not both."""
+        shorter = min(self.seconds_hot, self.seconds_cold)
+        return min(1.0, self.seconds_overlap / shorter) if shorter > 0 else None
 
 
 @dataclass(frozen=True)
@@ -175,6 +195,10 @@ class PluginLibrary:
             "pinfer_configure": (ctypes.c_bool, (ctypes.POINTER(_Params), *failing)),
             "pinfer_get_stats": (None, (ctypes.POINTER(_Stats),)),
             "pinfer_stats_reset": (None, ()),
+            "pinfer_hot_shard_bytes": (ctypes.c_uint64, (ctypes.c_int32,)),
+            "pinfer_hot_compute_bytes": (ctypes.c_uint64, (ctypes.c_uint64, ctypes.c_uint64)),
+            "pinfer_last_failure": (ctypes.c_bool, failing),
+            "pinfer_devices_at_work": (ctypes.c_bool, failing),
             "pinfer_isa": (ctypes.c_char_p, ()),
             "pinfer_arch_activation": (ctypes.c_int, (ctypes.c_char_p,)),
             "pinfer_activation_name": (ctypes.c_char_p, (ctypes.c_int,)),
@@ -194,9 +218,9 @@ class PluginLibrary:
         *,
         model: Path | None = None,
         predictor: Path | None = None,
-        hot: Path | None = None,
+        hot: Path | Sequence[Path] | None = None,
         cold: Path | None = None,
-        device: str | None = None,
+        device: str | Sequence[str] | None = None,
         activation: str | None = None,
         activation_threshold: float = 0.0,
         n_batch_dense: int = 0,
@@ -204,6 +228,7 @@ class PluginLibrary:
         """``pinfer_configure``: check and map the artefacts. Only while no llama_context is alive.
 
         Without a predictor it is exact mode, without an activation the graph's own; ``n_batch_dense=0`` is the default.
+        Several hot shards go to as many devices, named in a sequence or in a list with commas; by default to the GPUs.
         With an ``activation_threshold`` what a ReLU lets through has to exceed it.
         """
         if activation not in _ACTIVATIONS:
@@ -211,9 +236,9 @@ class PluginLibrary:
         params = _Params(
             _path_bytes(model),
             _path_bytes(predictor),
-            _path_bytes(hot),
+            _strings(os.fsencode(path) for path in ((hot,) if isinstance(hot, Path) else hot or ())),
             _path_bytes(cold),
-            None if device is None else device.encode(),
+            _strings(name.encode() for name in (device.split(",") if isinstance(device, str) else device or ())),
             _ACTIVATIONS[activation],
             n_batch_dense,
             activation_threshold,
@@ -226,6 +251,27 @@ class PluginLibrary:
         stats = _Stats()
         self._library.pinfer_get_stats(ctypes.byref(stats))
         return Stats(**{name: getattr(stats, name) for name, _ in _Stats._fields_})
+
+    def hot_shard_bytes(self, shard: int) -> int:
+        """Device memory that hot shard ``shard`` (from 0) took when it was opened."""
+        return int(self._library.pinfer_hot_shard_bytes(shard))
+
+    def hot_compute_bytes(self, n_embd: int, n_hot: int) -> int:
+        """Upper bound of the compute buffer on a device whose largest layer has ``n_hot`` neurons."""
+        return int(self._library.pinfer_hot_compute_bytes(n_embd, n_hot))
+
+    def last_failure(self) -> str | None:
+        """Why the last FFN could not be computed, in one line; None where it could."""
+        text = ctypes.create_string_buffer(_ERROR_BYTES)
+        return _text(text.value) if self._library.pinfer_last_failure(text, _ERROR_BYTES) else None
+
+    def devices_at_work(self) -> str | None:
+        """Devices that have not returned what they were given, as in "device RPC0 failed in layer 7".
+
+        For a callback of ``ggml_set_abort_callback``, by which some of ggml's backends end the process.
+        """
+        text = ctypes.create_string_buffer(_ERROR_BYTES)
+        return _text(text.value) if self._library.pinfer_devices_at_work(text, _ERROR_BYTES) else None
 
     def reset_stats(self) -> None:
         """Set the counters to zero."""
@@ -284,6 +330,12 @@ def _existing(name: Path) -> Path:
     if not path.is_file():
         raise PinferError(f"{path} is missing", _MEND)
     return path
+
+
+def _strings(values: Iterable[bytes]) -> ctypes.Array[ctypes.c_char_p] | None:
+    """A C array of strings with NULL at the end; None where there are none."""
+    texts = [*values]
+    return (ctypes.c_char_p * (len(texts) + 1))(*texts, None) if texts else None
 
 
 def _path_bytes(path: Path | None) -> bytes | None:

@@ -260,6 +260,19 @@ void pinfer_state_fail(pinfer_state * s, const std::string & why) {
     }
 }
 
+bool pinfer_devices_at_work(char * text, size_t text_len) {
+    std::string names;
+    int         layer = -1;
+    for (const auto & hot : pinfer_state_get().hot) {
+        const int il = hot->layer_in_flight;
+        if (il >= 0) {
+            names += (names.empty() ? "" : " or ") + hot->name;
+            layer = il;
+        }
+    }
+    return layer >= 0 && (set_error(text, text_len, "device " + names + " failed in layer " + std::to_string(layer)), true);
+}
+
 bool pinfer_last_failure(char * err, size_t err_len) {
     pinfer_state &              s = pinfer_state_get();
     std::lock_guard<std::mutex> lock(s.mutex);

@@ -82,9 +82,9 @@ PINFER_API uint64_t pinfer_hot_compute_bytes(uint64_t n_embd, uint64_t n_hot);
 // Why the last FFN failed ("device CUDA0 failed in layer 7 (...)"); false, and nothing written, where it did not.
 PINFER_API bool pinfer_last_failure(char * err, size_t err_len);
 
-// Where ggml gives up (as it does when a remote device is gone), the process ends with one line on stderr and exit code 1,
-// instead of a backtrace and a core dump. For programs whose users have no debugger at hand; call it once.
-PINFER_API void pinfer_abort_in_one_line(void);
+// "device RPC0 failed in layer 7": the devices that have been given work which they have not returned; false where none has.
+// For a callback of ggml_set_abort_callback(), by which some of ggml's backends end the process: takes no lock.
+PINFER_API bool pinfer_devices_at_work(char * text, size_t text_len);
 
 // "avx512", "avx2", "neon" or "scalar": the kernels in use (PINFER_ISA forces one).
 PINFER_API const char * pinfer_isa(void);

@@ -4,6 +4,7 @@
 #include "model_file.h"
 #include "pinfer.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -66,16 +67,32 @@ bool folder_find(const std::string & model_path, std::string & folder, std::stri
     return true;
 }
 
-uint64_t array_sum_u32(const struct gguf_context * gguf, const char * key) {
-    const int64_t id  = gguf_find_key(gguf, key);
-    uint64_t      sum = 0;
-    if (id >= 0 && gguf_get_kv_type(gguf, id) == GGUF_TYPE_ARRAY && gguf_get_arr_type(gguf, id) == GGUF_TYPE_UINT32) {
-        const uint32_t * values = (const uint32_t *) gguf_get_arr_data(gguf, id);
+// Values of an array of u32 or u64; none where there is no such key.
+std::vector<uint64_t> array_of_uint(const struct gguf_context * gguf, const char * key) {
+    const int64_t         id = gguf_find_key(gguf, key);
+    std::vector<uint64_t> values;
+    if (id >= 0 && gguf_get_kv_type(gguf, id) == GGUF_TYPE_ARRAY) {
+        const enum gguf_type type = gguf_get_arr_type(gguf, id);
         for (size_t i = 0; i < gguf_get_arr_n(gguf, id); i++) {
-            sum += values[i];
+            if (type == GGUF_TYPE_UINT32) {
+                values.push_back(((const uint32_t *) gguf_get_arr_data(gguf, id))[i]);
+            } else if (type == GGUF_TYPE_UINT64) {
+                values.push_back(((const uint64_t *) gguf_get_arr_data(gguf, id))[i]);
+            }
         }
     }
-    return sum;
+    return values;
+}
+
+// What the placement takes of each device, or what it may take.
+std::vector<uint64_t> needed_of(const struct gguf_context * gguf, const pinfer_artefacts & artefacts) {
+    for (const char * key : { "pinfer.placement.vram_needed", "pinfer.placement.vram_device" }) {
+        const std::vector<uint64_t> bytes = array_of_uint(gguf, key);
+        if (!bytes.empty() && bytes.size() == artefacts.devices.size()) {
+            return bytes;
+        }
+    }
+    return std::vector<uint64_t>(artefacts.devices.size() == 1, artefacts.vram);
 }
 
 // Budget, layers and context of the placement; it must be of this model and of this format.
@@ -99,14 +116,54 @@ bool placement_read(const std::string & model_path, pinfer_artefacts & artefacts
         artefacts.vram         = pinfer_gguf_uint(gguf, "pinfer.placement.vram", 0);
         artefacts.n_gpu_layers = (uint32_t) pinfer_gguf_uint(gguf, "pinfer.placement.n_gpu_layers", 0);
         artefacts.n_ctx        = (uint32_t) pinfer_gguf_uint(gguf, "pinfer.placement.n_ctx", 0);
-        artefacts.n_hot        = array_sum_u32(gguf, "pinfer.placement.n_hot");
-        artefacts.device       = pinfer_gguf_string(gguf, "pinfer.placement.device", "");
+        artefacts.devices      = pinfer_list_split(pinfer_gguf_string(gguf, "pinfer.placement.device", ""));
+        artefacts.needed       = needed_of(gguf, artefacts);
+        for (const uint64_t n : array_of_uint(gguf, "pinfer.placement.n_hot")) {
+            artefacts.n_hot += n;
+        }
     }
     gguf_free(gguf);
     return err.empty();
 }
 
+// hot.gguf, hot-1.gguf, ... as far as there are such, unless all are without tensors: a placement for a machine without a
+// device leaves them so.
+bool hot_find(const std::string & model_path, pinfer_artefacts & artefacts, std::string & err) {
+    const std::string remedy = "run `pinfer split " + model_path + "` again";
+    int64_t           n      = 0;
+    for (std::string path = file_in(artefacts.folder, "hot.gguf"); !path.empty();) {
+        struct gguf_context * gguf = pinfer_gguf_open(path, remedy, err);
+        if (!gguf) {
+            return false;
+        }
+        n += gguf_get_n_tensors(gguf);
+        gguf_free(gguf);
+        artefacts.hot.push_back(path);
+        path = file_in(artefacts.folder, ("hot-" + std::to_string(artefacts.hot.size()) + ".gguf").c_str());
+    }
+    if (!artefacts.hot.empty() && artefacts.cold.empty()) {
+        err = artefacts.hot[0] + " lies there without its cold.gguf; " + remedy;
+        return false;
+    }
+    if (n == 0) {
+        artefacts.hot.clear();
+    }
+    return true;
+}
+
 } // namespace
+
+std::vector<std::string> pinfer_list_split(const std::string & list) {
+    std::vector<std::string> parts;
+    for (size_t begin = 0; begin < list.size();) {
+        const size_t end = std::min(list.find(',', begin), list.size());
+        if (end > begin) {
+            parts.push_back(list.substr(begin, end - begin));
+        }
+        begin = end + 1;
+    }
+    return parts;
+}
 
 bool pinfer_artefacts_find(const std::string & model_path, const std::string & folder, pinfer_artefacts & artefacts,
                            std::string & err) {
@@ -123,27 +180,11 @@ bool pinfer_artefacts_find(const std::string & model_path, const std::string & f
         return true;
     }
     artefacts.predictor = file_in(artefacts.folder, "predictor.gguf");
-    artefacts.hot       = file_in(artefacts.folder, "hot.gguf");
     artefacts.cold      = file_in(artefacts.folder, "cold.gguf");
     artefacts.placement = file_in(artefacts.folder, "placement.gguf");
 
     if (!artefacts.placement.empty() && !placement_read(model_path, artefacts, err)) {
         return false;
     }
-    if (!artefacts.hot.empty() && artefacts.cold.empty()) {
-        err = artefacts.hot + " lies there without its cold.gguf; run `pinfer split " + model_path + "` again";
-        return false;
-    }
-    if (!artefacts.hot.empty()) {  // a placement for a machine without a device leaves hot.gguf without tensors
-        const std::string     remedy = "run `pinfer split " + model_path + "` again";
-        struct gguf_context * gguf   = pinfer_gguf_open(artefacts.hot, remedy, err);
-        if (!gguf) {
-            return false;
-        }
-        if (gguf_get_n_tensors(gguf) == 0) {
-            artefacts.hot.clear();
-        }
-        gguf_free(gguf);
-    }
-    return true;
+    return hot_find(model_path, artefacts, err);
 }

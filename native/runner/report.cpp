@@ -99,10 +99,9 @@ std::string pinfer_report_line(const pinfer_session & session, bool show_seed, u
     if (std::isfinite(s.on_device)) {
         add(formatted("on GPU %.0f %%", 100.0 * s.on_device));
     }
-    uint64_t used  = 0;
-    uint64_t limit = 0;
-    if (pinfer_session_vram(session, used, limit)) {
-        add(formatted("VRAM %.1f/%.1f GiB", (double) used / gib, (double) limit / gib));
+    pinfer_vram vram;
+    if (pinfer_session_vram(session, vram)) {
+        add(formatted("VRAM %.1f/%.1f GiB", (double) vram.used / gib, (double) vram.limit / gib));
     }
     if (show_seed) {
         add("seed " + std::to_string(seed));
@@ -121,9 +120,8 @@ std::string pinfer_report_json(const pinfer_session & session, const std::string
                                uint32_t seed) {
     const shares s      = shares_get(session);
     const bool   sparse = session.mode != PINFER_MODE_DENSE;
-    uint64_t     used   = 0;
-    uint64_t     limit  = 0;
-    const bool   vram   = pinfer_session_vram(session, used, limit);
+    pinfer_vram  taken;
+    const bool   vram   = pinfer_session_vram(session, taken);
     const auto   bytes  = [](bool known, uint64_t n) { return known ? std::to_string(n) : std::string("null"); };
 
     std::string out = "{";
@@ -152,8 +150,10 @@ std::string pinfer_report_json(const pinfer_session & session, const std::string
     add("hot", json_number(s.hot));
     add("on_device", json_number(s.on_device));
     add("hot_bytes", bytes(sparse, s.hot_bytes));
-    add("vram_used", bytes(vram, used));
-    add("vram_limit", bytes(vram, limit));
+    add("vram_loaded", bytes(vram, session.vram_loaded.used));
+    add("vram_used", bytes(vram, taken.used));
+    add("vram_used_counted", bytes(vram, taken.counted));
+    add("vram_limit", bytes(vram, taken.limit));
     add("n_fallback", bytes(sparse, s.n_fallback));
     return out + "}\n";
 }

@@ -77,17 +77,7 @@ ggml_backend_reg_t plugin_register(std::string & err) {
     return reg;
 }
 
-ggml_backend_dev_t gpu_first(void) {
-    ggml_backend_dev_t gpu = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_GPU);
-    return gpu ? gpu : ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_IGPU);
-}
-
-bool is_gpu(ggml_backend_dev_t device) {
-    const enum ggml_backend_dev_type type = ggml_backend_dev_type(device);
-    return type == GGML_BACKEND_DEVICE_TYPE_GPU || type == GGML_BACKEND_DEVICE_TYPE_IGPU;
-}
-
-// The artefacts to use and the device their hot part runs on.
+// The artefacts to use.
 bool artefacts_choose(const pinfer_arguments & args, pinfer_session & session, std::string & err) {
     if (args.no_artefacts) {
         return true;
@@ -103,19 +93,11 @@ bool artefacts_choose(const pinfer_arguments & args, pinfer_session & session, s
     if (args.exact) {
         a.predictor.clear();
     }
-    if (args.device.empty() && !a.hot.empty() && ggml_backend_dev_by_name(a.device.c_str())) {
-        session.device_name = a.device;
-    }
     if (args.device == "none") {  // the shards are halves of one thing; without a device the model itself is used
         if (!a.hot.empty()) {
             a.cold.clear();
         }
         a.hot.clear();
-    }
-    if (!a.hot.empty() && session.device_name.empty() && !gpu_first()) {
-        err = a.hot + " needs a device and libggml has no GPU here; name one with --device, or run `pinfer solve " +
-              session.file.path + " --vram 0` and `pinfer split " + session.file.path + "`";
-        return false;
     }
     if (a.n_hot > 0 && a.cold.empty() && args.device != "none") {
         session.notes.push_back("the placement is not split yet, nothing runs on the device; run `pinfer split " +
@@ -124,18 +106,42 @@ bool artefacts_choose(const pinfer_arguments & args, pinfer_session & session, s
     return true;
 }
 
+// The devices to use, with as much free memory as the placement takes.
+bool devices_choose(const pinfer_arguments & args, pinfer_session & session, bool sparse, std::string & err) {
+    const pinfer_artefacts & a = session.artefacts;
+    if (!pinfer_devices_choose(args.device, a, sparse, session.devices, err)) {
+        return false;
+    }
+    if (!a.hot.empty() && session.devices.used.empty()) {
+        err = a.hot[0] + " needs a device and libggml has no GPU here; name one with --device, or run `pinfer solve " +
+              session.file.path + " --vram 0` and `pinfer split " + session.file.path + "`";
+        return false;
+    }
+    return pinfer_devices_check(session.devices, session.file.path, err);
+}
+
 bool plugin_configure(const pinfer_arguments & args, pinfer_session & session, enum pinfer_activation activation,
                       std::string & err) {
     const pinfer_artefacts & a      = session.artefacts;
     struct pinfer_params     params = {};
     const auto path_or_null = [](const std::string & path) { return path.empty() ? nullptr : path.c_str(); };
-    const bool any          = !a.predictor.empty() || !a.hot.empty() || !a.cold.empty();
+    const auto pointers     = [](const std::vector<std::string> & texts) {
+        std::vector<const char *> out;
+        for (const std::string & text : texts) {
+            out.push_back(text.c_str());
+        }
+        out.push_back(nullptr);
+        return out;
+    };
+    const bool any     = !a.predictor.empty() || !a.hot.empty() || !a.cold.empty();
+    const auto hot     = pointers(a.hot);
+    const auto devices = pointers(session.devices.names);
 
     params.model_path           = any ? session.file.path.c_str() : nullptr;
     params.predictor_path       = path_or_null(a.predictor);
-    params.hot_path             = path_or_null(a.hot);
     params.cold_path            = path_or_null(a.cold);
-    params.device               = a.hot.empty() ? nullptr : path_or_null(session.device_name);
+    params.hot_paths            = hot.data();
+    params.devices              = a.hot.empty() || session.devices.names.empty() ? nullptr : devices.data();
     params.activation           = activation;
     params.n_batch_dense        = args.n_batch_dense;
     params.activation_threshold = session.file.threshold;
@@ -149,38 +155,11 @@ bool plugin_configure(const pinfer_arguments & args, pinfer_session & session, e
     return true;
 }
 
-// Devices that libllama may put layers on: none, the named GPU, or whatever it chooses itself (false: a wrong name).
-bool devices_choose(pinfer_session & session, ggml_backend_dev_t (&devices)[2], struct llama_model_params & params,
-                    std::string & err) {
-    devices[0] = devices[1] = nullptr;
-    session.device          = gpu_first();
-    if (session.device_name == "none") {
-        session.device = nullptr;
-        params.devices = devices;
-    } else if (!session.device_name.empty()) {
-        ggml_backend_dev_t device = ggml_backend_dev_by_name(session.device_name.c_str());
-        if (!device && session.artefacts.hot.empty()) {
-            err = "there is no device " + session.device_name + "; devices are:";
-            for (size_t i = 0; i < ggml_backend_dev_count(); i++) {
-                if (ggml_backend_dev_type(ggml_backend_dev_get(i)) != GGML_BACKEND_DEVICE_TYPE_ACCEL) {
-                    err += std::string(" ") + ggml_backend_dev_name(ggml_backend_dev_get(i));
-                }
-            }
-            return false;
-        }
-        session.device = device && is_gpu(device) ? device : nullptr;
-        devices[0]     = session.device;
-        params.devices = devices;
-    }
-    return true;
-}
-
 bool model_load(const pinfer_arguments & args, pinfer_session & session, ggml_backend_reg_t plugin, std::string & err) {
     struct llama_model_params params = llama_model_default_params();
     const bool                sparse = session.mode != PINFER_MODE_DENSE;
-    ggml_backend_dev_t        devices[2];
-    if (!devices_choose(session, devices, params, err)) {
-        return false;
+    if (session.devices.none || !session.devices.names.empty() || !session.artefacts.hot.empty()) {
+        params.devices = session.devices.dense.data();
     }
     if (args.n_gpu_layers >= 0) {
         params.n_gpu_layers = args.n_gpu_layers;
@@ -201,10 +180,6 @@ bool model_load(const pinfer_arguments & args, pinfer_session & session, ggml_ba
         overrides[0].pattern         = "\\.ffn_(up|gate|down)\\.(weight|bias)";
         overrides[0].buft            = ggml_backend_dev_buffer_type(ggml_backend_reg_dev_get(plugin, 0));
         params.tensor_buft_overrides = overrides;
-    }
-    if (session.device) {
-        size_t total = 0;
-        ggml_backend_dev_memory(session.device, &session.device_free, &total);
     }
     pinfer_log_clear();
     session.model = llama_model_load_from_file(session.file.path.c_str(), params);
@@ -307,17 +282,21 @@ int pinfer_session_open(const pinfer_arguments & args, pinfer_session & session)
                                 pinfer_activation_name(activation) + ", its text will be wrong; leave out --dense");
     }
     llama_backend_init();
-    session.device_name       = args.device;
     ggml_backend_reg_t plugin = nullptr;
     if (sparse) {
         plugin = plugin_register(err);
-        if (!plugin || !artefacts_choose(args, session, err) || !plugin_configure(args, session, activation, err)) {
+        if (!plugin || !artefacts_choose(args, session, err)) {
             return 1;
         }
+    }
+    // the devices are asked for their free memory before the hot neurons go there
+    if (!devices_choose(args, session, sparse, err) || (sparse && !plugin_configure(args, session, activation, err))) {
+        return 1;
     }
     if (!model_load(args, session, plugin, err) || !context_create(args, session, err)) {
         return 1;
     }
+    pinfer_session_vram(session, session.vram_loaded);
     for (const std::string & note : session.notes) {  // not before: an error should stand alone
         pinfer_say_note(note);
     }
@@ -399,6 +378,11 @@ static enum pinfer_decode_result decode(pinfer_session & session, const llama_to
     if (status == 1) {
         return PINFER_DECODE_FULL;
     }
+    char device[512] = "";
+    if (session.mode != PINFER_MODE_DENSE && pinfer_last_failure(device, sizeof(device))) {
+        session.error = std::string(device) + "; see that it still works, or do without it: --device none";
+        return PINFER_DECODE_FAILED;
+    }
     const std::string cause = pinfer_log_error();
     session.error = "decoding failed" + (cause.empty() ? "" : " (" + cause + ")") + "; -v shows libllama's log";
     return PINFER_DECODE_FAILED;
@@ -452,14 +436,12 @@ enum pinfer_decode_result pinfer_session_append(pinfer_session & session, llama_
     return result;
 }
 
-bool pinfer_session_vram(const pinfer_session & session, uint64_t & used, uint64_t & limit) {
-    if (!session.device) {
+bool pinfer_session_vram(const pinfer_session & session, pinfer_vram & vram) {
+    if (!pinfer_devices_vram(session.devices, session.context, vram)) {
         return false;
     }
-    size_t free  = 0;
-    size_t total = 0;
-    ggml_backend_dev_memory(session.device, &free, &total);
-    used  = session.device_free > free ? session.device_free - free : 0;
-    limit = session.artefacts.vram > 0 && session.mode != PINFER_MODE_DENSE ? session.artefacts.vram : total;
+    if (session.artefacts.vram > 0 && session.mode != PINFER_MODE_DENSE) {
+        vram.limit = session.artefacts.vram;
+    }
     return true;
 }

@@ -3,6 +3,7 @@
 
 #include "arguments.h"
 #include "artefacts.h"
+#include "devices.h"
 #include "llama.h"
 #include "model_file.h"
 
@@ -38,10 +39,8 @@ struct pinfer_session {
     uint64_t n_prompt = 0, n_generated = 0;
     double   t_prompt = 0.0, t_generated = 0.0;  // seconds
 
-    // device memory
-    std::string        device_name;              // asked for or solved for; empty: the first GPU; "none"
-    ggml_backend_dev_t device      = nullptr;    // GPU that is used; NULL: none
-    size_t             device_free = 0;          // before anything was loaded
+    pinfer_devices devices;
+    pinfer_vram    vram_loaded;  // when model and context had been loaded
 };
 
 // Loads model, plugin and artefacts. Returns the exit code: 0, 1 or 2, with session.error set when it is not 0.
@@ -64,5 +63,5 @@ enum pinfer_decode_result pinfer_session_sync(pinfer_session & session, const st
 // Appends one generated token.
 enum pinfer_decode_result pinfer_session_append(pinfer_session & session, llama_token token);
 
-// Bytes of device memory this process took since it was opened, and what it may take; false without a device.
-bool pinfer_session_vram(const pinfer_session & session, uint64_t & used, uint64_t & limit);
+// Device memory this process took since it was opened, and what it may take; false without a device.
+bool pinfer_session_vram(const pinfer_session & session, pinfer_vram & vram);
