@@ -177,7 +177,9 @@ void test_at_the_same_time() {
             pinfer_stats st;
             pinfer_get_stats(&st);
             check(st.seconds_hot > 0 && st.seconds_cold > 0 && st.seconds_wait > 0 && st.seconds_copy > 0, "seconds are counted");
-            check(st.seconds_overlap > 0 && st.seconds_overlap <= st.seconds_cold * 1.0001, "the cold part runs beside the hot one");
+            // a thread may wake when this small cold part is done; a queue is at work once it is filled
+            check((st.seconds_overlap > 0 || one != &queue) && st.seconds_overlap <= st.seconds_cold * 1.0001,
+                  "the cold part runs beside the hot one");
         }
     }
 }
