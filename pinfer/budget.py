@@ -17,8 +17,8 @@ from pinfer.model import Model
 _ALIGNMENT = 512
 # llama.cpp cuts its cache in steps of this many tokens.
 _CACHE_STEP = 256
-# Batches up to this size are computed neuron by neuron, and so use the hot device (N_BATCH_DENSE of the plugin).
-_HOT_TOKENS = 64
+# A hot device computes this many tokens at a time (PINFER_HOT_TOKENS of the plugin).
+_HOT_TOKENS = 256
 # Widths of attention heads for which ggml's GPU backends have a flash attention, which needs no matrix of scores.
 _FLASH_WIDTHS = (64, 80, 96, 112, 128, 256)
 _CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
