@@ -379,14 +379,16 @@ def test_a_full_context_ends_the_text(tiny_relu2: Path) -> None:
 # --- artefacts --------------------------------------------------------------------------------------------------------
 
 
-def make_shards(path: Path, hot_share: float, device: str = "CPU") -> Path:
+def make_shards(path: Path, hot_share: float, device: str = "CPU", identity: str | None = None) -> Path:
     """placement.gguf, hot.gguf and cold.gguf of a random placement; returns their folder."""
     model = open_model(path)
     rng = np.random.default_rng(3)
     n_hot = int(model.n_ff * hot_share) // 64 * 64
     order = tuple(rng.permutation(model.n_ff).astype(np.int32) for _ in range(model.n_layer))
     folder = paths.artefact_dir(path, model.fingerprint, for_writing=True)
-    placement = PlacementFile(new_placement_id(), (n_hot,) * model.n_layer, device, 1 << 30, 0, 160, {}, order)
+    placement = PlacementFile(
+        identity or new_placement_id(), (n_hot,) * model.n_layer, device, 1 << 30, 0, 160, {}, order
+    )
     placement.write(folder / paths.PLACEMENT, model, {})
     split(path, SplitOptions())
     return folder
@@ -455,6 +457,42 @@ def test_a_hot_part_runs_on_the_device(tiny_relu2: Path) -> None:
     # no hot part at all: the model itself
     none = report(tiny_relu2, "-n", 24, "--device", "none")
     assert (none["hot"], none["tokens"]) == (None, report(tiny_relu2, "-n", 24, "--no-artefacts")["tokens"])
+
+
+def test_two_hot_devices(tiny_relu2: Path) -> None:
+    folder = make_shards(tiny_relu2, 0.5, identity="0123456789abcdef")
+    one = report(tiny_relu2, "-n", 24, "--device", "CPU")
+    kept = {name: (folder / name).read_bytes() for name in (paths.HOT, paths.COLD, paths.PLACEMENT)}
+    make_shards(tiny_relu2, 0.0, identity="0123456789abcdef")
+    nothing = (folder / paths.HOT).read_bytes()
+    for name, data in kept.items():
+        (folder / name).write_bytes(data)
+    (folder / "hot-1.gguf").write_bytes(nothing)
+    for devices in ("CPU,CPU", "cpu,CPU"):
+        two = report(tiny_relu2, "-n", 24, "--device", devices)
+        assert [two[key] for key in ("tokens", "hot", "hot_bytes")] == [
+            one[key] for key in ("tokens", "hot", "hot_bytes")
+        ]
+    for devices in ("CPU", "CPU,CPU,CPU"):
+        line = runner("-m", tiny_relu2, "-p", "a", "--device", devices).error()
+        assert "one of 2 hot shards" in line
+        assert "--device" in line
+    assert "there is no device CUDA99" in runner("-m", tiny_relu2, "-p", "a", "--device", "CPU,CUDA99").error()
+    # half of the neurons in the place of none
+    (folder / "hot-1.gguf").write_bytes(kept[paths.HOT])
+    assert "exactly once" in runner("-m", tiny_relu2, "-p", "a", "--device", "CPU,CPU").error()
+
+
+def test_device_memory_is_counted(tiny_relu2: Path) -> None:
+    make_shards(tiny_relu2, 0.5)
+    hot = report(tiny_relu2, "-n", 4, "--device", "CPU")
+    assert hot["vram_loaded"] == hot["vram_used"] == hot["vram_used_counted"] == hot["hot_bytes"] > 0
+    assert hot["vram_limit"] == 1 << 30  # of the placement
+    line = runner("-m", tiny_relu2, "-p", PROMPT, "-n", 4, "--device", "CPU", "--temp", 0).err
+    assert "VRAM 0.0/1.0 GiB" in line
+    none = report(tiny_relu2, "-n", 4, "--device", "none")
+    assert none["vram_used"] is None
+    assert none["vram_used_counted"] is None
 
 
 def test_a_hot_part_without_a_device(tiny_relu2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
