@@ -24,6 +24,8 @@ DEVICE_NAME = b"PINFER"
 # DESIGN section 3, fact 3: for layers offloaded to a GPU the loader has to be told who owns the FFN.
 _FFN_TENSORS = rb"\.ffn_(up|gate|down)\.(weight|bias)"
 
+_GPU_TYPES = (1, 2)  # of enum ggml_backend_dev_type: GPU and IGPU
+
 # Architectures whose graph in libllama aborts with flash attention, which it would choose by itself.
 NO_FLASH_ATTENTION = (b"plm",)
 
@@ -93,6 +95,7 @@ class Engine:
         self._context: Any = None
         self._batch: Any = None
         self._f32_attention = f32_attention
+        self._hot_devices = plugin.device if plugin is not None and plugin.hot else None
         _configure_plugin(model_path, plugin)
         from llama_cpp import llama_cpp as llama
 
@@ -125,6 +128,10 @@ class Engine:
         if with_plugin and n_gpu_layers != 0:
             overrides = _ffn_overrides()
             params.tensor_buft_overrides = ctypes.addressof(overrides)
+        devices = None
+        if self._hot_devices is not None:
+            devices = _dense_devices(self._hot_devices)
+            params.devices = ctypes.addressof(devices)
         _LOG.clear()
         self._model = self._llama.llama_model_load_from_file(os.fsencode(model_path), params)
         if not self._model:
@@ -343,6 +350,20 @@ def _ffn_overrides() -> ctypes.Array[_BufferOverride]:
     overrides = (_BufferOverride * 2)()
     overrides[0] = _BufferOverride(_FFN_TENSORS, base.ggml_backend_dev_buffer_type(device))
     return overrides
+
+
+def _dense_devices(hot_devices: str) -> ctypes.Array[ctypes.c_void_p]:
+    """Where libllama may put dense layers beside hot neurons: on the first of their devices that is a GPU, if any is."""
+    from pinfer.ggml import load_library
+
+    registry, base = load_library("ggml"), load_library("ggml-base")
+    registry.ggml_backend_dev_by_name.restype = ctypes.c_void_p
+    registry.ggml_backend_dev_by_name.argtypes = (ctypes.c_char_p,)
+    base.ggml_backend_dev_type.restype = ctypes.c_int
+    base.ggml_backend_dev_type.argtypes = (ctypes.c_void_p,)
+    found = (registry.ggml_backend_dev_by_name(name.encode()) for name in hot_devices.split(","))
+    gpus = (device for device in found if device and base.ggml_backend_dev_type(device) in _GPU_TYPES)
+    return (ctypes.c_void_p * 2)(next(gpus, None), None)
 
 
 # libllama's log is one per process, and so is this; it is read only when something fails.

@@ -18,9 +18,9 @@ from pinfer.model import open_model
 
 
 def runner(model: Path, trace: Path, n_tokens: int) -> subprocess.Popen[str]:
-    command = [native.runner_path(), "-m", model, "-p", "Once upon a time", "-n", str(n_tokens), "--ignore-eos"]
+    command = [str(native.runner_path()), "-m", str(model), "-p", "Once upon a time", "-n", str(n_tokens)]
     return subprocess.Popen(
-        [*command, "--temp", "0", "-t", "1"],
+        [*command, "--ignore-eos", "--temp", "0", "-t", "1"],
         env={**os.environ, "PINFER_TRACE": str(trace)},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
