@@ -636,8 +636,6 @@ def test_cache_and_buffers_are_what_libllama_takes(tiny_relu2: Path) -> None:
     for n_ctx, n_batch, cache, compute in lines:
         counted = sum(kv_bytes(model, layer, int(n_ctx), "f16") for layer in range(model.n_layer))
         assert counted == pytest.approx(float(cache) * MIB, rel=0.01)
-        # An upper estimate, and one that does not waste a card.
-        assert 1 <= compute_bytes(model, int(n_ctx), int(n_batch)) / (float(compute) * MIB) < 6
         # What libllama counts without giving a model memory is what it takes when it does.
         layout = Layout(0, int(n_ctx), int(n_batch), "f16")
         assert count_compute_bytes(model, "CPU", layout) == pytest.approx(float(compute) * MIB, rel=0.15)
