@@ -90,6 +90,9 @@ class ArtefactWriter(GgufFileWriter):
     def add_u32_array(self, key: str, values: Sequence[int]) -> None:
         self._add_array(key, [int(v) for v in values], "UINT32")
 
+    def add_u64_array(self, key: str, values: Sequence[int]) -> None:
+        self._add_array(key, [int(v) for v in values], "UINT64")
+
     def add_f32_array(self, key: str, values: Sequence[float]) -> None:
         self._add_array(key, [float(v) for v in values], "FLOAT32")
 

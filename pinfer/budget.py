@@ -1,4 +1,4 @@
-"""What takes device memory before the first hot neuron does: dense weights, KV cache and compute buffers.
+"""What takes device memory beside the hot neurons: dense weights, KV cache and buffers.
 
 llama.cpp's ``n_gpu_layers`` counts from the output: 1 is the output matrix, 2 adds the last layer, and so on. Of an
 offloaded layer everything goes to the device but the matrices of its FFN, which pinfer owns.
@@ -7,7 +7,8 @@ offloaded layer everything goes to the device but the matrices of its FFN, which
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 from pinfer.errors import PinferError
 from pinfer.gguf_file import type_size
@@ -17,10 +18,12 @@ from pinfer.model import Model
 _ALIGNMENT = 512
 # llama.cpp cuts its cache in steps of this many tokens.
 _CACHE_STEP = 256
-# A hot device computes this many tokens at a time (PINFER_HOT_TOKENS of the plugin).
+# Tokens that a hot device computes at once (PINFER_HOT_TOKENS of the plugin).
 _HOT_TOKENS = 256
 # Widths of attention heads for which ggml's GPU backends have a flash attention, which needs no matrix of scores.
 _FLASH_WIDTHS = (64, 80, 96, 112, 128, 256)
+# Ends of tensors, and holes between them that none fits into.
+_SLACK = 1.05
 _CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
 _FFN_MATRIX = re.compile(r"blk\.\d+\.ffn_(up|gate|down)\.(weight|bias)")
 
@@ -76,47 +79,55 @@ def kv_bytes(model: Model, layer: int, n_ctx: int, cache_type: str) -> int:
 
 
 def compute_bytes(model: Model, n_ctx: int, n_batch: int) -> int:
-    """An upper estimate of llama.cpp's compute buffers on a device that has the output and at least one layer."""
+    """An upper estimate of llama.cpp's compute buffers on a device that is not here to be asked."""
     n_head = max(model.n_head, default=1)
     n_head_kv = max(model.n_head_kv, default=1)
     heads = n_head * model.head_dim_k + n_head_kv * (model.head_dim_k + model.head_dim_v) + n_head * model.head_dim_v
     n_ctx = -(-n_ctx // _CACHE_STEP) * _CACHE_STEP
-    # Per token: the residual stream and its norms, the heads, the logits, the mask, FFN inputs and outputs in transit.
-    values = 6 * model.n_embd + 2 * heads + model.n_vocab + 2 * n_ctx
+    # Per token, of 4 bytes: in a layer the residual stream, what is made of it, the heads, and the mask in 16 bits; at the
+    # end the logits and what they are made of. They are never there at the same time.
+    layer = 2 * model.n_embd + heads + n_ctx // 2
     if not {model.head_dim_k, model.head_dim_v} <= set(_FLASH_WIDTHS):
-        values += 2 * n_head * n_ctx
-    return _aligned(4 * values * n_batch) + (1 << 20)
+        layer += 2 * n_head * n_ctx
+    values = max(layer, model.n_vocab + 2 * model.n_embd)
+    return _aligned(_SLACK * 4 * values * n_batch) + (256 << 10)
 
 
-def hot_overhead(model: Model) -> int:
-    """Device memory that the hot part takes beside its neurons: activations of a batch, ends of buffers."""
-    per_layer = 5 * _ALIGNMENT + model.n_embd * 4
-    return _aligned(4 * _HOT_TOKENS * (2 * model.n_embd + 3 * model.n_ff)) + model.n_layer * per_layer
+def hot_buffers(model: Model, n_hot: int) -> int:
+    """Device memory that the hot part takes beside its neurons, when no layer has more than ``n_hot`` of them there.
 
-
-def fit_dense(model: Model, vram: int, n_ctx: int, n_batch: int, cache_type: str) -> DensePart:
-    """As many dense layers as fit, their KV cache and compute buffers included; none at all for a budget of 0.
-
-    Raises PinferError when there is a budget that not even the output and one layer fit into.
+    The activations of as many tokens as it is given at once (``pinfer_hot_compute_bytes`` of the plugin), what products
+    of 16 bits convert, and the ends of buffers and of quantised rows.
     """
-    if vram <= 0:
-        return DensePart(0, 0, 0, 0)
-    weights, cache = output_bytes(model), 0
-    buffers = compute_bytes(model, n_ctx, n_batch)
-    fitting: DensePart | None = None
-    for n, layer in enumerate(reversed(range(model.n_layer)), start=2):
-        weights += layer_bytes(model, layer)
-        cache += kv_bytes(model, layer, n_ctx, cache_type)
-        part = DensePart(n, weights, cache, buffers)
-        if part.total > vram:
-            break
-        fitting = part
-    if fitting is not None:
-        return fitting
-    needed = output_bytes(model) + layer_bytes(model, model.n_layer - 1)
-    cache = kv_bytes(model, model.n_layer - 1, n_ctx, cache_type)
-    raise PinferError(
-        f"{vram / 2**20:.0f} MiB of VRAM are too little for {model.name}: output and one layer take "
-        f"{needed / 2**20:.0f} MiB, their KV cache {cache / 2**20:.0f} MiB, compute buffers {buffers / 2**20:.0f} MiB",
-        f"give at least --vram {-(-(needed + cache + buffers) // 2**20)}M, a smaller --ctx-size, or --vram 0",
-    )
+    if n_hot == 0:
+        return 0
+    activations = 4 * _HOT_TOKENS * (2 * model.n_embd + 3 * n_hot) + 16 * _ALIGNMENT
+    converted = 2 * _HOT_TOKENS * (model.n_embd + n_hot)
+    ends = model.n_layer * (6 * _ALIGNMENT + 4 * model.n_embd)
+    return _aligned(activations + converted + ends)
+
+
+def fit_dense(model: Model, room: int, n_ctx: int, cache_type: str, compute: Callable[[int], int]) -> DensePart:
+    """As many dense layers as fit into ``room`` bytes, their KV cache and compute buffers included; perhaps none.
+
+    ``compute`` gives the bytes of the compute buffers for a number of layers (``n_gpu_layers``).
+    """
+    parts = [DensePart(0, 0, 0, 0), DensePart(1, output_bytes(model), 0, 0)]
+    for layer in reversed(range(model.n_layer)):
+        last = parts[-1]
+        weights = last.dense_weights + layer_bytes(model, layer)
+        cache = last.kv_cache + kv_bytes(model, layer, n_ctx, cache_type)
+        parts.append(DensePart(last.n_gpu_layers + 1, weights, cache, 0))
+    fitting = [part for part in parts if part.total <= room]
+    # Buffers hardly hang on the number of layers, so what they take now is a good guess of what they will.
+    buffers = 0
+    while fitting:
+        part = fitting[-1]
+        if part.n_gpu_layers == 0:
+            return part
+        if part.total + buffers <= room:
+            buffers = compute(part.n_gpu_layers)
+        if part.total + buffers <= room:
+            return replace(part, compute_buffers=buffers)
+        fitting.pop()
+    return parts[0]

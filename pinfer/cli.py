@@ -27,7 +27,7 @@ from pinfer.cli_options import (
     parse_count,
     parse_layers,
     parse_list,
-    parse_size,
+    parse_sizes,
 )
 from pinfer.cli_run import run
 from pinfer.errors import PinferError
@@ -212,9 +212,12 @@ def train(
 def solve(
     model: ModelArg = None,
     vram: Annotated[
-        int | None,
+        str | None,
         typer.Option(
-            "--vram", parser=parse_size, metavar="SIZE", help="Device memory to use, like 24G. [default: what is free]"
+            "--vram",
+            metavar="SIZE[,SIZE]",
+            help="Device memory to use, like 24G; of several devices together or, like 8G,4G, of each. "
+            "[default: what is free]",
         ),
     ] = None,
     ctx: Annotated[
@@ -224,7 +227,13 @@ def solve(
         int, typer.Option("-b", "--batch-size", min=1, metavar="N", help="Batch to leave room for.")
     ] = 512,
     device: Annotated[
-        str | None, typer.Option("--device", "-dev", metavar="NAME", help="ggml device. [default: the first GPU]")
+        str | None,
+        typer.Option(
+            "--device",
+            "-dev",
+            metavar="NAME[,NAME]",
+            help="ggml devices; dense layers go to the first. [default: the first GPU]",
+        ),
     ] = None,
     machine: Annotated[
         Path | None, typer.Option("--machine", metavar="FILE", help="Solve for the machine described in this file.")
@@ -243,10 +252,11 @@ def solve(
     from pinfer import solve as stage
     from pinfer import ui
 
+    sizes = parse_sizes(vram, "--vram") if vram is not None else None
     choice = Choice(model, model_flag, repo, offline)
     path = choice.path()
     options = stage.SolveOptions(
-        vram=vram,
+        vram=sizes,
         n_ctx=ctx,
         n_batch=batch,
         device=device,

@@ -29,6 +29,14 @@ def parse_size(text: str | int) -> int:
     return int(number) * base**power if number.isdigit() else int(float(number) * base**power)
 
 
+def parse_sizes(text: str, option: str) -> tuple[int, ...]:
+    """Bytes in ``8G``, or in each of ``8G,4G``."""
+    try:
+        return tuple(parse_size(word) for word in text.split(","))
+    except typer.BadParameter as error:
+        raise typer.BadParameter(str(error), param_hint=option) from None
+
+
 def parse_count(text: str | int) -> int:
     """A number of tokens, where ``128k`` is 131072."""
     try:

@@ -22,6 +22,11 @@ _F32, _F16 = 0, 1
 _KINDS = {0: "cpu", 1: "gpu", 2: "igpu"}
 """ggml_backend_dev_type; the others (accelerators beside the CPU, combined devices) hold no weights of their own"""
 
+# Devices of one card with a driver that reports the memory of that card.
+_OWN_DRIVERS = ("CUDA", "ROCm", "MUSA")
+# Their allocations come in pieces of 2 MiB; libllama makes three, the hot part two.
+_ROUNDING = 5 * 2 << 20
+
 _pointer = ctypes.c_void_p
 _int64 = ctypes.c_int64
 _size = ctypes.c_size_t
@@ -110,9 +115,9 @@ def list_devices() -> tuple[Device, ...]:
 
 
 class _Product:
-    """A matrix-vector product on a device, ``[n_rows, n_columns]`` F16 times F32, allocated and ready to run."""
+    """A product on a device, ``[n_rows, n_columns]`` F16 times F32 of some tokens, allocated and ready to run."""
 
-    def __init__(self, device: str, n_threads: int, n_columns: int, n_rows: int) -> None:
+    def __init__(self, device: str, n_threads: int, n_columns: int, n_rows: int, n_tokens: int = 1) -> None:
         ggml = self._ggml = _base()
         handle = _handles()[device]
         self._context = self._buffer = None
@@ -123,12 +128,12 @@ class _Product:
         room = 8 * ggml.ggml_tensor_overhead() + ggml.ggml_graph_overhead()
         self._context = ggml.ggml_init(_InitParams(room, None, True))
         weights = ggml.ggml_new_tensor_2d(self._context, _F16, n_columns, n_rows)
-        self._x = ggml.ggml_new_tensor_2d(self._context, _F32, n_columns, 1)
+        self._x = ggml.ggml_new_tensor_2d(self._context, _F32, n_columns, n_tokens)
         self._y = ggml.ggml_mul_mat(self._context, weights, self._x)
         self._graph = ggml.ggml_new_graph(self._context)
         ggml.ggml_build_forward_expand(self._graph, self._y)
-        self._input = ctypes.create_string_buffer(4 * n_columns)
-        self._output = ctypes.create_string_buffer(4 * n_rows)
+        self._input = ctypes.create_string_buffer(4 * n_columns * n_tokens)
+        self._output = ctypes.create_string_buffer(4 * n_rows * n_tokens)
         self._buffer = ggml.ggml_backend_alloc_ctx_tensors(self._context, self._backend)
         if not self._buffer:
             self.close()
@@ -147,9 +152,14 @@ class _Product:
             raise PinferError(f"a measurement failed with ggml status {status}", "choose another --device")
         return time.perf_counter() - start
 
-    def close(self) -> None:
+    def free_buffer(self) -> None:
+        """Gives back all that was asked for, and nothing of what the backend took for itself."""
         if self._buffer:
             self._ggml.ggml_backend_buffer_free(self._buffer)
+            self._buffer = None
+
+    def close(self) -> None:
+        self.free_buffer()
         if self._context:
             self._ggml.ggml_free(self._context)
         self._ggml.ggml_backend_free(self._backend)
@@ -164,12 +174,37 @@ def _set_n_threads(handle: Any, backend: Any, n_threads: int) -> None:
 
 
 @contextmanager
-def _product(device: str, n_threads: int, n_columns: int, n_rows: int) -> Iterator[_Product]:
-    product = _Product(device, n_threads, n_columns, n_rows)
+def _product(device: str, n_threads: int, n_columns: int, n_rows: int, n_tokens: int = 1) -> Iterator[_Product]:
+    product = _Product(device, n_threads, n_columns, n_rows, n_tokens)
     try:
         yield product
     finally:
         product.close()
+
+
+def measure_overhead(device: Device, n_threads: int, n_embd: int) -> int:
+    """Device memory that computing takes beside the buffers asked for: code, workspaces, rounding of allocations.
+
+    Once per process it is what a driver loads and keeps, so this comes before any other measurement. Devices whose
+    free memory is that of a whole machine, where others work too, are taken to need nothing.
+    """
+    if not device.name.startswith(_OWN_DRIVERS):
+        return 0
+    before = _free_memory(device.name)
+    with _product(device.name, n_threads, n_embd, 4096) as one:
+        one.run()
+        with _product(device.name, n_threads, n_embd, 4096, 512) as many:
+            many.run()
+            one.free_buffer()
+            many.free_buffer()
+            taken = before - _free_memory(device.name)
+    return max(0, taken) + _ROUNDING
+
+
+def _free_memory(device: str) -> int:
+    free, total = _size(), _size()
+    _base().ggml_backend_dev_memory(_handles()[device], ctypes.byref(free), ctypes.byref(total))
+    return free.value
 
 
 def measure_sync(device: str, n_threads: int, n_embd: int) -> float:

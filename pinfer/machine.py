@@ -6,11 +6,12 @@ The file of ``--machine`` is JSON; sizes in bytes, speeds in bytes per second, t
      "n_threads": 16,
      "cpu_bandwidth": 6.0e10,       weights that a matrix-vector product on the CPU reads per second
      "scattered": 0.45,             share of it that is left for rows of one neuron lying apart
-     "device": {"name": "CUDA0", "description": "RTX 4090", "kind": "gpu",
-                "memory_total": 25757220864, "memory_free": 25000000000,
-                "bandwidth": 9.0e11, "sync_seconds": 3.0e-5}}
+     "devices": [{"name": "CUDA0", "description": "RTX 4090", "kind": "gpu",
+                  "memory_total": 25757220864, "memory_free": 25000000000,
+                  "bandwidth": 9.0e11, "sync_seconds": 3.0e-5, "overhead": 120000000}]}
 
-``device`` is null for a machine without one; its ``kind`` is ``gpu``, ``igpu`` or ``cpu`` (a second CPU device).
+``devices`` is empty for a machine without one; a ``kind`` is ``gpu``, ``igpu`` or ``cpu`` (a second CPU device), and
+``overhead``, 0 where it is left out, what a driver takes for itself. One device, or null, may also stand in ``device``.
 ``pinfer solve --json`` prints such an object under ``machine``.
 """
 
@@ -19,12 +20,12 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pinfer.devices import Device, list_devices, measure_bandwidth, measure_sync
+from pinfer.devices import Device, list_devices, measure_bandwidth, measure_overhead, measure_sync
 from pinfer.errors import PinferError
 
 _CPU_BYTES = 256 << 20
@@ -34,7 +35,7 @@ _KINDS = ("gpu", "igpu", "cpu")
 
 @dataclass(frozen=True)
 class HotDevice:
-    """The device that is to hold hot neurons."""
+    """A device that is to hold hot neurons."""
 
     name: str
     description: str
@@ -43,6 +44,13 @@ class HotDevice:
     memory_free: int
     bandwidth: float
     sync_seconds: float
+    overhead: int = 0
+    """bytes that computing takes beside the buffers that are asked for: code, workspaces, rounding"""
+
+    @property
+    def own_memory(self) -> bool:
+        """False for a CPU device: what it would hold lies in the same memory already."""
+        return self.kind != "cpu"
 
 
 @dataclass(frozen=True)
@@ -53,34 +61,41 @@ class Machine:
     n_threads: int
     cpu_bandwidth: float
     scattered: float
-    device: HotDevice | None
+    devices: tuple[HotDevice, ...]
+    """in the order in which they are filled; dense layers go to the first one"""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def choose_device(wanted: str | None) -> Device | None:
-    """The device of that name (any case), else the first GPU, else None. Raises PinferError for an unknown name."""
+def choose_devices(wanted: Sequence[str]) -> tuple[Device, ...]:
+    """The devices of these names (any case), else the first GPU if there is one.
+
+    Raises PinferError for an unknown name and for one that is named twice.
+    """
     devices = list_devices()
-    if wanted is None:
-        return next((d for d in devices if d.kind != "cpu"), None)
-    for device in devices:
-        if device.name.lower() == wanted.lower():
-            return device
-    known = ", ".join(d.name for d in devices)
-    raise PinferError(
-        f"there is no device {wanted!r} here", f"choose one of: {known}; or describe one with --machine FILE"
-    )
+    if not wanted:
+        return tuple(d for d in devices if d.kind != "cpu")[:1]
+    by_name = {device.name.lower(): device for device in devices}
+    chosen = []
+    for name in wanted:
+        if name.lower() not in by_name:
+            known = ", ".join(d.name for d in devices)
+            hint = f"choose one of: {known}; or describe one with --machine FILE"
+            raise PinferError(f"there is no device {name!r} here", hint)
+        chosen.append(by_name[name.lower()])
+        if chosen.count(chosen[-1]) > 1:
+            raise PinferError(f"--device names {chosen[-1].name} twice", "name each device once")
+    return tuple(chosen)
 
 
-def probe(wanted: str | None, n_embd: int, row_bytes: int) -> Machine:
-    """Measures this machine in about a second: its memory, and its device by ggml graphs.
+def probe(chosen: Sequence[Device], n_embd: int, row_bytes: int) -> Machine:
+    """Measures this machine in about a second: its memory, and each chosen device by ggml graphs.
 
-    ``wanted`` names the device (default: the first GPU); ``row_bytes`` is the size of one neuron in memory.
+    ``row_bytes`` is the size of one neuron in memory.
     """
     from pinfer.engine import physical_cores
 
-    device = choose_device(wanted)
     n_threads = physical_cores()
     cpu = next(d for d in list_devices() if d.kind == "cpu")
     n_bytes = min(_CPU_BYTES, max(cpu.memory_free // 8, 8 << 20))
@@ -90,11 +105,13 @@ def probe(wanted: str | None, n_embd: int, row_bytes: int) -> Machine:
         n_threads=n_threads,
         cpu_bandwidth=bandwidth,
         scattered=_measure_scattered(row_bytes, n_bytes),
-        device=_probe_device(device, n_threads, n_embd) if device is not None else None,
+        devices=tuple(_probe_device(device, n_threads, n_embd) for device in chosen),
     )
 
 
 def _probe_device(device: Device, n_threads: int, n_embd: int) -> HotDevice:
+    # Before anything else has run there: what a driver takes, it takes once.
+    overhead = measure_overhead(device, n_threads, n_embd)
     sync = measure_sync(device.name, n_threads, n_embd)
     limit = _CPU_BYTES if device.kind == "cpu" else _DEVICE_BYTES
     n_bytes = min(limit, max(device.memory_free // 8, 8 << 20))
@@ -106,6 +123,7 @@ def _probe_device(device: Device, n_threads: int, n_embd: int) -> HotDevice:
         memory_free=device.memory_free,
         bandwidth=measure_bandwidth(device.name, n_threads, n_bytes, sync),
         sync_seconds=sync,
+        overhead=overhead,
     )
 
 
@@ -152,19 +170,33 @@ def read_machine(path: Path) -> Machine:
 def _machine(found: Any) -> Machine:
     if not isinstance(found, Mapping):
         raise TypeError("it is no object")
-    device = found["device"]
-    if device is not None and not isinstance(device, Mapping):
-        raise TypeError("device is neither an object nor null")
+    devices = _hot_devices(found)
     machine = Machine(
         name=str(found.get("name", "")),
         n_threads=int(found.get("n_threads", 1)),
         cpu_bandwidth=_positive(found, "cpu_bandwidth"),
         scattered=_positive(found, "scattered"),
-        device=_hot_device(device) if device is not None else None,
+        devices=devices,
     )
     if machine.scattered > 1:
         raise ValueError("scattered is a share, at most 1")
     return machine
+
+
+def _hot_devices(found: Mapping[str, Any]) -> tuple[HotDevice, ...]:
+    if "devices" not in found:
+        device = found["device"]
+        if device is not None and not isinstance(device, Mapping):
+            raise TypeError("device is neither an object nor null")
+        return (_hot_device(device),) if device is not None else ()
+    devices = found["devices"]
+    if not isinstance(devices, list) or not all(isinstance(device, Mapping) for device in devices):
+        raise TypeError("devices is no list of objects")
+    hot = tuple(_hot_device(device) for device in devices)
+    names = [device.name for device in hot]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ValueError(f"device {twice} occurs twice")
+    return hot
 
 
 def _hot_device(found: Mapping[str, Any]) -> HotDevice:
@@ -179,6 +211,7 @@ def _hot_device(found: Mapping[str, Any]) -> HotDevice:
         memory_free=int(found.get("memory_free", total)),
         bandwidth=_positive(found, "bandwidth"),
         sync_seconds=_positive(found, "sync_seconds"),
+        overhead=int(found.get("overhead", 0)),
     )
 
 

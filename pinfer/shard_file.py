@@ -1,13 +1,15 @@
-"""hot.gguf and cold.gguf: types, sizes and tensors of the shards (docs/formats.md), for solve, split and verify."""
+"""hot.gguf (one per device) and cold.gguf: types, sizes and tensors of the shards (docs/formats.md)."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import gcd
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
+from pinfer import paths
 from pinfer.artefact import Artefact, ArtefactWriter, open_artefact
 from pinfer.errors import PinferError
 from pinfer.gguf_file import type_name, type_size
@@ -19,7 +21,19 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 COLD_ALIGNMENT = 4096
+_FURTHER_HOT = re.compile(r"hot-[1-9][0-9]*\.gguf")
 _DEFAULT_QUANTISED = "Q8_0"
+
+
+def hot_name(device: int) -> str:
+    """File name of the shard of a placement's n-th device: hot.gguf, hot-1.gguf, …"""
+    return f"hot-{device}.gguf" if device else paths.HOT
+
+
+def stale_hot_shards(folder: Path, n_devices: int) -> list[Path]:
+    """Shards in ``folder`` of devices that the placement no longer has."""
+    wanted = {hot_name(device) for device in range(n_devices)}
+    return sorted(path for path in folder.iterdir() if _FURTHER_HOT.fullmatch(path.name) and path.name not in wanted)
 
 
 @dataclass(frozen=True)
@@ -130,27 +144,31 @@ def hot_neuron_bytes(model: Model, layer: int, types: DownTypes) -> int:
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """What goes into the two shards, by layer."""
+    """What goes into the shards, by layer."""
 
     placement_id: str
-    hot: tuple[NDArray[np.int32], ...]
+    hot: tuple[tuple[NDArray[np.int32], ...], ...]
+    """per device and layer"""
     cold: tuple[NDArray[np.int32], ...]
     types: tuple[DownTypes, ...]
 
-    def hot_type(self, layer: int) -> int:
-        """Type of the hot down matrix; a layer that is wholly hot may have a width that no block divides."""
+    def hot_type(self, device: int, layer: int) -> int:
+        """Type of a hot down matrix; a layer that is wholly hot may have a width that no block divides."""
         kind = self.types[layer].hot
-        return kind if len(self.hot[layer]) % type_size(kind)[0] == 0 else _type_number("F16")
+        return kind if len(self.hot[device][layer]) % type_size(kind)[0] == 0 else _type_number("F16")
 
 
-def hot_writer(path: Path, model: Model, plan: ShardPlan, settings: Mapping[str, object]) -> ArtefactWriter:
-    """A writer of hot.gguf with everything declared; gate, up and down of each layer are still to be written."""
+def hot_writer(
+    path: Path, model: Model, plan: ShardPlan, device: int, settings: Mapping[str, object]
+) -> ArtefactWriter:
+    """A writer of a device's hot shard with everything declared; gate, up and down of each layer are still to be
+    written."""
     out = ArtefactWriter(path, "hot", model, settings)
     out.add_str("pinfer.placement.id", plan.placement_id)
-    for layer, neurons in enumerate(plan.hot):
+    for layer, neurons in enumerate(plan.hot[device]):
         if n := len(neurons):
             _declare_rows(out, model, layer, neurons)
-            out.declare(down_name("hot", layer), (n, model.n_embd), plan.hot_type(layer))
+            out.declare(down_name("hot", layer), (n, model.n_embd), plan.hot_type(device, layer))
     return out
 
 
@@ -184,7 +202,7 @@ def _declare_rows(out: ArtefactWriter, model: Model, layer: int, neurons: NDArra
 
 @dataclass(frozen=True)
 class ShardFile:
-    """hot.gguf or cold.gguf, opened and checked against the model."""
+    """A hot shard or cold.gguf, opened and checked against the model."""
 
     artefact: Artefact
     placement_id: str

@@ -1,7 +1,8 @@
-"""`pinfer solve`: which neurons go to the device, within a budget of its memory (PowerInfer, section 6).
+"""`pinfer solve`: which neurons go to the devices, within a budget of their memory (PowerInfer, section 6).
 
-The budget is filled in this order: dense layers with their KV cache and compute buffers, then hot neurons by the
-integer program. Predictors stay beside the cold neurons they choose from, on the CPU.
+The budget is filled in this order: output and dense layers with their KV cache and compute buffers, as many as fit on
+the first device, then hot neurons on all devices by the integer program. Predictors stay beside the cold neurons they
+choose from, on the CPU.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from pinfer import paths
 from pinfer.artefact import open_artefact
-from pinfer.budget import DensePart, cache_type_bytes, fit_dense, hot_overhead, kv_bytes, layer_bytes, output_bytes
-from pinfer.errors import PinferError
-from pinfer.integer_program import Layer, Placed, place
-from pinfer.machine import HotDevice, Machine, choose_device, probe, read_machine
+from pinfer.budget import cache_type_bytes, kv_bytes, layer_bytes, output_bytes
+from pinfer.device_budget import Budget, SolveOptions, make_budget
+from pinfer.integer_program import Counts, Layer, Placed, place, place_greedily, top_up
+from pinfer.machine import Machine
 from pinfer.model import Model, open_model
 from pinfer.placement_file import GROUP, PlacementFile, new_placement_id
 from pinfer.progress import NULL_PROGRESS, Progress
@@ -27,28 +28,24 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-_DEFAULT_CTX = 4096
-# Left free where no --vram is given: what drivers and other programs take between now and the run.
-_MARGIN_BYTES = 256 << 20
-_MARGIN_SHARE = 0.04
-# A card assumed where --vram is given on a machine without one; only a prediction hangs on it.
-_ASSUMED_BANDWIDTH = 5e11
-_ASSUMED_SYNC = 5e-5
+__all__ = ["SolveOptions", "SolveReport", "solve"]
+
+# Shares of a layer that are tried as the most that a device may get of any: buffers grow with the largest one.
+_CAPS = (1.0, 1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 64)
+# By how much another use of the memory has to be faster before it is worth a word.
+_WORTH_SAYING = 1.05
 
 
 @dataclass(frozen=True)
-class SolveOptions:
-    """What the command line can set."""
+class DeviceReport:
+    """What one device gets."""
 
-    vram: int | None = None
-    """bytes; None: what is free on the device, 0 without one"""
-    n_ctx: int | None = None
-    n_batch: int = 512
-    device: str | None = None
-    machine: Path | None = None
-    time_limit: float = 60.0
-    activation: str | None = None
-    cache_type: str = "f16"
+    name: str
+    vram: int
+    n_bytes: Mapping[str, int]
+    """by part"""
+    n_hot: tuple[int, ...]
+    """neurons per layer"""
 
 
 @dataclass(frozen=True)
@@ -57,19 +54,21 @@ class SolveReport:
 
     placement: Path
     device: str
+    """names, separated by commas; ``none`` without one"""
     vram: int
     n_ctx: int
     n_layer: int
     n_ff: int
     n_gpu_layers: int
     n_hot: tuple[int, ...]
-    """neurons per layer"""
+    """neurons per layer, on all devices"""
+    devices: tuple[DeviceReport, ...]
     hot_activations: float
     """share of all activations that fall on hot neurons"""
     n_bytes: Mapping[str, int]
-    """device memory by part"""
+    """memory of all devices by part"""
     objective: float
-    """activations per token on the device"""
+    """activations per token on the devices"""
     bound: float
     gap: float
     greedy: float
@@ -81,6 +80,8 @@ class SolveReport:
     """predicted with every neuron cold"""
     tokens_per_s_dense: float
     """predicted for dense FFNs with the same device memory"""
+    tokens_per_s_hot_first: float
+    """predicted with no dense layer on a device and hot neurons in their place, placed greedily"""
     machine: Machine
 
     @property
@@ -93,125 +94,90 @@ class SolveReport:
 
 
 @dataclass(frozen=True)
-class _Budget:
-    """The device memory and what the dense part takes of it."""
+class _Problem:
+    """What is to be placed, and where."""
 
-    machine: Machine
-    vram: int
-    n_ctx: int
-    cache_type: str
-    dense: DensePart
-    overhead: int
+    model: Model
+    budget: Budget
+    layers: tuple[Layer, ...]
+    costs: tuple[LayerCost, ...]
 
-    @property
-    def own_memory(self) -> bool:
-        """False for a CPU device: what it would hold lies in the same memory already."""
-        return self.machine.device is not None and self.machine.device.kind != "cpu"
+    def capped(self, groups: Sequence[int]) -> tuple[Layer, ...]:
+        """The layers when no device may get more than so many groups of any."""
+        return tuple(_capped(layer, groups) for layer in self.layers)
 
-    @property
-    def left(self) -> int:
-        """Bytes for hot neurons."""
-        return max(0, self.vram - self.dense.total - self.overhead)
+    def capped_alone(self, groups: Sequence[int]) -> tuple[Layer, ...]:
+        """The same when each device may do as much of a layer as if the others had nothing of it."""
+        layers = []
+        for layer, cost in zip(self.layers, self.costs, strict=True):
+            alone = [
+                max(most, cost.most_alone(d)) if device.device.own_memory else most
+                for d, (device, most) in enumerate(zip(self.budget.devices, layer.most, strict=True))
+            ]
+            layers.append(_capped(replace(layer, most=tuple(alone)), groups))
+        return tuple(layers)
+
+    def left(self, groups: Sequence[int]) -> list[int]:
+        """Bytes for hot neurons on each device when no layer gets more than so many groups there."""
+        caps = (min(n * GROUP, self.model.n_ff) for n in groups)
+        return [device.left(self.model, cap) for device, cap in zip(self.budget.devices, caps, strict=True)]
+
+    def seconds(self, counts: Counts) -> float:
+        """Seconds per token."""
+        ffn = sum(cost.seconds(n) for cost, n in zip(self.costs, counts, strict=True))
+        return _dense_seconds(self.model, self.budget) + ffn
+
+
+def _capped(layer: Layer, groups: Sequence[int]) -> Layer:
+    return replace(layer, most=tuple(min(most, cap) for most, cap in zip(layer.most, groups, strict=True)))
 
 
 def solve(model_path: Path, options: SolveOptions, progress: Progress = NULL_PROGRESS) -> SolveReport:
-    """Writes placement.gguf. Raises PinferError when the budget is too small or the solver fails."""
+    """Writes placement.gguf. Raises PinferError when devices or options make no sense or the solver fails."""
     model = open_model(model_path, options.activation)
     model.require_sparse()
     cache_type_bytes(options.cache_type)
     folder = paths.artefact_dir(model.path, model.fingerprint, for_writing=True)
     types = tuple(down_types(model, layer, None) for layer in range(model.n_layer))
-    budget = _budget(model, types, options, progress)
+    budget = make_budget(model, cold_neuron_bytes(model, 0, types[0]), options, progress)
     order, frequency = _ranked(model, folder, budget.vram, progress)
-    predictors = _predictors(model, folder)
-    costs = [
-        layer_cost(model, layer, types[layer], frequency[layer], predictors[layer], budget.machine, GROUP)
-        for layer in range(model.n_layer)
-    ]
-    layers = [
-        _program_layer(model, layer, types[layer], frequency[layer], costs[layer], budget.own_memory)
-        for layer in range(model.n_layer)
-    ]
-    placed = place(layers, budget.left, options.time_limit)
-    report = _report(model, folder / paths.PLACEMENT, budget, layers, placed, costs)
+    problem = _problem(model, types, frequency, _predictors(model, folder), budget)
+    placed = _place(problem, options.time_limit)
+    report = _report(problem, folder / paths.PLACEMENT, placed)
+    _say_what_else(problem, report, progress)
     PlacementFile(
         id=new_placement_id(),
-        n_hot=report.n_hot,
+        n_hot=tuple(n for device in report.devices for n in device.n_hot) or (0,) * model.n_layer,
         device=report.device,
         vram=budget.vram,
-        n_gpu_layers=budget.dense.n_gpu_layers,
+        n_gpu_layers=budget.n_gpu_layers,
         n_ctx=budget.n_ctx,
         report=report.to_json(),
         order=order,
-    ).write(report.placement, model, {**asdict(options), "machine": str(options.machine or "")})
+        vram_device=tuple(device.vram for device in report.devices) or (0,),
+    ).write(report.placement, model, _settings(options))
     return report
 
 
-def _budget(model: Model, types: Sequence[DownTypes], options: SolveOptions, progress: Progress) -> _Budget:
-    machine, vram = _machine_and_budget(model, types, options, progress)
-    n_ctx = options.n_ctx or min(model.n_ctx_train or _DEFAULT_CTX, _DEFAULT_CTX)
-    nothing = _Budget(machine, vram, n_ctx, options.cache_type, DensePart(0, 0, 0, 0), hot_overhead(model))
-    if vram == 0:
-        return replace(nothing, overhead=0)
-    if not nothing.own_memory:
-        return nothing
-    try:
-        return replace(nothing, dense=fit_dense(model, vram, n_ctx, options.n_batch, options.cache_type))
-    except PinferError as error:
-        if options.vram is not None:
-            raise
-        progress.note(f"the device stays unused: {error.message}")
-        return replace(nothing, vram=0, overhead=0)
+def _settings(options: SolveOptions) -> dict[str, object]:
+    return {**asdict(options), "machine": str(options.machine or ""), "vram": options.vram_list or None}
 
 
-def _machine_and_budget(
-    model: Model, types: Sequence[DownTypes], options: SolveOptions, progress: Progress
-) -> tuple[Machine, int]:
-    """The machine to solve for and the bytes of device memory to use."""
-    if options.machine is not None:
-        machine = read_machine(options.machine)
-        if options.device is not None and (machine.device is None or machine.device.name != options.device):
-            raise PinferError(f"{options.machine} does not describe device {options.device}", "leave out --device")
-        if machine.device is None and options.vram:
-            raise PinferError(f"{options.machine} describes a machine without a device", "leave out --vram")
-    else:
-        row = cold_neuron_bytes(model, 0, types[0])
-        if options.vram == 0:
-            return replace(probe(None, model.n_embd, row), device=None), 0
-        machine = _probe_with_device(options, model.n_embd, row, progress)
-    device = machine.device
-    if device is None:
-        progress.note("no GPU here: every neuron stays on the CPU")
-        return machine, 0
-    if options.vram is None:
-        margin = max(_MARGIN_BYTES, int(device.memory_free * _MARGIN_SHARE))
-        return machine, max(0, device.memory_free - margin)
-    if device.kind != "cpu" and device.memory_total and options.vram > device.memory_total:
-        raise PinferError(
-            f"--vram asks for {options.vram / 2**30:.1f} GiB, {device.name} has {device.memory_total / 2**30:.1f} GiB",
-            "give it less, or leave --vram out",
+def _say_what_else(problem: _Problem, report: SolveReport, progress: Progress) -> None:
+    """Notes about budgets that could be used better."""
+    if report.vram and not any(report.n_bytes.values()):
+        progress.note("nothing fits into this budget, or nothing in it would pay: everything stays on the CPU")
+    if report.tokens_per_s_hot_first > report.tokens_per_s * _WORTH_SAYING:
+        progress.note(
+            f"dense layers come first; with hot neurons alone on the device {report.tokens_per_s_hot_first:.1f} "
+            f"tokens/s would be expected instead of {report.tokens_per_s:.1f}"
         )
-    return machine, options.vram
-
-
-def _probe_with_device(options: SolveOptions, n_embd: int, row: int, progress: Progress) -> Machine:
-    """This machine; with a budget given and no GPU in it, as if it had one."""
-    has_gpu = choose_device(None) is not None
-    try:
-        device = choose_device(options.device)
-    except PinferError:
-        if has_gpu or options.vram is None:
-            raise
-        device = None
-    if device is not None or options.vram is None:
-        return probe(options.device, n_embd, row)
-    name = options.device or "none"
-    progress.note(
-        f"no GPU here: speeds are those of a card with {_ASSUMED_BANDWIDTH / 1e9:.0f} GB/s (--machine FILE describes "
-        "another), and running this placement needs one"
-    )
-    assumed = HotDevice(name, "assumed", "gpu", 0, options.vram, _ASSUMED_BANDWIDTH, _ASSUMED_SYNC)
-    return replace(probe(None, n_embd, row), device=assumed)
+    if report.tokens_per_s_dense > report.tokens_per_s * _WORTH_SAYING and _fits_whole(problem):
+        progress.note(
+            f"the whole model fits on {report.devices[0].name}, where dense FFNs need no way back to the CPU: "
+            f"{report.tokens_per_s_dense:.1f} tokens/s would be expected instead of {report.tokens_per_s:.1f} from "
+            f"pinfer run {problem.model.path} --dense -ngl all"
+        )
 
 
 def _ranked(
@@ -251,75 +217,158 @@ def _predictors(model: Model, folder: Path) -> list[PredictorCost | None]:
     return costs
 
 
+def _problem(
+    model: Model,
+    types: Sequence[DownTypes],
+    frequency: Sequence[NDArray[np.float64]],
+    predictors: Sequence[PredictorCost | None],
+    budget: Budget,
+) -> _Problem:
+    costs = tuple(
+        layer_cost(model, layer, types[layer], frequency[layer], predictors[layer], budget.machine, GROUP)
+        for layer in range(model.n_layer)
+    )
+    layers = tuple(
+        _program_layer(model, layer, types[layer], frequency[layer], costs[layer], budget.machine)
+        for layer in range(model.n_layer)
+    )
+    return _Problem(model, budget, layers, costs)
+
+
 def _program_layer(
-    model: Model, layer: int, types: DownTypes, frequency: NDArray[np.float64], cost: LayerCost, own_memory: bool
+    model: Model, layer: int, types: DownTypes, frequency: NDArray[np.float64], cost: LayerCost, machine: Machine
 ) -> Layer:
     import numpy as np
 
     impact = np.add.reduceat(frequency, np.arange(0, model.n_ff, GROUP))
-    group_bytes = hot_neuron_bytes(model, layer, types) * GROUP
-    if not own_memory:
-        # A CPU device shares the memory and the cores of the cold side: there is no speed to weigh, only the budget.
-        return Layer(impact, group_bytes, least=1, most=len(impact))
-    # No count pays: a least count beyond all groups keeps the layer off the device.
-    least = cost.least_groups() or len(impact) + 1
-    return Layer(impact, group_bytes, least=least, most=max(least, cost.most_groups()))
+    least, most = [], []
+    for index, (device, n) in enumerate(zip(machine.devices, cost.most_groups(), strict=True)):
+        if device.own_memory:
+            # No count pays: a least count beyond all groups keeps the layer off the device.
+            least.append(cost.least_groups(index) or len(impact) + 1)
+            most.append(max(least[-1], n))
+        else:
+            # A CPU device shares the memory and the cores of the cold side: no speed to weigh, only the budget.
+            least.append(1)
+            most.append(len(impact))
+    return Layer(impact, hot_neuron_bytes(model, layer, types) * GROUP, tuple(least), tuple(most))
 
 
-def _report(
-    model: Model, path: Path, budget: _Budget, layers: Sequence[Layer], placed: Placed, costs: Sequence[LayerCost]
-) -> SolveReport:
-    hot_bytes = sum(n * layer.group_bytes for n, layer in zip(placed.n_groups, layers, strict=True))
-    dense = budget.dense
-    n_bytes = {
-        "dense_weights": dense.dense_weights,
-        "kv_cache": dense.kv_cache,
-        "compute_buffers": dense.compute_buffers + (budget.overhead if hot_bytes else 0),
-        "predictors": 0,
-        "hot_neurons": hot_bytes,
-    }
-    if sum(n_bytes.values()) > budget.vram:
-        raise AssertionError(f"{n_bytes} exceed the budget of {budget.vram} bytes")
-    all_activations = sum(float(layer.impact.sum()) for layer in layers)
-    ffn = [cost.seconds(n) for cost, n in zip(costs, placed.n_groups, strict=True)]
-    cold = [cost.seconds(0) for cost in costs]
+def _place(problem: _Problem, time_limit: float) -> Placed:
+    """Runs the integer program, for the best of some limits to the largest layer of a device."""
+    n_groups = max(len(layer.impact) for layer in problem.layers)
+    n_devices = len(problem.budget.devices)
+
+    def impact(caps: list[int]) -> float:
+        layers = problem.capped(caps)
+        counts = place_greedily(layers, problem.left(caps))
+        return sum(float(layer.impact[: sum(n)].sum()) for layer, n in zip(layers, counts, strict=True))
+
+    # The caps of a device hang on its budget alone, so each is found on its own.
+    caps = [n_groups] * n_devices
+    for d in range(n_devices):
+        tried = [[*caps[:d], max(1, round(n_groups * share)), *caps[d + 1 :]] for share in _CAPS]
+        caps = max(tried, key=impact)
+    placed = place(problem.capped(caps), problem.left(caps), time_limit)
+    # Room was kept for the buffers of larger layers than came out of it, and for devices whose memory is full others do
+    # more than their share: what is left is used group by group.
+    for d in range(n_devices):
+        before = -1.0
+        while placed.objective > before:
+            before = placed.objective
+            caps = [max(n[i] for n in placed.n_groups) for i in range(n_devices)]
+            for more in (0, 1):
+                caps[d] += more
+                placed = top_up(placed, problem.capped_alone(caps), problem.left(caps))
+    return placed
+
+
+def _neurons(problem: _Problem, counts: Counts, device: int) -> tuple[int, ...]:
+    """Hot neurons per layer of one device; the last group of a layer may be short."""
+    n_ff = problem.model.n_ff
+    ends = [(sum(n[: device + 1]) * GROUP, sum(n[:device]) * GROUP) for n in counts]
+    return tuple(min(end, n_ff) - min(start, n_ff) for end, start in ends)
+
+
+def _device_reports(problem: _Problem, counts: Counts) -> tuple[DeviceReport, ...]:
+    reports = []
+    for index, device in enumerate(problem.budget.devices):
+        n_hot = _neurons(problem, counts, index)
+        hot_bytes = sum(n[index] * layer.group_bytes for n, layer in zip(counts, problem.layers, strict=True))
+        n_bytes = device.parts(problem.model, max(n_hot), hot_bytes)
+        if sum(n_bytes.values()) > device.vram:
+            raise AssertionError(f"{n_bytes} exceed the budget of {device.vram} bytes")
+        reports.append(DeviceReport(device.device.name, device.vram, n_bytes, n_hot))
+    return tuple(reports)
+
+
+def _report(problem: _Problem, path: Path, placed: Placed) -> SolveReport:
+    model, budget = problem.model, problem.budget
+    devices = _device_reports(problem, placed.n_groups)
+    parts = devices[0].n_bytes if devices else {}
+    all_activations = sum(float(layer.impact.sum()) for layer in problem.layers)
+    nothing = tuple((0,) * len(devices) for _ in problem.layers)
     return SolveReport(
         placement=path,
-        device=budget.machine.device.name if budget.machine.device is not None else "none",
+        device=",".join(device.name for device in devices) or "none",
         vram=budget.vram,
         n_ctx=budget.n_ctx,
         n_layer=model.n_layer,
         n_ff=model.n_ff,
-        n_gpu_layers=dense.n_gpu_layers,
-        n_hot=tuple(min(n * GROUP, model.n_ff) for n in placed.n_groups),
+        n_gpu_layers=budget.n_gpu_layers,
+        n_hot=tuple(min(sum(n) * GROUP, model.n_ff) for n in placed.n_groups),
+        devices=devices,
         hot_activations=placed.objective / all_activations if all_activations else 0.0,
-        n_bytes=n_bytes,
+        n_bytes={part: sum(device.n_bytes[part] for device in devices) for part in parts},
         objective=placed.objective,
         bound=placed.bound,
         gap=placed.gap,
         greedy=placed.greedy,
         status=placed.status,
         solver_seconds=placed.seconds,
-        tokens_per_s=1 / (_dense_seconds(model, budget) + sum(ffn)),
-        tokens_per_s_cold=1 / (_dense_seconds(model, budget) + sum(cold)),
+        tokens_per_s=1 / problem.seconds(placed.n_groups),
+        tokens_per_s_cold=1 / problem.seconds(nothing),
         tokens_per_s_dense=1 / (_dense_seconds(model, budget) + _dense_ffn_seconds(model, budget)),
+        tokens_per_s_hot_first=_hot_first(problem),
         machine=budget.machine,
     )
 
 
-def _dense_seconds(model: Model, budget: _Budget) -> float:
+def _hot_first(problem: _Problem) -> float:
+    """Tokens per second without dense layers on a device, where a layer's largest share is not limited."""
+    bare = replace(problem, budget=problem.budget.without_dense())
+    largest = [max(len(layer.impact) for layer in bare.layers)] * len(bare.budget.devices)
+    return 1 / bare.seconds(place_greedily(bare.layers, bare.left(largest)))
+
+
+def _dense_seconds(model: Model, budget: Budget) -> float:
     """Seconds per token for all but the FFNs, in a context that is half full."""
-    first_on_device = model.n_layer + 1 - budget.dense.n_gpu_layers
-    seconds = dense_seconds(output_bytes(model), budget.dense.n_gpu_layers > 0, budget.machine)
+    first_on_device = model.n_layer + 1 - budget.n_gpu_layers
+    seconds = dense_seconds(output_bytes(model), budget.n_gpu_layers > 0, budget.machine)
     for layer in range(model.n_layer):
         n_bytes = layer_bytes(model, layer) + kv_bytes(model, layer, budget.n_ctx, budget.cache_type) / 2
         seconds += dense_seconds(n_bytes, layer >= first_on_device, budget.machine)
     return seconds
 
 
-def _dense_ffn_seconds(model: Model, budget: _Budget) -> float:
-    """Seconds per token for the FFNs read whole, as many as fit on the device."""
-    n_bytes = sum(t.n_bytes for f in model.ffn for t in (f.gate, f.up, f.down) if t is not None)
-    on_device = min(n_bytes, budget.left) if budget.own_memory else 0
-    seconds = (n_bytes - on_device) / budget.machine.cpu_bandwidth
-    return seconds + (on_device / budget.machine.device.bandwidth if on_device and budget.machine.device else 0.0)
+def _ffn_bytes(model: Model) -> int:
+    return sum(t.n_bytes for f in model.ffn for t in (f.gate, f.up, f.down) if t is not None)
+
+
+def _fits_whole(problem: _Problem) -> bool:
+    """Whether the first device has room for the FFNs as they are, behind all dense layers."""
+    model, devices = problem.model, problem.budget.devices
+    all_layers = problem.budget.n_gpu_layers == model.n_layer + 1
+    return bool(devices) and all_layers and devices[0].left(model, 0) >= _ffn_bytes(model)
+
+
+def _dense_ffn_seconds(model: Model, budget: Budget) -> float:
+    """Seconds per token for the FFNs read whole, as many as fit on the devices, one side after the other."""
+    rest = _ffn_bytes(model)
+    seconds = 0.0
+    for device in budget.devices:
+        if device.device.own_memory:
+            there = min(rest, device.left(model, 0))
+            seconds += there / device.device.bandwidth
+            rest -= there
+    return seconds + rest / budget.machine.cpu_bandwidth

@@ -1,15 +1,16 @@
 """How long a token takes, by the bytes it has to read: what the solver weighs and what it predicts.
 
 Decoding is bound by memory. A layer's dense part is read where it lies; then the device reads its hot neurons, all of
-them, while the CPU reads the rows of the cold neurons that fire (and what tells which do); the slower side decides.
+them, while the CPU reads the rows of the cold neurons that fire (and what tells which do); the slowest side decides.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pinfer.machine import HotDevice, Machine
+from pinfer.machine import Machine
 from pinfer.model import Model
 from pinfer.shard_file import DownTypes, cold_neuron_bytes, hot_neuron_bytes
 
@@ -29,29 +30,45 @@ class PredictorCost:
 
 @dataclass(frozen=True)
 class LayerCost:
-    """Seconds that the FFN of one layer takes on either side, by the number of hot groups, ``[n_groups + 1]`` each."""
+    """Seconds that the FFN of one layer takes on each side, by the number of hot groups, ``[n_groups + 1]`` each."""
 
     cpu: NDArray[np.float64]
-    device: NDArray[np.float64]
-    """infinite where there is no device, 0 for no group"""
+    """by the hot groups of all devices together"""
+    devices: tuple[NDArray[np.float64], ...]
+    """by the device's own hot groups; 0 for none"""
 
-    def least_groups(self) -> int:
-        """C_l: the fewest groups that the device does sooner than the CPU, synchronisation included; 0 if none."""
+    def least_groups(self, device: int) -> int:
+        """C_l,d: the fewest groups that a device does sooner than the CPU, synchronisation included; 0 if none."""
         import numpy as np
 
-        pays = self.cpu[0] - self.cpu >= self.device
+        pays = self.cpu[0] - self.cpu >= self.devices[device]
         pays[0] = False
         return int(np.argmax(pays)) if pays.any() else 0
 
-    def most_groups(self) -> int:
-        """The groups after which the device is the slower side: it reads its neurons whether they fire or not."""
+    def most_groups(self) -> tuple[int, ...]:
+        """The groups of each device after which the layer would wait for it: it reads all its neurons at every token.
+
+        The devices and the CPU work at the same time, so the best time of a layer is the smallest T in which the CPU
+        does what is left by the devices after each has done as many groups as it can within T.
+        """
         import numpy as np
 
-        return int(np.argmin(np.maximum(self.cpu, self.device)))
+        if not self.devices:
+            return ()
+        # The n-th of all these times is when n groups are done, whichever devices do them.
+        done = np.sort(np.concatenate([seconds[1:] for seconds in self.devices]))[: len(self.cpu) - 1]
+        n = int(np.argmin(np.maximum(self.cpu, np.append(0.0, done))))
+        within = done[n - 1] if n else 0.0
+        return tuple(int(np.searchsorted(seconds, within, side="right")) - 1 for seconds in self.devices)
 
-    def seconds(self, n_groups: int) -> float:
-        """Both sides work at the same time."""
-        return float(max(self.cpu[n_groups], self.device[n_groups]))
+    def most_alone(self, device: int) -> int:
+        """The same where no other device has a part of the layer, as when their memory is full."""
+        return LayerCost(self.cpu, (self.devices[device],)).most_groups()[0]
+
+    def seconds(self, n_groups: Sequence[int]) -> float:
+        """All sides work at the same time; ``n_groups`` is per device."""
+        on_devices = (float(seconds[n]) for seconds, n in zip(self.devices, n_groups, strict=True))
+        return max(float(self.cpu[sum(n_groups)]), *on_devices, 0.0)
 
 
 def layer_cost(
@@ -79,18 +96,16 @@ def layer_cost(
     cold = np.append(np.add.reduceat(read, starts)[::-1].cumsum()[::-1], 0.0)
     if predictor is not None:
         cold[:-1] += predictor.n_bytes / machine.cpu_bandwidth
-    device = np.full(len(cold), np.inf)
-    if machine.device is not None:
-        n_neurons = np.append(starts, len(frequency))
-        device = n_neurons * hot_neuron_bytes(model, layer, types) / machine.device.bandwidth
-        device = device + machine.device.sync_seconds
-    device[0] = 0.0
-    return LayerCost(cold, device)
+    hot_bytes = np.append(starts, len(frequency)) * hot_neuron_bytes(model, layer, types)
+    devices = []
+    for device in machine.devices:
+        devices.append(hot_bytes / device.bandwidth + device.sync_seconds)
+        devices[-1][0] = 0.0
+    return LayerCost(cold, tuple(devices))
 
 
 def dense_seconds(n_bytes: float, on_device: bool, machine: Machine) -> float:
-    """Seconds to read dense weights or cache on one side, with the way there and back on the device."""
-    device: HotDevice | None = machine.device
-    if on_device and device is not None:
-        return n_bytes / device.bandwidth + device.sync_seconds
+    """Seconds to read dense weights or cache on one side, with the way there and back on the (first) device."""
+    if on_device and machine.devices:
+        return n_bytes / machine.devices[0].bandwidth + machine.devices[0].sync_seconds
     return n_bytes / machine.cpu_bandwidth

@@ -1,4 +1,4 @@
-"""`pinfer split`: writes the FFN of a model as hot.gguf and cold.gguf (docs/formats.md).
+"""`pinfer split`: writes the FFN of a model as hot shards, one per device, and cold.gguf (docs/formats.md).
 
 Gate and up rows are copied byte for byte. A neuron's part of down is a column of the model's matrix: its values are
 dequantised and quantised again along the other axis, or moved as they are where neither type has blocks.
@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,16 @@ from pinfer.gguf_writer import replace_together
 from pinfer.model import Model, Tensor, open_model
 from pinfer.placement_file import PlacementFile, new_placement_id
 from pinfer.progress import NULL_PROGRESS, Progress
-from pinfer.shard_file import ShardPlan, cold_writer, down_name, down_types, hot_writer, row_bytes
+from pinfer.shard_file import (
+    ShardPlan,
+    cold_writer,
+    down_name,
+    down_types,
+    hot_name,
+    hot_writer,
+    row_bytes,
+    stale_hot_shards,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -53,6 +63,9 @@ class SplitReport:
     """What was written."""
 
     hot: Path
+    """of the first device"""
+    hot_shards: tuple[Path, ...]
+    """of all devices"""
     cold: Path
     hot_bytes: int
     cold_bytes: int
@@ -66,11 +79,12 @@ class SplitReport:
     verified: bool
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "hot": str(self.hot), "cold": str(self.cold)}
+        shards = [str(path) for path in self.hot_shards]
+        return {**asdict(self), "hot": str(self.hot), "hot_shards": shards, "cold": str(self.cold)}
 
 
 def split(model_path: Path, options: SplitOptions, progress: Progress = NULL_PROGRESS) -> SplitReport:
-    """Writes both shards beside the model, replacing older ones together.
+    """Writes all shards beside the model, replacing older ones together and removing those of further devices.
 
     The placement decides what is hot. Without one every neuron is cold, ordered by the profile if there is one. With
     ``options.verify`` the written files are read again and proven to be the model before they replace the old ones.
@@ -83,36 +97,55 @@ def split(model_path: Path, options: SplitOptions, progress: Progress = NULL_PRO
     folder = paths.artefact_dir(model.path, model.fingerprint, for_writing=True)
     plan, source = _plan(model, folder, options, progress)
     settings = {"down_type": options.down_type, "order": source}
-    hot_path, cold_path = folder / paths.HOT, folder / paths.COLD
-    with (
-        hot_writer(hot_path, model, plan, settings) as hot,
-        cold_writer(cold_path, model, plan, settings) as cold,
-        ThreadPoolExecutor(os.cpu_count() or 1) as threads,
-    ):
-        hot.begin(also=cold.n_bytes)
-        cold.begin()
-        with progress.task("split", hot.n_bytes + cold.n_bytes, "bytes") as advance:
-            for layer in range(model.n_layer):
-                _write_hot(model, plan, layer, hot, advance)
-                _write_cold(model, plan, layer, cold, threads, advance)
-        hot.finish()
-        cold.finish()
+    hot_paths = tuple(folder / hot_name(device) for device in range(len(plan.hot)))
+    cold_path = folder / paths.COLD
+    with ExitStack() as stack:
+        hot = [
+            stack.enter_context(hot_writer(path, model, plan, device, settings))
+            for device, path in enumerate(hot_paths)
+        ]
+        cold = stack.enter_context(cold_writer(cold_path, model, plan, settings))
+        _write_shards(model, plan, hot, cold, progress)
         if options.verify:
-            verify_shards(model, hot.temporary, cold.temporary, progress)
-        replace_together((hot, cold))
+            verify_shards(model, [shard.temporary for shard in hot], cold.temporary, progress)
+        replace_together((*hot, cold))
+    for path in stale_hot_shards(folder, len(hot_paths)):
+        path.unlink()
     return SplitReport(
-        hot=hot_path,
+        hot=hot_paths[0],
+        hot_shards=hot_paths,
         cold=cold_path,
-        hot_bytes=hot_path.stat().st_size,
+        hot_bytes=sum(path.stat().st_size for path in hot_paths),
         cold_bytes=cold_path.stat().st_size,
-        n_hot=sum(len(n) for n in plan.hot),
+        n_hot=sum(len(neurons) for layers in plan.hot for neurons in layers),
         n_cold=sum(len(n) for n in plan.cold),
         order=source,
-        hot_down_types=_names(plan.hot_type(layer) for layer, n in enumerate(plan.hot) if len(n)),
+        hot_down_types=_names(
+            plan.hot_type(device, layer)
+            for device, layers in enumerate(plan.hot)
+            for layer, n in enumerate(layers)
+            if len(n)
+        ),
         cold_down_types=_names(t.cold for t, n in zip(plan.types, plan.cold, strict=True) if len(n)),
         seconds=time.monotonic() - started,
         verified=options.verify,
     )
+
+
+def _write_shards(
+    model: Model, plan: ShardPlan, hot: Sequence[ArtefactWriter], cold: ArtefactWriter, progress: Progress
+) -> None:
+    shards = (*hot, cold)
+    n_bytes = sum(shard.n_bytes for shard in shards)
+    for shard in shards:  # the first looks whether there is room for all
+        shard.begin(also=n_bytes - shard.n_bytes if shard is shards[0] else 0)
+    with ThreadPoolExecutor(os.cpu_count() or 1) as threads, progress.task("split", n_bytes, "bytes") as advance:
+        for layer in range(model.n_layer):
+            for device, shard in enumerate(hot):
+                _write_hot(model, plan, device, layer, shard, advance)
+            _write_cold(model, plan, layer, cold, threads, advance)
+    for shard in shards:
+        shard.finish()
 
 
 def _names(types: Iterator[int]) -> tuple[str, ...]:
@@ -128,14 +161,13 @@ def _plan(model: Model, folder: Path, options: SplitOptions, progress: Progress)
             progress.note(f"rows that blocks of {options.down_type} do not divide are kept as {', '.join(sorted(got))}")
     if (folder / paths.PLACEMENT).exists():
         placement = PlacementFile.read(folder / paths.PLACEMENT, model)
-        hot = tuple(order[:n] for order, n in zip(placement.order, placement.n_hot, strict=True))
-        cold = tuple(order[n:] for order, n in zip(placement.order, placement.n_hot, strict=True))
-        return ShardPlan(placement.id, hot, cold, types), "placement"
+        hot = tuple(placement.hot(device) for device in range(placement.n_devices))
+        return ShardPlan(placement.id, hot, placement.cold(), types), "placement"
     order, source = _order_without_placement(model, folder)
     where = "their profile" if source == "profile" else "the model"
     progress.note(f"no placement (pinfer solve makes one): every neuron stays cold, in the order of {where}")
     none = tuple(neurons[:0] for neurons in order)
-    return ShardPlan(new_placement_id(), none, order, types), source
+    return ShardPlan(new_placement_id(), (none,), order, types), source
 
 
 def _order_without_placement(model: Model, folder: Path) -> tuple[tuple[NDArray[np.int32], ...], str]:
@@ -171,13 +203,15 @@ def _write_rows(
             advance(rows.nbytes)
 
 
-def _write_hot(model: Model, plan: ShardPlan, layer: int, out: ArtefactWriter, advance: Callable[[int], None]) -> None:
-    neurons, down = plan.hot[layer], model.ffn[layer].down
+def _write_hot(
+    model: Model, plan: ShardPlan, device: int, layer: int, out: ArtefactWriter, advance: Callable[[int], None]
+) -> None:
+    neurons, down = plan.hot[device][layer], model.ffn[layer].down
     if len(neurons) == 0:
         return
     _write_rows(model, layer, neurons, out, advance)
     assert down is not None
-    target = plan.hot_type(layer)
+    target = plan.hot_type(device, layer)
     for piece in _pieces(model.n_embd, 4 * model.n_ff):
         rows = _select_columns(model.raw(down)[piece], down, target, neurons)
         out.write(down_name("hot", layer), rows)

@@ -298,13 +298,14 @@ def print_solve(report: SolveReport) -> None:
     rows = [(str(layer), f"{n:,}", percent(n / report.n_ff)) for layer, n in enumerate(report.n_hot)]
     rows.append(("whole model", f"{sum(report.n_hot):,}", percent(report.hot_share)))
     print_table("", ("layer", "hot neurons", "share"), rows)
+    if report.devices:
+        _print_memory(report)
     used = sum(report.n_bytes.values())
-    memory = ", ".join(f"{name.replace('_', ' ')} {format_bytes(n)}" for name, n in report.n_bytes.items())
+    first = report.devices[0].name if report.devices else "a device"
     quality = f"objective {report.objective:.4g}, bound {report.bound:.4g} (gap {percent(report.gap)}), greedy "
     facts = [
-        ("device", f"{report.device or 'none'}, {format_bytes(used)} of {format_bytes(report.vram)} taken"),
-        ("memory", memory or "none"),
-        ("dense layers", f"{report.n_gpu_layers} on the device, context {report.n_ctx:,}"),
+        ("device", f"{report.device}, {format_bytes(used)} of {format_bytes(report.vram)} taken"),
+        ("dense layers", f"{report.n_gpu_layers} on {first}, context {report.n_ctx:,}"),
         ("activations", f"{percent(report.hot_activations)} fall on hot neurons"),
         ("solver", f"{report.status} in {report.solver_seconds:.2f} s: {quality}{report.greedy:.4g}"),
         (
@@ -315,6 +316,15 @@ def print_solve(report: SolveReport) -> None:
     ]
     print_facts(facts)
     print_paths(report.placement)
+
+
+def _print_memory(report: SolveReport) -> None:
+    """Device memory by what it is for."""
+    devices = report.devices
+    rows = [(part.replace("_", " "), *(format_bytes(d.n_bytes[part]) for d in devices)) for part in report.n_bytes]
+    rows.append(("together", *(format_bytes(sum(d.n_bytes.values())) for d in devices)))
+    rows.append(("budget", *(format_bytes(d.vram) for d in devices)))
+    print_table("", ("memory", *(d.name for d in devices)), rows)
 
 
 def print_split(report: SplitReport) -> None:

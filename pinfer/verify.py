@@ -1,8 +1,8 @@
-"""Proves that two shards are the model: each neuron once, rows byte for byte, down within its type's error."""
+"""Proves that the shards are the model: each neuron once, rows byte for byte, down within its type's error."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,13 +23,13 @@ _ROWS = 256
 """rows of down compared at once: every block length divides it"""
 
 
-def verify_shards(model: Model, hot_path: Path, cold_path: Path, progress: Progress = NULL_PROGRESS) -> None:
-    """Reads both shards again and compares them with the model. Raises PinferError that names the first difference."""
-    hot = ShardFile.read(hot_path, "hot", model)
+def verify_shards(model: Model, hot_paths: Sequence[Path], cold_path: Path, progress: Progress = NULL_PROGRESS) -> None:
+    """Reads all shards again and compares them with the model. Raises PinferError that names the first difference."""
+    hot = tuple(ShardFile.read(path, "hot", model) for path in hot_paths)
     cold = ShardFile.read(cold_path, "cold", model)
-    if hot.placement_id != cold.placement_id:
-        raise _failed(model, "hot.gguf and cold.gguf are of different placements")
-    with progress.task("verify", hot.artefact.gguf.size + cold.artefact.gguf.size, "bytes") as advance:
+    if len({shard.placement_id for shard in (*hot, cold)}) > 1:
+        raise _failed(model, "the hot and the cold shards are of different placements")
+    with progress.task("verify", sum(shard.artefact.gguf.size for shard in (*hot, cold)), "bytes") as advance:
         for layer in range(model.n_layer):
             try:
                 _check_layer(_Layer(model, layer, hot, cold, advance))
@@ -49,26 +49,30 @@ def _failed(model: Model, cause: str) -> PinferError:
 class _Layer:
     model: Model
     number: int
-    hot: ShardFile
+    hot: tuple[ShardFile, ...]
+    """one per device"""
     cold: ShardFile
     advance: Callable[[int], None]
 
     def release(self) -> None:
-        for gguf in (self.model.gguf, self.hot.artefact.gguf, self.cold.artefact.gguf):
-            gguf.release()
+        self.model.gguf.release()
+        for shard in (*self.hot, self.cold):
+            shard.artefact.gguf.release()
 
 
 def _check_layer(at: _Layer) -> None:
     import numpy as np
 
-    hot, cold = at.hot.neurons[at.number], at.cold.neurons[at.number]
-    times = np.bincount(np.concatenate([hot, cold]), minlength=at.model.n_ff)
+    cold = at.cold.neurons[at.number]
+    everywhere = np.concatenate([*(shard.neurons[at.number] for shard in at.hot), cold])
+    times = np.bincount(everywhere, minlength=at.model.n_ff)
     if (times != 1).any():
         neuron = int(np.argmax(times != 1))
         raise _Difference(f"neuron {neuron} occurs {times[neuron]} times")
-    if len(hot):
-        _check_rows(at, at.hot, hot)
-        _check_hot_down(at, hot)
+    for shard in at.hot:
+        if len(neurons := shard.neurons[at.number]):
+            _check_rows(at, shard, neurons)
+            _check_hot_down(at, shard, neurons)
     if len(cold):
         _check_rows(at, at.cold, cold)
         _check_cold_down(at, cold)
@@ -128,10 +132,10 @@ def _down(at: _Layer, shard: ShardFile, shape: tuple[int, int]) -> tuple[Tensor,
     return down, entry
 
 
-def _check_hot_down(at: _Layer, neurons: NDArray[np.int32]) -> None:
+def _check_hot_down(at: _Layer, shard: ShardFile, neurons: NDArray[np.int32]) -> None:
     model = at.model
-    down, entry = _down(at, at.hot, (len(neurons), model.n_embd))
-    rows = at.hot.artefact.raw(entry.name)
+    down, entry = _down(at, shard, (len(neurons), model.n_embd))
+    rows = shard.artefact.raw(entry.name)
     for start in range(0, model.n_embd, _ROWS):
         some = slice(start, min(start + _ROWS, model.n_embd))
         wanted = ggml.dequantise(model.raw(down)[some], down.type, down.row_length)[:, neurons]

@@ -99,6 +99,7 @@ def test_stale_docs_are_noticed(tmp_path: Path, capsys: pytest.CaptureFixture[st
         (["sovle"], "solve"),
         (["solve", "--vrma", "1G"], "--vram"),
         (["solve", "--vram", "24X"], "24X"),
+        (["solve", "--vram", "24G,x"], "'x' is no size"),
         (["solve", "--vram", ""], "24G"),
         (["profile", "--tokens", "many"], "128k"),
         (["profile", "--activation", "gelu"], "relu2"),
@@ -472,6 +473,8 @@ def test_every_flag_of_the_other_commands_arrives(monkeypatch: pytest.MonkeyPatc
     }
     for name, flags in words.items():
         assert _left_at_default(_options_of(monkeypatch, name, *flags.split())) == [], name
+    given = _options_of(monkeypatch, "solve", "--vram", "8G,4G", "--device", "A,B")
+    assert (given.vram_list, given.device_names) == ((8 << 30, 4 << 30), ("A", "B"))
 
 
 # --- the whole way once ---------------------------------------------------------------------------------------------

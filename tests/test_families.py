@@ -17,7 +17,7 @@ from command_line import CommandLine
 from numpy.typing import NDArray
 from shards import nmse, write_shards
 
-from pinfer.budget import hot_overhead
+from pinfer.budget import hot_buffers
 from pinfer.checkpoint import open_checkpoint
 from pinfer.convert import ConvertOptions, convert
 from pinfer.engine import ALWAYS_DENSE, Engine, PluginConfig
@@ -145,8 +145,9 @@ def test_whole_pipeline(case: str, tmp_path: Path) -> None:
     text = Path(__file__).parent / "data" / "profile.txt"
     profile(path, ProfileOptions(dataset=str(text), n_tokens=768, n_ctx=64, n_threads=1))
     train(path, TrainOptions())
-    room = sum(tensor.n_bytes for tensor in open_model(path).tensors if ".ffn_" in tensor.name) // 2
-    solve(path, SolveOptions(vram=hot_overhead(open_model(path)) + room, device="CPU"))
+    model = open_model(path)
+    room = sum(tensor.n_bytes for tensor in model.tensors if ".ffn_" in tensor.name) // 2
+    solve(path, SolveOptions(vram=hot_buffers(model, model.n_ff) + room, device="CPU"))
     split(path, SplitOptions(verify=True))
     command = CommandLine(tmp_path / "work", tmp_path / "home")
     with Engine(path, plugin=PluginConfig.of(open_model(path)), n_ctx=64, n_threads=1) as engine:

@@ -50,18 +50,25 @@ def _folder(path: Path) -> Path:
     return folder
 
 
-def _place(model: Model, n_hot: list[int], seed: int = 0) -> PlacementFile:
+def _place(model: Model, *n_hot: list[int], seed: int = 0) -> PlacementFile:
+    """Hot neurons per layer of each device; which ones is random but fixed."""
     rng = np.random.default_rng(seed)
     order = tuple(rng.permutation(model.n_ff).astype(np.int32) for _ in range(model.n_layer))
-    placement = PlacementFile(new_placement_id(), tuple(n_hot), "CPU", 0, 0, 512, {"why": "test"}, order)
+    device = ",".join(["CPU", "RPC0", "RPC1"][: len(n_hot)])
+    counts = tuple(n for layers in n_hot for n in layers)
+    vram = tuple(range(len(n_hot)))
+    placement = PlacementFile(
+        new_placement_id(), counts, device, sum(vram), 0, 512, {"why": "test"}, order, vram_device=vram
+    )
     placement.write(_folder(model.path) / paths.PLACEMENT, model, {})
     return placement
 
 
 def _check_by_the_format(model: Model) -> None:
-    """Reads both shards with the reference reader, by nothing but docs/formats.md, and compares them with the model."""
+    """Reads all shards with the reference reader, by nothing but docs/formats.md, and compares them with the model."""
     folder = _folder(model.path)
-    hot = {t.name: t for t in gguf.GGUFReader(folder / "hot.gguf").tensors}
+    paths_hot = [folder / "hot.gguf", *sorted(folder.glob("hot-*.gguf"))]
+    hot = [{t.name: t for t in gguf.GGUFReader(path).tensors} for path in paths_hot]
     cold = {t.name: t for t in gguf.GGUFReader(folder / "cold.gguf").tensors}
     assert all(t.data_offset % 4096 == 0 for t in cold.values())
     original = {t.name: t for t in gguf.GGUFReader(model.path).tensors}
@@ -76,7 +83,7 @@ def _check_by_the_format(model: Model) -> None:
         f = model.ffn[layer]
         assert f.down is not None
         down = dequantize(model, f.down)
-        for shard, down_part in ((hot, "ffn_down.weight"), (cold, "ffn_down_t.weight")):
+        for shard, down_part in (*((one, "ffn_down.weight") for one in hot), (cold, "ffn_down_t.weight")):
             parts = ["ffn_gate.weight", "ffn_up.weight"] if model.gated else ["ffn_up.weight"]
             if blk + "neurons" not in shard:
                 assert not any(blk + part in shard for part in (*parts, down_part))
@@ -88,7 +95,7 @@ def _check_by_the_format(model: Model) -> None:
                 assert shard[blk + part].shape.tolist() == [model.n_embd, len(neurons)]
                 assert (rows(shard, blk + part) == rows(original, blk + part)[neurons]).all()
             t = shard[blk + down_part]
-            wanted = down[:, neurons] if shard is hot else down[:, neurons].T
+            wanted = down[:, neurons].T if shard is cold else down[:, neurons]
             assert t.shape.tolist() == list(wanted.shape[::-1])
             found = ggml.dequantise(rows(shard, t.name), t.tensor_type, wanted.shape[1])
             _assert_close(found, wanted, t.tensor_type.name)
@@ -145,6 +152,7 @@ def test_hot_and_cold_are_the_model(tmp_path: Path, type_name: str) -> None:
     n_embd=st.sampled_from([64, 256, 512]),
     biases=st.booleans(),
     share=st.lists(st.floats(0, 1), min_size=2, max_size=2),
+    parts=st.lists(st.floats(0, 1), min_size=0, max_size=2),
     seed=st.integers(0, 1 << 30),
 )
 def test_hot_and_cold_are_the_model_whatever_the_shape(
@@ -156,6 +164,7 @@ def test_hot_and_cold_are_the_model_whatever_the_shape(
     n_embd: int,
     biases: bool,
     share: list[float],
+    parts: list[float],
     seed: int,
 ) -> None:
     block = 256 if type_name == "Q6_K" else 32
@@ -163,7 +172,14 @@ def test_hot_and_cold_are_the_model_whatever_the_shape(
         type_name = "Q8_0"
     shape = Shape(activation, type_name, 2, n_embd, n_ff, biases, seed)
     model = open_model(write_small_model(tmp_path / "m.gguf", shape))
-    _place(model, [n_ff if s > 0.95 else int(s * n_ff) // 64 * 64 for s in share], seed)
+    hot = [n_ff if s > 0.95 else int(s * n_ff) // 64 * 64 for s in share]
+    # Each device takes its part of what those before it have left.
+    devices = []
+    for part in parts:
+        taken = [int(part * n) // 64 * 64 for n in hot]
+        devices.append(taken)
+        hot = [n - k for n, k in zip(hot, taken, strict=True)]
+    _place(model, *devices, hot, seed=seed)
     split(model.path, SplitOptions(down_type=down_type, verify=True))
     _check_by_the_format(model)
 
@@ -245,6 +261,55 @@ def test_without_a_placement_everything_is_cold(tmp_path: Path) -> None:
     _check_by_the_format(model)
 
 
+def test_each_device_has_a_shard_of_its_own(tmp_path: Path) -> None:
+    model = open_model(write_small_model(tmp_path / "m.gguf", Shape(type="Q4_0", n_layer=3, n_ff=480, biases=True)))
+    placement = _place(model, [64, 0, 128], [0, 0, 64], [192, 480, 288])
+    report = split(model.path, SplitOptions(verify=True))
+    _check_by_the_format(model)
+    assert [path.name for path in report.hot_shards] == ["hot.gguf", "hot-1.gguf", "hot-2.gguf"]
+    assert report.hot == report.hot_shards[0]
+    assert report.n_hot == 64 + 128 + 64 + 192 + 480 + 288 == model.n_layer * model.n_ff - report.n_cold
+    assert report.hot_bytes == sum(path.stat().st_size for path in report.hot_shards)
+    for device, path in enumerate(report.hot_shards):
+        shard = ShardFile.read(path, "hot", model)
+        assert shard.placement_id == placement.id
+        for layer, neurons in enumerate(shard.neurons):
+            assert neurons.tolist() == placement.hot(device)[layer].tolist()
+    # The best neurons of a layer are those of the first device.
+    assert placement.hot(0)[2].tolist() == placement.order[2][:128].tolist()
+    read = PlacementFile.read(_folder(model.path) / paths.PLACEMENT, model)
+    assert (read.device, read.vram, read.vram_device, read.n_hot) == ("CPU,RPC0,RPC1", 3, (0, 1, 2), placement.n_hot)
+
+
+def test_shards_of_devices_that_are_gone_go_too(tmp_path: Path) -> None:
+    model = open_model(write_small_model(tmp_path / "m.gguf", Shape()))
+    folder = _folder(model.path)
+    for name in ("hot-x.gguf", "hot-01.gguf", "other-1.gguf"):
+        (folder / name).touch()
+    for n_devices in (3, 2, 1):
+        _place(model, *([64, 0] for _ in range(n_devices)))
+        split(model.path, SplitOptions(verify=True))
+        found = sorted(path.name for path in folder.glob("hot*.gguf"))
+        assert found == sorted(["hot-01.gguf", "hot-x.gguf", "hot.gguf", "hot-1.gguf", "hot-2.gguf"][: 2 + n_devices])
+    (folder / paths.PLACEMENT).unlink()
+    split(model.path, SplitOptions())
+    assert (folder / "other-1.gguf").exists()
+
+
+def test_verification_sees_every_device(tmp_path: Path) -> None:
+    model = open_model(write_small_model(tmp_path / "m.gguf", Shape(type="Q4_0")))
+    _place(model, [64, 64], [64, 128])
+    report = split(model.path, SplitOptions(verify=True))
+    verify.verify_shards(model, report.hot_shards, report.cold)
+    with pytest.raises(PinferError, match=r"layer 0: neuron \d+ occurs 0 times"):
+        verify.verify_shards(model, report.hot_shards[:1], report.cold)
+    with pytest.raises(PinferError, match=r"layer 0: neuron \d+ occurs 2 times"):
+        verify.verify_shards(model, (*report.hot_shards, report.hot), report.cold)
+    _corrupt(report.hot_shards[1], "blk.1.ffn_up.weight", 7)
+    with pytest.raises(PinferError, match="layer 1: the hot up row of neuron"):
+        verify.verify_shards(model, report.hot_shards, report.cold)
+
+
 def _corrupt(path: Path, name: str, at: int) -> None:
     tensor = next(t for t in gguf.GGUFReader(path).tensors if t.name == name)
     content = bytearray(path.read_bytes())
@@ -275,7 +340,7 @@ def test_verification_finds_a_single_wrong_byte(
     report = split(model.path, SplitOptions(verify=True))
     _corrupt(report.hot if shard == "hot" else report.cold, tensor, where)
     with pytest.raises(PinferError, match=cause):
-        verify.verify_shards(model, report.hot, report.cold)
+        verify.verify_shards(model, report.hot_shards, report.cold)
 
 
 def test_verification_finds_shards_of_two_placements(tmp_path: Path) -> None:
@@ -287,7 +352,7 @@ def test_verification_finds_shards_of_two_placements(tmp_path: Path) -> None:
     split(model.path, SplitOptions())
     report.hot.write_bytes(old)
     with pytest.raises(PinferError, match="of different placements"):
-        verify.verify_shards(model, report.hot, report.cold)
+        verify.verify_shards(model, report.hot_shards, report.cold)
 
 
 def test_a_failed_verification_keeps_the_old_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -397,8 +462,8 @@ def test_progress_counts_every_byte(tmp_path: Path) -> None:
 
 def test_a_placement_that_makes_no_sense_is_damage(tmp_path: Path) -> None:
     model = open_model(write_small_model(tmp_path / "m.gguf", Shape()))
-    for n_hot in ([65, 0], [0, 320]):
-        _place(model, n_hot)
+    for n_hot in ([[65, 0]], [[0, 320]], [[192, 0], [128, 0]], [[64, 10], [0, 64]]):
+        _place(model, *n_hot)
         with pytest.raises(PinferError, match=r"placement.gguf is damaged: layer . has \d+ hot neurons of 256"):
             split(model.path, SplitOptions())
     placement = _place(model, [64, 64])
