@@ -18,6 +18,7 @@ type next), 2 wrong usage, 130 Ctrl-C. Sizes read `24G`, `512M`, `7.5GiB` or pla
 |---|---|
 | `PINFER_MODEL` | the model when none is named |
 | `PINFER_HOME` | folder for artefacts that cannot lie beside the model, and for what pinfer remembers |
+| `PINFER_RPC` | the same as `--rpc` |
 | `PINFER_NATIVE_DIR` | folder of another build of plugin and runner |
 | `PINFER_ISA` | forces the kernels: `scalar`, `avx2`, `avx512`, `neon` |
 | `PINFER_DEBUG` | `1`: errors come with their traceback |
