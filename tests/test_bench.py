@@ -373,8 +373,8 @@ def test_every_flag_arrives(monkeypatch: pytest.MonkeyPatch, tiny_relu2: Path) -
         raise PinferError("caught")
 
     monkeypatch.setattr(stage, "bench", catch)
-    words = "-p 1,2 -n 3 -b 4 -r 6 -t 7 -c 8 -ngl 9 --compare none --dense --exact --no-artefacts --device d --text t --rpc h:1"
-    for flags in ((), (*words.split(), "--activation", "relu2")):
+    words = "-p 1,2 -n 3 -b 4 -r 6 -t 7 -c 8 -ngl 9 --compare none --dense --exact --no-artefacts --device d --text t"
+    for flags in ((), (*words.split(), "--rpc", "h:1", "--activation", "relu2")):
         assert cli.run_cli(["bench", str(tiny_relu2), *flags]) == 1
     default, given = caught
     assert default == BenchOptions()
