@@ -52,15 +52,21 @@ $(SDIST): $(PIN) | $(BIN)/python
 	$(BIN)/pip download --quiet --no-deps --no-binary llama-cpp-python --require-hashes -r $(PIN) -d $(@D)
 	touch $@
 
-# Changes only when CMAKE_ARGS does, so that another set of arguments rebuilds llama.cpp.
-$(STAMPS)/cmake-args: FORCE | $(STAMPS)
-	@echo '$(CMAKE_ARGS)' | cmp -s - $@ || echo '$(CMAKE_ARGS)' > $@
+# RPC is one small file of llama.cpp's and needs nothing else; whoever wants it off says so last.
+LLAMA_ARGS := $(strip -DGGML_RPC=on $(CMAKE_ARGS))
 
-# pip's cache of built wheels does not know CMAKE_ARGS.
+# Changes only when the arguments do, so that another set of them rebuilds llama.cpp.
+$(STAMPS)/cmake-args: FORCE | $(STAMPS)
+	@echo '$(LLAMA_ARGS)' | cmp -s - $@ || echo '$(LLAMA_ARGS)' > $@
+
+# pip's cache of built wheels knows a file by its path and not by CMAKE_ARGS: what is built without arguments of the user
+# has a path of its own there, every other build stays out.
 $(STAMPS)/llama: $(SDIST) $(STAMPS)/cmake-args
 	@echo "$$(sed -n 's/.*--hash=sha256://p' $(PIN))  $(SDIST)" | sha256sum --check --quiet
 	@echo 'Building llama.cpp: a few minutes, once'
-	$(BIN)/pip install --quiet --no-deps --force-reinstall $(if $(CMAKE_ARGS),--no-cache-dir) $(SDIST)
+	@mkdir -p $(<D)/rpc && ln -f $< $(<D)/rpc/
+	CMAKE_ARGS='$(LLAMA_ARGS)' $(BIN)/pip install --quiet --no-deps --force-reinstall $(if $(CMAKE_ARGS),--no-cache-dir) \
+	    $(<D)/rpc/$(<F)
 	touch $@
 
 $(STAMPS)/dependencies: pyproject.toml $(STAMPS)/llama

@@ -53,6 +53,8 @@ class BenchOptions:
     text: Path | None = None
     n_stream_bytes: int = 1 << 30
     """read to measure the bandwidth: more than any cache holds"""
+    rpc: str | None = None
+    """host:port[,host:port] of RPC servers; a server serves one process, so one side alone can be measured with them"""
 
 
 def bench(model_path: Path, options: BenchOptions, progress: Progress = NULL_PROGRESS) -> BenchReport:
@@ -114,6 +116,7 @@ class _Setup:
     sides: tuple[str, ...]
     n_threads: int
     n_gpu_layers: int
+    rpc: str | None
     notes: tuple[str, ...]
 
     @staticmethod
@@ -135,7 +138,7 @@ class _Setup:
         if policy := _wait_policy():
             notes.append(f"idle threads wait as you set it ({policy}), on both sides")
         layers = options.n_gpu_layers if options.n_gpu_layers is not None else solved_layers
-        return _Setup(model, plugin, sides, n_threads, layers, tuple(notes))
+        return _Setup(model, plugin, sides, n_threads, layers, options.rpc, tuple(notes))
 
     @property
     def mode(self) -> str:
@@ -150,8 +153,8 @@ class _Setup:
             files = {name: getattr(self.plugin, name) for name in ("predictor", "hot", "cold")}
             plugin = {name: str(path) for name, path in files.items() if path is not None}
             plugin |= {name: getattr(self.plugin, name) for name in ("activation", "activation_threshold", "device")}
-        path = str(self.model.path.resolve())
-        return {"model": path, "plugin": plugin, "n_threads": self.n_threads, "n_gpu_layers": self.n_gpu_layers}
+        path, threads, layers = str(self.model.path.resolve()), self.n_threads, self.n_gpu_layers
+        return {"model": path, "plugin": plugin, "n_threads": threads, "n_gpu_layers": layers, "rpc": self.rpc}
 
 
 def _plugin(model: Model, options: BenchOptions) -> tuple[PluginConfig, int]:

@@ -18,7 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
-from pinfer import native
+from pinfer import native, remote
 from pinfer.engine import Engine, PluginConfig
 from pinfer.errors import PinferError
 
@@ -123,9 +123,11 @@ class Worker:
         return method(**command)
 
     def do_load(
-        self, model: str, plugin: dict[str, Any] | None, n_threads: int, n_gpu_layers: int = 0
+        self, model: str, plugin: dict[str, Any] | None, n_threads: int, n_gpu_layers: int = 0, rpc: str | None = None
     ) -> dict[str, object]:
         """Load the model, with the plugin configured so or (``None``) without it."""
+        if rpc is not None:
+            remote.connect(rpc)
         config = None if plugin is None else _plugin_config(plugin)
         self._engine = BenchEngine(Path(model), plugin=config, n_threads=n_threads, n_gpu_layers=n_gpu_layers)
         self._sparse = plugin is not None

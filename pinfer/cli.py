@@ -23,11 +23,13 @@ from pinfer.cli_options import (
     ModelArg,
     ModelOpt,
     OfflineOpt,
+    RpcOpt,
     ThreadsOpt,
     parse_count,
     parse_layers,
     parse_list,
     parse_sizes,
+    use_servers,
 )
 from pinfer.cli_run import run
 from pinfer.errors import PinferError
@@ -235,6 +237,7 @@ def solve(
             help="ggml devices; dense layers go to the first. [default: the first GPU]",
         ),
     ] = None,
+    rpc: RpcOpt = None,
     machine: Annotated[
         Path | None, typer.Option("--machine", metavar="FILE", help="Solve for the machine described in this file.")
     ] = None,
@@ -255,6 +258,7 @@ def solve(
     sizes = parse_sizes(vram, "--vram") if vram is not None else None
     choice = Choice(model, model_flag, repo, offline)
     path = choice.path()
+    use_servers(rpc)
     options = stage.SolveOptions(
         vram=sizes,
         n_ctx=ctx,
@@ -316,6 +320,7 @@ def evaluate(
     exact: Annotated[bool, typer.Option("--exact", help="Without the predictor.")] = False,
     threads: ThreadsOpt = None,
     device: DeviceOpt = None,
+    rpc: RpcOpt = None,
     activation: ActivationOpt = None,
     as_json: JsonOpt = False,
     model_flag: ModelOpt = None,
@@ -328,6 +333,7 @@ def evaluate(
 
     choice = Choice(model, model_flag, repo, offline)
     path = choice.path()
+    use_servers(rpc)
     options = stage.EvalOptions(
         text=text, n_tokens=tokens, n_ctx=ctx, exact=exact, activation=activation, n_threads=threads, device=device
     )
@@ -376,6 +382,7 @@ def bench(
     dense: Annotated[bool, typer.Option("--dense", help="Stock libllama alone.")] = False,
     no_artefacts: Annotated[bool, typer.Option("--no-artefacts", help="Use the model alone.")] = False,
     device: DeviceOpt = None,
+    rpc: RpcOpt = None,
     activation: ActivationOpt = None,
     output: Annotated[
         Literal["md", "csv", "json", "jsonl"], typer.Option("-o", "--output", help="Format of the report.")
@@ -389,6 +396,10 @@ def bench(
     from pinfer import bench as stage
     from pinfer import ui
 
+    if rpc is not None and compare == "dense" and not dense:
+        raise typer.BadParameter(
+            "a server serves one process at a time; measure one side: --compare none, or --dense", param_hint="--rpc"
+        )
     n_prompt, n_gen, n_seq = parse_list(prompt, "-p"), parse_list(gen, "-n"), parse_list(sequences, "-b")
     choice = Choice(model, model_flag, repo, offline)
     path = choice.path()
@@ -405,6 +416,7 @@ def bench(
         exact=exact,
         no_artefacts=no_artefacts,
         device=device,
+        rpc=rpc,
         activation=activation,
         text=text,
     )

@@ -18,9 +18,10 @@ type next), 2 wrong usage, 130 Ctrl-C. Sizes read `24G`, `512M`, `7.5GiB` or pla
 |---|---|
 | `PINFER_MODEL` | the model when none is named |
 | `PINFER_HOME` | folder for artefacts that cannot lie beside the model, and for what pinfer remembers |
+| `PINFER_RPC` | the same as `--rpc` |
 | `PINFER_NATIVE_DIR` | folder of another build of plugin and runner |
 | `PINFER_ISA` | forces the kernels: `scalar`, `avx2`, `avx512`, `neon` |
-| `PINFER_TRACE` | a file to write a Chrome trace to: copy, hot, cold and wait of every layer, on the CPU and each device |
+| `PINFER_TRACE` | file for a Chrome trace: copy, hot, cold and wait of every layer, on the CPU and each device |
 | `PINFER_DEBUG` | `1`: errors come with their traceback |
 | `HF_TOKEN`, `HF_HOME`, `HF_ENDPOINT` | for `-hf` and data sets: access token, folder of the shared cache, address |
 | `HF_HUB_OFFLINE` | `1`: the same as `--offline` |

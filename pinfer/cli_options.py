@@ -55,6 +55,15 @@ def parse_list(text: str, option: str) -> tuple[int, ...]:
         ) from None
 
 
+def parse_servers(text: str) -> str:
+    """``host:port[,host:port]``, checked for its form alone."""
+    for server in text.split(","):
+        host, _, port = server.partition(":")
+        if not host or not (port.isascii() and port.isdigit() and 0 < int(port) < 65536):
+            raise typer.BadParameter(f"{server!r} is no RPC server; write it like 192.168.1.5:50052")
+    return text
+
+
 def parse_layers(text: str | int) -> int:
     """A number of layers, or ``all`` of them."""
     if isinstance(text, str) and text.strip().lower() == "all":
@@ -96,10 +105,28 @@ DeviceOpt = Annotated[
     str | None,
     typer.Option("--device", "-dev", metavar="NAME", help="ggml device of the hot neurons. [default: as solved]"),
 ]
+RpcOpt = Annotated[
+    str | None,
+    typer.Option(
+        "--rpc",
+        envvar="PINFER_RPC",
+        parser=parse_servers,
+        metavar="HOST:PORT[,…]",
+        help="RPC servers whose devices to use, as RPC0, RPC1, …",
+    ),
+]
 ActivationOpt = Annotated[
     Literal["relu", "relu2", "reglu", "drelu"] | None,
     typer.Option("--activation", help="What the FFN computes, where the GGUF does not say so."),
 ]
+
+
+def use_servers(rpc: str | None) -> None:
+    """Makes devices of the servers that ``--rpc`` names, before anything asks for devices."""
+    if rpc is not None:
+        from pinfer.remote import connect
+
+        connect(rpc)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from pinfer.cli_options import (
     ModelArg,
     ModelOpt,
     OfflineOpt,
+    RpcOpt,
     ThreadsOpt,
     parse_layers,
 )
@@ -107,6 +108,7 @@ def run(
     ] = None,
     no_artefacts: Annotated[bool, typer.Option("--no-artefacts", help="Use the model alone.")] = False,
     device: DeviceOpt = None,
+    rpc: RpcOpt = None,
     activation: ActivationOpt = None,
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="libllama's log on stderr.")] = False,
     as_json: JsonOpt = False,
@@ -156,6 +158,7 @@ def run(
         artefacts=artefacts,
         no_artefacts=no_artefacts,
         device=device,
+        rpc=rpc,
         activation=activation,
         verbose=verbose,
         json=as_json,

@@ -63,6 +63,7 @@ class RunOptions:
     artefacts: Path | None = None  # folder; None: where the other commands write
     no_artefacts: bool = False
     device: str | None = None  # ggml device of the hot neurons, or "none"
+    rpc: str | None = None  # host:port[,host:port] of RPC servers; None: $PINFER_RPC
     activation: str | None = None
     verbose: bool = False
     json: bool = False
@@ -99,6 +100,7 @@ def runner_arguments(model_path: Path, options: RunOptions) -> list[str]:
         ("--grammar-file", options.grammar_file, default.grammar_file),
         ("--artefacts", options.artefacts, default.artefacts),
         ("--device", options.device, default.device),
+        ("--rpc", options.rpc, default.rpc),
         ("--activation", options.activation, default.activation),
     ]
     flags = [

@@ -39,7 +39,7 @@ def isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     work.mkdir()
     monkeypatch.chdir(work)
     monkeypatch.setenv("PINFER_HOME", str(tmp_path / "home"))
-    for name in ("PINFER_MODEL", "PINFER_DEBUG", "GGML_BACKEND_PATH"):
+    for name in ("PINFER_MODEL", "PINFER_RPC", "PINFER_DEBUG", "GGML_BACKEND_PATH"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("NO_COLOR", "1")

@@ -374,11 +374,13 @@ def test_every_flag_arrives(monkeypatch: pytest.MonkeyPatch, tiny_relu2: Path) -
 
     monkeypatch.setattr(stage, "bench", catch)
     words = "-p 1,2 -n 3 -b 4 -r 6 -t 7 -c 8 -ngl 9 --compare none --dense --exact --no-artefacts --device d --text t"
-    for flags in ((), (*words.split(), "--activation", "relu2")):
+    for flags in ((), (*words.split(), "--rpc", "h:1", "--activation", "relu2")):
         assert cli.run_cli(["bench", str(tiny_relu2), *flags]) == 1
     default, given = caught
     assert default == BenchOptions()
-    expected = BenchOptions((1, 2), (3,), (4,), 6, 7, 8, 9, "none", True, True, True, "d", "relu2", Path("t"))
+    expected = BenchOptions(
+        (1, 2), (3,), (4,), 6, 7, 8, 9, "none", True, True, True, "d", "relu2", Path("t"), rpc="h:1"
+    )
     assert given == expected
 
 

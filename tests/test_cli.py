@@ -441,8 +441,8 @@ def test_every_flag_of_run_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
         "-p a -n 5 -cnv -sys s --no-escape --no-display-prompt -c 7 -b 8 -ub 9 --n-batch-dense 10 -t 11 -tb 12 -ngl 13 "
         "-fa on -ctk q8_0 -ctv q4_0 --mlock --no-mmap -s 14 --temp 0.5 --top-k 15 --top-p 0.25 --min-p 0.75 "
         "--repeat-penalty 1.5 --repeat-last-n 16 --presence-penalty 2.5 --frequency-penalty 3.5 --grammar g "
-        "--grammar-file h --ignore-eos --exact --dense --artefacts d --no-artefacts --device CPU --activation relu -v "
-        "--json"
+        "--grammar-file h --ignore-eos --exact --dense --artefacts d --no-artefacts --device CPU --rpc h:1 "
+        "--activation relu -v --json"
     )
     given = _options_of(monkeypatch, "run", *words.split(), "-f", "file.txt")
     default = type(given)()

@@ -670,7 +670,7 @@ def test_every_option_reaches_the_runner(tiny_relu2: Path) -> None:
         n_gpu_layers=0, flash_attn="off", cache_type_k="f32", cache_type_v="bf16", mlock=False, no_mmap=True, seed=5,
         temp=0.5, top_k=10, top_p=0.5, min_p=0.1, repeat_penalty=1.1, repeat_last_n=32, presence_penalty=0.1,
         frequency_penalty=0.1, grammar="root ::= [a-z ]*", grammar_file=None, ignore_eos=True, exact=False, dense=True,
-        artefacts=None, no_artefacts=True, device="none", activation="relu2", verbose=False, json=True,
+        artefacts=None, no_artefacts=True, device="none", rpc=None, activation="relu2", verbose=False, json=True,
     )  # fmt: skip
     given = runner_arguments(tiny_relu2, other)
     default = RunOptions()
@@ -683,7 +683,7 @@ def test_every_option_reaches_the_runner(tiny_relu2: Path) -> None:
     assert runner_arguments(tiny_relu2, default) == ["-m", str(tiny_relu2)]
     for options in (
         RunOptions(prompt_file=Path("x"), conversation=True, system_prompt="y", grammar_file=Path("z"), exact=True),
-        RunOptions(prompt="", artefacts=Path("x"), mlock=True, verbose=True),
+        RunOptions(prompt="", artefacts=Path("x"), mlock=True, verbose=True, rpc="host:1"),
     ):
         assert len(runner_arguments(tiny_relu2, options)) > 6
 

@@ -46,6 +46,8 @@ std::vector<option> options_of(pinfer_arguments & a) {
           "relu, relu2, reglu, drelu or other, where the model does not say it" },
         { { "--device", "-dev", nullptr }, "NAME", KIND_TEXT, &a.device, 0, 0,
           "ggml device of the hot neurons (default: as solved for, else the first GPU; none: no hot part)" },
+        { { "--rpc", nullptr, nullptr }, "HOST:PORT[,...]", KIND_TEXT, &a.rpc, 0, 0,
+          "RPC servers whose devices are used as RPC0, RPC1, ... (default: $PINFER_RPC)" },
         { { "-ngl", "--gpu-layers", "--n-gpu-layers" }, "N", KIND_LAYERS, &a.n_gpu_layers, -1, big,
           "layers whose attention lies on the GPU, or all (default: as placed by solve, else 0)" },
         { { "--n-batch-dense", nullptr, nullptr }, "N", KIND_INT, &a.n_batch_dense, 0, big,

@@ -10,6 +10,7 @@ struct pinfer_arguments {
     std::string artefacts;   // folder; empty: looked for beside the model and under $PINFER_HOME
     std::string activation;  // empty: the model says it
     std::string device;      // ggml device; "none": no device; empty: the first GPU
+    std::string rpc;         // RPC servers, host:port[,host:port]; empty: $PINFER_RPC
     bool        dense        = false;  // stock libllama, plugin not registered
     bool        exact        = false;  // the predictor is ignored
     bool        no_artefacts = false;

@@ -2,6 +2,7 @@
 #include "interrupt.h"
 
 #include "ggml.h"
+#include "pinfer_remote.h"
 
 #include <atomic>
 #include <csignal>
@@ -9,6 +10,7 @@
 #include <cstring>
 #include <exception>
 #include <fcntl.h>
+#include <initializer_list>
 #include <poll.h>
 #include <unistd.h>
 
@@ -27,33 +29,34 @@ int              wake_pipe[2] = { -1, -1 };  // any thread may get the signal, s
 char             name_of_model[512];
 
 // One line on stderr in one piece; only the first thread that gets here speaks.
-[[noreturn]] void leave_with_line(const char * cause) {
+[[noreturn]] void leave_saying(std::initializer_list<const char *> parts) {
     static std::atomic<bool> spoken{ false };
     if (spoken.exchange(true)) {
         pause();
     }
-    char         line[1024];
-    const bool   loading  = current_stage.load() == PINFER_STAGE_LOADING;
-    const char * parts[4] = { "error: libggml stopped: ", cause, "; run with -v for its log\n", "" };
-    if (loading) {
-        parts[0] = "error: ";
-        parts[1] = name_of_model;
-        parts[2] = ": the header is probably damaged, fetch the model again; libllama stopped at ";
-        parts[3] = cause;
-    }
+    char   line[1024];
     size_t n = 0;
+    if (current_stage.load() == PINFER_STAGE_GENERATING && isatty(STDOUT_FILENO) && isatty(STDERR_FILENO)) {
+        line[n++] = '\n';  // not at the end of a line of the text
+    }
     for (const char * part : parts) {
         const size_t length = strlen(part);
         const size_t fits   = length < sizeof(line) - 1 - n ? length : sizeof(line) - 1 - n;
         memcpy(line + n, part, fits);
         n += fits;
     }
-    if (line[n - 1] != '\n') {
-        line[n++] = '\n';
-    }
+    line[n++] = '\n';
     const ssize_t ignored = write(STDERR_FILENO, line, n);
     (void) ignored;
     _exit(1);
+}
+
+[[noreturn]] void leave_with_line(const char * cause) {
+    if (current_stage.load() == PINFER_STAGE_LOADING) {
+        leave_saying({ "error: ", name_of_model,
+                       ": the header is probably damaged, fetch the model again; libllama stopped at ", cause });
+    }
+    leave_saying({ "error: libggml stopped: ", cause, "; run with -v for its log" });
 }
 
 void on_interrupt(int) {
@@ -78,7 +81,10 @@ void on_crash(int sig) {
 
 // ggml calls this just before abort(): an assertion of libllama becomes one line.
 void on_ggml_abort(const char * message) {
-    char line[256];
+    char line[512];
+    if (pinfer_remote_explain(message, line, sizeof(line))) {
+        leave_saying({ "error: ", line });
+    }
     strncpy(line, message, sizeof(line) - 1);
     line[sizeof(line) - 1] = '\0';
     for (char * c = line; *c; c++) {

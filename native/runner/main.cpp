@@ -4,6 +4,7 @@
 #include "generate.h"
 #include "interrupt.h"
 #include "log.h"
+#include "remote.h"
 #include "report.h"
 #include "sampling.h"
 #include "session.h"
@@ -128,7 +129,7 @@ int run_all(int argc, char ** argv) {
     }
     pinfer_interrupt_install(r.args.model);
     pinfer_log_install(r.args.verbose);
-    if (!texts_read(r, err)) {
+    if (!texts_read(r, err) || !pinfer_remote_open(r.args, err)) {
         pinfer_say_error(err);
         return 1;
     }

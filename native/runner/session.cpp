@@ -228,6 +228,9 @@ bool context_create(const pinfer_arguments & args, pinfer_session & session, std
                            : args.flash_attn == "off" || no_flash ? LLAMA_FLASH_ATTN_TYPE_DISABLED
                                                                   : LLAMA_FLASH_ATTN_TYPE_AUTO;
     params.abort_callback  = pinfer_interrupt_abort_callback;
+    if (session.mode != PINFER_MODE_DENSE) {
+        params.op_offload = false; // copies of CPU layers' weights on a device are in no budget
+    }
     if (!cache_type_parse(args.cache_type_k, params.type_k) || !cache_type_parse(args.cache_type_v, params.type_v)) {
         err = "not reached: cache types are checked first";
         return false;
