@@ -353,7 +353,7 @@ def _ffn_overrides() -> ctypes.Array[_BufferOverride]:
 
 
 def _dense_devices(hot_devices: str) -> ctypes.Array[ctypes.c_void_p]:
-    """Where libllama may put dense layers beside hot neurons: on the first of their devices that is a GPU, if any is."""
+    """Where libllama may put dense layers beside hot neurons: on the first of their devices that is a GPU, if any."""
     from pinfer.ggml import load_library
 
     registry, base = load_library("ggml"), load_library("ggml-base")
