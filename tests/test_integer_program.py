@@ -115,8 +115,8 @@ def test_opt_175b_in_seconds_and_no_worse_than_greedy(share: float, least: int) 
 
 
 def test_many_instances_between_the_extremes_keep_the_budgets_and_the_gap() -> None:
-    for seed in range(12):
-        layers, budgets = _large(24, 200, 1 + 7 * seed, 0.03 * (seed + 1), seed, n_devices=1 + seed % 3)
+    for seed in range(6):
+        layers, budgets = _large(24, 200, 1 + 7 * seed, 0.06 * (seed + 1), seed, n_devices=1 + seed % 3)
         placed = place(layers, budgets)
         _check(layers, budgets, placed)
         assert placed.gap < 0.03, (seed, placed)
