@@ -76,7 +76,7 @@ def _context_params(llama: Any, layout: Layout) -> Any:
     params = llama.llama_context_default_params()
     params.n_ctx = layout.n_ctx
     params.n_batch = params.n_ubatch = layout.n_batch
-    params.n_seq_max = 1
+    params.n_seq_max = params.n_outputs_max = 1
     params.type_k = params.type_v = getattr(llama, f"GGML_TYPE_{layout.cache_type.upper()}")
     params.op_offload = False
     return params

@@ -227,6 +227,7 @@ bool context_create(const pinfer_arguments & args, pinfer_session & session, std
     params.flash_attn_type = args.flash_attn == "on"              ? LLAMA_FLASH_ATTN_TYPE_ENABLED
                            : args.flash_attn == "off" || no_flash ? LLAMA_FLASH_ATTN_TYPE_DISABLED
                                                                   : LLAMA_FLASH_ATTN_TYPE_AUTO;
+    params.n_outputs_max   = 1; // of a batch only the last token's logits are looked at
     params.abort_callback  = pinfer_interrupt_abort_callback;
     if (session.mode != PINFER_MODE_DENSE) {
         params.op_offload = false; // copies of CPU layers' weights on a device are in no budget
