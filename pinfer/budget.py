@@ -84,13 +84,13 @@ def compute_bytes(model: Model, n_ctx: int, n_batch: int) -> int:
     n_head_kv = max(model.n_head_kv, default=1)
     heads = n_head * model.head_dim_k + n_head_kv * (model.head_dim_k + model.head_dim_v) + n_head * model.head_dim_v
     n_ctx = -(-n_ctx // _CACHE_STEP) * _CACHE_STEP
-    # Per token, of 4 bytes: in a layer the residual stream, what is made of it, the heads, and the mask in 16 bits; at
-    # the end the logits and what they are made of. They are never there at the same time.
+    # Per token, of 4 bytes: in a layer the residual stream, what is made of it, the heads, and the mask in 16 bits. The
+    # logits, at the end, are those of one token; they are never there at the same time.
     layer = 2 * model.n_embd + heads + n_ctx // 2
     if not {model.head_dim_k, model.head_dim_v} <= set(_FLASH_WIDTHS):
         layer += 2 * n_head * n_ctx
-    values = max(layer, model.n_vocab + 2 * model.n_embd)
-    return _aligned(_SLACK * 4 * values * n_batch) + (256 << 10)
+    values = max(layer * n_batch, model.n_vocab + 2 * model.n_embd)
+    return _aligned(_SLACK * 4 * values) + (256 << 10)
 
 
 def hot_buffers(model: Model, n_hot: int) -> int:

@@ -457,7 +457,7 @@ model = llama.llama_model_load_from_file(sys.argv[1].encode(), llama.llama_model
 for n_ctx, n_batch in ((256, 64), (2048, 512), (8192, 512)):
     params = llama.llama_context_default_params()
     params.n_ctx, params.n_batch, params.n_ubatch, params.n_threads = n_ctx, n_batch, n_batch, 1
-    params.flash_attn_type = 1
+    params.flash_attn_type = params.n_outputs_max = 1
     said.clear()
     context = llama.llama_init_from_model(model, params)
     lines = [line.split("=") for line in said if "buffer size" in line]
