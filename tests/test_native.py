@@ -71,7 +71,7 @@ print(*(Path(file).name.split(".so")[0] for file in files))
         done = run_python(code.replace("sys.argv[1:]", f"['{first}']"))
         assert done.returncode == 0, done.stderr
         names = done.stdout.split()
-        assert sorted(names) == ["libggml", "libggml-base", "libggml-cpu", "libggml-pinfer", "libgomp"]
+        assert sorted(names) == ["libggml", "libggml-base", "libggml-cpu", "libggml-pinfer", "libggml-rpc", "libgomp"]
 
 
 def test_loading_says_nothing() -> None:
