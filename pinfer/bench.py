@@ -148,10 +148,11 @@ class _Setup:
 
     def load(self, side: str) -> dict[str, object]:
         """Arguments of a worker's command to load the model."""
-        plugin: dict[str, str | float | None] | None = None
+        plugin: dict[str, object] | None = None
         if side == SPARSE and self.plugin is not None:
-            files = {name: getattr(self.plugin, name) for name in ("predictor", "hot", "cold")}
+            files = {name: getattr(self.plugin, name) for name in ("predictor", "cold")}
             plugin = {name: str(path) for name, path in files.items() if path is not None}
+            plugin["hot"] = [str(path) for path in self.plugin.hot_paths]
             plugin |= {name: getattr(self.plugin, name) for name in ("activation", "activation_threshold", "device")}
         path, threads, layers = str(self.model.path.resolve()), self.n_threads, self.n_gpu_layers
         return {"model": path, "plugin": plugin, "n_threads": threads, "n_gpu_layers": layers, "rpc": self.rpc}
@@ -160,7 +161,7 @@ class _Setup:
 def _plugin(model: Model, options: BenchOptions) -> tuple[PluginConfig, int]:
     """What `pinfer run` would use, and the dense layers that were placed on the device."""
     from pinfer import paths
-    from pinfer.placement_file import PlacementFile
+    from pinfer.shard_file import find_hot_shards
 
     config = PluginConfig.of(model)
     if options.no_artefacts:
@@ -172,11 +173,9 @@ def _plugin(model: Model, options: BenchOptions) -> tuple[PluginConfig, int]:
         config = replace(config, predictor=predictor)
     if cold.is_file():
         config = replace(config, cold=cold)
-        if (folder / paths.PLACEMENT).is_file():
-            placement = PlacementFile.read(folder / paths.PLACEMENT, model)
-            if any(placement.n_hot) and (folder / paths.HOT).is_file():
-                config = replace(config, hot=folder / paths.HOT, device=options.device or placement.device)
-                n_gpu_layers = placement.n_gpu_layers
+        if (hot := find_hot_shards(folder, model, options.device)) is not None:
+            config = replace(config, hot=hot.paths, device=hot.device)
+            n_gpu_layers = hot.n_gpu_layers
     return config, n_gpu_layers
 
 
@@ -300,6 +299,7 @@ def _result(test: Case, side: str, runs: Sequence[tuple[int, dict[str, Any]]], s
         computed=stats.n_candidates / on_cpu if stats is not None and on_cpu else None,
         active=stats.n_active / on_cpu if stats is not None and on_cpu else None,
         token_bytes=_token_bytes(test, stats, setup),
+        hidden=stats.hidden if stats is not None else None,
     )
 
 

@@ -50,6 +50,8 @@ class Result:
     """share that fired"""
     token_bytes: TokenBytes | None
     """what a token has to read; None for prompts, batches, and where a device reads as well"""
+    hidden: float | None = None
+    """share of the shorter side, device or CPU, during which the other was at work, too; None without hot neurons"""
 
     @property
     def mean(self) -> float:

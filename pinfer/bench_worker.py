@@ -176,7 +176,7 @@ def _plugin_config(values: dict[str, Any]) -> PluginConfig:
         activation=values["activation"],
         activation_threshold=values["activation_threshold"],
         predictor=file("predictor"),
-        hot=file("hot"),
+        hot=[Path(path) for path in values["hot"]] or None,
         cold=file("cold"),
         device=values["device"],
     )

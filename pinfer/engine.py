@@ -46,6 +46,11 @@ class PluginConfig:
     device: str | None = None  # of the hot part; of several, their names with commas between
     n_batch_dense: int = 0  # from this many tokens a batch is computed densely
 
+    @property
+    def hot_paths(self) -> tuple[Path, ...]:
+        """The shards of all hot devices."""
+        return (self.hot,) if isinstance(self.hot, Path) else tuple(self.hot or ())
+
     @staticmethod
     def of(model: Model) -> PluginConfig:
         """What ``model`` computes, in exact mode and without shards."""

@@ -102,21 +102,17 @@ def evaluate(model_path: Path, options: EvalOptions, progress: Progress = NULL_P
 def _sparse_config(model: Model, options: EvalOptions) -> PluginConfig:
     """What ``pinfer run`` would use, but sparse whatever the batch."""
     from pinfer import paths
-    from pinfer.placement_file import PlacementFile
+    from pinfer.shard_file import find_hot_shards
 
     folder = paths.artefact_dir(model.path, model.fingerprint, for_writing=False)
-    predictor = folder / paths.PREDICTOR
-    cold, hot, device = folder / paths.COLD, None, None
-    if cold.is_file() and (folder / paths.PLACEMENT).is_file():
-        placement = PlacementFile.read(folder / paths.PLACEMENT, model)
-        if any(placement.n_hot) and (folder / paths.HOT).is_file():
-            hot, device = folder / paths.HOT, options.device or placement.device
+    predictor, cold = folder / paths.PREDICTOR, folder / paths.COLD
+    hot = find_hot_shards(folder, model, options.device) if cold.is_file() else None
     return replace(
         PluginConfig.of(model),
         predictor=predictor if predictor.is_file() and not options.exact else None,
-        hot=hot,
+        hot=hot.paths if hot else None,
         cold=cold if cold.is_file() else None,
-        device=device,
+        device=hot.device if hot else None,
         n_batch_dense=NEVER_DENSE,
     )
 

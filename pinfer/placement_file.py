@@ -38,6 +38,9 @@ def _ends(n_hot: Sequence[int], n_layer: int) -> list[tuple[int, ...]]:
     return ends
 
 
+_NEEDED = "pinfer.placement.vram_needed"
+
+
 def _vram_device(file: Artefact, vram: int, n_devices: int) -> tuple[int, ...]:
     if n_devices == 1 or "pinfer.placement.vram_device" not in file.gguf:
         return (vram,) if n_devices == 1 else ()
@@ -62,6 +65,8 @@ class PlacementFile:
     """per layer ``[n_ff]``: neurons by falling impact; the first are the first device's, the next the second's, …"""
     vram_device: tuple[int, ...] = ()
     """budget of each device; of one device it is ``vram``; empty where it is not known"""
+    vram_needed: tuple[int, ...] = ()
+    """what of it is placed on each device, which has to be free when the model is run; empty where it is not known"""
 
     @property
     def n_devices(self) -> int:
@@ -108,6 +113,7 @@ class PlacementFile:
             report=report,
             order=tuple(order),
             vram_device=_vram_device(file, vram, n_devices),
+            vram_needed=tuple(file.get_list(_NEEDED, n_devices)) if _NEEDED in file.gguf else (),
         )
 
     def write(self, path: Path, model: Model, settings: Mapping[str, object]) -> None:
@@ -121,6 +127,8 @@ class PlacementFile:
             out.add_u64("pinfer.placement.vram", self.vram)
             if self.n_devices > 1 and self.vram_device:
                 out.add_u64_array("pinfer.placement.vram_device", self.vram_device)
+            if self.vram_needed:
+                out.add_u64_array(_NEEDED, self.vram_needed)
             out.add_u32("pinfer.placement.n_gpu_layers", self.n_gpu_layers)
             out.add_u32("pinfer.placement.n_ctx", self.n_ctx)
             out.add_str("pinfer.placement.report", json.dumps(dict(self.report)))

@@ -14,7 +14,7 @@ from pinfer.artefact import Artefact, ArtefactWriter, open_artefact
 from pinfer.errors import PinferError
 from pinfer.gguf_file import type_name, type_size
 from pinfer.model import FfnTensors, Model, Tensor
-from pinfer.placement_file import GROUP
+from pinfer.placement_file import GROUP, PlacementFile
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,6 +28,29 @@ _DEFAULT_QUANTISED = "Q8_0"
 def hot_name(device: int) -> str:
     """File name of the shard of a placement's n-th device: hot.gguf, hot-1.gguf, …"""
     return f"hot-{device}.gguf" if device else paths.HOT
+
+
+@dataclass(frozen=True)
+class HotShards:
+    """The hot part of a model that has been split."""
+
+    paths: tuple[Path, ...]
+    """by device"""
+    device: str
+    """names of the devices, separated by commas"""
+    n_gpu_layers: int
+    """dense layers on the first of them"""
+
+
+def find_hot_shards(folder: Path, model: Model, device: str | None) -> HotShards | None:
+    """The hot shards in ``folder`` for the devices of the placement, or for ``device``; None where nothing is hot."""
+    if not (folder / paths.PLACEMENT).is_file():
+        return None
+    placement = PlacementFile.read(folder / paths.PLACEMENT, model)
+    found = tuple(folder / hot_name(i) for i in range(placement.n_devices))
+    if not any(placement.n_hot) or not all(path.is_file() for path in found):
+        return None
+    return HotShards(found, device or placement.device, placement.n_gpu_layers)
 
 
 def stale_hot_shards(folder: Path, n_devices: int) -> list[Path]:

@@ -155,6 +155,7 @@ def solve(model_path: Path, options: SolveOptions, progress: Progress = NULL_PRO
         report=report.to_json(),
         order=order,
         vram_device=tuple(device.vram for device in report.devices) or (0,),
+        vram_needed=tuple(sum(device.n_bytes.values()) for device in report.devices) or (0,),
     ).write(report.placement, model, _settings(options))
     return report
 

@@ -437,6 +437,9 @@ def _bench_facts(report: BenchReport) -> list[str]:
         f"{e.time}, load average {e.load_average:.2f}"
         + (f", others used {report.others:.2f} CPUs" if report.others is not None else ""),
     ]
+    hidden = {r.test.name: r.hidden for r in report.results if r.hidden is not None}
+    if hidden:
+        facts.insert(1, "of the shorter side hidden: " + ", ".join(f"{percent(h)} of {n}" for n, h in hidden.items()))
     if report.recall is not None and report.candidates is not None:
         named = f"{percent(report.candidates)} of the neurons named"
         facts.insert(1, f"predictor, as trained: recall {percent(report.recall)}, {named}")
