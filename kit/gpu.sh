@@ -95,15 +95,21 @@ pause() {
 
 # --- build -----------------------------------------------------------------------------------------------------------
 
+# Files that are as they were keep their times, so that after another kit was unpacked here only what changed is compiled.
 step_unpack() {
     rm -rf "$SOURCES.tmp"
-    "$PYTHON" - "$HERE" "$SOURCES.tmp" <<'END'
-import lzma, pathlib, sys, tarfile
-here, out = map(pathlib.Path, sys.argv[1:])
+    "$PYTHON" - "$HERE" "$SOURCES" <<'END'
+import lzma, os, pathlib, sys, tarfile
+here, old = map(pathlib.Path, sys.argv[1:])
+new = old.with_name(old.name + ".tmp")
 with tarfile.open(here / "sources.tar.bz2") as tar:
-    tar.extractall(out, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
+    tar.extractall(new, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
 for packed in here.glob("*.gguf.xz"):
-    (out / "models" / packed.stem).write_bytes(lzma.decompress(packed.read_bytes()))
+    (new / "models" / packed.stem).write_bytes(lzma.decompress(packed.read_bytes()))
+for file in filter(pathlib.Path.is_file, new.rglob("*")):
+    before = old / file.relative_to(new)
+    same = before.is_file() and before.read_bytes() == file.read_bytes()
+    os.utime(file, ns=(before.stat().st_mtime_ns,) * 2 if same else None)
 END
     rm -rf "$SOURCES"
     mv "$SOURCES.tmp" "$SOURCES"
@@ -197,8 +203,14 @@ build() {
     command -v ninja >/dev/null || die "no ninja"
     "$PYTHON" -c 'import sys, numpy; sys.exit(sys.version_info < (3, 11))' 2>/dev/null ||
         die "$PYTHON is older than 3.11 or has no numpy: PYTHON=FILE names another"
-    [[ -d $SOURCES ]] || rm -f "$OUT/stamps/unpack"
+    local kit
+    kit=$(cksum <"$HERE/sources.tar.bz2" 2>/dev/null || true)
+    if [[ ! -d $SOURCES || $(cat "$OUT/kit" 2>/dev/null) != "$kit" ]]; then
+        # Of another kit's work what was made of the models alone is still good.
+        find "$OUT/stamps" -type f ! -name 'bench-*-model' ! -name 'bench-*-profile' ! -name 'bench-*-train' -delete
+    fi
     step unpack
+    echo "$kit" >"$OUT/kit"
     step configure
     step ggml
     if [[ -n $ARCH ]]; then

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import time
 import zipfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -255,23 +256,70 @@ def test_summary_compares_with_the_best_way_that_kept_to_the_budget(kit: dict[st
     assert rows[0].count("|") == kit["report"].HEAD.splitlines()[0].count("|")
 
 
-def test_meter_sees_the_peak(kit: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import time
-
+@pytest.fixture
+def gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A machine with an nvidia-smi that reports, in MiB, what the returned file holds."""
     level = tmp_path / "level"
     level.write_text("100")
-    smi = tmp_path / "nvidia-smi"
+    smi = tmp_path / "bin" / "nvidia-smi"
+    smi.parent.mkdir()
     smi.write_text(f"#!/bin/sh\ncat {level}\n")
     smi.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("PATH", f"{smi.parent}:{os.environ['PATH']}")
+    return level
+
+
+def test_meter_sees_the_peak(kit: dict[str, ModuleType], gpu: Path) -> None:
     with kit["meter"].Meter() as meter:
-        level.write_text("350")
+        gpu.write_text("350")
         time.sleep(1.0)
-        level.write_text("100")
+        gpu.write_text("100")
     assert meter.peak == 250 << 20
     with kit["meter"].Meter(False) as unused:
         pass
     assert unused.peak is None
+
+
+# Takes 40 MiB, 20 more for each layer on the device and 5 for one without its FFN, while it runs.
+_LLAMA = """#!{python}
+import json, pathlib, sys, time
+option = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+layers = min(int(option["-ngl"]), 9)
+off = option["-ot"].count("|") - 1 if "-ot" in option else 0
+level = pathlib.Path({level!r})
+level.write_text(str(100 + 40 + 20 * layers - 15 * off))
+time.sleep(0.5)
+level.write_text("100")
+for batch in map(int, option["-npl"].split(",")):
+    print(json.dumps({{"pl": batch, "speed_tg": batch * (layers - 0.5 * off) / int(option["-t"])}}))
+"""
+
+
+def test_both_ways_of_llama_are_tuned_to_the_budget(
+    kit: dict[str, ModuleType], gpu: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llama = tmp_path / "bin" / "llama-batched-bench"
+    llama.write_text(_LLAMA.format(python=sys.executable, level=str(gpu)))
+    llama.chmod(0o755)
+    folders = {"KIT_DEVICE": "CUDA0", "KIT_WORK": tmp_path, "KIT_RESULTS": tmp_path, "KIT_BIN": llama.parent}
+    for name, value in folders.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(kit["bench"], "physical_cores", lambda: 2)
+    monkeypatch.setattr(kit["bench"].Sizes, "of", lambda model: kit["cases"].Sizes(40 << 20, 20 << 20, 15 << 20))
+    bench = kit["bench"].Bench(kit["cases"].CASES["smoke"])
+    bench.store.put(n_layer=8, cap=(40 + 20 * 5) << 20, context_bytes=0)
+    bench.do_layers()
+    bench.do_ffn()
+    found = json.loads((tmp_path / "smoke.json").read_text())
+    assert (found["layers"]["n"], found["layers"]["arguments"]) == (5, ["-ngl", "5"])
+    assert found["layers"]["threads"] == 1, "the fake one is slower with two"
+    # All nine take 220; six FFNs on the CPU bring that to 130, five to 145 of 140.
+    assert found["ffn"]["n"] == 2
+    assert found["ffn"]["arguments"] == ["-ngl", "999", "-ot", r"blk\.(0|1|2|3|4|5)\.ffn_(up|gate|down)\.=CPU"]
+
+    bench.store.put(cap=30 << 20)
+    bench.do_layers()
+    assert json.loads((tmp_path / "smoke.json").read_text())["layers"] is None
 
 
 def test_training_by_layers_goes_on_and_is_what_train_writes(
