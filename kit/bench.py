@@ -92,7 +92,8 @@ class Bench:
     def do_profile(self) -> None:
         n = str(self.case.n_profile)
         text = str(DATA / "profile.txt")
-        self._pinfer("profile", "--dataset", text, "--tokens", n, "--samples", n, "-c", "512")
+        # What a model of noise makes of the text says nothing of its activation.
+        self._pinfer("profile", "--force", "--dataset", text, "--tokens", n, "--samples", n, "-c", "512")
 
     def do_train(self) -> None:
         from train_layers import train_layers

@@ -253,8 +253,10 @@ run_tests() {
 
 # --- bench -----------------------------------------------------------------------------------------------------------
 
-# Where models go: whichever of disk and memory has more room, once chosen for good.
+# Where models go: whichever of disk and memory has more room, once chosen for good. And on which GPU.
 choose_work() {
+    # One GPU, the same for the driver's numbering and CUDA's: llama.cpp would use all there are.
+    export CUDA_DEVICE_ORDER=PCI_BUS_ID CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0}
     if [[ -n ${WORK:-} ]]; then
         mkdir -p "$WORK"
         echo "$WORK" >"$OUT/work"

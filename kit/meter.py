@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import subprocess
 import threading
 import time
@@ -15,8 +16,9 @@ _CONTEXT_SECONDS = 2.0
 
 
 def memory_used() -> int | None:
-    """Bytes of the first GPU in use by anybody; None without one."""
-    command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "--id=0"]
+    """Bytes of the GPU that are in use by anybody; None without one."""
+    gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
+    command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", f"--id={gpu}"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
         return int(done.stdout.split()[0]) * MIB

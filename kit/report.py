@@ -34,8 +34,12 @@ def check() -> dict[str, Any]:
 
     isa = load_plugin().isa()
     runner_path()
+    devices = list_devices()
+    wanted = os.environ["KIT_DEVICE"]
+    if wanted not in {device.name for device in devices} and not os.environ.get("CUDA_ARCH"):
+        raise RuntimeError(f"what was built does not see {wanted}: {', '.join(device.name for device in devices)}")
     return {
-        "devices": [{"name": d.name, "description": d.description, "memory": d.memory_total} for d in list_devices()],
+        "devices": [{"name": d.name, "description": d.description, "memory": d.memory_total} for d in devices],
         "kernels": isa,
         "llama_cpp_python": llama_cpp.__version__,
         "numpy": numpy.__version__,
