@@ -57,7 +57,7 @@ def machine() -> dict[str, Any]:
         "n_cpus": len(os.sched_getaffinity(0)),
         "memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "nvcc": _first_line(["nvcc", "--version"], "release"),
-        "kit": _text(HERE.parent / "COMMIT"),
+        "kit": _text(HERE.parents[1] / "COMMIT"),
     }
 
 
