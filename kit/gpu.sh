@@ -108,8 +108,10 @@ for packed in here.glob("*.gguf.xz"):
     (new / "models" / packed.stem).write_bytes(lzma.decompress(packed.read_bytes()))
 for file in filter(pathlib.Path.is_file, new.rglob("*")):
     before = old / file.relative_to(new)
-    same = before.is_file() and before.read_bytes() == file.read_bytes()
-    os.utime(file, ns=(before.stat().st_mtime_ns,) * 2 if same else None)
+    if before.is_file() and before.read_bytes() == file.read_bytes():
+        os.utime(file, ns=(before.stat().st_mtime_ns,) * 2)
+    else:
+        os.utime(file)
 END
     rm -rf "$SOURCES"
     mv "$SOURCES.tmp" "$SOURCES"

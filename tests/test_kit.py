@@ -164,6 +164,14 @@ def test_driver_without_a_gpu_says_what_to_type(tmp_path: Path) -> None:
     assert not (tmp_path / "kit" / "out").exists()
 
 
+def _sources(folder: Path, files: dict[str, bytes]) -> None:
+    with tarfile.open(folder / "sources.tar.bz2", "w:bz2") as sources:
+        for name, data in files.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            sources.addfile(entry, io.BytesIO(data))
+
+
 def test_driver_goes_on_where_it_stopped(tmp_path: Path) -> None:
     """A kit whose sources are missing: the first step fails, is reported with its log, and leaves no stamp."""
     folder = tmp_path / "kit"
@@ -173,14 +181,20 @@ def test_driver_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert "sources.tar.bz2" in failed.stderr
     assert not list((folder / "out" / "cpu" / "stamps").iterdir())
 
-    with tarfile.open(folder / "sources.tar.bz2", "w:bz2") as sources:
-        for name in ("models", "kit"):
-            entry = tarfile.TarInfo(name)
-            entry.type = tarfile.DIRTYPE
-            sources.addfile(entry)
+    stamps = folder / "out" / "cpu" / "stamps"
+    _sources(folder, {"models/a": b"1", "kit/b": b"1"})
     again = _driver(folder, "build", GPU="none")
     assert "configure failed" in again.stderr
-    assert [stamp.name for stamp in (folder / "out" / "cpu" / "stamps").iterdir()] == ["unpack"]
+    assert [stamp.name for stamp in stamps.iterdir()] == ["unpack"]
+    (stamps / "bench-smoke-model").touch()
+    (stamps / "bench-smoke-round1").touch()
+    first = {name: (folder / "src" / name).stat().st_mtime_ns for name in ("models/a", "kit/b")}
+
+    _sources(folder, {"models/a": b"1", "kit/b": b"2"})
+    _driver(folder, "build", GPU="none")
+    assert {stamp.name for stamp in stamps.iterdir()} == {"unpack", "bench-smoke-model"}
+    assert (folder / "src" / "models" / "a").stat().st_mtime_ns == first["models/a"], "or all would be compiled again"
+    assert (folder / "src" / "kit" / "b").stat().st_mtime_ns > first["kit/b"]
     over = _driver(folder, "build", GPU="none", LIMIT="0")
     assert over.returncode == 75
     assert "call again to go on" in over.stderr
