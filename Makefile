@@ -22,7 +22,7 @@ SDIST  := .cache/llama_cpp_python-$(shell sed -n 's/^llama-cpp-python==\([^ ]*\)
 # Ninja and CMake come from the virtual environment.
 export PATH := $(BIN):$(PATH)
 
-.PHONY: help demo test test-models test-sanitize lint build bench docs clean distclean FORCE
+.PHONY: help demo test test-models test-sanitize lint build bench docs gpu-kit clean distclean FORCE
 
 help:
 	@echo 'make demo           profile, solve, split and run the shipped models, next to stock llama.cpp'
@@ -33,6 +33,7 @@ help:
 	@echo 'make build          .venv with the pinfer command, and the native part in build/native'
 	@echo 'make bench          the native benchmarks'
 	@echo 'make docs           regenerate docs/cli.md'
+	@echo 'make gpu-kit        one archive to build, test and measure on a GPU machine without a network'
 	@echo 'make clean          remove what was built (distclean: .venv and the download as well)'
 	@echo
 	@echo 'CMAKE_ARGS="-DGGML_CUDA=on" make build    with CUDA; other llama.cpp backends alike'
@@ -141,7 +142,7 @@ test-sanitize: build/sanitize/build.ninja
 lint: $(BIN)/pinfer
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check
-	@$(BIN)/mypy --strict pinfer models/synth.py tests
+	@$(BIN)/mypy --strict pinfer models/synth.py tests kit/*.py
 	@$(BIN)/python -m pinfer.cli_docs --check
 
 bench: build
@@ -149,6 +150,19 @@ bench: build
 
 docs: $(BIN)/pinfer
 	@$(BIN)/python -m pinfer.cli_docs
+
+# The packages that the target may lack, as pinned; the Python parts of the two that are compiled run anywhere.
+WHEELS := .cache/gpu-kit
+
+$(WHEELS): kit/wheels.txt | $(BIN)/python
+	rm -rf $@
+	$(BIN)/pip download --quiet --no-deps --only-binary :all: --require-hashes -r $< -d $@ \
+	    --python-version 3.11 --implementation cp --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64
+	touch $@
+
+gpu-kit: $(SDIST) $(WHEELS)
+	@echo "$$(sed -n 's/.*--hash=sha256://p' $(PIN))  $(SDIST)" | sha256sum --check --quiet
+	@$(BIN)/python kit/pack.py --sdist $(SDIST) --wheels $(WHEELS) build/pinfer-gpu-kit.tar.gz
 
 clean:
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis models/*.pinfer

@@ -1,0 +1,260 @@
+"""Packs the GPU kit: everything that builds, tests and measures pinfer on a GPU machine without a network.
+
+    python kit/pack.py --sdist .cache/llama_cpp_python-0.3.36.tar.gz --wheels .cache/gpu-kit build/pinfer-gpu-kit.tar.gz
+
+llama.cpp comes out of llama-cpp-python's source distribution and the Python packages out of the folder of wheels;
+neither is ever a part of the repository. docs/gpu.md says what is done with the archive.
+
+The archive holds gpu.sh, the sources as sources.tar.bz2, and each shipped model in a .xz of its own: the driver unpacks
+them. (Text is a tenth smaller in .xz, and takes seven times as long to pack.)
+"""
+
+from __future__ import annotations
+
+import argparse
+import bz2
+import fnmatch
+import gzip
+import hashlib
+import io
+import lzma
+import re
+import subprocess
+import sys
+import tarfile
+import zipfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+LIMIT = 20_000_000
+PRESET = 6  # of LZMA; 9 gains a thousandth
+TOP = "kit"
+
+README = "docs/gpu.md"
+DRIVER = "kit/gpu.sh"
+
+# Of the repository. The tests' checkpoints and vectors are left out: they are about models that no device changes.
+OWN = (
+    "LICENSE",
+    "README.md",
+    "pyproject.toml",
+    "pinfer/*.py",
+    "native/*",
+    "kit/*",
+    "models/*.py",
+    "models/README.md",
+    "tests/*.py",
+    "tests/data/*",
+)
+MODELS = ("models/tiny-relu2.gguf", "models/tiny-reglu.gguf")
+
+# Of the source distribution: llama-cpp-python's Python part, and what libggml (CPU, CUDA, RPC), libllama, llama-bench
+# and llama-batched-bench are built from, licences included. Of instruction sets, those of machines with such GPUs.
+SDIST = (
+    "llama_cpp/*.py",
+    "llama_cpp/py.typed",
+    "LICENSE.md",
+    "PKG-INFO",
+)
+LLAMA = (
+    "LICENSE",
+    "AUTHORS",
+    "CMakeLists.txt",
+    "licenses/*",
+    "cmake/*",
+    "include/*",
+    "src/*",
+    "common/*",
+    "vendor/CMakeLists.txt",
+    "vendor/nlohmann/*",
+    "vendor/sheredom/*",
+    "vendor/hash/*",
+    "vendor/cpp-httplib/*",
+    "vendor/stb/CMakeLists.txt",
+    "vendor/miniaudio/CMakeLists.txt",
+    "ggml/CMakeLists.txt",
+    "ggml/cmake/*",
+    "ggml/include/*",
+    "ggml/src/CMakeLists.txt",
+    "ggml/src/ggml*",
+    "ggml/src/gguf.cpp",
+    "tools/llama-bench/*",
+    "tools/batched-bench/*",
+)
+LLAMA_BACKENDS = ("ggml-cpu", "ggml-cuda", "ggml-rpc")
+LLAMA_LEFT_OUT = (
+    "ggml/src/ggml-cpu/arch/loongarch/*",
+    "ggml/src/ggml-cpu/arch/powerpc/*",
+    "ggml/src/ggml-cpu/arch/riscv/*",
+    "ggml/src/ggml-cpu/arch/s390/*",
+    "ggml/src/ggml-cpu/arch/wasm/*",
+    "ggml/src/ggml-cpu/spacemit/*",
+    "ggml/src/ggml-cpu/kleidiai/*",
+    "*/README.md",
+    "src/unused/*",
+)
+
+# Of the wheels: no compiled parts, and of Pygments what a test's traceback is coloured with.
+WHEELS_LEFT_OUT = (
+    "*.so",
+    "*.pyx",
+    "*.pxd",
+    "*.h",
+    "*/scripts/*",
+    "hypothesis/extra/*",
+    "packaging/licenses/*",
+    "pygments/formatters/*",
+    "pygments/lexers/*",
+    "pygments/styles/*",
+)
+WHEELS_KEPT = (
+    "hypothesis/extra/__init__.py",
+    "pygments/formatters/__init__.py",
+    "pygments/formatters/_mapping.py",
+    "pygments/formatters/terminal.py",
+    "pygments/lexers/__init__.py",
+    "pygments/lexers/_mapping.py",
+    "pygments/lexers/diff.py",
+    "pygments/lexers/python.py",
+    "pygments/lexers/special.py",
+    "pygments/styles/__init__.py",
+    "pygments/styles/_mapping.py",
+    "pygments/styles/default.py",
+)
+
+Entry = tuple[str, bytes, int]
+"""name in the archive, content, mode"""
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def own_files() -> Iterator[Entry]:
+    """The repository's files as they lie there: tracked ones, and new ones that are not ignored."""
+    listed = subprocess.run(
+        ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        capture_output=True,
+        check=True,
+    ).stdout.decode()
+    for name in sorted(set(listed.split("\0"))):
+        path = ROOT / name
+        if _matches(name, OWN) and path.is_file():
+            yield name, path.read_bytes(), 0o755 if path.suffix == ".sh" else 0o644
+
+
+def packed_model(name: str) -> Entry:
+    """A shipped model, compressed with literals told apart by parity: the two bytes of F16 values are unlike."""
+    filters = [{"id": lzma.FILTER_LZMA2, "preset": PRESET, "lc": 0, "lp": 1, "pb": 1}]
+    return f"{Path(name).name}.xz", lzma.compress((ROOT / name).read_bytes(), filters=filters), 0o644
+
+
+def _of_llama(name: str) -> bool:
+    if not _matches(name, LLAMA) or _matches(name, LLAMA_LEFT_OUT):
+        return False
+    backend = re.match(r"ggml/src/(ggml-[a-z0-9]+)/", name)
+    return backend is None or backend[1] in LLAMA_BACKENDS
+
+
+def sdist_files(sdist: Path) -> Iterator[Entry]:
+    """llama.cpp's sources, llama-cpp-python's Python part, and its metadata where Python looks for the version."""
+    with tarfile.open(sdist, "r:gz") as tar:
+        for member in tar:
+            folder, _, name = member.name.partition("/")
+            if not member.isfile():
+                continue
+            llama = name.removeprefix("vendor/llama.cpp/")
+            if llama != name:
+                target = f"llama.cpp/{llama}" if _of_llama(llama) else ""
+            elif name == "PKG-INFO":
+                target = f"site/{folder}.dist-info/METADATA"
+            elif name == "LICENSE.md":
+                target = f"site/{folder}.dist-info/licenses/LICENSE.md"
+            else:
+                target = f"site/{name}" if _matches(name, SDIST) else ""
+            if target:
+                file = tar.extractfile(member)
+                assert file is not None
+                yield target, file.read(), 0o644
+
+
+def wheel_files(folder: Path) -> Iterator[Entry]:
+    """The Python of every pinned wheel; ValueError for one that is missing or another file than was pinned."""
+    found = {hashlib.sha256(path.read_bytes()).hexdigest(): path for path in sorted(folder.glob("*.whl"))}
+    for name, digest in pinned_wheels():
+        if digest not in found:
+            raise ValueError(f"{folder} lacks the pinned wheel of {name}; run: make gpu-kit")
+        with zipfile.ZipFile(found[digest]) as wheel:
+            for info in wheel.infolist():
+                dropped = _matches(info.filename, WHEELS_LEFT_OUT) and not _matches(info.filename, WHEELS_KEPT)
+                if not info.is_dir() and not dropped:
+                    yield f"site/{info.filename}", wheel.read(info), 0o644
+
+
+def pinned_wheels() -> list[tuple[str, str]]:
+    """Requirement and SHA-256 of each line of wheels.txt."""
+    lines = (ROOT / "kit" / "wheels.txt").read_text(encoding="utf-8").splitlines()
+    found = [re.fullmatch(r"(\S+) --hash=sha256:([0-9a-f]{64})", line) for line in lines if not line.startswith("#")]
+    return [(m[1], m[2]) for m in found if m is not None]
+
+
+def origin(sdist: Path) -> Entry:
+    """Where the archive comes from, for the results it will bring."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
+    commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    return "COMMIT", f"{commit} {sdist.name}\n".encode(), 0o644
+
+
+def packed_sources(sdist: Path, wheels: Path) -> Entry:
+    """Everything but the models and the driver."""
+    entries = [*own_files(), *sdist_files(sdist), *wheel_files(wheels)]
+    return "sources.tar.bz2", bz2.compress(tar_of(entries)), 0o644
+
+
+def tar_of(entries: list[Entry], folder: str = "") -> bytes:
+    """A tar, the same bytes for the same content."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as tar:
+        for name, data, mode in sorted(entries):
+            info = tarfile.TarInfo(folder + name)
+            info.size, info.mode = len(data), mode
+            tar.addfile(info, io.BytesIO(data))
+    return out.getvalue()
+
+
+def pack(out: Path, sdist: Path, wheels: Path) -> int:
+    """Packs everything into ``out``; returns its size. ValueError for an archive beyond the limit, then not written."""
+    with ThreadPoolExecutor() as pool:
+        jobs = [pool.submit(packed_sources, sdist, wheels), *(pool.submit(packed_model, name) for name in MODELS)]
+        entries = [origin(sdist), *(job.result() for job in jobs)]
+    entries += [("gpu.sh", (ROOT / DRIVER).read_bytes(), 0o755), ("README.md", (ROOT / README).read_bytes(), 0o644)]
+    # gzip's header would say when.
+    archive = gzip.compress(tar_of(entries, f"{TOP}/"), mtime=0)
+    if len(archive) > LIMIT:
+        raise ValueError(f"the kit would take {len(archive):,} bytes, the limit is {LIMIT:,}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(out.name + ".tmp")
+    temporary.write_bytes(archive)
+    temporary.replace(out)
+    return len(archive)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Pack the GPU kit.")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--sdist", type=Path, required=True, help="source distribution of llama-cpp-python")
+    parser.add_argument("--wheels", type=Path, required=True, help="folder of the wheels that wheels.txt names")
+    arguments = parser.parse_args()
+    try:
+        size = pack(arguments.out, arguments.sdist, arguments.wheels)
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"{arguments.out}: {size / 1e6:.1f} MB")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,71 @@
+"""Runs a shipped model with hot neurons on the GPU under compute-sanitizer, where that works; writes sanitizer.json.
+
+Some virtual machines refuse the debugging interface it needs. That is found out with a program that does nothing but
+open a context, and reported as such; an error found in pinfer's own run fails the step.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+FOUND = 9  # exit code for errors found
+OPTIONS = ("--tool", "memcheck", "--target-processes", "all", "--error-exitcode", str(FOUND))
+PREPARE = (
+    (
+        "profile",
+        "--dataset",
+        str(HERE.parent / "tests" / "data" / "profile.txt"),
+        "--tokens",
+        "1024",
+        "--samples",
+        "512",
+    ),
+    ("train",),
+    ("solve", "--vram", "64M", "-c", "256", "--device", os.environ["KIT_DEVICE"]),
+    ("split",),
+)
+
+
+def sanitize(model: Path) -> str:
+    """One line: what came of it. RuntimeError where memory errors were found."""
+    tool = shutil.which("compute-sanitizer")
+    if tool is None:
+        return "not installed"
+    probe = subprocess.run([tool, *OPTIONS, sys.executable, str(HERE / "meter.py")], capture_output=True, text=True)
+    if probe.returncode or "Device not supported" in probe.stdout + probe.stderr:
+        print(probe.stdout, probe.stderr)
+        return "does not run on this machine: " + _last_line(probe.stdout + probe.stderr)
+    pinfer = [sys.executable, "-m", "pinfer"]
+    for command, *options in PREPARE:
+        subprocess.run([*pinfer, command, str(model), *options], check=True)
+    run = [*pinfer, "run", str(model), "-p", "Once upon a time", "-n", "8", "--temp", "0", "-no-cnv", "--ignore-eos"]
+    done = subprocess.run([tool, *OPTIONS, *run], capture_output=True, text=True)
+    print(done.stdout, done.stderr)
+    if done.returncode:
+        raise RuntimeError(f"compute-sanitizer ended with exit code {done.returncode} ({FOUND}: it found errors)")
+    return "memcheck: no errors in 8 tokens"
+
+
+def _last_line(text: str) -> str:
+    lines = [line.strip(" =") for line in text.splitlines() if line.strip(" =")]
+    return lines[-1] if lines else "no reason given"
+
+
+def main() -> None:
+    results, home = Path(os.environ["KIT_RESULTS"], "check"), Path(os.environ["PINFER_HOME"], "sanitize")
+    results.mkdir(exist_ok=True)
+    home.mkdir(parents=True, exist_ok=True)
+    model = Path(shutil.copy(HERE.parent / "models" / "tiny-relu2.gguf", home))
+    result = sanitize(model)
+    (results / "sanitizer.json").write_text(json.dumps({"result": result}), encoding="utf-8")
+    print(result)
+
+
+if __name__ == "__main__":
+    main()
