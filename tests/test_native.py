@@ -71,7 +71,9 @@ print(*(Path(file).name.split(".so")[0] for file in files))
         done = run_python(code.replace("sys.argv[1:]", f"['{first}']"))
         assert done.returncode == 0, done.stderr
         names = done.stdout.split()
-        assert sorted(names) == ["libggml", "libggml-base", "libggml-cpu", "libggml-pinfer", "libggml-rpc", "libgomp"]
+        assert len(names) == len(set(names))
+        # and the backends it was built with: RPC, CUDA, ...
+        assert set(names) >= {"libggml", "libggml-base", "libggml-cpu", "libggml-pinfer", "libgomp"}
 
 
 def test_loading_says_nothing() -> None:
