@@ -1,9 +1,9 @@
 """``python device_worker.py``: runs models on devices in a process of its own, for tests/test_devices.py.
 
 A device that was registered stays for the life of its process, and may end it: nothing for the tests' own. stdin is
-JSON: {"rpc": endpoints or null, "models": [{"path", "activation", "hot", "cold", "device", "pieces": [[tokens, n_batch,
-n_batch_dense], ...]}]}, where a piece is tokens decoded n_batch at a time. The logits of all pieces go to the .npy file
-named last on the command line, one array under the other; stdout has the plugin's counters of each model.
+JSON: {"rpc": endpoints or null, "models": [{"path", "activation", "hot": [paths], "cold", "device", "pieces": [[tokens,
+n_batch, n_batch_dense], ...]}]}, where a piece is tokens decoded n_batch at a time. The logits of all pieces go to the
+.npy file named last on the command line, one array under the other; stdout has the plugin's counters of each model.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pinfer.engine import Engine, PluginConfig
 
 
 def run_model(wanted: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
-    hot, cold = Path(wanted["hot"]), Path(wanted["cold"])
+    hot, cold = [Path(path) for path in wanted["hot"]], Path(wanted["cold"])
     plugin = PluginConfig(wanted["activation"], hot=hot, cold=cold, device=wanted["device"])
     logits, stats = [], {}
     for n_batch_dense in sorted({piece[2] for piece in wanted["pieces"]}):

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,8 +37,9 @@ PROMPT = "Once upon a time there was a little"
 TEXT = (ROOT / "tests" / "data" / "heldout.txt").read_text(encoding="utf-8")[:4000]
 N_PREDICT = 48
 SHARES = (0.0, 0.25, 0.5, 1.0)
-DEVICES = ["CPU", "RPC0", *filter(None, os.environ.get("PINFER_TEST_DEVICES", "").split(","))]
-OWN_KERNELS = ("CPU", "RPC0")
+NAMED = list(filter(None, os.environ.get("PINFER_TEST_DEVICES", "").split(",")))
+DEVICES = ["CPU", "RPC0", "CPU,RPC0", "RPC0,RPC1", *NAMED, *(f"{name},RPC0" for name in NAMED)]
+OWN_KERNELS = {"CPU", "RPC0", "RPC1"}
 # NMSE, as in test_exact.py: the shards of Q4_0 hold their down matrices in Q8_0, and GPUs round products of F16 to F16.
 TOLERANCE, ROUNDED = 1e-6, 2e-4
 
@@ -46,11 +48,11 @@ Logits = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Shards:
-    """The model and its shards with a share of hot neurons."""
+    """The model and its shards with a share of hot neurons, on so many devices."""
 
     share: float
     model: Path
-    hot: Path
+    hot: tuple[Path, ...]
     cold: Path
 
 
@@ -63,7 +65,7 @@ class Case:
     activation: str
     continuation: list[int]  # the prompt and its greedy continuation by the dense model
     text: list[int]
-    shards: tuple[Shards, ...]
+    shards: dict[int, list[Shards]]  # by the number of devices
     logits: tuple[Logits, Logits]  # of the continuation and of the text
 
     def pieces(self) -> list[tuple[list[int], int, int]]:
@@ -81,7 +83,7 @@ class Case:
         F16 knows no exception where the same kernels compute it; where Q4_0 or another device's F16 rounds otherwise,
         the choice may fall between tokens that are as good.
         """
-        same_kernels = self.type_name == "F16" and device in OWN_KERNELS
+        same_kernels = self.type_name == "F16" and OWN_KERNELS.issuperset(device.split(","))
         tolerance = TOLERANCE if same_kernels else ROUNDED
         of_continuation, of_text = self.logits
         for piece, want in zip(self.pieces(), (of_continuation, of_text, of_text, of_text), strict=True):
@@ -109,16 +111,17 @@ def make_case(name: str, type_name: str, folder: Path) -> Case:
         of_continuation = engine.decode(continuation, logits=True)
         engine.clear()
         of_text = engine.decode(text, logits=True)
-    shards = []
-    for share in SHARES:
-        place = folder / f"{share:.0%}" / "model.gguf"
-        place.parent.mkdir()
-        os.link(path, place)
-        written = write_shards(place, share)
-        shards.append(Shards(share, place, written.hot, written.cold))
+    shards: dict[int, list[Shards]] = {1: [], 2: []}
+    for n_devices, of_so_many in shards.items():
+        for share in SHARES if n_devices == 1 else SHARES[1:]:
+            place = folder / f"{share:.0%} on {n_devices}" / "model.gguf"
+            place.parent.mkdir()
+            os.link(path, place)
+            written = write_shards(place, share, n_devices)
+            of_so_many.append(Shards(share, place, written.hot_shards, written.cold))
     activation = str(model.activation)
     logits = (of_continuation, of_text)
-    return Case(name, type_name, activation, continuation, text, tuple(shards), logits)
+    return Case(name, type_name, activation, continuation, text, shards, logits)
 
 
 @pytest.fixture(scope="module", params=["F16", "Q4_0"])
@@ -145,7 +148,7 @@ def run_worker(folder: Path, rpc: str | None, models: list[dict[str, Any]]) -> t
         input=json.dumps({"rpc": rpc, "models": models}),
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=900,  # a software driver compiles its shaders for minutes
         check=False,
         env=environment,
     )
@@ -154,32 +157,66 @@ def run_worker(folder: Path, rpc: str | None, models: list[dict[str, Any]]) -> t
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_every_share_on_every_device_is_dense(case: Case, device: str, tmp_path: Path, server: RpcServer) -> None:
+def test_every_share_on_every_device_is_dense(case: Case, device: str, tmp_path: Path) -> None:
+    placed = case.shards[device.count(",") + 1]
     models = [
         {
             "path": str(s.model),
             "activation": case.activation,
-            "hot": str(s.hot),
+            "hot": [str(shard) for shard in s.hot],
             "cold": str(s.cold),
             "device": device,
             "pieces": case.pieces(),
         }
-        for s in case.shards
+        for s in placed
     ]
-    logits, stats = run_worker(tmp_path, server.endpoint if device.startswith("RPC") else None, models)
-    for shards, rows, counted in zip(case.shards, np.split(logits, len(models)), stats, strict=True):
+    with ExitStack() as stack:
+        servers = [stack.enter_context(RpcServer()).endpoint for _ in range(device.count("RPC"))]
+        logits, stats = run_worker(tmp_path, ",".join(servers) or None, models)
+    for shards, rows, counted in zip(placed, np.split(logits, len(models)), stats, strict=True):
         case.check(rows, device, f"{case.name} {case.type_name}, {shards.share:.0%} on {device}")
         assert counted["n_fallback"] == 0
         assert counted["n_hot"] == counted["n_neurons"] * shards.share, "not where they were placed"
         assert (counted["hot_bytes"] > 0) == (shards.share > 0)
 
 
-# --- servers that are none --------------------------------------------------------------------------------------------
+# --- a budget of device memory ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def pinfer(tmp_path: Path) -> CommandLine:
     return CommandLine(tmp_path, tmp_path / "home")
+
+
+def test_a_budget_is_kept_as_the_device_itself_counts(
+    tiny_relu2: Path, server: RpcServer, tmp_path: Path, pinfer: CommandLine
+) -> None:
+    """Dense layers alone, hot neurons beside all of them; then the same on a device that is too small by now."""
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    assert pinfer("profile", tiny_relu2, "--dataset", text, "--tokens", "256", "--samples", "0").code == 0
+    sizes = ("-c", "256", "-b", "64")
+    for budget in (4, 12):
+        with RpcGate(server.endpoint, memory=64 << 20) as gate:
+            where = ("--rpc", gate.endpoint, "--vram", f"{budget}M", "--device", "RPC0")
+            assert pinfer("solve", tiny_relu2, *where, *sizes).code == 0
+            assert pinfer("split", tiny_relu2).code == 0
+            gate.peak = 0
+            words = ("-p", TEXT[:700], "-n", "16", "--temp", "0", "--json", *sizes)
+            done = pinfer("run", tiny_relu2, "--rpc", gate.endpoint, *words)
+        assert done.code == 0, done.err
+        report = json.loads(done.out)
+        assert report["n_prompt"] > 128  # the largest batch has been
+        assert 0 < gate.peak <= budget << 20
+        assert abs(report["vram_used"] - gate.peak) <= gate.peak / 100
+        assert report["vram_limit"] == budget << 20
+    with RpcGate(server.endpoint, memory=2 << 20) as gate:
+        done = pinfer("run", tiny_relu2, "--rpc", gate.endpoint, *words)
+    assert (done.code, done.out, len(done.err_lines)) == (1, "", 1), done.err
+    assert "RPC0 has 2 MiB" in done.err
+
+
+# --- servers that are none --------------------------------------------------------------------------------------------
 
 
 def runner(model: Path, *args: str, timeout: float = 60) -> tuple[int, list[str], float]:
