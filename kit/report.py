@@ -38,6 +38,10 @@ def check() -> dict[str, Any]:
     wanted = os.environ["KIT_DEVICE"]
     if wanted not in {device.name for device in devices} and not os.environ.get("CUDA_ARCH"):
         raise RuntimeError(f"what was built does not see {wanted}: {', '.join(device.name for device in devices)}")
+    # The command line has packages of its own to miss.
+    subprocess.run(
+        [sys.executable, "-m", "pinfer", "show", str(HERE.parent / "models" / "tiny-relu2.gguf")], check=True
+    )
     return {
         "devices": [{"name": d.name, "description": d.description, "memory": d.memory_total} for d in devices],
         "kernels": isa,
