@@ -11,6 +11,7 @@ MAKEFLAGS += --no-builtin-rules
 
 PYTHON ?= python3
 JOBS   ?= $(shell nproc)
+TEST_JOBS ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 VENV   := $(CURDIR)/.venv
@@ -108,7 +109,7 @@ test test-sanitize: export OMP_WAIT_POLICY ?= passive
 
 test: build
 	@$(BIN)/ctest --test-dir $(NATIVE) --output-on-failure --no-tests=error
-	@$(BIN)/python -m pytest -q
+	@$(BIN)/python -m pytest -q -n $(TEST_JOBS) --dist loadfile
 
 # The originals, in an environment of their own: `make test` compares with what is recorded of them. TORCH names another
 # build of PyTorch than the default, which brings CUDA along.
