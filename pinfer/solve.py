@@ -357,8 +357,10 @@ def _ffn_bytes(model: Model) -> int:
 
 
 def _fits_whole(problem: _Problem) -> bool:
-    """Whether the first device has room for the FFNs as they are, behind all dense layers."""
+    """Whether the first device has room for the FFNs as they are, and stock libllama computes what the model has."""
     model, devices = problem.model, problem.budget.devices
+    if not model.stock_computes_it:
+        return False
     all_layers = problem.budget.n_gpu_layers == model.n_layer + 1
     return bool(devices) and all_layers and devices[0].left(model, 0) >= _ffn_bytes(model)
 
