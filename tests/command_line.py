@@ -39,7 +39,9 @@ class CommandLine:
         clean = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
         if native := os.environ.get("PINFER_NATIVE_DIR"):
             clean["PINFER_NATIVE_DIR"] = native
-        clean |= {"PINFER_HOME": str(self.home), "PYTHONPATH": str(ROOT), "COLUMNS": "100", "HF_HUB_OFFLINE": "1"}
+        # This tree's package before any other; the rest of the path may hold what it needs.
+        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+        clean |= {"PINFER_HOME": str(self.home), "PYTHONPATH": path, "COLUMNS": "100", "HF_HUB_OFFLINE": "1"}
         return clean | dict(env or {})
 
     def __call__(

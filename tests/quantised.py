@@ -25,6 +25,8 @@ FTYPES = {
     "IQ4_XS": 30,
 }
 
+_CALLBACKS: list[object] = []  # libllama and ggml call it for as long as the process lives
+
 
 def quantise(model: Path, type_name: str, out: Path) -> Path:
     """Write ``model`` with every matrix of type ``type_name`` to ``out`` and return it."""
@@ -36,6 +38,7 @@ def quantise(model: Path, type_name: str, out: Path) -> Path:
     params.allow_requantize = True
     params.nthread = 2
     quiet = llama.llama_log_callback(lambda _level, _text, _data: None)
+    _CALLBACKS.append(quiet)
     llama.llama_log_set(quiet, None)
     assert llama.llama_model_quantize(os.fsencode(model), os.fsencode(out), params) == 0
     return out
