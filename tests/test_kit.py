@@ -52,6 +52,7 @@ def _wheels(folder: Path, pack: ModuleType) -> tuple[Path, list[tuple[str, str]]
     made = []
     for requirement, _ in pinned:
         name = requirement.partition("==")[0].replace("-", "_")
+        name = {"pyyaml": "yaml"}.get(name.lower(), name)  # the others are imported by the name of their package
         file = folder / f"{name}-1-py3-none-any.whl"
         with zipfile.ZipFile(file, "w") as wheel:
             wheel.writestr(f"{name}/__init__.py", "")

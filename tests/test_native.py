@@ -149,4 +149,5 @@ def test_isa_can_be_forced() -> None:
 
 
 def test_observer_layer_that_never_ran() -> None:
-    assert native.load_plugin().observer_layer(0) is None
+    done = run_python("from pinfer import native; print(native.load_plugin().observer_layer(0))")
+    assert (done.returncode, done.stdout) == (0, "None\n"), done.stderr
