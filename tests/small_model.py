@@ -22,6 +22,7 @@ class Shape:
     """What is written; the weights follow from the seed."""
 
     activation: str = "reglu"
+    arch: str = "llama"
     type: str = "F16"
     n_layer: int = 2
     n_embd: int = 256
@@ -40,7 +41,7 @@ def write_small_model(path: Path, shape: Shape) -> Path:
     """Writes the model and returns its path."""
     rng = np.random.default_rng(shape.seed)
     kind = gguf.GGMLQuantizationType[shape.type]
-    out = gguf.GGUFWriter(path, "llama")
+    out = gguf.GGUFWriter(path, shape.arch)
     out.add_block_count(shape.n_layer)
     out.add_embedding_length(shape.n_embd)
     out.add_feed_forward_length(shape.n_ff)
