@@ -22,7 +22,6 @@ class Shape:
     """What is written; the weights follow from the seed."""
 
     activation: str = "reglu"
-    arch: str = "llama"
     type: str = "F16"
     n_layer: int = 2
     n_embd: int = 256
@@ -30,6 +29,7 @@ class Shape:
     biases: bool = False
     seed: int = 0
     n_vocab: int = 32
+    arch: str = "llama"
 
 
 def _rows(rng: np.random.Generator, n_rows: int, n: int, kind: gguf.GGMLQuantizationType) -> NDArray[np.uint8]:
