@@ -81,7 +81,7 @@ $(STAMPS)/dependencies: pyproject.toml $(STAMPS)/llama
 $(BIN)/pinfer: $(STAMPS)/dependencies
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > $(STAMPS)/purelib
 	echo '$(CURDIR)' > "$$(cat $(STAMPS)/purelib)/pinfer.pth"
-	printf '#!%s\nimport sys\n\nfrom pinfer.cli import main\n\nsys.exit(main())\n' $(BIN)/python > $@
+	printf '#!%s\nimport sys\n\nfrom pinfer.cli.app import main\n\nsys.exit(main())\n' $(BIN)/python > $@
 	chmod +x $@
 
 # --- the native part -------------------------------------------------------------------------------------------------
@@ -120,8 +120,8 @@ $(STAMPS)/models: pyproject.toml | $(STAMPS)
 	touch $@
 
 test-models: $(STAMPS)/models
-	@$(VENV)/models/bin/python tests/make_checkpoints.py --check
-	@$(VENV)/models/bin/python tests/models_tokenizers.py
+	@$(VENV)/models/bin/python tools/make_checkpoints.py --check
+	@$(VENV)/models/bin/python tools/models_tokenizers.py
 
 build/sanitize/build.ninja: $(CMAKE_FILES) $(STAMPS)/llama $(BIN)/pinfer
 	$(call configure,sanitize) --log-level=WARNING
@@ -143,14 +143,14 @@ test-sanitize: build/sanitize/build.ninja
 lint: $(BIN)/pinfer
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check
-	@$(BIN)/mypy --strict pinfer models/synth.py tests kit/*.py
-	@$(BIN)/python -m pinfer.cli_docs --check
+	@$(BIN)/mypy --strict pinfer models/synth.py tests tools kit/*.py
+	@$(BIN)/python -m pinfer.cli.docs --check
 
 bench: build
 	@for bench in $(NATIVE)/bin/bench_*; do echo "$$bench"; $$bench; done
 
 docs: $(BIN)/pinfer
-	@$(BIN)/python -m pinfer.cli_docs
+	@$(BIN)/python -m pinfer.cli.docs
 
 # The packages that the target may lack, as pinned; the Python parts of the two that are compiled run anywhere.
 WHEELS := .cache/gpu-kit

@@ -29,8 +29,8 @@ def check() -> dict[str, Any]:
     import numpy
     import scipy
 
-    from pinfer.devices import list_devices
-    from pinfer.native import load_plugin, runner_path
+    from pinfer.llama.devices import list_devices
+    from pinfer.llama.plugin import load_plugin, runner_path
 
     isa = load_plugin().isa()
     runner_path()

@@ -10,12 +10,12 @@ import pickle
 import sys
 from pathlib import Path
 
-from pinfer import paths
+from pinfer.artefacts import paths
+from pinfer.artefacts.predictor import PredictorWriter
+from pinfer.artefacts.profile import SamplesFile
 from pinfer.model import open_model
-from pinfer.predictor_file import PredictorWriter
-from pinfer.profile_file import SamplesFile
+from pinfer.predictors.data import LayerData
 from pinfer.train import KINDS, TrainOptions, fit_layer, summary
-from pinfer.train_data import LayerData
 
 WIDE = 3072
 

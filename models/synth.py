@@ -438,7 +438,7 @@ def encode(rows: Array, kind: str) -> bytes:
         return rows.astype(np.float16).tobytes()
     import gguf
 
-    from pinfer import ggml
+    from pinfer.llama import ggml
 
     block, size = _BLOCK[kind]
     return ggml.quantise(rows, int(gguf.GGMLQuantizationType[kind]), rows.shape[1] // block * size).tobytes()

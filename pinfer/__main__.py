@@ -1,6 +1,6 @@
 """``python -m pinfer``: the command line without the installed script."""
 
-from pinfer.cli import main
+from pinfer.cli.app import main
 
 if __name__ == "__main__":
     main()

@@ -12,14 +12,15 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
 
-from pinfer import bench_limit, bench_machine
-from pinfer.bench_limit import TokenBytes
-from pinfer.bench_process import WAIT_VARIABLES, WorkerProcess, worker_environment
-from pinfer.bench_report import DENSE, SPARSE, BenchReport, Case, ModelFacts, Ratio, Result
-from pinfer.engine import PluginConfig, physical_cores
+from pinfer.benchmark import limit as bench_limit
+from pinfer.benchmark import machine
+from pinfer.benchmark.limit import TokenBytes
+from pinfer.benchmark.process import WAIT_VARIABLES, WorkerProcess, worker_environment
+from pinfer.benchmark.report import DENSE, SPARSE, BenchReport, Case, ModelFacts, Ratio, Result
 from pinfer.errors import PinferError
+from pinfer.llama.engine import PluginConfig, physical_cores
+from pinfer.llama.plugin import Stats
 from pinfer.model import Model, open_model
-from pinfer.native import Stats
 from pinfer.progress import NULL_PROGRESS, Progress
 
 # After a run the threads of that side spin for some milliseconds before they sleep.
@@ -71,14 +72,14 @@ def bench(model_path: Path, options: BenchOptions, progress: Progress = NULL_PRO
         first = facts[setup.sides[0]]
         source = _TokenSource.of(workers[setup.sides[0]], first, options.text, max(t.n_tokens for t in tests))
         own = _cpu_used(workers)
-        before = bench_machine.cpu_time()
+        before = machine.cpu_time()
         results = _measure(workers, tests, source, setup, options, progress)
-        after = bench_machine.cpu_time()
+        after = machine.cpu_time()
         own = _cpu_used(workers) - own
         peak = {side: int(worker.ask("usage")["peak"]) for side, worker in workers.items()}
     # Two measurements, before and after: the better one is nearer to what the memory can do.
     bandwidth = max(bandwidth, _bandwidth(setup.n_threads, options.n_stream_bytes))
-    others = bench_machine.used_by_others(before, after, own)
+    others = machine.used_by_others(before, after, own)
     if others is not None and others >= _BUSY_CPUS:
         notes.append(f"busy: other processes used {others:.1f} CPUs meanwhile, so these numbers are not for the record")
     limits = [(r.median, bandwidth / r.token_bytes.total) for r in results if r.token_bytes is not None]
@@ -88,7 +89,7 @@ def bench(model_path: Path, options: BenchOptions, progress: Progress = NULL_PRO
         notes.append("nothing was computed sparsely: every FFN was left to the way libllama computes it")
     trained = _trained(model, setup)
     return BenchReport(
-        environment=bench_machine.describe(
+        environment=machine.describe(
             setup.n_threads, first["ggml"], first["isa"] or "", load_average, started, _wait_policy()
         ),
         model=ModelFacts(
@@ -160,8 +161,8 @@ class _Setup:
 
 def _plugin(model: Model, options: BenchOptions) -> tuple[PluginConfig, int]:
     """What `pinfer run` would use, and the dense layers that were placed on the device."""
-    from pinfer import paths
-    from pinfer.shard_file import find_hot_shards
+    from pinfer.artefacts import paths
+    from pinfer.artefacts.shards import find_hot_shards
 
     config = PluginConfig.of(model)
     if options.no_artefacts:
@@ -234,7 +235,7 @@ class _TokenSource:
             with path.open("rb") as file:
                 text, name = file.read(_TEXT_BYTES * n_wanted).decode("utf-8", errors="ignore"), path.name
         else:
-            from pinfer.bench_text import TEXT
+            from pinfer.benchmark.text import TEXT
 
             text, name = TEXT, "built-in text"
         tokens = [t for t in worker.ask("tokenize", text=text) if t != facts["bos"]]
@@ -323,7 +324,7 @@ def _ratios(tests: Sequence[Case], results: Sequence[Result]) -> tuple[Ratio, ..
 
 def _trained(model: Model, setup: _Setup) -> tuple[float | None, float | None]:
     """Recall and candidates of the predictor in use, as its training measured them."""
-    from pinfer.predictor_file import PredictorFile
+    from pinfer.artefacts.predictor import PredictorFile
 
     if setup.plugin is None or setup.plugin.predictor is None:
         return None, None

@@ -14,21 +14,21 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pinfer.checkpoint import Checkpoint, is_checkpoint, open_checkpoint
-from pinfer.convert_plan import ConvertPlan, PlannedTensor
-from pinfer.engine import require_loadable
+from pinfer.conversion.checkpoint import Checkpoint, is_checkpoint, open_checkpoint
+from pinfer.conversion.plan import ConvertPlan, PlannedTensor
 from pinfer.errors import PinferError
-from pinfer.gguf_writer import GgufFileWriter
+from pinfer.gguf_io.writer import GgufFileWriter
+from pinfer.llama.engine import require_loadable
+from pinfer.llama.quantise import estimated_bytes, quantise
 from pinfer.model import ACTIVATION_KEY, ACTIVATIONS, THRESHOLD_KEY, open_model
 from pinfer.progress import Progress
-from pinfer.quantise import estimated_bytes, quantise
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
     from numpy.typing import NDArray
 
-    from pinfer.convert_tokenizer import TokenizerReport
-    from pinfer.powerinfer_predictor import ImportReport
+    from pinfer.conversion.powerinfer_predictor import ImportReport
+    from pinfer.conversion.tokenizer import TokenizerReport
 
 PLAIN = ("f32", "f16", "bf16")
 _FILE_TYPES = {"f32": 0, "f16": 1, "bf16": 32, "q4_0": 2}
@@ -171,8 +171,8 @@ def _import_predictor(
     source: Path, out: Path, options: ConvertOptions, progress: Progress
 ) -> tuple[ImportReport | None, list[str]]:
     """The predictor of a PowerInfer file beside the model, or why there is none: the model is whole without it."""
-    from pinfer.powerinfer_file import is_powerinfer
-    from pinfer.powerinfer_predictor import ImportOptions, has_predictor, import_predictor
+    from pinfer.conversion.powerinfer_file import is_powerinfer
+    from pinfer.conversion.powerinfer_predictor import ImportOptions, has_predictor, import_predictor
 
     if not is_powerinfer(source) or not has_predictor(source):
         return None, []
@@ -200,7 +200,7 @@ def _open(source: Path, activation: str | None) -> _Source:
         raise PinferError(f"{source} has no config.json", "name the folder of a Hugging Face checkpoint")
     if not source.exists():
         raise PinferError(f"{source} does not exist", "name a checkpoint folder, or one of the hub: -hf USER/REPO")
-    from pinfer.powerinfer_file import is_powerinfer
+    from pinfer.conversion.powerinfer_file import is_powerinfer
 
     if is_powerinfer(source):
         return _open_powerinfer(source, activation)
@@ -211,8 +211,8 @@ def _open(source: Path, activation: str | None) -> _Source:
 
 
 def _open_checkpoint(checkpoint: Checkpoint, activation: str | None) -> _Source:
-    from pinfer.convert_tokenizer import add_tokenizer
-    from pinfer.families import plan_checkpoint
+    from pinfer.conversion.families import plan_checkpoint
+    from pinfer.conversion.tokenizer import add_tokenizer
 
     plan = plan_checkpoint(checkpoint, activation)
     dtypes = {tensor.dtype for tensor in checkpoint.tensors.values()}
@@ -229,7 +229,7 @@ def _open_checkpoint(checkpoint: Checkpoint, activation: str | None) -> _Source:
 
 def _open_powerinfer(source: Path, activation: str | None) -> _Source:
     """Its tensors go into the GGUF as they are stored, its tokenizer is part of the plan's metadata."""
-    from pinfer.powerinfer_file import plan_powerinfer
+    from pinfer.conversion.powerinfer_file import plan_powerinfer
 
     plan = plan_powerinfer(source)
     if activation is not None:
@@ -325,7 +325,7 @@ def _quantise_in_place(
     writer: GgufFileWriter, type_: str, n_weights: int, n_threads: int | None, progress: Progress
 ) -> None:
     """Replaces the finished temporary file of ``writer`` by its quantised form."""
-    from pinfer.engine import physical_cores
+    from pinfer.llama.engine import physical_cores
 
     smaller = writer.temporary.with_name(f".{writer.path.name}.{type_}.{os.getpid()}.tmp")
     try:

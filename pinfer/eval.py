@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pinfer.corpus import open_corpus
-from pinfer.engine import ALWAYS_DENSE, NEVER_DENSE, Engine, PluginConfig
 from pinfer.errors import PinferError
+from pinfer.hub.corpus import open_corpus
+from pinfer.llama.engine import ALWAYS_DENSE, NEVER_DENSE, Engine, PluginConfig
 from pinfer.model import Model, open_model
 from pinfer.profile import MAX_CONTEXT, windows_of
 from pinfer.progress import NULL_PROGRESS, Progress
@@ -101,8 +101,8 @@ def evaluate(model_path: Path, options: EvalOptions, progress: Progress = NULL_P
 
 def _sparse_config(model: Model, options: EvalOptions) -> PluginConfig:
     """What ``pinfer run`` would use, but sparse whatever the batch."""
-    from pinfer import paths
-    from pinfer.shard_file import find_hot_shards
+    from pinfer.artefacts import paths
+    from pinfer.artefacts.shards import find_hot_shards
 
     folder = paths.artefact_dir(model.path, model.fingerprint, for_writing=False)
     predictor, cold = folder / paths.PREDICTOR, folder / paths.COLD
@@ -207,7 +207,7 @@ class _Totals:
 
     def add_stats(self) -> None:
         """What the plugin counted since this engine was configured."""
-        from pinfer.native import load_plugin
+        from pinfer.llama.plugin import load_plugin
 
         stats = load_plugin().stats()
         self.n_neurons += stats.n_neurons

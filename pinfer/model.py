@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pinfer.cli.pick import check_is_model
 from pinfer.errors import PinferError
-from pinfer.gguf_file import GgufError, GgufFile, Tensor, read_gguf
-from pinfer.pick import check_is_model
+from pinfer.gguf_io.reader import GgufError, GgufFile, Tensor, read_gguf
 
 if TYPE_CHECKING:
     import numpy as np
@@ -88,7 +88,7 @@ class Model:
     @property
     def stock_computes_it(self) -> bool:
         """Whether stock llama.cpp computes this FFN as it is meant."""
-        from pinfer.native import load_plugin
+        from pinfer.llama.plugin import load_plugin
 
         return load_plugin().arch_activation(self.arch) == self.activation and self.activation_threshold == 0
 
@@ -118,7 +118,7 @@ def dequantize(
     model: Model, tensor: Tensor, rows: slice | Sequence[int] | NDArray[np.integer[Any]] = slice(None)
 ) -> NDArray[np.float32]:
     """Rows of a tensor of any type as float32, ``[len(rows), row_length]``."""
-    from pinfer import ggml
+    from pinfer.llama import ggml
 
     if not ggml.can_dequantise(tensor.type):
         raise PinferError(
@@ -160,7 +160,7 @@ def _read(path: Path) -> GgufFile:
 
 
 def _describe(path: Path, gguf: GgufFile, activation: str | None) -> Model:
-    from pinfer.artefact import fingerprint
+    from pinfer.artefacts.artefact import fingerprint
 
     arch = gguf.get("general.architecture")
     if not isinstance(arch, str):
@@ -263,7 +263,7 @@ def _is_plain(ffn: Sequence[FfnTensors], n_embd: int, n_ff: int) -> bool:
 
 
 def _activation(path: Path, gguf: GgufFile, arch: str) -> str:
-    from pinfer.native import load_plugin
+    from pinfer.llama.plugin import load_plugin
 
     named = gguf.get(ACTIVATION_KEY)
     if named is None:

@@ -8,20 +8,20 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pinfer import activation_check
-from pinfer.corpus import Corpus, open_corpus
+from pinfer.artefacts.profile import ProfileFile, samples_writer
 from pinfer.errors import PinferError
+from pinfer.hub.corpus import Corpus, open_corpus
 from pinfer.interrupt import HeldInterrupt, hold_interrupt
+from pinfer.llama import activation_check
 from pinfer.model import Model, open_model
-from pinfer.profile_file import ProfileFile, samples_writer
 from pinfer.progress import NULL_PROGRESS, Progress
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from pinfer.engine import Engine
-    from pinfer.native import PluginLibrary
+    from pinfer.llama.engine import Engine
+    from pinfer.llama.plugin import PluginLibrary
 
 MAX_CONTEXT = 2048
 BATCH = 512
@@ -103,9 +103,9 @@ def profile(model_path: Path, options: ProfileOptions, progress: Progress = NULL
     model without exact zeros or with another activation than it claims, a data set that cannot be had, or a folder that
     cannot be written.
     """
-    from pinfer import paths
-    from pinfer.engine import Engine, PluginConfig
-    from pinfer.native import load_plugin
+    from pinfer.artefacts import paths
+    from pinfer.llama.engine import Engine, PluginConfig
+    from pinfer.llama.plugin import load_plugin
 
     _check(options)
     model = open_model(model_path, options.activation)
@@ -257,8 +257,8 @@ def _write(
     interrupted: bool,
     progress: Progress,
 ) -> ProfileReport:
-    from pinfer import paths
-    from pinfer.gguf_writer import replace_together
+    from pinfer.artefacts import paths
+    from pinfer.gguf_io.writer import replace_together
 
     seen = [plugin.observer_layer(layer) for layer in range(model.n_layer)]
     layers = [layer for layer in seen if layer is not None]
@@ -299,7 +299,7 @@ def _report(
 ) -> ProfileReport:
     import numpy as np
 
-    from pinfer import paths
+    from pinfer.artefacts import paths
 
     everything = np.concatenate(result.count)
     return ProfileReport(

@@ -15,7 +15,7 @@ from types import FrameType
 from typing import Literal
 
 from pinfer.errors import PinferError
-from pinfer.native import runner_path
+from pinfer.llama.plugin import runner_path
 
 ALL_LAYERS = 999
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from pinfer import paths
-from pinfer.artefact import mending_command
+from pinfer.artefacts import paths
+from pinfer.artefacts.artefact import mending_command
 from pinfer.errors import PinferError
-from pinfer.gguf_file import GgufError
+from pinfer.gguf_io.reader import GgufError
 from pinfer.model import ACTIVATION_KEY, ACTIVATIONS, Model, Tensor, open_model
 
 _FFN = re.compile(r"blk\.\d+\.ffn_(up|gate|down|gate_up)(_exps|_shexp|_chexps)?\.(weight|bias|scale)")
@@ -231,8 +231,8 @@ def _state(model: Model, kind: str, path: Path, read: Callable[[Path, Model], Ma
 def _profile_facts(path: Path, model: Model) -> dict[str, Any]:
     import numpy as np
 
+    from pinfer.artefacts.profile import ProfileFile
     from pinfer.profile import share_of_most
-    from pinfer.profile_file import ProfileFile
 
     file = ProfileFile.read(path, model)
     count = np.concatenate(file.count)
@@ -246,13 +246,13 @@ def _profile_facts(path: Path, model: Model) -> dict[str, Any]:
 
 
 def _samples_facts(path: Path, model: Model) -> dict[str, Any]:
-    from pinfer.profile_file import SamplesFile
+    from pinfer.artefacts.profile import SamplesFile
 
     return {"n_samples": SamplesFile.read(path, model).n_samples}
 
 
 def _predictor_facts(path: Path, model: Model) -> dict[str, Any]:
-    from pinfer.predictor_file import PredictorFile
+    from pinfer.artefacts.predictor import PredictorFile
 
     file = PredictorFile.read(path, model)
     kinds = dict.fromkeys(file.kind)
@@ -265,7 +265,7 @@ def _predictor_facts(path: Path, model: Model) -> dict[str, Any]:
 
 
 def _placement_facts(path: Path, model: Model) -> dict[str, Any]:
-    from pinfer.placement_file import PlacementFile
+    from pinfer.artefacts.placement import PlacementFile
 
     file = PlacementFile.read(path, model)
     return {
@@ -281,7 +281,7 @@ def _placement_facts(path: Path, model: Model) -> dict[str, Any]:
 
 
 def _shard_facts(path: Path, kind: str, model: Model) -> dict[str, Any]:
-    from pinfer.shard_file import ShardFile
+    from pinfer.artefacts.shards import ShardFile
 
     file = ShardFile.read(path, kind, model)
     return {

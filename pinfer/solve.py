@@ -12,17 +12,17 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pinfer import paths
-from pinfer.artefact import open_artefact
-from pinfer.budget import cache_type_bytes, kv_bytes, layer_bytes, output_bytes
-from pinfer.device_budget import Budget, SolveOptions, make_budget
-from pinfer.integer_program import Counts, Layer, Placed, place, place_greedily, top_up
-from pinfer.machine import Machine
+from pinfer.artefacts import paths
+from pinfer.artefacts.artefact import open_artefact
+from pinfer.artefacts.placement import GROUP, PlacementFile, new_placement_id
+from pinfer.artefacts.shards import DownTypes, cold_neuron_bytes, down_types, hot_neuron_bytes
 from pinfer.model import Model, open_model
-from pinfer.placement_file import GROUP, PlacementFile, new_placement_id
+from pinfer.placement.budget import Budget, SolveOptions, make_budget
+from pinfer.placement.cost_model import LayerCost, PredictorCost, dense_seconds, layer_cost
+from pinfer.placement.integer_program import Counts, Layer, Placed, place, place_greedily, top_up
+from pinfer.placement.machine import Machine
+from pinfer.placement.model_bytes import cache_type_bytes, kv_bytes, layer_bytes, output_bytes
 from pinfer.progress import NULL_PROGRESS, Progress
-from pinfer.shard_file import DownTypes, cold_neuron_bytes, down_types, hot_neuron_bytes
-from pinfer.speed import LayerCost, PredictorCost, dense_seconds, layer_cost
 
 if TYPE_CHECKING:
     import numpy as np
@@ -187,7 +187,7 @@ def _ranked(
     """Neurons by falling impact, and how often each fires per token, in that order."""
     import numpy as np
 
-    from pinfer.profile_file import ProfileFile
+    from pinfer.artefacts.profile import ProfileFile
 
     path = folder / paths.PROFILE
     if not path.exists() and vram == 0:

@@ -15,14 +15,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pinfer import ggml, paths
-from pinfer.artefact import ArtefactWriter
-from pinfer.gguf_file import type_name, type_size
-from pinfer.gguf_writer import replace_together
-from pinfer.model import Model, Tensor, open_model
-from pinfer.placement_file import PlacementFile, new_placement_id
-from pinfer.progress import NULL_PROGRESS, Progress
-from pinfer.shard_file import (
+from pinfer.artefacts import paths
+from pinfer.artefacts.artefact import ArtefactWriter
+from pinfer.artefacts.placement import PlacementFile, new_placement_id
+from pinfer.artefacts.shards import (
     ShardPlan,
     cold_writer,
     down_name,
@@ -32,6 +28,11 @@ from pinfer.shard_file import (
     row_bytes,
     stale_hot_shards,
 )
+from pinfer.gguf_io.reader import type_name, type_size
+from pinfer.gguf_io.writer import replace_together
+from pinfer.llama import ggml
+from pinfer.model import Model, Tensor, open_model
+from pinfer.progress import NULL_PROGRESS, Progress
 
 if TYPE_CHECKING:
     import numpy as np
@@ -89,7 +90,7 @@ def split(model_path: Path, options: SplitOptions, progress: Progress = NULL_PRO
     The placement decides what is hot. Without one every neuron is cold, ordered by the profile if there is one. With
     ``options.verify`` the written files are read again and proven to be the model before they replace the old ones.
     """
-    from pinfer.verify import verify_shards
+    from pinfer.artefacts.verify import verify_shards
 
     started = time.monotonic()
     model = open_model(model_path, options.activation)
@@ -173,7 +174,7 @@ def _plan(model: Model, folder: Path, options: SplitOptions, progress: Progress)
 def _order_without_placement(model: Model, folder: Path) -> tuple[tuple[NDArray[np.int32], ...], str]:
     import numpy as np
 
-    from pinfer.profile_file import ProfileFile
+    from pinfer.artefacts.profile import ProfileFile
 
     if (folder / paths.PROFILE).exists():
         counts = ProfileFile.read(folder / paths.PROFILE, model).count

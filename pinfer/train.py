@@ -14,21 +14,21 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from pinfer.artefacts.predictor import FACTOR_TYPES, FEW_BITS, LayerPredictor, PredictorWriter, quantised, row_bytes
+from pinfer.artefacts.profile import SamplesFile
 from pinfer.errors import PinferError
-from pinfer.few_bits import few_bits
-from pinfer.low_rank import Spectrum, covariance
 from pinfer.model import open_model
-from pinfer.predictor_file import FACTOR_TYPES, FEW_BITS, LayerPredictor, PredictorWriter, quantised, row_bytes
-from pinfer.profile_file import SamplesFile
+from pinfer.predictors.data import HeldBack, LayerData, parts
+from pinfer.predictors.few_bits import few_bits
+from pinfer.predictors.low_rank import Spectrum, covariance
+from pinfer.predictors.thresholds import calibrate
 from pinfer.progress import NULL_PROGRESS, Progress
-from pinfer.thresholds import calibrate
-from pinfer.train_data import HeldBack, LayerData, parts
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from pinfer.train_data import Matrix
+    from pinfer.predictors.data import Matrix
 
 MIN_SAMPLES = 64
 
@@ -103,7 +103,7 @@ def train(model_path: Path, options: TrainOptions, progress: Progress = NULL_PRO
 
     Raises PinferError when there are no samples, too few of them, or the model has nothing to predict.
     """
-    from pinfer import paths
+    from pinfer.artefacts import paths
 
     _check(options)
     model = open_model(model_path, options.activation)

@@ -11,12 +11,12 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from quantised import quantise
-from random_model import RandomModel, write_random_model
+from support.quantised import quantise
+from support.random_model import RandomModel, write_random_model
 
-from pinfer.activation_check import LEAST_TOKENS, Readings, first_tokens, judge, losses
-from pinfer.engine import Engine, PluginConfig
 from pinfer.errors import PinferError
+from pinfer.llama.activation_check import LEAST_TOKENS, Readings, first_tokens, judge, losses
+from pinfer.llama.engine import Engine, PluginConfig
 from pinfer.model import open_model
 from pinfer.profile import ProfileOptions, profile
 

@@ -15,20 +15,20 @@ import gguf
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from random_model import N_FF, N_VOCAB, RandomModel, write_random_model
-from shards import nmse, write_shards
-from small_model import Shape, write_small_model
+from support.random_model import N_FF, N_VOCAB, RandomModel, write_random_model
+from support.shards import nmse, write_shards
+from support.small_model import Shape, write_small_model
 
 from models.reference import Reference
-from pinfer import paths
-from pinfer.engine import Engine, PluginConfig
+from pinfer.artefacts import paths
+from pinfer.artefacts.predictor import PredictorFile
+from pinfer.artefacts.profile import ProfileFile, SamplesFile
 from pinfer.errors import PinferError
 from pinfer.eval import EvalOptions, evaluate
+from pinfer.llama.engine import Engine, PluginConfig
+from pinfer.llama.plugin import load_plugin, plugin_path, runner_path
 from pinfer.model import THRESHOLD_KEY, open_model
-from pinfer.native import load_plugin, plugin_path, runner_path
-from pinfer.predictor_file import PredictorFile
 from pinfer.profile import ProfileOptions, profile
-from pinfer.profile_file import ProfileFile, SamplesFile
 from pinfer.train import TrainOptions, train
 
 THRESHOLD = 0.4

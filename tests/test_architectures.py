@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from random_model import N_FF, N_VOCAB, RandomModel, write_random_model
-from shards import nmse, write_shards
+from support.random_model import N_FF, N_VOCAB, RandomModel, write_random_model
+from support.shards import nmse, write_shards
 
 from models.reference import Reference
-from pinfer.engine import Engine, PluginConfig
+from pinfer.llama.engine import Engine, PluginConfig
+from pinfer.llama.plugin import load_plugin, runner_path
 from pinfer.model import open_model
-from pinfer.native import load_plugin, runner_path
 
 TOKENS = np.random.default_rng(0).integers(1, N_VOCAB, 100).tolist()
 # Everything is in F32, the KV cache too.

@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from small_model import Shape, write_small_model
+from support.small_model import Shape, write_small_model
 
-from pinfer import paths
-from pinfer.artefact import FORMAT_VERSION, ArtefactWriter, open_artefact
+from pinfer.artefacts import paths
+from pinfer.artefacts.artefact import FORMAT_VERSION, ArtefactWriter, open_artefact
 from pinfer.errors import PinferError
-from pinfer.gguf_writer import replace_together
+from pinfer.gguf_io.writer import replace_together
 from pinfer.model import Model, open_model
 
 

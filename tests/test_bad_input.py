@@ -19,17 +19,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from command_line import MODELS, ROOT, CommandLine, Outcome
+from support.command_line import MODELS, ROOT, CommandLine, Outcome
 
-from pinfer import paths
+from pinfer.artefacts import paths
+from pinfer.artefacts.placement import PlacementFile
+from pinfer.artefacts.predictor import PredictorFile
+from pinfer.artefacts.profile import ProfileFile, SamplesFile
+from pinfer.artefacts.shards import ShardFile
 from pinfer.errors import PinferError
-from pinfer.gguf_file import read_gguf
+from pinfer.gguf_io.reader import read_gguf
+from pinfer.llama.plugin import load_plugin, runner_path
 from pinfer.model import Model, open_model
-from pinfer.native import load_plugin, runner_path
-from pinfer.placement_file import PlacementFile
-from pinfer.predictor_file import PredictorFile
-from pinfer.profile_file import ProfileFile, SamplesFile
-from pinfer.shard_file import ShardFile
 
 COMMANDS: dict[str, tuple[str, ...]] = {
     "profile": ("--tokens", "256", "--dataset", "text.txt"),

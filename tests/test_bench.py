@@ -19,18 +19,21 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-from command_line import CommandLine
+from support.command_line import CommandLine
 
 from models.synth import SynthOptions, write_model
 from pinfer import bench as stage
-from pinfer import bench_limit, bench_machine, cli, paths, ui
+from pinfer.artefacts import paths
 from pinfer.bench import BenchOptions, bench
-from pinfer.bench_process import WorkerProcess, worker_environment
-from pinfer.bench_report import DENSE, SPARSE, BenchReport, Case
-from pinfer.engine import Engine
+from pinfer.benchmark import limit as bench_limit
+from pinfer.benchmark import machine
+from pinfer.benchmark.process import WorkerProcess, worker_environment
+from pinfer.benchmark.report import DENSE, SPARSE, BenchReport, Case
+from pinfer.cli import app, ui
 from pinfer.errors import PinferError
+from pinfer.llama.engine import Engine
+from pinfer.llama.plugin import Stats
 from pinfer.model import open_model
-from pinfer.native import Stats
 from pinfer.profile import ProfileOptions, profile
 from pinfer.solve import SolveOptions, solve
 from pinfer.split import SplitOptions, split
@@ -168,7 +171,7 @@ def test_parallel_decoding_computes_each_sequence_for_itself(tiny_relu2: Path) -
         for stream in streams:
             engine.clear()
             alone.append(engine.decode(stream)[0])
-    from pinfer.bench_worker import BenchEngine
+    from pinfer.benchmark.worker import BenchEngine
 
     with BenchEngine(tiny_relu2, plugin=None, n_threads=1, n_gpu_layers=0) as bench_engine:
         bench_engine.open_context(8, len(streams))
@@ -331,17 +334,17 @@ def _cpu_ticks(pid: int) -> int:
 
 
 def test_what_others_use_is_what_is_left_of_the_cpu() -> None:
-    begin, end = bench_machine.CpuTime(10.0, 100.0), bench_machine.CpuTime(20.0, 115.0)
-    assert bench_machine.used_by_others(begin, end, own=10.0) == pytest.approx(0.5)
-    assert bench_machine.used_by_others(begin, end, own=30.0) == 0.0
-    assert bench_machine.used_by_others(None, end, own=1.0) is None
+    begin, end = machine.CpuTime(10.0, 100.0), machine.CpuTime(20.0, 115.0)
+    assert machine.used_by_others(begin, end, own=10.0) == pytest.approx(0.5)
+    assert machine.used_by_others(begin, end, own=30.0) == 0.0
+    assert machine.used_by_others(None, end, own=1.0) is None
 
 
 def test_a_busy_machine_is_noted(tiny_relu2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_machine, "used_by_others", lambda *_: 0.7)
+    monkeypatch.setattr(machine, "used_by_others", lambda *_: 0.7)
     found = bench(tiny_relu2, replace(QUICK, n_gen=(), repetitions=1, dense=True))
     assert any(note.startswith("busy: other processes used 0.7 CPUs") for note in found.notes)
-    monkeypatch.setattr(bench_machine, "used_by_others", lambda *_: 0.01)
+    monkeypatch.setattr(machine, "used_by_others", lambda *_: 0.01)
     quiet = bench(tiny_relu2, replace(QUICK, n_gen=(), repetitions=1, dense=True))
     assert not any("busy" in note for note in quiet.notes)
 
@@ -375,7 +378,7 @@ def test_every_flag_arrives(monkeypatch: pytest.MonkeyPatch, tiny_relu2: Path) -
     monkeypatch.setattr(stage, "bench", catch)
     words = "-p 1,2 -n 3 -b 4 -r 6 -t 7 -c 8 -ngl 9 --compare none --dense --exact --no-artefacts --device d --text t"
     for flags in ((), (*words.split(), "--rpc", "h:1", "--activation", "relu2")):
-        assert cli.run_cli(["bench", str(tiny_relu2), *flags]) == 1
+        assert app.run_cli(["bench", str(tiny_relu2), *flags]) == 1
     default, given = caught
     assert default == BenchOptions()
     expected = BenchOptions(

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rpc_server import RpcServer
-from small_model import write_profile
+from support.rpc_server import RpcServer
+from support.small_model import write_profile
 
 from models.synth import SynthOptions, write_model
-from pinfer import paths
+from pinfer.artefacts import paths
+from pinfer.artefacts.placement import PlacementFile
 from pinfer.model import open_model
-from pinfer.placement_file import PlacementFile
 
 MIB = 1 << 20
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,8 +27,8 @@ _COUNT = """
 import json, sys
 from pathlib import Path
 from pinfer import remote
-from pinfer.budget import compute_bytes
-from pinfer.compute_buffers import Layout, count_compute_bytes
+from pinfer.placement.model_bytes import compute_bytes
+from pinfer.placement.compute_buffers import Layout, count_compute_bytes
 from pinfer.model import open_model
 
 remote.connect(sys.argv[1])

@@ -17,11 +17,13 @@ from typing import Any, NoReturn
 
 import pytest
 import typer
-from command_line import MODELS, ROOT, CommandLine, Outcome
 from hypothesis import given
 from hypothesis import strategies as st
+from support.command_line import MODELS, ROOT, CommandLine, Outcome
 
-from pinfer import __version__, cli, cli_docs, cli_options, pick, train, ui
+from pinfer import __version__, train
+from pinfer.cli import app, docs, pick, ui
+from pinfer.cli import options as cli_options
 from pinfer.errors import PinferError
 
 COMMANDS = ("profile", "train", "solve", "split", "run", "eval", "bench", "show")
@@ -58,7 +60,7 @@ def test_help_names_every_command_and_is_quick(command: CommandLine) -> None:
 def test_help_imports_nothing_heavy() -> None:
     heavy = ("numpy", "scipy", "gguf", "llama_cpp", "rich", "huggingface_hub")
     code = (
-        "import sys\nfrom pinfer.cli import run_cli\nrun_cli(['solve', '--help'])\n"
+        "import sys\nfrom pinfer.cli.app import run_cli\nrun_cli(['solve', '--help'])\n"
         f"sys.exit(', '.join(name for name in {heavy!r} if name in sys.modules) or None)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
@@ -80,16 +82,16 @@ def test_version(command: CommandLine) -> None:
 
 
 def test_docs_are_up_to_date() -> None:
-    assert cli_docs.main(["--check"]) == 0, "docs/cli.md is stale; run: python -m pinfer.cli_docs"
+    assert docs.main(["--check"]) == 0, "docs/cli.md is stale; run: python -m pinfer.cli.docs"
 
 
 def test_stale_docs_are_noticed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = tmp_path / "cli.md"
-    assert cli_docs.main(["--check", str(page)]) == 1
-    assert cli_docs.main([str(page)]) == 0
-    assert cli_docs.main(["--check", str(page)]) == 0
+    assert docs.main(["--check", str(page)]) == 1
+    assert docs.main([str(page)]) == 0
+    assert docs.main(["--check", str(page)]) == 0
     page.write_text(page.read_text().replace("pinfer", "pincer", 1))
-    assert cli_docs.main(["--check", str(page)]) == 1
+    assert docs.main(["--check", str(page)]) == 1
     assert "stale" in capsys.readouterr().err
 
 
@@ -269,7 +271,7 @@ def _failing(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> int:
         raise error
 
     monkeypatch.setattr(cli_options, "pick_model", fail)
-    return cli.run_cli(["solve"])
+    return app.run_cli(["solve"])
 
 
 @pytest.mark.parametrize(
@@ -325,7 +327,7 @@ def test_progress_without_a_terminal_is_plain_lines(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     clock = iter(range(0, 1000, 3))
-    monkeypatch.setattr("pinfer.ui.time.monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr("pinfer.cli.ui.time.monotonic", lambda: float(next(clock)))
     progress = ui.stderr_progress()
     with progress.task("count", 4000, "tokens") as advance:
         for _ in range(4):
@@ -408,8 +410,8 @@ def _options_of(monkeypatch: pytest.MonkeyPatch, name: str, *flags: str) -> Any:
         caught.append(sys.exc_info()[1])
         return 1
 
-    monkeypatch.setattr(cli, "fail", keep)
-    assert cli.run_cli([name, "x.gguf", *flags]) == 1
+    monkeypatch.setattr(app, "fail", keep)
+    assert app.run_cli([name, "x.gguf", *flags]) == 1
     (error,) = caught
     assert isinstance(error, _Caught), error
     return error.args[0]

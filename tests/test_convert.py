@@ -20,17 +20,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from command_line import ROOT, CommandLine, Outcome
 from numpy.typing import NDArray
-from powerinfer_writer import read_weights, write_powerinfer
 from safetensors.numpy import load_file, save_file
+from support.command_line import ROOT, CommandLine, Outcome
+from support.powerinfer_writer import read_weights, write_powerinfer
 from test_powerinfer_predictor import exact
 
-from pinfer import ggml
-from pinfer.checkpoint import open_checkpoint
+from pinfer.conversion.checkpoint import open_checkpoint
 from pinfer.convert import ConvertOptions, convert
-from pinfer.engine import Engine, PluginConfig
 from pinfer.errors import PinferError
+from pinfer.llama import ggml
+from pinfer.llama.engine import Engine, PluginConfig
 from pinfer.model import Model, dequantize, open_model
 from pinfer.progress import NULL_PROGRESS
 
@@ -391,10 +391,10 @@ def test_interrupt_leaves_nothing(command: CommandLine, tmp_path: Path) -> None:
     folder = copy(ONE_FILE, tmp_path)
     marker = tmp_path / "quantising"
     wrapper = (
-        "import sys, time; from pathlib import Path; import pinfer.quantise as q; "
+        "import sys, time; from pathlib import Path; import pinfer.llama.quantise as q; "
         f"q._POLL = 0.01; q.subprocess.Popen = (lambda P: lambda c, **k: (Path({str(marker)!r}).touch(), "
         "P([sys.executable, '-c', 'import time; time.sleep(60)'], **k))[1])(q.subprocess.Popen); "
-        "from pinfer.cli import main; sys.argv[0] = 'pinfer'; sys.exit(main())"
+        "from pinfer.cli.app import main; sys.argv[0] = 'pinfer'; sys.exit(main())"
     )
     child = subprocess.Popen(
         [sys.executable, "-c", wrapper, "convert", str(folder), "--type", "q4_0"],

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from gguf import GGUFWriter
-from tokenizer_originals import (
+from support.tokenizer_originals import (
     FAMILIES,
     N_VOCAB,
     SENTENCEPIECE,
@@ -26,10 +26,10 @@ from tokenizer_originals import (
 )
 from tokenizers import Tokenizer
 
-from pinfer.convert_tokenizer import TokenizerReport, add_tokenizer
+from pinfer.conversion.tokenizer import TokenizerReport, add_tokenizer
 from pinfer.errors import PinferError
-from pinfer.gguf_file import GgufFile, read_gguf
-from pinfer.llama_vocab import LlamaVocab
+from pinfer.gguf_io.reader import GgufFile, read_gguf
+from pinfer.llama.vocab import LlamaVocab
 
 
 @cache

@@ -16,13 +16,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from hub_server import Hub, clean_environment, serve_hub
 from hypothesis import given
 from hypothesis import strategies as st
+from support.hub_server import Hub, clean_environment, serve_hub
 
-from pinfer import corpus
-from pinfer.corpus import DOCUMENT_END, open_corpus
 from pinfer.errors import PinferError
+from pinfer.hub import corpus
+from pinfer.hub.corpus import DOCUMENT_END, open_corpus
 
 TEXT = f"First document.\nIts second line.\n{DOCUMENT_END}\nSecond: ä ö ü.\n{DOCUMENT_END}\n\n{DOCUMENT_END}\nThird\n"
 DOCUMENTS = ["First document.\nIts second line.", "Second: ä ö ü.", "Third"]
@@ -167,7 +167,7 @@ def hub() -> Iterator[Hub]:
 
 _SCRIPT = """
 import json, sys
-from pinfer.corpus import open_corpus
+from pinfer.hub.corpus import open_corpus
 from pinfer.errors import PinferError
 try:
     print(json.dumps(list(open_corpus(sys.argv[1]).documents())))

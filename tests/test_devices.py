@@ -21,16 +21,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from command_line import CommandLine
 from numpy.typing import NDArray
-from quantised import quantise
-from rpc_gate import RpcGate
-from rpc_server import RpcServer
-from shards import nmse, write_shards
+from support.command_line import CommandLine
+from support.quantised import quantise
+from support.rpc_gate import RpcGate
+from support.rpc_server import RpcServer
+from support.shards import nmse, write_shards
 
-from pinfer.engine import ALWAYS_DENSE, NEVER_DENSE, Engine, PluginConfig
+from pinfer.llama.engine import ALWAYS_DENSE, NEVER_DENSE, Engine, PluginConfig
+from pinfer.llama.plugin import runner_path
 from pinfer.model import open_model
-from pinfer.native import runner_path
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPT = "Once upon a time there was a little"
@@ -144,7 +144,7 @@ def run_worker(folder: Path, rpc: str | None, models: list[dict[str, Any]]) -> t
     out = folder / "logits.npy"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     done = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "device_worker.py"), str(out)],
+        [sys.executable, str(ROOT / "tests" / "support" / "device_worker.py"), str(out)],
         input=json.dumps({"rpc": rpc, "models": models}),
         capture_output=True,
         text=True,

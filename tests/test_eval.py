@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from models.reference import Reference
 from pinfer import eval as stage
-from pinfer import paths
+from pinfer.artefacts import paths
 from pinfer.errors import PinferError
 from pinfer.eval import EvalOptions, _chunks, _log_probabilities, _Totals, evaluate
 from pinfer.profile import ProfileOptions, profile
@@ -66,8 +66,8 @@ def test_exact_mode_is_dense_and_perplexity_is_that_of_an_independent_pass(
     assert report.computed == 1.0
     assert 0 < report.active < 1
 
-    from pinfer.corpus import open_corpus
-    from pinfer.engine import Engine
+    from pinfer.hub.corpus import open_corpus
+    from pinfer.llama.engine import Engine
     from pinfer.profile import windows_of
 
     reference = Reference(path)

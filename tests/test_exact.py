@@ -14,14 +14,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from quantised import FTYPES, quantise
-from shards import nmse, write_shards
+from support.quantised import FTYPES, quantise
+from support.shards import nmse, write_shards
 
 from models.reference import Reference
-from pinfer import ggml
-from pinfer.engine import NEVER_DENSE, Engine, PluginConfig
+from pinfer.artefacts.shards import ShardFile, down_name
+from pinfer.llama import ggml
+from pinfer.llama.engine import NEVER_DENSE, Engine, PluginConfig
 from pinfer.model import open_model
-from pinfer.shard_file import ShardFile, down_name
 from pinfer.split import SplitReport
 
 ROOT = Path(__file__).resolve().parent.parent

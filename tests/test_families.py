@@ -13,17 +13,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from command_line import CommandLine
 from numpy.typing import NDArray
-from shards import nmse, write_shards
+from support.command_line import CommandLine
+from support.shards import nmse, write_shards
 
-from pinfer.budget import hot_buffers
-from pinfer.checkpoint import open_checkpoint
+from pinfer.conversion.checkpoint import open_checkpoint
 from pinfer.convert import ConvertOptions, convert
-from pinfer.engine import ALWAYS_DENSE, Engine, PluginConfig
 from pinfer.errors import PinferError
+from pinfer.llama.engine import ALWAYS_DENSE, Engine, PluginConfig
+from pinfer.llama.plugin import load_plugin
 from pinfer.model import open_model
-from pinfer.native import load_plugin
+from pinfer.placement.model_bytes import hot_buffers
 from pinfer.profile import ProfileOptions, profile
 from pinfer.progress import NULL_PROGRESS
 from pinfer.solve import SolveOptions, solve

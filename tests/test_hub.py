@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from command_line import MODELS, ROOT, CommandLine
-from hub_server import Hub, clean_environment, serve_hub
+from support.command_line import MODELS, ROOT, CommandLine
+from support.hub_server import Hub, clean_environment, serve_hub
 
-from pinfer import paths
+from pinfer.artefacts import paths
 from pinfer.errors import PinferError
-from pinfer.hub import HubName, choose_gguf, parse_name
+from pinfer.hub.models import HubName, choose_gguf, parse_name
 
 MIB = 1 << 20
 TINY = (MODELS / "tiny-relu2.gguf").read_bytes()

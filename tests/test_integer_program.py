@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pinfer import integer_program as program
+from pinfer.artefacts.placement import GROUP
 from pinfer.errors import PinferError
-from pinfer.integer_program import Layer, Placed, place, top_up
-from pinfer.placement_file import GROUP
+from pinfer.placement import integer_program as program
+from pinfer.placement.integer_program import Layer, Placed, place, top_up
 
 
 def _fits(layers: Sequence[Layer], budgets: Sequence[int], counts: Sequence[tuple[int, ...]]) -> bool:

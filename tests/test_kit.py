@@ -22,7 +22,7 @@ from types import ModuleType
 
 import numpy as np
 import pytest
-from command_line import CommandLine
+from support.command_line import CommandLine
 
 ROOT = Path(__file__).resolve().parent.parent
 KIT = ROOT / "kit"
@@ -340,9 +340,9 @@ def test_both_ways_of_llama_are_tuned_to_the_budget(
 def test_training_by_layers_goes_on_and_is_what_train_writes(
     kit: dict[str, ModuleType], synthetic: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pinfer import paths
+    from pinfer.artefacts import paths
+    from pinfer.artefacts.predictor import PredictorFile
     from pinfer.model import open_model
-    from pinfer.predictor_file import PredictorFile
 
     profile = str(ROOT / "tests" / "data" / "profile.txt")
     _pinfer("profile", str(synthetic), "--dataset", profile, "--tokens", "512", "--samples", "512")

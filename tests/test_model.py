@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from small_model import Shape, write_small_model
+from support.small_model import Shape, write_small_model
 
-from pinfer import ggml
+from pinfer.artefacts.shards import DOWN_TYPES
 from pinfer.errors import PinferError
-from pinfer.gguf_file import GgufError, read_gguf, type_size
+from pinfer.gguf_io.reader import GgufError, read_gguf, type_size
+from pinfer.llama import ggml
 from pinfer.model import dequantize, open_model
-from pinfer.shard_file import DOWN_TYPES
 
 ROOT = Path(__file__).resolve().parent.parent
 

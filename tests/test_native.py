@@ -1,4 +1,4 @@
-"""pinfer.native: the native part is found, loaded once into libllama's own ggml, and refuses another ggml."""
+"""pinfer.llama.plugin: the native part is found, loaded once into libllama's own ggml, and refuses another ggml."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from pinfer import native
 from pinfer.errors import PinferError
-from pinfer.ggml import load_library
+from pinfer.llama import plugin as native
+from pinfer.llama.ggml import load_library
 
 LOAD_AND_SAY_WHY_NOT = """
 from pinfer import native

@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 from conftest import MODELS
 from numpy.typing import NDArray
-from powerinfer_models import N_CONTEXT, N_EMBD, as_gpt2, as_llama, bamboo, falcon, opt
-from powerinfer_writer import Matrix, Weights, read_weights, value, write_model, write_powerinfer
+from support.powerinfer_models import N_CONTEXT, N_EMBD, as_gpt2, as_llama, bamboo, falcon, opt
+from support.powerinfer_writer import Matrix, Weights, read_weights, value, write_model, write_powerinfer
 
-from pinfer import ggml
-from pinfer.engine import NEVER_DENSE, Engine, PluginConfig
+from pinfer.conversion.powerinfer_file import is_powerinfer, open_powerinfer, plan_powerinfer
 from pinfer.errors import PinferError
-from pinfer.gguf_file import GgufFile, read_gguf
-from pinfer.gguf_writer import GgufFileWriter
+from pinfer.gguf_io.reader import GgufFile, read_gguf
+from pinfer.gguf_io.writer import GgufFileWriter
+from pinfer.llama import ggml
+from pinfer.llama.engine import NEVER_DENSE, Engine, PluginConfig
 from pinfer.model import open_model
-from pinfer.powerinfer_file import is_powerinfer, open_powerinfer, plan_powerinfer
 
 PROMPT = "Once upon a time, there was a little girl"
 

@@ -9,16 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import MODELS, ROOT
-from powerinfer_models import as_llama, bamboo, falcon, opt
-from powerinfer_writer import Matrix, Weights, read_weights, write_powerinfer
+from support.powerinfer_models import as_llama, bamboo, falcon, opt
+from support.powerinfer_writer import Matrix, Weights, read_weights, write_powerinfer
 from test_powerinfer_file import convert, divergence
 
-from pinfer.engine import NEVER_DENSE, Engine, PluginConfig
-from pinfer.errors import PinferError
-from pinfer.model import open_model
-from pinfer.native import load_plugin
-from pinfer.powerinfer_file import open_powerinfer
-from pinfer.powerinfer_predictor import (
+from pinfer.artefacts.predictor import PredictorFile
+from pinfer.conversion.powerinfer_file import open_powerinfer
+from pinfer.conversion.powerinfer_predictor import (
     ImportOptions,
     ImportReport,
     Rebased,
@@ -27,7 +24,10 @@ from pinfer.powerinfer_predictor import (
     import_predictor,
     without_scale,
 )
-from pinfer.predictor_file import PredictorFile
+from pinfer.errors import PinferError
+from pinfer.llama.engine import NEVER_DENSE, Engine, PluginConfig
+from pinfer.llama.plugin import load_plugin
+from pinfer.model import open_model
 from pinfer.profile import ProfileOptions, profile
 from pinfer.train import scores
 

@@ -16,15 +16,15 @@ from hypothesis import strategies as st
 
 from models.reference import Reference
 from models.synth import planted_frequencies
-from pinfer import paths
-from pinfer.artefact import ArtefactWriter
-from pinfer.engine import Engine, PluginConfig
+from pinfer.artefacts import paths
+from pinfer.artefacts.artefact import ArtefactWriter
+from pinfer.artefacts.profile import ProfileFile, SamplesFile
 from pinfer.errors import PinferError
-from pinfer.gguf_writer import replace_together
+from pinfer.gguf_io.writer import replace_together
+from pinfer.llama.engine import Engine, PluginConfig
+from pinfer.llama.plugin import Stats, load_plugin
 from pinfer.model import Model, open_model
-from pinfer.native import Stats, load_plugin
 from pinfer.profile import ProfileOptions, ProfileReport, _stride, profile, share_of_most, windows_of
-from pinfer.profile_file import ProfileFile, SamplesFile
 
 TEXT = Path(__file__).resolve().parent / "data" / "profile.txt"
 
@@ -58,7 +58,7 @@ def _read(report: ProfileReport, model: Model) -> tuple[ProfileFile, SamplesFile
 
 def _windows(path: Path, n_tokens: int, n_ctx: int, text: Path = TEXT) -> list[list[int]]:
     """The sequences that a profile of ``n_tokens`` tokens is to run, made anew."""
-    from pinfer.corpus import open_corpus
+    from pinfer.hub.corpus import open_corpus
 
     windows: list[list[int]] = []
     with Engine(path, n_ctx=n_ctx, n_threads=1) as engine:
@@ -216,7 +216,7 @@ def test_interrupt_while_writing_loses_nothing(tiny_relu2: Path, monkeypatch: py
         signal.raise_signal(signal.SIGINT)
         replace_together(writers)
 
-    monkeypatch.setattr("pinfer.gguf_writer.replace_together", replace_slowly)
+    monkeypatch.setattr("pinfer.gguf_io.writer.replace_together", replace_slowly)
     report = profile(tiny_relu2, ProfileOptions(str(TEXT), 64, n_threads=1))
     assert (report.interrupted, report.tokens) == (True, 64)
     assert _read(report, open_model(tiny_relu2))[0].tokens == 64

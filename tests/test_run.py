@@ -19,14 +19,14 @@ from typing import IO, Any
 import numpy as np
 import pytest
 
-from pinfer import paths
 from pinfer import run as stage
+from pinfer.artefacts import paths
+from pinfer.artefacts.placement import PlacementFile, new_placement_id
+from pinfer.artefacts.predictor import LayerPredictor, PredictorWriter
 from pinfer.errors import PinferError
-from pinfer.gguf_file import read_gguf
+from pinfer.gguf_io.reader import read_gguf
+from pinfer.llama.plugin import runner_path
 from pinfer.model import open_model
-from pinfer.native import runner_path
-from pinfer.placement_file import PlacementFile, new_placement_id
-from pinfer.predictor_file import LayerPredictor, PredictorWriter
 from pinfer.run import RunOptions, runner_arguments
 from pinfer.split import SplitOptions, split
 

@@ -10,12 +10,13 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-from command_line import ROOT, CommandLine
-from small_model import Shape, write_profile, write_small_model
+from support.command_line import ROOT, CommandLine
+from support.small_model import Shape, write_profile, write_small_model
 
-from pinfer import paths, ui
+from pinfer.artefacts import paths
+from pinfer.artefacts.placement import PlacementFile
+from pinfer.cli import ui
 from pinfer.model import open_model
-from pinfer.placement_file import PlacementFile
 from pinfer.show import ShowOptions, ShowReport, show
 from pinfer.split import SplitOptions, split
 

@@ -14,21 +14,23 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from small_model import Shape, write_profile, write_small_model
+from support.small_model import Shape, write_profile, write_small_model
 
-from pinfer import device_budget, devices, paths
 from pinfer import solve as stage
-from pinfer.artefact import ArtefactWriter
-from pinfer.budget import compute_bytes, fit_dense, hot_buffers, kv_bytes, layer_bytes, output_bytes
-from pinfer.compute_buffers import Layout, count_compute_bytes
+from pinfer.artefacts import paths
+from pinfer.artefacts.artefact import ArtefactWriter
+from pinfer.artefacts.placement import GROUP, PlacementFile
+from pinfer.artefacts.shards import down_types, hot_neuron_bytes
 from pinfer.errors import PinferError
-from pinfer.machine import HotDevice, Machine, probe, read_machine
+from pinfer.llama import devices
 from pinfer.model import Model, open_model
-from pinfer.placement_file import GROUP, PlacementFile
+from pinfer.placement import budget
+from pinfer.placement.compute_buffers import Layout, count_compute_bytes
+from pinfer.placement.cost_model import LayerCost, PredictorCost, layer_cost
+from pinfer.placement.machine import HotDevice, Machine, probe, read_machine
+from pinfer.placement.model_bytes import compute_bytes, fit_dense, hot_buffers, kv_bytes, layer_bytes, output_bytes
 from pinfer.progress import NULL_PROGRESS
-from pinfer.shard_file import down_types, hot_neuron_bytes
 from pinfer.solve import SolveOptions, SolveReport, solve
-from pinfer.speed import LayerCost, PredictorCost, layer_cost
 from pinfer.split import SplitOptions, split
 
 MIB = 1 << 20
@@ -163,7 +165,7 @@ def test_what_a_driver_takes_is_counted_once_for_each_user(model: Model, tmp_pat
 
 
 def _tensors(path: Path) -> Any:
-    from pinfer.gguf_file import read_gguf
+    from pinfer.gguf_io.reader import read_gguf
 
     return read_gguf(path).tensors.values()
 
@@ -337,7 +339,7 @@ def test_the_device_of_this_machine(model: Model, monkeypatch: pytest.MonkeyPatc
     """The CPU stands for a GPU here: what is chosen by name or by kind, and how much of it."""
     cpu = devices.list_devices()[-1]
     assert cpu.kind == "cpu"
-    monkeypatch.setattr(device_budget, "probe", lambda chosen, *_: _pretended(chosen))
+    monkeypatch.setattr(budget, "probe", lambda chosen, *_: _pretended(chosen))
     noting = _Noting()
     if len(devices.list_devices()) == 1:
         report = solve(model.path, SolveOptions(), noting)
@@ -373,7 +375,7 @@ def _pretended(chosen: Sequence[devices.Device]) -> Machine:
 
 
 def test_the_probe_measures_plausible_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    from pinfer import machine
+    from pinfer.placement import machine
 
     monkeypatch.setattr(machine, "_CPU_BYTES", 16 << 20)
     found = probe(machine.choose_devices(["cpu"]), 256, 1024)

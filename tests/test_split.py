@@ -15,15 +15,16 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from small_model import Shape, write_profile, write_small_model
+from support.small_model import Shape, write_profile, write_small_model
 
-from pinfer import ggml, paths, verify
 from pinfer import split as stage
+from pinfer.artefacts import paths, verify
+from pinfer.artefacts.placement import PlacementFile, new_placement_id
+from pinfer.artefacts.shards import DOWN_TYPES, ShardFile, down_name
 from pinfer.errors import PinferError
+from pinfer.llama import ggml
 from pinfer.model import Model, dequantize, open_model
-from pinfer.placement_file import PlacementFile, new_placement_id
 from pinfer.progress import NULL_PROGRESS, Progress
-from pinfer.shard_file import DOWN_TYPES, ShardFile, down_name
 from pinfer.split import SplitOptions, split
 
 TYPES = [

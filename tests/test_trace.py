@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from shards import write_shards
+from support.shards import write_shards
 
-from pinfer import native
-from pinfer.engine import Engine, PluginConfig
+from pinfer.llama import plugin as native
+from pinfer.llama.engine import Engine, PluginConfig
 from pinfer.model import open_model
 
 

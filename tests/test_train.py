@@ -12,18 +12,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from small_model import Shape, write_small_model
+from support.small_model import Shape, write_small_model
 
-from pinfer import paths
+from pinfer.artefacts import paths
+from pinfer.artefacts.predictor import FEW_BITS, LayerPredictor, PredictorFile, packed, quantised, row_bytes, unpacked
+from pinfer.artefacts.profile import SamplesFile, samples_writer
 from pinfer.errors import PinferError
-from pinfer.few_bits import few_bits
-from pinfer.low_rank import Spectrum, covariance
 from pinfer.model import Model, dequantize, open_model
-from pinfer.predictor_file import FEW_BITS, LayerPredictor, PredictorFile, packed, quantised, row_bytes, unpacked
-from pinfer.profile_file import SamplesFile, samples_writer
-from pinfer.thresholds import calibrate, gain, inverse_gain, log_gain
+from pinfer.predictors.data import HeldBack, LayerData, parts
+from pinfer.predictors.few_bits import few_bits
+from pinfer.predictors.low_rank import Spectrum, covariance
+from pinfer.predictors.thresholds import calibrate, gain, inverse_gain, log_gain
 from pinfer.train import KINDS, SCATTERED_COST, TrainOptions, fit_layer, scores, train
-from pinfer.train_data import HeldBack, LayerData, parts
 
 Matrix = NDArray[np.float32]
 

@@ -22,7 +22,7 @@ std::string file_in(const std::string & folder, const char * name) {
     return stat(path.c_str(), &info) == 0 ? path : "";
 }
 
-// Whether a writer would put the folder there (pinfer/paths.py decides the same way).
+// Whether a writer would put the folder there (pinfer/artefacts/paths.py decides the same way).
 bool can_be_written(const std::string & folder) {
     if (is_folder(folder)) {
         return access(folder.c_str(), W_OK | X_OK) == 0;

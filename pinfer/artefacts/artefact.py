@@ -1,0 +1,208 @@
+"""Writing and opening pinfer's artefacts: what every file of docs/formats.md has in common.
+
+An artefact that is opened has been checked: it is whole, of this format version, of the kind asked for, of this model.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pinfer.errors import PinferError
+from pinfer.gguf_io.reader import GgufError, GgufFile, Tensor, read_gguf
+from pinfer.gguf_io.writer import GgufFileWriter
+from pinfer.model import describe_activation
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from pinfer.model import Model
+
+FORMAT_VERSION = 1
+
+_MADE_BY = {
+    "profile": "profile",
+    "samples": "profile",
+    "predictor": "train",
+    "placement": "solve",
+    "hot": "split",
+    "cold": "split",
+}
+
+
+def fingerprint(path: Path) -> str:
+    """Fingerprint of a GGUF: 32 hex digits, by the plugin's ``pinfer_fingerprint``."""
+    from pinfer.llama.plugin import load_plugin
+
+    return load_plugin().fingerprint(path)
+
+
+def mending_command(kind: str, model: Model) -> str:
+    """What to type to get an artefact of this kind made (again)."""
+    return f"pinfer {_MADE_BY[kind]} {model.path}"
+
+
+class ArtefactWriter(GgufFileWriter):
+    """Writes one artefact: what all of them carry, then what its kind adds."""
+
+    def __init__(
+        self,
+        path: Path,
+        kind: str,
+        model: Model,
+        settings: Mapping[str, object],
+        *,
+        alignment: int = 32,
+    ) -> None:
+        elsewhere = "name another folder: export PINFER_HOME=FOLDER"
+        super().__init__(path, "pinfer", alignment=alignment, elsewhere=elsewhere)
+        self.header.add_uint32("pinfer.format_version", FORMAT_VERSION)
+        self.header.add_string("pinfer.kind", kind)
+        self.header.add_string("pinfer.model.name", model.name)
+        self.header.add_string("pinfer.model.fingerprint", model.fingerprint)
+        self.header.add_uint32("pinfer.n_layer", model.n_layer)
+        self.header.add_uint32("pinfer.n_embd", model.n_embd)
+        self.header.add_uint32("pinfer.n_ff", model.n_ff)
+        self.header.add_string("pinfer.activation", model.activation)
+        self.header.add_float32("pinfer.activation_threshold", model.activation_threshold)
+        self.header.add_string("pinfer.settings", json.dumps(dict(settings), sort_keys=True))
+
+    def add_str(self, key: str, value: str) -> None:
+        """A string; GGUF has no place for an empty one, so that is left out and reads as ``""``."""
+        self.header.add_string(key, value)
+
+    def add_u32(self, key: str, value: int) -> None:
+        self.header.add_uint32(key, value)
+
+    def add_u64(self, key: str, value: int) -> None:
+        self.header.add_uint64(key, value)
+
+    def add_f32(self, key: str, value: float) -> None:
+        self.header.add_float32(key, value)
+
+    def add_str_array(self, key: str, values: Sequence[str]) -> None:
+        self._add_array(key, values, "STRING")
+
+    def add_u32_array(self, key: str, values: Sequence[int]) -> None:
+        self._add_array(key, [int(v) for v in values], "UINT32")
+
+    def add_u64_array(self, key: str, values: Sequence[int]) -> None:
+        self._add_array(key, [int(v) for v in values], "UINT64")
+
+    def add_f32_array(self, key: str, values: Sequence[float]) -> None:
+        self._add_array(key, [float(v) for v in values], "FLOAT32")
+
+    def _add_array(self, key: str, values: Sequence[object], item: str) -> None:
+        from gguf import GGUFValueType
+
+        self.header.add_key_value(key, list(values), GGUFValueType.ARRAY, sub_type=GGUFValueType[item])
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """An artefact that was opened and checked."""
+
+    path: Path
+    kind: str
+    gguf: GgufFile
+    settings: Mapping[str, Any]
+    mend: str
+    """the command that makes it again"""
+
+    def damaged(self, cause: str) -> PinferError:
+        """The error to raise when the content makes no sense."""
+        return PinferError(f"{self.path} is damaged: {cause}", f"make it again: {self.mend}")
+
+    def _get(self, key: str, kind: type | tuple[type, ...]) -> Any:
+        value = self.gguf.get(key)
+        if not isinstance(value, kind):
+            raise self.damaged(f"its {key} is missing or of another type")
+        return value
+
+    def get_int(self, key: str) -> int:
+        return int(self._get(key, int))
+
+    def get_float(self, key: str) -> float:
+        return float(self._get(key, (int, float)))
+
+    def get_str(self, key: str) -> str:
+        """A string, ``""`` where the key is absent."""
+        return str(self._get(key, str)) if key in self.gguf else ""
+
+    def get_list(self, key: str, length: int) -> list[Any]:
+        """An array of exactly ``length`` items."""
+        values = self._get(key, list)
+        if len(values) != length:
+            raise self.damaged(f"its {key} has {len(values)} items instead of {length}")
+        return list(values)
+
+    def has(self, name: str) -> bool:
+        """Whether there is a tensor of that name."""
+        return name in self.gguf.tensors
+
+    def tensor(self, name: str) -> Tensor:
+        """The table entry of a tensor."""
+        if name not in self.gguf.tensors:
+            raise self.damaged(f"it has no tensor {name}")
+        return self.gguf.tensors[name]
+
+    def array(self, name: str, shape: Sequence[int] | None = None, type_name: str | None = None) -> NDArray[Any]:
+        """A tensor of plain numbers where it lies, axes in numpy's order, read-only.
+
+        ``shape`` is GGUF's order and is checked where given, as is the type.
+        """
+        tensor = self.tensor(name)
+        if shape is not None and tensor.shape != tuple(shape):
+            raise self.damaged(f"tensor {name} has shape {list(tensor.shape)} instead of {list(shape)}")
+        if type_name is not None and tensor.type_name != type_name:
+            raise self.damaged(f"tensor {name} is of type {tensor.type_name} instead of {type_name}")
+        return self.gguf.array(tensor)
+
+    def raw(self, name: str) -> NDArray[np.uint8]:
+        """A tensor's bytes where they lie, ``[n_rows, row_bytes]``, read-only."""
+        return self.gguf.raw(self.tensor(name))
+
+
+def open_artefact(path: Path, kind: str, model: Model) -> Artefact:
+    """Opens an artefact and checks that it is whole, of this format, of this kind and made from this model.
+
+    Raises PinferError that names the file, the model and the command that mends it.
+    """
+    mend = mending_command(kind, model)
+    again = f"make it again: {mend}"
+    try:
+        gguf = read_gguf(path)
+    except GgufError as error:
+        raise PinferError(f"{path} is damaged: {error}", again) from None
+    except (FileNotFoundError, NotADirectoryError):
+        raise PinferError(f"{model.name} has no {kind} yet ({path} does not exist)", f"run: {mend}") from None
+    except OSError as error:
+        raise PinferError(f"{path} cannot be read: {error.strerror or error}", again) from None
+    found = gguf.get("pinfer.kind")
+    version = gguf.get("pinfer.format_version")
+    if gguf.get("general.architecture") != "pinfer" or not isinstance(version, int):
+        raise PinferError(f"{path} is not a {kind} of pinfer", again)
+    if version != FORMAT_VERSION:
+        raise PinferError(f"{path} has format version {version}, this pinfer has {FORMAT_VERSION}", again)
+    if found != kind:
+        raise PinferError(f"{path} holds a {found}, not a {kind}", again)
+    if gguf.get("pinfer.model.fingerprint") != model.fingerprint:
+        made_from = gguf.get("pinfer.model.name")
+        raise PinferError(f"{path} was made from another model ({made_from}) than {model.path}", again)
+    shape = (model.n_layer, model.n_embd, model.n_ff)
+    if tuple(gguf.get(f"pinfer.{key}") for key in ("n_layer", "n_embd", "n_ff")) != shape:
+        raise PinferError(f"{path} has another shape than {model.path}", again)
+    made_for = (gguf.get("pinfer.activation"), gguf.get("pinfer.activation_threshold") or 0.0)
+    run_with = (model.activation, model.activation_threshold)
+    if made_for != run_with:
+        made, runs = describe_activation(*made_for), describe_activation(*run_with)
+        raise PinferError(f"{path} was made for activation {made}, {model.name} is run with {runs}", again)
+    try:
+        settings = json.loads(gguf.get("pinfer.settings") or "{}")
+    except (TypeError, ValueError):
+        raise PinferError(f"{path} is damaged: its settings cannot be read", again) from None
+    return Artefact(path, kind, gguf, settings, mend)

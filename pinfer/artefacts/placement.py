@@ -1,0 +1,136 @@
+"""placement.gguf: which neurons go to the device, and what the solver expected of it (docs/formats.md)."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from pinfer.artefacts.artefact import Artefact, ArtefactWriter, open_artefact
+from pinfer.model import Model
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+GROUP = 64
+"""Neurons enter the device in groups of this many, so that hot matrices can be cut into blocks."""
+
+
+def new_placement_id() -> str:
+    """16 random hex digits, which the shards of one placement share."""
+    return secrets.token_hex(8)
+
+
+def _n_devices(device: str) -> int:
+    return device.count(",") + 1
+
+
+def _ends(n_hot: Sequence[int], n_layer: int) -> list[tuple[int, ...]]:
+    """Where in its layer's order the neurons of each device end, per layer; zeros before the first device."""
+    ends = [(0,) * n_layer]
+    for start in range(0, len(n_hot), n_layer):
+        more = n_hot[start : start + n_layer]
+        ends.append(tuple(end + n for end, n in zip(ends[-1], more, strict=True)))
+    return ends
+
+
+_NEEDED = "pinfer.placement.vram_needed"
+
+
+def _vram_device(file: Artefact, vram: int, n_devices: int) -> tuple[int, ...]:
+    if n_devices == 1 or "pinfer.placement.vram_device" not in file.gguf:
+        return (vram,) if n_devices == 1 else ()
+    return tuple(int(n) for n in file.get_list("pinfer.placement.vram_device", n_devices))
+
+
+@dataclass(frozen=True)
+class PlacementFile:
+    """What placement.gguf holds."""
+
+    id: str
+    n_hot: tuple[int, ...]
+    """all layers of the first device, then all of the second, …: multiples of 64, but for a layer's last neurons"""
+    device: str
+    """names of the devices, separated by commas"""
+    vram: int
+    """budget of all devices in bytes"""
+    n_gpu_layers: int
+    n_ctx: int
+    report: Mapping[str, Any]
+    order: tuple[NDArray[np.int32], ...]
+    """per layer ``[n_ff]``: neurons by falling impact; the first are the first device's, the next the second's, …"""
+    vram_device: tuple[int, ...] = ()
+    """budget of each device; of one device it is ``vram``; empty where it is not known"""
+    vram_needed: tuple[int, ...] = ()
+    """what of it is placed on each device, which has to be free when the model is run; empty where it is not known"""
+
+    @property
+    def n_devices(self) -> int:
+        return _n_devices(self.device)
+
+    def hot(self, device: int) -> tuple[NDArray[np.int32], ...]:
+        """The neurons of a device, per layer."""
+        ends = _ends(self.n_hot, len(self.order))
+        return tuple(order[ends[device][i] : ends[device + 1][i]] for i, order in enumerate(self.order))
+
+    def cold(self) -> tuple[NDArray[np.int32], ...]:
+        """The neurons of no device, per layer."""
+        last = _ends(self.n_hot, len(self.order))[-1]
+        return tuple(order[n:] for order, n in zip(self.order, last, strict=True))
+
+    @classmethod
+    def read(cls, path: Path, model: Model) -> Self:
+        """Opens and checks placement.gguf. Raises PinferError when it is missing, damaged or of another model."""
+        import numpy as np
+
+        file = open_artefact(path, "placement", model)
+        device, vram = file.get_str("pinfer.placement.device"), file.get_int("pinfer.placement.vram")
+        n_devices = _n_devices(device)
+        n_hot = tuple(int(n) for n in file.get_list("pinfer.placement.n_hot", n_devices * model.n_layer))
+        order = []
+        for layer, ends in enumerate(zip(*_ends(n_hot, model.n_layer), strict=True)):
+            if any(n > model.n_ff or (n % GROUP and n != model.n_ff) for n in ends):
+                raise file.damaged(f"layer {layer} has {ends[-1]} hot neurons of {model.n_ff}")
+            neurons = file.array(f"blk.{layer}.order", (model.n_ff,), "I32").copy()
+            if not np.array_equal(np.sort(neurons), np.arange(model.n_ff, dtype=np.int32)):
+                raise file.damaged(f"the order of layer {layer} does not name each neuron once")
+            order.append(neurons)
+        try:
+            report = json.loads(file.get_str("pinfer.placement.report") or "{}")
+        except ValueError:
+            raise file.damaged("its report cannot be read") from None
+        return cls(
+            id=file.get_str("pinfer.placement.id"),
+            n_hot=n_hot,
+            device=device,
+            vram=vram,
+            n_gpu_layers=file.get_int("pinfer.placement.n_gpu_layers"),
+            n_ctx=file.get_int("pinfer.placement.n_ctx"),
+            report=report,
+            order=tuple(order),
+            vram_device=_vram_device(file, vram, n_devices),
+            vram_needed=tuple(file.get_list(_NEEDED, n_devices)) if _NEEDED in file.gguf else (),
+        )
+
+    def write(self, path: Path, model: Model, settings: Mapping[str, object]) -> None:
+        """Writes placement.gguf, replacing an older one."""
+        import numpy as np
+
+        with ArtefactWriter(path, "placement", model, settings) as out:
+            out.add_str("pinfer.placement.id", self.id)
+            out.add_u32_array("pinfer.placement.n_hot", self.n_hot)
+            out.add_str("pinfer.placement.device", self.device)
+            out.add_u64("pinfer.placement.vram", self.vram)
+            if self.n_devices > 1 and self.vram_device:
+                out.add_u64_array("pinfer.placement.vram_device", self.vram_device)
+            if self.vram_needed:
+                out.add_u64_array(_NEEDED, self.vram_needed)
+            out.add_u32("pinfer.placement.n_gpu_layers", self.n_gpu_layers)
+            out.add_u32("pinfer.placement.n_ctx", self.n_ctx)
+            out.add_str("pinfer.placement.report", json.dumps(dict(self.report)))
+            for layer, order in enumerate(self.order):
+                out.add_array(f"blk.{layer}.order", np.asarray(order, dtype=np.int32))

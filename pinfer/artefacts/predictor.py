@@ -1,0 +1,227 @@
+"""predictor.gguf: per layer the low-rank factors and thresholds that name the candidates (docs/formats.md)."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import IO, TYPE_CHECKING, Any, Self
+
+from pinfer.artefacts.artefact import Artefact, ArtefactWriter, open_artefact
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from pinfer.model import Model
+
+# Types of A and B by the name that --type has for them.
+FACTOR_TYPES = {"f16": ("f16", "f16"), "q8_0": ("q8_0", "q8_0"), "q4_0": ("q4_0", "q4_0")}
+
+# Bits of a weight in the kinds that copy the matrix.
+FEW_BITS = {"one_bit": 1, "two_bit": 2}
+KINDS = ("low_rank", "mlp", *FEW_BITS, "none")
+
+
+@dataclass(frozen=True)
+class LayerPredictor:
+    """One layer: neuron i is a candidate when ``(B (A x))_i > t_i``; rank 0 makes every neuron one."""
+
+    rank: int
+    recall: float
+    """measured share of the activation mass that the candidates keep"""
+    candidates: float
+    """measured share of neurons that are candidates"""
+    a: NDArray[np.float32] | None = None
+    """``[rank, n_embd]``; None where B is multiplied by x itself"""
+    b: NDArray[np.float32] | None = None
+    """``[n_ff, rank]``"""
+    t: NDArray[np.float32] | None = None
+    """``[n_ff]``"""
+    kind: str = "low_rank"
+    """what the file calls it; ``none`` whenever the rank is 0"""
+    types: tuple[str, str] | None = None
+    """of A and B, where they are not those of the other layers"""
+
+
+@dataclass(frozen=True)
+class PredictorFile:
+    """predictor.gguf, opened and checked; factors are dequantised when a layer is asked for."""
+
+    artefact: Artefact
+    kind: tuple[str, ...]
+    rank: tuple[int, ...]
+    recall: tuple[float, ...]
+    candidates: tuple[float, ...]
+
+    @staticmethod
+    def read(path: Path, model: Model) -> PredictorFile:
+        """Raises PinferError when the file is missing, damaged or of another model."""
+        artefact = open_artefact(path, "predictor", model)
+        kind = tuple(str(k) for k in artefact.get_list("pinfer.predictor.kind", model.n_layer))
+        rank = tuple(int(r) for r in artefact.get_list("pinfer.predictor.rank", model.n_layer))
+        for i, (k, r) in enumerate(zip(kind, rank, strict=True)):
+            if k not in KINDS or (k == "none") != (r == 0):
+                raise artefact.damaged(f"layer {i} has a predictor of kind {k!r} and rank {r}")
+            if r:
+                for name, shape in _shapes(k, r, model).items():
+                    found = artefact.tensor(f"blk.{i}.pred_{name}").shape
+                    if found != shape:
+                        raise artefact.damaged(f"blk.{i}.pred_{name} has shape {list(found)} instead of {list(shape)}")
+        return PredictorFile(
+            artefact,
+            kind,
+            rank,
+            tuple(float(v) for v in artefact.get_list("pinfer.predictor.recall", model.n_layer)),
+            tuple(float(v) for v in artefact.get_list("pinfer.predictor.candidates", model.n_layer)),
+        )
+
+    def layer(self, i: int) -> LayerPredictor:
+        """Layer ``i`` with its factors as float32."""
+        from pinfer.llama import ggml
+
+        if not self.rank[i]:
+            return LayerPredictor(0, self.recall[i], self.candidates[i], kind="none")
+        kind, rank = self.kind[i], self.rank[i]
+        t = self.artefact.array(f"blk.{i}.pred_t", type_name="F32")
+        if kind in FEW_BITS:
+            codes = self.artefact.array(f"blk.{i}.pred_b", type_name="I8")
+            levels = unpacked(codes, FEW_BITS[kind])
+            return LayerPredictor(rank, self.recall[i], self.candidates[i], None, levels, t, kind)
+
+        def factor(name: str) -> NDArray[np.float32]:
+            tensor = self.artefact.tensor(f"blk.{i}.pred_{name}")
+            return ggml.dequantise(self.artefact.raw(tensor.name), tensor.type, tensor.row_length)
+
+        return LayerPredictor(rank, self.recall[i], self.candidates[i], factor("a"), factor("b"), t, kind)
+
+
+def _shapes(kind: str, rank: int, model: Model) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors of a layer, by the end of their names."""
+    if kind in FEW_BITS:
+        return {"b": (model.n_embd * FEW_BITS[kind] // 8, model.n_ff), "t": (model.n_ff,)}
+    return {"a": (model.n_embd, rank), "b": (rank, model.n_ff), "t": (model.n_ff,)}
+
+
+class PredictorWriter:
+    """Writes predictor.gguf. Ranks stand in its header and are known last: factors wait in a nameless temporary file.
+
+    Use it as a context manager. Raises PinferError or OSError when the disk is full or cannot be written.
+    """
+
+    def __init__(self, path: Path, factor_type: str) -> None:
+        self._path = path
+        self._file_types = FACTOR_TYPES[factor_type]
+        self._layers: list[LayerPredictor] = []
+        self._pieces: list[tuple[str, int]] = []  # tensor name, bytes, in the spool's order
+        self._spool: IO[bytes] = tempfile.TemporaryFile(dir=path.parent)  # noqa: SIM115 (closed by __exit__)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        # Closing flushes; what is left to flush after a full disk is not wanted.
+        with suppress(OSError):
+            self._spool.close()
+
+    def add(self, layer: LayerPredictor) -> None:
+        """The next layer. Its factors hold values that the factor type can represent (see ``quantised``)."""
+        i = len(self._layers)
+        kind = layer.kind if layer.rank else "none"
+        types = self._types(layer)
+        self._layers.append(LayerPredictor(layer.rank, layer.recall, layer.candidates, kind=kind, types=types))
+        if not layer.rank:
+            return
+        if layer.b is None or layer.t is None or (layer.a is None) != (layer.kind in FEW_BITS):
+            raise ValueError("a predictor without its factors")
+        data_of: dict[str, NDArray[Any]]
+        if layer.a is None:
+            data_of = {"b": packed(layer.b, FEW_BITS[layer.kind]), "t": layer.t}
+        else:
+            data_of = {"a": quantise(layer.a, types[0]), "b": quantise(layer.b, types[1]), "t": layer.t}
+        for name, data in data_of.items():
+            self._pieces.append((f"blk.{i}.pred_{name}", data.nbytes))
+            self._spool.write(data.tobytes())
+
+    def _types(self, layer: LayerPredictor) -> tuple[str, str]:
+        """Names of ggml types."""
+        a, b = layer.types or self._file_types
+        return a.upper(), b.upper()
+
+    def finish(self, model: Model, settings: Mapping[str, object]) -> int:
+        """Write the file, whole or not at all; returns the bytes of its tensors."""
+        with ArtefactWriter(self._path, "predictor", model, settings) as out:
+            out.add_str_array("pinfer.predictor.kind", [layer.kind for layer in self._layers])
+            out.add_u32_array("pinfer.predictor.rank", [layer.rank for layer in self._layers])
+            out.add_f32_array("pinfer.predictor.recall", [layer.recall for layer in self._layers])
+            out.add_f32_array("pinfer.predictor.candidates", [layer.candidates for layer in self._layers])
+            for i, layer in enumerate(self._layers):
+                few = layer.kind in FEW_BITS
+                a, b = self._types(layer)
+                types = {"a": a, "b": "I8" if few else b, "t": "F32"}
+                for name, shape in _shapes(layer.kind, layer.rank, model).items() if layer.rank else ():
+                    out.declare(f"blk.{i}.pred_{name}", shape, types[name])
+            self._spool.seek(0)
+            for name, n_bytes in self._pieces:
+                out.write(name, self._spool.read(n_bytes))
+            return out.n_bytes
+
+
+def row_bytes(length: int, factor_type: str) -> int:
+    """Bytes of one row of a factor."""
+    from gguf import GGMLQuantizationType
+
+    from pinfer.gguf_io.reader import type_size
+
+    block, size = type_size(GGMLQuantizationType[factor_type.upper()])
+    return length // block * size
+
+
+def quantise(rows: NDArray[np.float32], factor_type: str) -> NDArray[Any]:
+    """Rows in a factor type, as bytes or half floats."""
+    import numpy as np
+    from gguf import GGMLQuantizationType
+
+    from pinfer.llama import ggml
+
+    if factor_type.upper() == "F16":
+        return rows.astype(np.float16)
+    kind = GGMLQuantizationType[factor_type.upper()]
+    return ggml.quantise(rows, kind, row_bytes(rows.shape[1], factor_type.lower()))
+
+
+def quantised(rows: NDArray[np.float32], factor_type: str) -> NDArray[np.float32]:
+    """The values that ``rows`` have once they are stored in a factor type; storing those again changes nothing."""
+    import numpy as np
+    from gguf import GGMLQuantizationType
+
+    from pinfer.llama import ggml
+
+    data = quantise(rows, factor_type)
+    if factor_type.upper() == "F16":
+        return data.astype(np.float32)
+    return ggml.dequantise(data, GGMLQuantizationType[factor_type.upper()], rows.shape[1])
+
+
+def packed(levels: NDArray[np.float32], bits: int) -> NDArray[np.uint8]:
+    """Odd levels ``[n, length]`` as codes, the first value of a byte in its lowest bits: ``[n, length * bits / 8]``."""
+    import numpy as np
+
+    codes = ((levels + (2**bits - 1)) / 2).astype(np.uint8).reshape(len(levels), -1, 8 // bits)
+    result: NDArray[np.uint8] = (codes << (np.arange(8 // bits, dtype=np.uint8) * bits)).sum(axis=2, dtype=np.uint8)
+    return result
+
+
+def unpacked(codes: NDArray[Any], bits: int) -> NDArray[np.float32]:
+    """Levels of codes that ``packed`` has made."""
+    import numpy as np
+
+    shifts = np.arange(8 // bits, dtype=np.uint8) * bits
+    each = codes.view(np.uint8)[:, :, None] >> shifts & (2**bits - 1)
+    levels: NDArray[np.float32] = 2 * each.reshape(len(codes), -1).astype(np.float32) - np.float32(2**bits - 1)
+    return levels

@@ -1,0 +1,1 @@
+"""What `pinfer bench` is made of: worker processes, limits and reports."""

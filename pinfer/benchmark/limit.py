@@ -1,0 +1,116 @@
+"""The limit of decoding: the bytes a token has to read, whatever computes them, over the bandwidth of memory.
+
+Decoding one sequence reads every weight it uses once per token, and the KV cache up to there. The rows of neurons are
+those that the plugin counted, of the mean size of the layers' rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from pinfer.llama.plugin import Stats
+from pinfer.model import Model, Tensor
+
+_KV_VALUE_BYTES = 2.0  # the cache is F16
+
+
+@dataclass(frozen=True)
+class TokenBytes:
+    """Bytes that decoding one token reads, on average."""
+
+    dense_weights: float
+    """everything but FFN matrices and all of the embedding but its row; the output matrix is in it"""
+    ffn: float
+    """rows of candidates and of active neurons; whole matrices where a layer ran densely"""
+    predictor: float
+    kv_cache: float
+
+    @property
+    def total(self) -> float:
+        return self.dense_weights + self.ffn + self.predictor + self.kv_cache
+
+
+@dataclass(frozen=True)
+class NeuronBytes:
+    """Bytes of one neuron, the mean over the layers."""
+
+    first: float
+    """the row whose product decides whether it fires"""
+    rest: float
+    """what is read besides when it fires"""
+    down_matrix: float
+    """the layer's whole down matrix, where there are no down rows"""
+    ffn: float
+    """all FFN matrices of a layer"""
+
+
+def can_count(model: Model) -> bool:
+    """Whether every layer is one plain FFN: of a mixture of experts nobody knows here which experts are read."""
+    return all(f.up is not None and f.down is not None for f in model.ffn)
+
+
+def dense_bytes(model: Model, n_tokens: int) -> TokenBytes:
+    """Stock libllama: every matrix, and the cache as it is on average while ``n_tokens`` are decoded into it."""
+    ffn = sum(t.n_bytes for t in _ffn_matrices(model).values())
+    return TokenBytes(_dense_weights(model), ffn, 0.0, _kv_bytes(model, n_tokens))
+
+
+def sparse_bytes(model: Model, n_tokens: int, stats: Stats, cold: Path | None, predictor: Path | None) -> TokenBytes:
+    """What the plugin read: ``stats`` of the ``n_tokens`` that were decoded, one at a time."""
+    neuron = neuron_bytes(model, cold)
+    # Pairs that are in no counter were computed by ggml's own CPU backend.
+    n_dense = max(0, model.n_layer * n_tokens - stats.n_tokens)
+    ffn = (
+        stats.n_candidates * neuron.first
+        + stats.n_active * neuron.rest
+        + stats.n_tokens * neuron.down_matrix
+        + n_dense * neuron.ffn
+    )
+    named = _predictor_bytes(predictor, model) if predictor is not None and stats.n_tokens else 0
+    return TokenBytes(_dense_weights(model), ffn / n_tokens, named, _kv_bytes(model, n_tokens))
+
+
+def neuron_bytes(model: Model, cold: Path | None) -> NeuronBytes:
+    """With the shard's down rows where there is one, else with the model's down matrix, which is read whole."""
+    from pinfer.artefacts.shards import ShardFile, row_bytes
+
+    gate = _mean([f.gate.row_bytes for f in model.ffn if f.gate is not None])
+    up = _mean([f.up.row_bytes for f in model.ffn if f.up is not None])
+    down = 0.0
+    if cold is not None:
+        shard = ShardFile.read(cold, "cold", model)
+        held = zip(shard.down_type, shard.neurons, strict=True)
+        down = _mean([row_bytes(kind, model.n_embd) for kind, ids in held if len(ids)])
+    return NeuronBytes(
+        first=gate if model.gated else up,
+        rest=(up if model.gated else 0.0) + down,
+        down_matrix=0.0 if cold is not None else _mean([f.down.n_bytes for f in model.ffn if f.down is not None]),
+        ffn=sum(t.n_bytes for t in _ffn_matrices(model).values()) / model.n_layer,
+    )
+
+
+def _ffn_matrices(model: Model) -> dict[str, Tensor]:
+    return {t.name: t for f in model.ffn for t in (f.gate, f.up, f.down) if t is not None}
+
+
+def _dense_weights(model: Model) -> float:
+    tensors = model.gguf.tensors
+    ffn = _ffn_matrices(model)
+    looked_up = {"position_embd.weight"} | ({"token_embd.weight"} if "output.weight" in tensors else set())
+    return float(sum(t.row_bytes if name in looked_up else t.n_bytes for name, t in tensors.items() if name not in ffn))
+
+
+def _kv_bytes(model: Model, n_tokens: int) -> float:
+    per_token = sum(model.kv_bytes_per_token(layer, _KV_VALUE_BYTES) for layer in range(model.n_layer))
+    return per_token * (n_tokens + 1) / 2
+
+
+def _predictor_bytes(path: Path, model: Model) -> int:
+    from pinfer.artefacts.artefact import open_artefact
+
+    return sum(t.n_bytes for t in open_artefact(path, "predictor", model).gguf.tensors.values())
+
+
+def _mean(values: list[int]) -> float:
+    return sum(values) / len(values) if values else 0.0

@@ -1,0 +1,142 @@
+"""OPT as a GPT-2 graph: learned positions without their two offset rows, q, k and v in one matrix, ReLU for GELU.
+
+OPT is GPT-2's block with another activation (Zhang et al. 2022, section 2.1). 350M alone normalises after each block.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from pinfer.conversion.checkpoint import Checkpoint, CheckpointTensor
+from pinfer.conversion.plan import PlannedTensor
+from pinfer.errors import PinferError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from gguf import GGUFWriter
+    from numpy.typing import NDArray
+
+_N_OFFSET = 2
+"""rows of the position embedding before the first position"""
+_LAYER_NAMES = {
+    "self_attn_layer_norm": "attn_norm",
+    "self_attn.out_proj": "attn_output",
+    "final_layer_norm": "ffn_norm",
+    "fc1": "ffn_up",
+    "fc2": "ffn_down",
+}
+_NAMES = {"embed_tokens": "token_embd", "final_layer_norm": "output_norm"}
+
+
+def require_expressible_opt(checkpoint: Checkpoint) -> None:
+    """Raises PinferError for OPT-350M's architecture, which is not GPT-2's."""
+    n_embd = checkpoint.integer("hidden_size")
+    if not checkpoint.flag("do_layer_norm_before", True):
+        raise PinferError(
+            f"{checkpoint.folder} is an OPT with post-norm (as 350M), which libllama cannot compute",
+            "use another size of OPT: 125M, 1.3B, 2.7B, 6.7B, 13B, 30B, 66B or 175B",
+        )
+    if checkpoint.integer("word_embed_proj_dim", default=n_embd) != n_embd:
+        raise PinferError(f"{checkpoint.folder} projects its embeddings, which libllama cannot compute")
+    if checkpoint.flag("_remove_final_layer_norm", False):
+        raise PinferError(f"{checkpoint.folder} has no final layer norm, which libllama's graph needs")
+
+
+def add_opt_metadata(checkpoint: Checkpoint, header: GGUFWriter) -> None:
+    """Keys of the gpt2 architecture."""
+    n_head = checkpoint.integer("num_attention_heads")
+    header.add_context_length(checkpoint.integer("max_position_embeddings"))
+    header.add_embedding_length(checkpoint.integer("hidden_size"))
+    header.add_block_count(checkpoint.integer("num_hidden_layers"))
+    header.add_feed_forward_length(checkpoint.integer("ffn_dim"))
+    header.add_head_count(n_head)
+    header.add_head_count_kv(n_head)
+    header.add_layer_norm_eps(1e-5)  # fixed in the original
+    header.add_vocab_size(checkpoint.integer("vocab_size"))
+
+
+def opt_tensors(checkpoint: Checkpoint) -> list[PlannedTensor]:
+    """Tensors under libllama's names; biases and norm weights that a variant lacks are zeros and ones."""
+    tied = checkpoint.flag("tie_word_embeddings", True)
+    found: dict[str, CheckpointTensor] = {}
+    for name, tensor in checkpoint.tensors.items():
+        found[re.sub(r"^(model\.)?decoder\.", "", name)] = tensor
+    planned: list[PlannedTensor] = []
+    used: set[str] = set()
+
+    def take(name: str) -> CheckpointTensor:
+        if name not in found:
+            raise PinferError(f"{checkpoint.folder} has no tensor {name}", "download the checkpoint again")
+        used.add(name)
+        return found[name]
+
+    def add(name: str, source: str) -> None:
+        for kind in ("weight", "bias"):
+            if f"{source}.{kind}" in found:
+                tensor = take(f"{source}.{kind}")
+                planned.append(PlannedTensor(f"{name}.{kind}", tensor.shape[::-1], tensor.n_bytes, load=tensor.load))
+
+    for source, name in _NAMES.items():
+        add(name, source)
+    if not tied and "lm_head.weight" in found:
+        add("output", "lm_head")
+    used.add("lm_head.weight")
+    planned.append(_positions(checkpoint, take("embed_positions.weight")))
+    for layer in range(checkpoint.integer("num_hidden_layers")):
+        for source, name in _LAYER_NAMES.items():
+            add(f"blk.{layer}.{name}", f"layers.{layer}.{source}")
+        for kind in ("weight", "bias"):
+            names = [f"layers.{layer}.self_attn.{part}_proj.{kind}" for part in "qkv"]
+            if names[0] in found:
+                planned.append(_fused(f"blk.{layer}.attn_qkv.{kind}", [take(name) for name in names]))
+    if unknown := sorted(set(found) - used):
+        raise PinferError(f"{unknown[0]} of {checkpoint.folder} is no tensor of an OPT model that libllama computes")
+    return planned + _missing_constants(checkpoint, {tensor.name for tensor in planned})
+
+
+def _positions(checkpoint: Checkpoint, tensor: CheckpointTensor) -> PlannedTensor:
+    n_positions = checkpoint.integer("max_position_embeddings")
+    if tensor.shape[0] != n_positions + _N_OFFSET:
+        raise PinferError(
+            f"{tensor.name} of {checkpoint.folder} has {tensor.shape[0]} rows instead of {n_positions + _N_OFFSET}"
+        )
+    return PlannedTensor(
+        "position_embd.weight",
+        (tensor.shape[1], n_positions),
+        tensor.n_bytes,
+        load=lambda: tensor.load()[_N_OFFSET:],
+        type_name="F32",
+    )
+
+
+def _fused(name: str, parts: Sequence[CheckpointTensor]) -> PlannedTensor:
+    def load() -> NDArray[Any]:
+        import numpy as np
+
+        return np.concatenate([part.load() for part in parts])
+
+    rows = sum(part.shape[0] for part in parts)
+    return PlannedTensor(name, (*parts[0].shape[:0:-1], rows), sum(part.n_bytes for part in parts), load=load)
+
+
+def _missing_constants(checkpoint: Checkpoint, names: set[str]) -> list[PlannedTensor]:
+    """What the gpt2 graph has and ``enable_bias`` or ``layer_norm_elementwise_affine`` took out of a variant."""
+    n_embd, n_ff = checkpoint.integer("hidden_size"), checkpoint.integer("ffn_dim")
+    sizes = {"attn_norm": n_embd, "attn_qkv": 3 * n_embd, "attn_output": n_embd, "ffn_norm": n_embd}
+    sizes |= {"ffn_up": n_ff, "ffn_down": n_embd}
+    wanted = {f"blk.{i}.{name}": n for i in range(checkpoint.integer("num_hidden_layers")) for name, n in sizes.items()}
+    wanted["output_norm"] = n_embd
+
+    def constant(name: str, n: int, value: float) -> PlannedTensor:
+        def load() -> NDArray[np.float32]:
+            import numpy as np
+
+            return np.full(n, value, dtype=np.float32)
+
+        return PlannedTensor(name, (n,), 0, load=load)
+
+    missing = [constant(f"{name}.bias", n, 0.0) for name, n in wanted.items() if f"{name}.bias" not in names]
+    norms = {name: n for name, n in wanted.items() if name.endswith("norm")}
+    return missing + [constant(f"{name}.weight", n, 1.0) for name, n in norms.items() if f"{name}.weight" not in names]

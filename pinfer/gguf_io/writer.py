@@ -1,0 +1,246 @@
+"""Writing a GGUF file as a stream: declared first, then filled tensor by tensor, and put in place whole or not at all.
+
+A file is written under a temporary name, fsynced and renamed, so that an interrupted command leaves the old one whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, BinaryIO, Self
+
+from pinfer.errors import PinferError
+from pinfer.gguf_io.reader import type_size
+
+if TYPE_CHECKING:
+    from gguf import GGUFWriter
+    from numpy.typing import NDArray
+
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Removes the temporary files of commands that were killed; those of living processes stay."""
+    for leftover in path.parent.glob(f".{path.name}.*.tmp"):
+        pid = leftover.name.removesuffix(".tmp").rpartition(".")[2]
+        if not pid.isdigit() or not Path("/proc", pid).exists():
+            leftover.unlink(missing_ok=True)
+
+
+class GgufFileWriter:
+    """Writes one GGUF file: keys and tensors are declared first, then each tensor's data is streamed in that order.
+
+    ``with GgufFileWriter(path, "llama") as out`` puts the file in place when the block is left without an exception,
+    and removes every trace of it otherwise. Several files that belong together are put in place by
+    ``replace_together`` at the end of the block. ``elsewhere`` tells a user with a full disk how to write to another
+    one. Raises PinferError when the disk is full or cannot be written.
+    """
+
+    def __init__(self, path: Path, arch: str, *, alignment: int = 32, elsewhere: str = "name another folder") -> None:
+        from gguf import GGUFWriter
+
+        self.path = path
+        self._alignment = alignment
+        self._elsewhere = elsewhere
+        self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        self._file: BinaryIO | None = None
+        self._finished = False
+        self._in_place = False
+        self._sizes: dict[str, int] = {}
+        self._small: dict[str, NDArray[Any]] = {}
+        self._queue: list[str] = []
+        self._left = 0
+        self.header: GGUFWriter = GGUFWriter(None, arch)
+        """takes metadata until ``begin``"""
+        self.header.data_alignment = alignment
+        if alignment != 32:
+            self.header.add_custom_alignment(alignment)
+
+    def declare(self, name: str, shape: Sequence[int], ggml_type: int | str) -> None:
+        """A tensor whose data ``write`` will bring.
+
+        ``shape`` is GGUF's order; the type is ggml's number or a name (``"I8"``).
+        """
+        import numpy as np
+        from gguf import GGMLQuantizationType
+
+        kind = GGMLQuantizationType[ggml_type] if isinstance(ggml_type, str) else GGMLQuantizationType(ggml_type)
+        block, n_bytes = type_size(kind)
+        if shape[0] % block:
+            raise ValueError(f"{name}: rows of {shape[0]} do not fit {kind.name}")
+        n_bytes *= shape[0] // block
+        for n in shape[1:]:
+            n_bytes *= n
+        self.header.add_tensor_info(name, tuple(shape)[::-1], np.dtype(np.int8), n_bytes, raw_dtype=kind)
+        self._sizes[name] = n_bytes
+
+    def add_array(self, name: str, array: NDArray[Any]) -> None:
+        """A small tensor of plain numbers, declared and kept until its turn to be written comes."""
+        import numpy as np
+
+        names = {"f4": "F32", "f2": "F16", "f8": "F64", "i1": "I8", "i2": "I16", "i4": "I32", "i8": "I64"}
+        self.declare(name, array.shape[::-1], names[array.dtype.str[1:]])
+        self._small[name] = np.ascontiguousarray(array)
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of all tensors declared so far, with their padding."""
+        return sum(self._padded(n) for n in self._sizes.values())
+
+    def _padded(self, n: int) -> int:
+        return -(-n // self._alignment) * self._alignment
+
+    @property
+    def temporary(self) -> Path:
+        """Where the file lies until it is put in place."""
+        return self._temporary
+
+    def begin(self, also: int = 0) -> None:
+        """Checks the free space, makes the temporary file and writes the header; ``write`` does it where needed.
+
+        ``also`` are bytes that another file of the same command will take.
+        """
+        if self._file is not None:
+            return
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            _remove_leftovers(self.path)
+            free = shutil.disk_usage(self.path.parent).free
+            needed = self.n_bytes + also
+            if free < needed:
+                raise PinferError(
+                    f"{self.path.name} needs {needed / 1e6:.1f} MB, {self.path.parent} has {free / 1e6:.1f} MB free",
+                    f"free some space, or {self._elsewhere}",
+                )
+            self.header.write_header_to_file(self._temporary)
+            assert self.header.fout is not None
+            self._file = self.header.fout[0]
+            self.header.write_kv_data_to_file()
+            self.header.write_ti_data_to_file()
+            self._pad()
+        except OSError as error:
+            raise self._error(error) from error
+        self._queue = list(self._sizes)
+        self._left = self._sizes[self._queue[0]] if self._queue else 0
+        self._write_small()
+
+    def reserve(self) -> None:
+        """Gives the temporary file its final length: readers find every tensor inside it before it is filled."""
+        self.begin()
+        assert self._file is not None
+        try:
+            self._file.flush()
+            os.truncate(self._temporary, self._file.tell() + self.n_bytes)
+        except OSError as error:
+            raise self._error(error) from error
+
+    def _write_small(self) -> None:
+        """Writes the tensors whose data is known as their turn comes."""
+        while self._queue and (data := self._small.pop(self._queue[0], None)) is not None:
+            self._append(self._queue[0], data)
+
+    def write(self, name: str, data: NDArray[Any] | bytes) -> None:
+        """The next piece of a declared tensor; tensors are filled in the order they were declared."""
+        self.begin()
+        if not self._queue or self._queue[0] != name:
+            raise ValueError(f"{name} is not the tensor that is due ({self._queue[:1]})")
+        self._append(name, data)
+        self._write_small()
+
+    def _append(self, name: str, data: NDArray[Any] | bytes) -> None:
+        import numpy as np
+
+        piece = memoryview(data if isinstance(data, bytes) else np.ascontiguousarray(data).data).cast("B")
+        if piece.nbytes > self._left:
+            raise ValueError(f"{name} gets {piece.nbytes - self._left} bytes too many")
+        assert self._file is not None
+        try:
+            self._file.write(piece)
+            self._left -= piece.nbytes
+            if self._left == 0:
+                self._pad()
+                self._queue.pop(0)
+                self._left = self._sizes[self._queue[0]] if self._queue else 0
+        except OSError as error:
+            raise self._error(error) from error
+
+    def _error(self, error: OSError) -> PinferError:
+        if error.errno in _NO_SPACE:
+            return PinferError(
+                f"no space left while writing {self.path}; what was there before is untouched",
+                f"free some space, or {self._elsewhere}",
+            )
+        return PinferError(f"cannot write {self.path}: {error.strerror or error}", self._elsewhere)
+
+    def _pad(self) -> None:
+        assert self._file is not None
+        self._file.write(bytes(-self._file.tell() % self._alignment))
+
+    def finish(self) -> None:
+        """Everything is written: flush it to the disk. The file keeps its temporary name."""
+        if self._finished:
+            return
+        self.begin()
+        if self._queue:
+            raise ValueError(f"{self._queue[0]} was declared and not written")
+        assert self._file is not None
+        try:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+        except OSError as error:
+            raise self._error(error) from error
+        self._finished = True
+
+    def put_in_place(self) -> None:
+        """Gives the finished file its name, replacing the old one."""
+        self.finish()
+        if self._in_place:
+            return
+        try:
+            os.replace(self._temporary, self.path)
+            self._in_place = True
+            folder = os.open(self.path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+        except OSError as error:
+            raise self._error(error) from error
+
+    def discard(self) -> None:
+        """Removes the temporary file; the old file stays."""
+        if self._in_place:
+            return
+        if self._file is not None and not self._finished:
+            # A full disk makes closing fail as well, for buffered bytes are written then; they are not wanted.
+            with contextlib.suppress(OSError):
+                self._file.close()
+        self._temporary.unlink(missing_ok=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            try:
+                self.put_in_place()
+            finally:
+                self.discard()
+        else:
+            self.discard()
+
+
+def replace_together(writers: Sequence[GgufFileWriter]) -> None:
+    """Puts files that belong together in place, once all of them are safely on the disk."""
+    for writer in writers:
+        writer.finish()
+    for writer in writers:
+        writer.put_in_place()

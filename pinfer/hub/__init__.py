@@ -1,0 +1,1 @@
+"""Models, checkpoints and texts of the Hugging Face hub."""

@@ -1,0 +1,1 @@
+"""llama.cpp and the plugin, as Python sees them."""

@@ -1,0 +1,410 @@
+"""One model in libllama, in this process: tokens in, logits out. Profile, eval and the tests stand on it."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from pinfer.errors import PinferError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from pinfer.model import Model
+
+DEVICE_NAME = b"PINFER"
+
+# DESIGN section 3, fact 3: for layers offloaded to a GPU the loader has to be told who owns the FFN.
+_FFN_TENSORS = rb"\.ffn_(up|gate|down)\.(weight|bias)"
+
+_GPU_TYPES = (1, 2)  # of enum ggml_backend_dev_type: GPU and IGPU
+
+# Architectures whose graph in libllama aborts with flash attention, which it would choose by itself.
+NO_FLASH_ATTENTION = (b"plm",)
+
+# Dense from the first token on, and sparse whatever the size of the batch: see pinfer_params.n_batch_dense.
+ALWAYS_DENSE = 1
+NEVER_DENSE = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class PluginConfig:
+    """What the plugin is to do in this engine; every default is the plugin's own."""
+
+    activation: str | None = None  # relu, relu2, reglu, drelu; None: what the architecture says
+    activation_threshold: float = 0.0  # what a ReLU lets through has to exceed it
+    predictor: Path | None = None  # None: exact mode
+    hot: Path | Sequence[Path] | None = None  # a shard for each hot device
+    cold: Path | None = None
+    device: str | None = None  # of the hot part; of several, their names with commas between
+    n_batch_dense: int = 0  # from this many tokens a batch is computed densely
+
+    @property
+    def hot_paths(self) -> tuple[Path, ...]:
+        """The shards of all hot devices."""
+        return (self.hot,) if isinstance(self.hot, Path) else tuple(self.hot or ())
+
+    @staticmethod
+    def of(model: Model) -> PluginConfig:
+        """What ``model`` computes, in exact mode and without shards."""
+        return PluginConfig(activation=model.activation, activation_threshold=model.activation_threshold)
+
+
+def physical_cores() -> int:
+    """Cores this process may run on, hyper-threads not counted twice."""
+    allowed = os.sched_getaffinity(0)
+    cores = set()
+    for cpu in allowed:
+        topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        try:
+            cores.add(topology.read_text())
+        except OSError:
+            return max(1, len(allowed))
+    return max(1, len(cores))
+
+
+class Engine:
+    """A loaded model with one context and one sequence. Use it as a context manager: it frees both at the end.
+
+    ``plugin=None`` is stock libllama, also in a process where the plugin has been loaded before. One engine at a time:
+    the plugin has one configuration per process.
+    """
+
+    def __init__(
+        self,
+        model_path: Path,
+        *,
+        plugin: PluginConfig | None = None,
+        n_ctx: int = 0,
+        n_batch: int = 512,
+        n_threads: int | None = None,
+        n_gpu_layers: int = 0,
+        f32_attention: bool = False,
+        repack: bool = True,
+    ) -> None:
+        """Load ``model_path``. ``n_ctx`` 0 is the context the model was trained with.
+
+        ``f32_attention`` keeps keys and values in F32 and leaves flash attention out, which rounds them to F16. Without
+        ``repack`` no weights are copied into the layouts that are fastest: they stay where the file is mapped.
+
+        Raises PinferError with libllama's last words when it refuses the model or the context.
+        """
+        self._model: Any = None
+        self._context: Any = None
+        self._batch: Any = None
+        self._f32_attention = f32_attention
+        self._hot_devices = plugin.device if plugin is not None and plugin.hot else None
+        _configure_plugin(model_path, plugin)
+        from llama_cpp import llama_cpp as llama
+
+        self._llama = llama
+        _quieten(llama)
+        llama.llama_backend_init()
+        try:
+            self._load(model_path, n_gpu_layers, repack, with_plugin=plugin is not None)
+            self._open(model_path, n_ctx, n_batch, n_threads or physical_cores())
+        except BaseException:
+            self.close()
+            raise
+        self._vocab = llama.llama_model_get_vocab(self._model)
+        self.n_vocab: int = llama.llama_vocab_n_tokens(self._vocab)
+        self.n_layer: int = llama.llama_model_n_layer(self._model)
+        self.n_embd: int = llama.llama_model_n_embd(self._model)
+        self.n_ctx: int = llama.llama_n_ctx(self._context)
+        self.n_batch: int = llama.llama_n_batch(self._context)
+        # Put before a text only where the vocabulary asks for it, as llama.cpp does.
+        self.bos: int | None = (
+            llama.llama_vocab_bos(self._vocab) if llama.llama_vocab_get_add_bos(self._vocab) else None
+        )
+        self.n_past = 0
+
+    def _load(self, model_path: Path, n_gpu_layers: int, repack: bool, *, with_plugin: bool) -> None:
+        params = self._llama.llama_model_default_params()
+        params.n_gpu_layers = n_gpu_layers
+        params.use_extra_bufts = repack
+        overrides = None
+        if with_plugin and n_gpu_layers != 0:
+            overrides = _ffn_overrides()
+            params.tensor_buft_overrides = ctypes.addressof(overrides)
+        devices = None
+        if self._hot_devices is not None:
+            devices = _dense_devices(self._hot_devices)
+            params.devices = ctypes.addressof(devices)
+        _LOG.clear()
+        self._model = self._llama.llama_model_load_from_file(os.fsencode(model_path), params)
+        if not self._model:
+            raise PinferError(f"libllama cannot load {model_path}: {_last_words()}", "check that the file is a model")
+
+    def _context_params(self) -> Any:
+        """``llama_context_params`` with what all contexts of this model have in common."""
+        llama = self._llama
+        params = llama.llama_context_default_params()
+        params.no_perf = True
+        arch = ctypes.create_string_buffer(64)
+        llama.llama_model_meta_val_str(self._model, b"general.architecture", arch, len(arch))
+        if self._f32_attention:
+            params.type_k = params.type_v = llama.GGML_TYPE_F32
+        if self._f32_attention or arch.value in NO_FLASH_ATTENTION:
+            params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        return params
+
+    def _open(self, model_path: Path, n_ctx: int, n_batch: int, n_threads: int) -> None:
+        llama = self._llama
+        params = self._context_params()
+        params.n_ctx = n_ctx
+        params.n_batch = params.n_ubatch = n_batch
+        params.n_seq_max = 1
+        params.n_threads = params.n_threads_batch = n_threads
+        _LOG.clear()
+        self._context = llama.llama_init_from_model(self._model, params)
+        if not self._context:
+            raise PinferError(
+                f"libllama cannot make a context of {n_ctx or 'the default number of'} tokens for {model_path}: "
+                f"{_last_words()}",
+                "try a smaller context",
+            )
+        self._batch = llama.llama_batch_init(n_batch, 0, 1)
+
+    def tokenize(self, text: str, *, bos: bool = True, special: bool = False) -> list[int]:
+        """Token ids of ``text``; with ``bos`` the vocabulary's own beginning is put before it where it has one.
+
+        ``special`` reads control tokens written in the text as such; text that comes from a file never should.
+        """
+        data = text.encode("utf-8")
+        room = len(data) + 8
+        while True:
+            tokens = (self._llama.llama_token * room)()
+            n = self._llama.llama_tokenize(self._vocab, data, len(data), tokens, room, False, special)
+            if n >= 0:
+                break
+            room = -n
+        ids = list(tokens[:n])
+        return [self.bos, *ids] if bos and self.bos is not None else ids
+
+    def detokenize(self, tokens: Sequence[int]) -> str:
+        """The text of ``tokens``."""
+        ids = (self._llama.llama_token * max(1, len(tokens)))(*tokens)
+        room = 16 * len(tokens) + 16
+        while True:
+            text = ctypes.create_string_buffer(room)
+            n = self._llama.llama_detokenize(self._vocab, ids, len(tokens), text, room, False, True)
+            if n >= 0:
+                return text.raw[:n].decode("utf-8", errors="replace")
+            room = -n
+
+    def is_end(self, token: int) -> bool:
+        """Whether ``token`` ends an answer."""
+        return bool(self._llama.llama_vocab_is_eog(self._vocab, token))
+
+    def clear(self) -> None:
+        """Forget the sequence: the next token is at position 0."""
+        self._llama.llama_memory_clear(self._llama.llama_get_memory(self._context), False)
+        self.n_past = 0
+
+    def decode(self, tokens: Sequence[int], *, logits: bool = False) -> NDArray[np.float32]:
+        """Append ``tokens`` to the sequence and return float32 logits.
+
+        ``logits=True``: of every token, ``[len(tokens), n_vocab]``; else of the last one, ``[1, n_vocab]``.
+        """
+        import numpy as np
+
+        if not len(tokens):
+            raise ValueError("no tokens to decode")
+        n_rows = len(tokens) if logits else 1
+        out = np.empty((n_rows, self.n_vocab), dtype=np.float32)
+        for begin in range(0, len(tokens), self.n_batch):
+            piece = tokens[begin : begin + self.n_batch]
+            is_last = begin + len(piece) == len(tokens)
+            first_output = 0 if logits else (len(piece) - 1 if is_last else len(piece))
+            self._decode_batch(piece, first_output)
+            n_out = len(piece) - first_output
+            if n_out:
+                pointer = self._llama.llama_get_logits(self._context)
+                row = begin if logits else 0
+                out[row : row + n_out] = np.ctypeslib.as_array(pointer, shape=(n_out, self.n_vocab))
+        return out
+
+    def feed(self, tokens: Sequence[int]) -> None:
+        """Append ``tokens`` and throw the logits away, but compute every layer for every token.
+
+        libllama drops the tokens without output before the last layer's FFN, so a count of that layer needs outputs
+        for all of them.
+        """
+        for begin in range(0, len(tokens), self.n_batch):
+            self._decode_batch(tokens[begin : begin + self.n_batch], 0)
+        self._llama.llama_synchronize(self._context)
+
+    def _decode_batch(self, tokens: Sequence[int], first_output: int) -> None:
+        batch = self._batch
+        batch.n_tokens = len(tokens)
+        for i, token in enumerate(tokens):
+            batch.token[i] = token
+            batch.pos[i] = self.n_past + i
+            batch.n_seq_id[i] = 1
+            batch.seq_id[i][0] = 0
+            batch.logits[i] = i >= first_output
+        _LOG.clear()
+        status = self._llama.llama_decode(self._context, batch)
+        if status == 1:
+            raise PinferError(f"the context of {self.n_ctx} tokens is full", "use a larger context (-c)")
+        if status != 0:
+            raise PinferError(_why_not_decoded(status))
+        self.n_past += len(tokens)
+
+    def generate(self, tokens: Sequence[int], n_tokens: int) -> list[int]:
+        """Greedy continuation of ``tokens`` from an empty sequence: ``n_tokens`` ids, or fewer where an answer ends."""
+        self.clear()
+        answer: list[int] = []
+        step = list(tokens)
+        while len(answer) < n_tokens:
+            token = int(self.decode(step)[0].argmax())
+            answer.append(token)
+            if self.is_end(token):
+                break
+            step = [token]
+        return answer
+
+    def _close_context(self) -> None:
+        if self._batch is not None:
+            self._llama.llama_batch_free(self._batch)
+            self._batch = None
+        if self._context:
+            self._llama.llama_free(self._context)
+            self._context = None
+
+    def close(self) -> None:
+        """Free the context and the model. Safe to call twice."""
+        self._close_context()
+        if self._model:
+            self._llama.llama_model_free(self._model)
+            self._model = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def require_loadable(path: Path) -> None:
+    """Raises PinferError with libllama's last words where it refuses the header of a GGUF or misses a tensor.
+
+    Weights are neither read nor given memory.
+    """
+    from llama_cpp import llama_cpp as llama
+
+    _quieten(llama)
+    llama.llama_backend_init()
+    params = llama.llama_model_default_params()
+    params.no_alloc = True
+    params.load_mode = llama.LLAMA_LOAD_MODE_NONE  # libllama maps no file that it will not read
+    _LOG.clear()
+    model = llama.llama_model_load_from_file(os.fsencode(path), params)
+    if not model:
+        raise PinferError(f"libllama would refuse the model: {_last_words()}")
+    llama.llama_model_free(model)
+
+
+def _configure_plugin(model_path: Path, config: PluginConfig | None) -> None:
+    from pinfer.llama import plugin as native
+
+    if config is None:
+        # Once loaded, the plugin's device stays in the process: it has to be told to keep out of the way.
+        if native.is_loaded():
+            native.load_plugin().configure(activation="other")
+        return
+    native.load_plugin().configure(
+        model=model_path,
+        predictor=config.predictor,
+        hot=config.hot,
+        cold=config.cold,
+        device=config.device,
+        activation=config.activation,
+        activation_threshold=config.activation_threshold,
+        n_batch_dense=config.n_batch_dense,
+    )
+
+
+class _BufferOverride(ctypes.Structure):
+    """``struct llama_model_tensor_buft_override``."""
+
+    _fields_ = (("pattern", ctypes.c_char_p), ("buffer_type", ctypes.c_void_p))
+
+
+def _ffn_overrides() -> ctypes.Array[_BufferOverride]:
+    """The FFN's tensors to the plugin's buffer type, ended by a null entry as libllama wants it."""
+    from pinfer.llama.ggml import load_library
+
+    registry, base = load_library("ggml"), load_library("ggml-base")
+    registry.ggml_backend_dev_by_name.restype = ctypes.c_void_p
+    registry.ggml_backend_dev_by_name.argtypes = (ctypes.c_char_p,)
+    base.ggml_backend_dev_buffer_type.restype = ctypes.c_void_p
+    base.ggml_backend_dev_buffer_type.argtypes = (ctypes.c_void_p,)
+    device = registry.ggml_backend_dev_by_name(DEVICE_NAME)
+    if not device:
+        raise PinferError("the pinfer plugin is not registered with libggml", "build it again: make build")
+    overrides = (_BufferOverride * 2)()
+    overrides[0] = _BufferOverride(_FFN_TENSORS, base.ggml_backend_dev_buffer_type(device))
+    return overrides
+
+
+def _dense_devices(hot_devices: str) -> ctypes.Array[ctypes.c_void_p]:
+    """Where libllama may put dense layers beside hot neurons: on the first of their devices that is a GPU, if any."""
+    from pinfer.llama.ggml import load_library
+
+    registry, base = load_library("ggml"), load_library("ggml-base")
+    registry.ggml_backend_dev_by_name.restype = ctypes.c_void_p
+    registry.ggml_backend_dev_by_name.argtypes = (ctypes.c_char_p,)
+    base.ggml_backend_dev_type.restype = ctypes.c_int
+    base.ggml_backend_dev_type.argtypes = (ctypes.c_void_p,)
+    found = (registry.ggml_backend_dev_by_name(name.encode()) for name in hot_devices.split(","))
+    gpus = (device for device in found if device and base.ggml_backend_dev_type(device) in _GPU_TYPES)
+    return (ctypes.c_void_p * 2)(next(gpus, None), None)
+
+
+# libllama's log is one per process, and so is this; it is read only when something fails.
+_LOG: deque[tuple[int, str]] = deque(maxlen=200)
+_LOG_WARN, _LOG_ERROR, _LOG_CONTINUE = 3, 4, 5  # enum ggml_log_level
+
+
+def _keep_log(level: int, text: bytes, _user_data: object) -> None:
+    if level == _LOG_CONTINUE and _LOG:
+        before, held = _LOG.pop()
+        _LOG.append((before, held + text.decode("utf-8", errors="replace")))
+    else:
+        _LOG.append((level, text.decode("utf-8", errors="replace")))
+
+
+_CALLBACKS: list[Any] = []  # ctypes callbacks must outlive the library that calls them
+
+
+def _quieten(llama: Any) -> None:
+    if not _CALLBACKS:
+        _CALLBACKS.append(llama.llama_log_callback(_keep_log))
+    # Set again each time: another user of llama_cpp in this process may have set its own.
+    llama.llama_log_set(_CALLBACKS[0], None)
+
+
+def _why_not_decoded(status: int) -> str:
+    from pinfer.llama import plugin as native
+
+    failure = native.load_plugin().last_failure() if native.is_loaded() else None
+    return failure or f"libllama cannot decode (status {status}): {_last_words()}"
+
+
+def _last_words(n: int = 2) -> str:
+    """The last errors in libllama's log, else its last warnings, as one line."""
+    for level in (_LOG_ERROR, _LOG_WARN):
+        lines = [" ".join(text.split()) for kind, text in _LOG if kind == level and text.strip()]
+        if lines:
+            return "; ".join(lines[-n:])
+    return "it gave no reason"

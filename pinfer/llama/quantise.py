@@ -1,0 +1,97 @@
+"""A whole GGUF model in another type, by libllama's own quantiser, in a process of its own.
+
+libllama's quantiser can neither be interrupted nor say how far it is, and ends the process on some errors: as a child
+it can be killed, watched by the size of what it wrote, and die alone. That child is
+``python -m pinfer.llama.quantise IN OUT TYPE THREADS``.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from pinfer.errors import PinferError
+from pinfer.progress import Progress
+
+TYPES = {
+    "q8_0": ("LLAMA_FTYPE_MOSTLY_Q8_0", 8.5),
+    "q4_0": ("LLAMA_FTYPE_MOSTLY_Q4_0", 4.6),
+    "q4_k_m": ("LLAMA_FTYPE_MOSTLY_Q4_K_M", 4.9),
+}
+"""type: libllama's constant, and about how many bits a weight takes"""
+_POLL = 0.1
+"""seconds"""
+_LOG_ERROR = 4
+"""enum ggml_log_level"""
+
+
+def estimated_bytes(n_weights: int, type_: str) -> int:
+    """About how large a model of that many weights becomes."""
+    return int(n_weights * TYPES[type_][1] / 8)
+
+
+def quantise(source: Path, out: Path, type_: str, n_weights: int, n_threads: int, progress: Progress) -> None:
+    """Writes ``out`` and flushes it to the disk. Raises PinferError with libllama's last word where it fails.
+
+    Ctrl-C ends the child; whatever it wrote is the caller's to remove.
+    """
+    command = [sys.executable, "-m", "pinfer.llama.quantise", str(source.resolve()), str(out.resolve())]
+    command += [type_, str(n_threads)]
+    child = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        cwd=Path(__file__).parents[2],
+        text=True,
+        errors="replace",
+    )
+    total = estimated_bytes(n_weights, type_)
+    try:
+        with progress.task(f"quantising to {type_}", total, "bytes") as advance:
+            done = 0
+            while child.poll() is None:
+                time.sleep(_POLL)
+                size = min(out.stat().st_size if out.exists() else 0, total)
+                advance(size - done)
+                done = size
+            advance(total - done)
+        _, said = child.communicate()
+    finally:
+        if child.poll() is None:
+            child.kill()
+            child.wait()
+    if child.returncode != 0:
+        lines = [line.strip() for line in said.splitlines() if line.strip()]
+        raise PinferError(f"libllama could not quantise to {type_}: {lines[-1] if lines else 'it died'}")
+    with out.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _child(source: str, out: str, type_: str, n_threads: str) -> int:
+    import ctypes
+
+    import llama_cpp
+
+    errors: list[str] = []
+
+    def keep(level: int, text: bytes, _: ctypes.c_void_p) -> None:
+        if level == _LOG_ERROR:
+            errors.append(text.decode("utf-8", "replace").strip())
+
+    log = llama_cpp.llama_log_callback(keep)  # has to outlive the calls below
+    llama_cpp.llama_log_set(log, ctypes.c_void_p(0))
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.nthread = int(n_threads)
+    params.ftype = getattr(llama_cpp, TYPES[type_][0])
+    failed = llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(out), ctypes.byref(params))
+    if failed:
+        print(errors[-1] if errors else "it gives no reason", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(_child(*sys.argv[1:]))

@@ -1,0 +1,104 @@
+"""A tokenizer inside libllama, without a model around it: what a converted vocabulary is checked with."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import struct
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from pinfer.errors import PinferError
+from pinfer.llama.engine import _last_words, _quieten
+
+if TYPE_CHECKING:
+    from gguf import GGUFWriter
+
+_PRE_KEY = b"tokenizer.ggml.pre"
+_STRING = 8  # enum gguf_type
+_N_KV_OFFSET = 16  # magic, version and the number of tensors come before it
+
+
+class LlamaVocab:
+    """The vocabulary of a GGUF, loaded by libllama. Use it as a context manager: it frees it at the end."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises PinferError with libllama's last words when it refuses the file."""
+        from llama_cpp import llama_cpp as llama
+
+        self._llama: Any = llama
+        self._model: Any = None
+        _quieten(llama)
+        llama.llama_backend_init()
+        params = llama.llama_model_default_params()
+        params.vocab_only = True
+        self._model = llama.llama_model_load_from_file(os.fsencode(path), params)
+        if not self._model:
+            raise PinferError(f"libllama refuses the tokenizer: {_last_words()}", "check the checkpoint's files")
+        self._vocab = llama.llama_model_get_vocab(self._model)
+        self.n_tokens: int = llama.llama_vocab_n_tokens(self._vocab)
+        self._room = 256
+        self._ids: Any = (llama.llama_token * self._room)()
+
+    def tokenize(self, text: str, *, parse_special: bool = False, add_special: bool = False) -> list[int]:
+        """Ids of ``text``; ``parse_special`` reads control tokens in it, ``add_special`` puts BOS and EOS around it."""
+        data = text.encode("utf-8")
+        while True:
+            n = self._llama.llama_tokenize(
+                self._vocab, data, len(data), self._ids, self._room, add_special, parse_special
+            )
+            if n >= 0:
+                return list(self._ids[:n])
+            self._room = 2 * -n
+            self._ids = (self._llama.llama_token * self._room)()
+
+    def piece(self, token: int) -> bytes:
+        """The bytes that ``token`` stands for in a text; control tokens by their name."""
+        room = 64
+        while True:
+            buffer = ctypes.create_string_buffer(room)
+            n = self._llama.llama_token_to_piece(self._vocab, token, buffer, room, 0, True)
+            if n >= 0:
+                return buffer.raw[:n]
+            room = -n
+
+    def close(self) -> None:
+        """Free the vocabulary. Safe to call twice."""
+        if self._model:
+            self._llama.llama_model_free(self._model)
+            self._model = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class VocabFile:
+    """A GGUF of nothing but a tokenizer, whose pre-tokenizer's name can be changed without writing the rest again."""
+
+    def __init__(self, path: Path, header: GGUFWriter) -> None:
+        """Writes the keys of ``header``, which has to be without ``tokenizer.ggml.pre``."""
+        self.path = path
+        header.write_header_to_file(path)
+        header.write_kv_data_to_file()
+        header.close()
+        with open(path, "rb+") as file:
+            file.seek(_N_KV_OFFSET)
+            n_kv = struct.unpack("<Q", file.read(8))[0]
+            file.seek(_N_KV_OFFSET)
+            file.write(struct.pack("<Q", n_kv + 1))
+            self._end = file.seek(0, os.SEEK_END)
+
+    def set_pre(self, name: str) -> None:
+        """Makes ``name`` the pre-tokenizer."""
+        value = name.encode()
+        with open(self.path, "rb+") as file:
+            file.truncate(self._end)
+            file.seek(self._end)
+            file.write(struct.pack("<Q", len(_PRE_KEY)) + _PRE_KEY + struct.pack("<I", _STRING))
+            file.write(struct.pack("<Q", len(value)) + value)

@@ -1,0 +1,1 @@
+"""What a placement costs and which one is best: bytes, seconds and the integer program."""

@@ -1,0 +1,210 @@
+"""Which devices to solve for, how much memory of each, and what of it is left for hot neurons."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from pinfer.errors import PinferError
+from pinfer.llama.devices import list_devices
+from pinfer.model import Model
+from pinfer.placement.compute_buffers import Layout, count_compute_bytes
+from pinfer.placement.machine import HotDevice, Machine, choose_devices, probe, read_machine
+from pinfer.placement.model_bytes import DensePart, compute_bytes, fit_dense, hot_buffers
+from pinfer.progress import NULL_PROGRESS, Progress
+
+_DEFAULT_CTX = 4096
+# Left free where no --vram is given: what drivers and other programs take between now and the run.
+_MARGIN_BYTES = 256 << 20
+_MARGIN_SHARE = 0.04
+# A card assumed where --vram is given on a machine without one; only a prediction hangs on it.
+_ASSUMED_BANDWIDTH = 5e11
+_ASSUMED_SYNC = 5e-5
+
+
+@dataclass(frozen=True)
+class SolveOptions:
+    """What the command line can set."""
+
+    vram: int | Sequence[int] | None = None
+    """bytes, of all devices together or of each; None: what is free on the devices, 0 without one"""
+    n_ctx: int | None = None
+    n_batch: int = 512
+    device: str | None = None
+    """names, separated by commas; dense layers go to the first"""
+    machine: Path | None = None
+    time_limit: float = 60.0
+    activation: str | None = None
+    cache_type: str = "f16"
+
+    @property
+    def device_names(self) -> tuple[str, ...]:
+        names = (name.strip() for name in (self.device or "").split(","))
+        return tuple(name for name in names if name)
+
+    @property
+    def vram_list(self) -> tuple[int, ...]:
+        """Empty where none is given."""
+        if self.vram is None:
+            return ()
+        return (self.vram,) if isinstance(self.vram, int) else tuple(self.vram)
+
+
+@dataclass(frozen=True)
+class DeviceBudget:
+    """The memory of one device to use, and what its dense part takes of it."""
+
+    device: HotDevice
+    vram: int
+    dense: DensePart
+
+    @property
+    def room(self) -> int:
+        """Bytes for hot neurons and their buffers."""
+        overheads = self.device.overhead * (2 if self.dense.n_gpu_layers else 1)
+        return max(0, self.vram - self.dense.total - overheads)
+
+    def left(self, model: Model, n_hot: int) -> int:
+        """Bytes for hot neurons when no layer gets more than ``n_hot`` of them here."""
+        return max(0, self.room - hot_buffers(model, n_hot))
+
+    def parts(self, model: Model, n_hot: int, hot_bytes: int) -> dict[str, int]:
+        """Bytes by what they are for, with ``hot_bytes`` of neurons of which no layer has more than ``n_hot``."""
+        users = (self.dense.n_gpu_layers > 0) + (n_hot > 0)
+        return {
+            "dense_weights": self.dense.dense_weights,
+            "kv_cache": self.dense.kv_cache,
+            "compute_buffers": self.dense.compute_buffers,
+            "predictors": 0,
+            "hot_neurons": hot_bytes,
+            "hot_buffers": hot_buffers(model, n_hot),
+            "driver": self.device.overhead * users,
+        }
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The machine, and the memory of each of its devices."""
+
+    machine: Machine
+    n_ctx: int
+    cache_type: str
+    devices: tuple[DeviceBudget, ...]
+
+    @property
+    def vram(self) -> int:
+        return sum(d.vram for d in self.devices)
+
+    @property
+    def n_gpu_layers(self) -> int:
+        return self.devices[0].dense.n_gpu_layers if self.devices else 0
+
+    def without_dense(self) -> Budget:
+        """The same memory, all of it for hot neurons."""
+        bare = tuple(replace(d, dense=DensePart(0, 0, 0, 0)) for d in self.devices)
+        return replace(self, devices=bare)
+
+
+def make_budget(model: Model, row_bytes: int, options: SolveOptions, progress: Progress = NULL_PROGRESS) -> Budget:
+    """Finds the devices and fills the first with dense layers. ``row_bytes`` is the size of a cold neuron.
+
+    Raises PinferError for devices and budgets that do not go together or are not there.
+    """
+    machine, vram, is_here = _machine_and_vram(model, row_bytes, options, progress)
+    n_ctx = options.n_ctx or min(model.n_ctx_train or _DEFAULT_CTX, _DEFAULT_CTX)
+    nothing = DensePart(0, 0, 0, 0)
+    devices = [DeviceBudget(d, n, nothing) for d, n in zip(machine.devices, vram, strict=True)]
+    if devices and devices[0].device.own_memory:
+        first = devices[0]
+
+        def compute(n_gpu_layers: int) -> int:
+            if not is_here:
+                return compute_bytes(model, n_ctx, options.n_batch)
+            layout = Layout(n_gpu_layers, n_ctx, options.n_batch, options.cache_type)
+            return count_compute_bytes(model, first.device.name, layout)
+
+        room = first.vram - first.device.overhead
+        devices[0] = replace(first, dense=fit_dense(model, room, n_ctx, options.cache_type, compute))
+    return Budget(machine, n_ctx, options.cache_type, tuple(devices))
+
+
+def _machine_and_vram(
+    model: Model, row_bytes: int, options: SolveOptions, progress: Progress
+) -> tuple[Machine, tuple[int, ...], bool]:
+    """The machine to solve for, the bytes to use of each of its devices, and whether these are in this machine."""
+    if options.machine is not None:
+        machine, is_here = _described(options.machine, options), False
+    elif options.vram_list and not any(options.vram_list):
+        return probe((), model.n_embd, row_bytes), (), False
+    else:
+        machine, is_here = _found(model.n_embd, row_bytes, options, progress)
+    if not machine.devices:
+        progress.note("no GPU here: every neuron stays on the CPU")
+        return machine, (), False
+    vram = _shares(machine.devices, options.vram_list)
+    for device, asked in zip(machine.devices, vram, strict=True):
+        if device.own_memory and device.memory_total and asked > device.memory_total:
+            has = f"{device.name} has {device.memory_total / 2**30:.1f} GiB"
+            raise PinferError(f"--vram asks for {asked / 2**30:.1f} GiB, {has}", "give it less, or leave --vram out")
+    return machine, vram, is_here
+
+
+def _described(path: Path, options: SolveOptions) -> Machine:
+    """The machine of a file with the devices that are asked for, or that --vram has numbers for."""
+    machine = read_machine(path)
+    by_name = {device.name.lower(): device for device in machine.devices}
+    for name in options.device_names:
+        if name.lower() not in by_name:
+            raise PinferError(f"{path} does not describe device {name}", "leave out --device")
+    if not machine.devices and any(options.vram_list):
+        raise PinferError(f"{path} describes a machine without a device", "leave out --vram")
+    if options.device_names:
+        return replace(machine, devices=tuple(by_name[name.lower()] for name in options.device_names))
+    if len(options.vram_list) > 1:
+        return replace(machine, devices=machine.devices[: len(options.vram_list)])
+    return machine
+
+
+def _found(n_embd: int, row_bytes: int, options: SolveOptions, progress: Progress) -> tuple[Machine, bool]:
+    """This machine; with a budget given and no GPU in it, as if it had what is asked for."""
+    gpus = [device for device in list_devices() if device.kind != "cpu"]
+    try:
+        if not options.device_names and len(options.vram_list) > 1 and gpus:
+            chosen = tuple(gpus[: len(options.vram_list)])
+        else:
+            chosen = choose_devices(options.device_names)
+    except PinferError:
+        if gpus or not options.vram_list:
+            raise
+        chosen = ()
+    if chosen or not options.vram_list:
+        return probe(chosen, n_embd, row_bytes), True
+    progress.note(
+        f"no GPU here: speeds are those of a card with {_ASSUMED_BANDWIDTH / 1e9:.0f} GB/s (--machine FILE describes "
+        "another), and running this placement needs one"
+    )
+    names = options.device_names or tuple(f"none{i or ''}" for i in range(len(options.vram_list)))
+    assumed = tuple(
+        HotDevice(name, "assumed", "gpu", 0, sum(options.vram_list), _ASSUMED_BANDWIDTH, _ASSUMED_SYNC)
+        for name in names
+    )
+    return replace(probe((), n_embd, row_bytes), devices=assumed), False
+
+
+def _shares(devices: Sequence[HotDevice], wanted: Sequence[int]) -> tuple[int, ...]:
+    """Bytes to use of each device: as given, else one number divided by what is free on them, else what is free."""
+    free = [max(0, d.memory_free - max(_MARGIN_BYTES, int(d.memory_free * _MARGIN_SHARE))) for d in devices]
+    if not wanted:
+        return tuple(free)
+    if len(wanted) == len(devices):
+        return tuple(wanted)
+    if len(wanted) > 1:
+        names = ", ".join(d.name for d in devices)
+        raise PinferError(
+            f"--vram has {len(wanted)} sizes for {len(devices)} devices ({names})", "give one for each, or one for all"
+        )
+    total, whole = wanted[0], sum(d.memory_free for d in devices) or 1
+    shares = [total * d.memory_free // whole for d in devices]
+    shares[0] += total - sum(shares)
+    return tuple(shares)

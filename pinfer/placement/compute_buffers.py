@@ -1,0 +1,117 @@
+"""Compute buffers on a device, counted by libllama itself: it lays out its graphs for a model it gives no memory to.
+
+The numbers are those it would ask the device for with the same layers, context and batch, read from its log, where
+they stand to a hundredth of a MiB; no public function of it names them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from pinfer.errors import PinferError
+from pinfer.llama.engine import PluginConfig, _configure_plugin, _ffn_overrides, _quieten
+from pinfer.llama.ggml import load_library
+from pinfer.model import Model
+
+_LINE = re.compile(r"(\S+) compute buffer size = +([0-9.]+) MiB")
+_STEP = 0.005 * 2**20
+"""how far a number of the log may be below the true one"""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the size of the buffers hangs on."""
+
+    n_gpu_layers: int
+    n_ctx: int
+    n_batch: int
+    cache_type: str
+
+
+def count_compute_bytes(model: Model, device: str, layout: Layout) -> int:
+    """Bytes of libllama's compute buffer on ``device``, whose memory is looked at but not used.
+
+    The FFN's weights go to the plugin, as when the model is run, and CPU layers stay on the CPU whatever the batch.
+    Raises PinferError when libllama refuses the model or the context.
+    """
+    from llama_cpp import llama_cpp as llama
+
+    _configure_plugin(model.path, PluginConfig.of(model))
+    llama.llama_backend_init()
+    said: list[str] = []
+    with _log(llama, said):
+        handle = _device(device)
+        devices = (ctypes.c_void_p * 2)(handle, None)
+        overrides = _ffn_overrides()
+        params = llama.llama_model_default_params()
+        params.no_alloc = True
+        params.load_mode = llama.LLAMA_LOAD_MODE_NONE
+        params.n_gpu_layers = layout.n_gpu_layers
+        params.devices = ctypes.addressof(devices)
+        params.tensor_buft_overrides = ctypes.addressof(overrides)
+        loaded = llama.llama_model_load_from_file(os.fsencode(model.path), params)
+        if not loaded:
+            raise PinferError(f"libllama refuses {model.path}: {_end(said)}", "check that the file is a model")
+        try:
+            context = llama.llama_init_from_model(loaded, _context_params(llama, layout))
+            if not context:
+                raise PinferError(
+                    f"libllama makes no context of {layout.n_ctx} tokens: {_end(said)}", "try a smaller one with -c"
+                )
+            llama.llama_free(context)
+        finally:
+            llama.llama_model_free(loaded)
+    name = _buffer_type(handle)
+    found = [float(size) for at, size in _LINE.findall("".join(said)) if at == name]
+    return int(found[-1] * 2**20 + _STEP) + 1 if found else 0
+
+
+def _context_params(llama: Any, layout: Layout) -> Any:
+    params = llama.llama_context_default_params()
+    params.n_ctx = layout.n_ctx
+    params.n_batch = params.n_ubatch = layout.n_batch
+    params.n_seq_max = params.n_outputs_max = 1
+    params.type_k = params.type_v = getattr(llama, f"GGML_TYPE_{layout.cache_type.upper()}")
+    params.op_offload = False
+    return params
+
+
+def _device(name: str) -> int:
+    registry = load_library("ggml")
+    registry.ggml_backend_dev_by_name.restype = ctypes.c_void_p
+    registry.ggml_backend_dev_by_name.argtypes = (ctypes.c_char_p,)
+    handle = registry.ggml_backend_dev_by_name(name.encode())
+    if not handle:
+        raise PinferError(f"there is no device {name!r} here", "choose another one with --device")
+    return int(handle)
+
+
+def _buffer_type(handle: int) -> str:
+    base = load_library("ggml-base")
+    base.ggml_backend_dev_buffer_type.restype = ctypes.c_void_p
+    base.ggml_backend_dev_buffer_type.argtypes = (ctypes.c_void_p,)
+    base.ggml_backend_buft_name.restype = ctypes.c_char_p
+    base.ggml_backend_buft_name.argtypes = (ctypes.c_void_p,)
+    return str(base.ggml_backend_buft_name(base.ggml_backend_dev_buffer_type(handle)).decode())
+
+
+@contextmanager
+def _log(llama: Any, said: list[str]) -> Iterator[None]:
+    """Collects what libllama says; afterwards it is quiet again."""
+    callback = llama.llama_log_callback(lambda _level, text, _data: said.append(text.decode("utf-8", "replace")))
+    llama.llama_log_set(callback, None)
+    try:
+        yield
+    finally:
+        _quieten(llama)
+
+
+def _end(said: list[str]) -> str:
+    """The last thing it said, as one line."""
+    return " ".join("".join(said).strip().rsplit("\n", 1)[-1].split()) or "it gave no reason"

@@ -1,0 +1,1 @@
+"""How predictors are made: samples, fits and thresholds."""

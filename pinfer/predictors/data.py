@@ -1,0 +1,159 @@
+"""What ``pinfer train`` learns a layer from: its weights, its samples, and what held-back samples are worth."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, TypeAlias
+
+from pinfer.artefacts.profile import SamplesFile
+from pinfer.errors import PinferError
+from pinfer.model import Model, Tensor, dequantize
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Matrix: TypeAlias = NDArray[np.float32]
+
+# Held back from the fit: for finding thresholds, and for the recall that is reported.
+_CALIBRATION_SHARE = 0.2
+_TEST_SHARE = 0.1
+_MAX_HELD_BACK = 2048
+
+# Rows of a weight matrix that are float32 at a time, besides the matrix itself.
+_CHUNK_ROWS = 4096
+
+
+@dataclass(frozen=True)
+class LayerData:
+    """One layer as the fit sees it."""
+
+    x: NDArray[np.float16]
+    """FFN inputs ``[n_samples, n_embd]``"""
+    weight: Matrix
+    """the predicted matrix ``[n_ff, n_embd]``"""
+    bias: Matrix
+    """its bias ``[n_ff]``, zero where the model has none"""
+    partner: Callable[[Matrix], Matrix] | None
+    """up·x of gated FFNs, ``[n, n_embd]`` to ``[n, n_ff]``"""
+    down_norm: Matrix
+    """length of each neuron's down column ``[n_ff]``"""
+    activation: str
+    first_bytes: int
+    """of the row whose product decides"""
+    rest_bytes: int
+    """of the other rows of a neuron"""
+    threshold: float = 0.0
+    """what a ReLU lets through has to exceed it"""
+
+    @property
+    def power(self) -> int:
+        """The output grows with this power of the predicted product."""
+        return 2 if self.activation == "relu2" else 1
+
+    def some(self, neurons: slice) -> LayerData:
+        """The layer with these neurons alone, to calibrate with."""
+        return replace(self, weight=self.weight[neurons], bias=self.bias[neurons], down_norm=self.down_norm[neurons])
+
+    @staticmethod
+    def read(model: Model, layer: int, samples: SamplesFile) -> LayerData:
+        """Layer ``layer`` of ``model``; of its matrices only the predicted one is held as float32."""
+        import numpy as np
+
+        ffn = model.ffn[layer]
+        first = ffn.gate if model.gated else ffn.up
+        if first is None or ffn.up is None or ffn.down is None:
+            raise PinferError(f"layer {layer} of {model.name} has no plain FFN", "run it with --dense")
+        bias = ffn.gate_bias if model.gated else ffn.up_bias
+        up, up_bias = ffn.up, ffn.up_bias
+
+        def partner(x: Matrix) -> Matrix:
+            out = np.empty((len(x), model.n_ff), dtype=np.float32)
+            for begin in range(0, model.n_ff, _CHUNK_ROWS):
+                rows = slice(begin, min(begin + _CHUNK_ROWS, model.n_ff))
+                out[:, rows] = x @ dequantize(model, up, rows).T
+            return out if up_bias is None else out + dequantize(model, up_bias).reshape(-1)
+
+        neuron_bytes = sum(t.n_bytes for t in (ffn.gate, ffn.up, ffn.down) if t is not None) // model.n_ff
+        return LayerData(
+            x=samples.x(layer),
+            weight=dequantize(model, first),
+            bias=np.zeros(model.n_ff, np.float32) if bias is None else dequantize(model, bias).reshape(-1),
+            partner=partner if model.gated else None,
+            down_norm=_column_norms(model, ffn.down),
+            activation=model.activation,
+            first_bytes=first.row_bytes,
+            rest_bytes=neuron_bytes - first.row_bytes,
+            threshold=model.activation_threshold,
+        )
+
+
+def _column_norms(model: Model, down: Tensor) -> Matrix:
+    """Length of each column of the down matrix ``[n_embd, n_ff]``."""
+    import numpy as np
+
+    squares = np.zeros(model.n_ff, dtype=np.float64)
+    for begin in range(0, down.n_rows, _CHUNK_ROWS):
+        rows = dequantize(model, down, slice(begin, min(begin + _CHUNK_ROWS, down.n_rows)))
+        squares += np.einsum("ij,ij->j", rows, rows)
+    return np.sqrt(squares).astype(np.float32)
+
+
+def relu(v: Matrix, threshold: float) -> Matrix:
+    """``v`` where it exceeds ``threshold``, else 0."""
+    import numpy as np
+
+    return np.where(v > np.float32(threshold), v, np.float32(0))
+
+
+@dataclass(frozen=True)
+class HeldBack:
+    """Samples the fit has not seen: what they are, and what each neuron was worth there."""
+
+    x: Matrix
+    """``[n, n_embd]``"""
+    z: Matrix
+    """true pre-activations of the predicted matrix ``[n, n_ff]``"""
+    mass: Matrix
+    """|f_i(x)| ‖d_i‖, the length of what the neuron added to the layer's output, ``[n, n_ff]``"""
+
+    @staticmethod
+    def of(data: LayerData, part: slice) -> HeldBack:
+        """The samples ``part`` of a layer."""
+        import numpy as np
+
+        x = data.x[part].astype(np.float32)
+        z = x @ data.weight.T
+        z += data.bias
+        mass = relu(z, data.threshold)
+        if data.partner is not None:
+            other = data.partner(x)
+            mass *= relu(other, data.threshold) if data.activation == "drelu" else np.abs(other)
+        elif data.activation == "relu2":
+            mass *= mass
+        mass *= data.down_norm
+        return HeldBack(x, z, mass)
+
+    def some(self, step: int, neurons: slice) -> HeldBack:
+        """One sample in ``step``, and these neurons alone."""
+        return HeldBack(self.x[::step], *(m[::step, neurons].copy() for m in (self.z, self.mass)))
+
+    def recall(self, named: NDArray[np.bool_]) -> float:
+        """Share of the mass that these candidates ``[n, n_ff]`` keep."""
+        import numpy as np
+
+        total = float(self.mass.sum(dtype=np.float64))
+        return float(self.mass.sum(where=named, dtype=np.float64)) / total if total else 1.0
+
+
+def parts(n: int) -> tuple[slice, slice, slice]:
+    """Samples for the fit, for the thresholds and for the report. Whole stretches of text, so that none is in two."""
+    n_test = max(1, int(n * _TEST_SHARE))
+    n_calibration = max(1, int(n * _CALIBRATION_SHARE))
+    n_fit = n - n_test - n_calibration
+    return (
+        slice(0, n_fit),
+        slice(n_fit, n_fit + min(n_calibration, _MAX_HELD_BACK)),
+        slice(n - min(n_test, _MAX_HELD_BACK), n),
+    )
