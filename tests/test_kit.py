@@ -83,7 +83,7 @@ def test_archive_is_small_and_has_everything(
     expected = {
         "pinfer/cli.py",
         "native/CMakeLists.txt",
-        "native/backend/plugin.cpp",
+        "native/plugin/backend.cpp",
         "models/synth.py",
         "tests/conftest.py",
         "tests/data/profile.txt",
