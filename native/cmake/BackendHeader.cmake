@@ -1,7 +1,8 @@
-# ggml-backend-impl.h: the interface a ggml backend implements. ggml does not install it, so it is taken out of the
-# source distribution named in llama-cpp-python.txt, and that distribution must carry the ggml that was found.
+# ggml-backend-impl.h, the interface a ggml backend implements, and ggml-impl.h, the graph as a backend gets it. ggml does
+# not install them, so they are taken out of the source distribution named in llama-cpp-python.txt, and that distribution
+# must carry the ggml that was found.
 #
-#   PINFER_GGML_BACKEND_IMPL   path of the header, when it is at hand (a llama.cpp source tree)
+#   PINFER_GGML_BACKEND_IMPL   path of the first, beside the second, when they are at hand (a llama.cpp source tree)
 #   PINFER_LLAMA_SDIST         path of the source distribution, when it is at hand; else pip fetches it
 
 set(PINFER_GGML_BACKEND_IMPL "" CACHE FILEPATH "ggml-backend-impl.h of the ggml that is linked")
@@ -44,10 +45,12 @@ endfunction()
 # Creates the target pinfer::backend-header for a ggml of version <ggml_version>.
 function(pinfer_add_backend_header ggml_version)
     set(folder "${CMAKE_BINARY_DIR}/backend-header")
-    set(header "${folder}/ggml-backend-impl.h")
+    set(header "${folder}/ggml-impl.h")
     if(PINFER_GGML_BACKEND_IMPL)
         file(MAKE_DIRECTORY "${folder}")
-        configure_file("${PINFER_GGML_BACKEND_IMPL}" "${header}" COPYONLY)
+        get_filename_component(source "${PINFER_GGML_BACKEND_IMPL}" DIRECTORY)
+        configure_file("${PINFER_GGML_BACKEND_IMPL}" "${folder}/ggml-backend-impl.h" COPYONLY)
+        configure_file("${source}/ggml-impl.h" "${header}" COPYONLY)
     else()
         set(stamp "${folder}/ggml-${ggml_version}")
         if(NOT EXISTS "${header}" OR NOT EXISTS "${stamp}")
@@ -55,7 +58,8 @@ function(pinfer_add_backend_header ggml_version)
             file(REMOVE_RECURSE "${folder}" "${CMAKE_BINARY_DIR}/sdist/unpacked")
             file(ARCHIVE_EXTRACT INPUT "${sdist}" DESTINATION "${CMAKE_BINARY_DIR}/sdist/unpacked"
                  PATTERNS "*/vendor/llama.cpp/ggml/CMakeLists.txt"
-                          "*/vendor/llama.cpp/ggml/src/ggml-backend-impl.h")
+                          "*/vendor/llama.cpp/ggml/src/ggml-backend-impl.h"
+                          "*/vendor/llama.cpp/ggml/src/ggml-impl.h")
             file(GLOB ggml "${CMAKE_BINARY_DIR}/sdist/unpacked/*/vendor/llama.cpp/ggml")
             set(parts "")
             foreach(part MAJOR MINOR PATCH)
@@ -68,7 +72,7 @@ function(pinfer_add_backend_header ggml_version)
                 message(FATAL_ERROR "The ggml found is ${ggml_version}, the one pinfer is written for is "
                                     "${sdist_version}; install llama-cpp-python as pinned in ${_pinfer_pin_file}")
             endif()
-            file(COPY "${ggml}/src/ggml-backend-impl.h" DESTINATION "${folder}")
+            file(COPY "${ggml}/src/ggml-backend-impl.h" "${ggml}/src/ggml-impl.h" DESTINATION "${folder}")
             file(TOUCH "${stamp}")
         endif()
     endif()
