@@ -16,7 +16,7 @@ from pinfer.llama import plugin as native
 from pinfer.llama.ggml import load_library
 
 LOAD_AND_SAY_WHY_NOT = """
-from pinfer import native
+from pinfer.llama import plugin as native
 from pinfer.errors import PinferError
 try:
     native.load_plugin()
@@ -56,7 +56,7 @@ def test_one_ggml_in_the_process() -> None:
     code = """
 import sys
 from pathlib import Path
-from pinfer import native
+from pinfer.llama import plugin as native
 assert not native.is_loaded()
 if sys.argv[1:] == ["llama"]:
     import llama_cpp
@@ -77,7 +77,7 @@ print(*(Path(file).name.split(".so")[0] for file in files))
 
 
 def test_loading_says_nothing() -> None:
-    done = run_python("from pinfer import native; native.load_plugin()")
+    done = run_python("from pinfer.llama import plugin as native; native.load_plugin()")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
@@ -141,13 +141,15 @@ def test_fingerprint_follows_the_content(tiny_relu2: Path, tmp_path: Path) -> No
 
 
 def test_isa_can_be_forced() -> None:
-    done = run_python("from pinfer import native; print(native.load_plugin().isa())", PINFER_ISA="scalar")
+    done = run_python(
+        "from pinfer.llama import plugin as native; print(native.load_plugin().isa())", PINFER_ISA="scalar"
+    )
     assert done.stdout == "scalar\n"
-    done = run_python("from pinfer import native; print(native.load_plugin().isa())", PINFER_ISA="mmx")
+    done = run_python("from pinfer.llama import plugin as native; print(native.load_plugin().isa())", PINFER_ISA="mmx")
     assert done.stdout.strip() in ("avx512", "avx2", "neon", "scalar")
     assert "mmx" in done.stderr
 
 
 def test_observer_layer_that_never_ran() -> None:
-    done = run_python("from pinfer import native; print(native.load_plugin().observer_layer(0))")
+    done = run_python("from pinfer.llama import plugin as native; print(native.load_plugin().observer_layer(0))")
     assert (done.returncode, done.stdout) == (0, "None\n"), done.stderr
