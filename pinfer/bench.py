@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import os
+import random
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
 
-from pinfer.benchmark import limit as bench_limit
-from pinfer.benchmark import machine
+from pinfer.artefacts.predictor import PredictorFile
+from pinfer.benchmark import limit, machine
 from pinfer.benchmark.limit import TokenBytes
 from pinfer.benchmark.process import WAIT_VARIABLES, WorkerProcess, worker_environment
 from pinfer.benchmark.report import DENSE, SPARSE, BenchReport, Case, ModelFacts, Ratio, Result
+from pinfer.benchmark.text import TEXT
 from pinfer.errors import PinferError
-from pinfer.llama.engine import PluginConfig, physical_cores
+from pinfer.execution import Execution, ExecutionOptions, decide
 from pinfer.llama.plugin import Stats
 from pinfer.model import Model, open_model
 from pinfer.progress import NULL_PROGRESS, Progress
@@ -30,8 +32,8 @@ _BUSY_CPUS = 0.1
 _TEXT_BYTES = 16  # of text that are read for each token wanted; a token is seldom longer
 
 
-@dataclass(frozen=True)
-class BenchOptions:
+@dataclass(frozen=True, kw_only=True)
+class BenchOptions(ExecutionOptions):
     """Settings of ``pinfer bench``; every default is the command line's."""
 
     n_prompt: tuple[int, ...] = (512,)
@@ -39,18 +41,9 @@ class BenchOptions:
     n_seq: tuple[int, ...] = (1, 4, 16)
     """sequences decoded side by side"""
     repetitions: int = 5
-    n_threads: int | None = None
     n_ctx: int = 0
     """of each sequence; 0: what the test needs"""
-    n_gpu_layers: int | None = None
-    """of both sides; None: as solved"""
     compare: Literal["dense", "none"] = "dense"
-    dense: bool = False
-    """stock libllama alone"""
-    exact: bool = False
-    no_artefacts: bool = False
-    device: str | None = None
-    activation: str | None = None
     text: Path | None = None
     n_stream_bytes: int = 1 << 30
     """read to measure the bandwidth: more than any cache holds"""
@@ -65,7 +58,7 @@ def bench(model_path: Path, options: BenchOptions, progress: Progress = NULL_PRO
     setup = _Setup.of(model, options)
     tests = _tests(model, options)
     notes = list(setup.notes)
-    bandwidth = _bandwidth(setup.n_threads, options.n_stream_bytes)
+    bandwidth = _bandwidth(setup.execution.n_threads, options.n_stream_bytes)
     with ExitStack() as stack:
         workers = {side: stack.enter_context(WorkerProcess(side)) for side in setup.sides}
         facts = {side: worker.ask("load", **setup.load(side)) for side, worker in workers.items()}
@@ -78,24 +71,24 @@ def bench(model_path: Path, options: BenchOptions, progress: Progress = NULL_PRO
         own = _cpu_used(workers) - own
         peak = {side: int(worker.ask("usage")["peak"]) for side, worker in workers.items()}
     # Two measurements, before and after: the better one is nearer to what the memory can do.
-    bandwidth = max(bandwidth, _bandwidth(setup.n_threads, options.n_stream_bytes))
+    bandwidth = max(bandwidth, _bandwidth(setup.execution.n_threads, options.n_stream_bytes))
     others = machine.used_by_others(before, after, own)
     if others is not None and others >= _BUSY_CPUS:
         notes.append(f"busy: other processes used {others:.1f} CPUs meanwhile, so these numbers are not for the record")
     limits = [(r.median, bandwidth / r.token_bytes.total) for r in results if r.token_bytes is not None]
-    if any(speed > limit for speed, limit in limits):
+    if any(speed > ceiling for speed, ceiling in limits):
         notes.append("faster than the limit: the model lies in the CPU's caches, or the bandwidth was measured too low")
     if SPARSE in setup.sides and all(r.computed is None for r in results if r.side == SPARSE):
         notes.append("nothing was computed sparsely: every FFN was left to the way libllama computes it")
     trained = _trained(model, setup)
     return BenchReport(
         environment=machine.describe(
-            setup.n_threads, first["ggml"], first["isa"] or "", load_average, started, _wait_policy()
+            setup.execution.n_threads, first["ggml"], first["isa"] or "", load_average, started, _wait_policy()
         ),
         model=ModelFacts(
             model.path.name, _name(model), first["type"], first["size"], first["n_params"], model.activation
         ),
-        mode=setup.mode,
+        mode=setup.execution.mode,
         tokens_from=source.name,
         results=tuple(results),
         ratios=_ratios(tests, results) if len(setup.sides) == 2 else (),
@@ -112,72 +105,43 @@ def bench(model_path: Path, options: BenchOptions, progress: Progress = NULL_PRO
 class _Setup:
     """Who runs, and how."""
 
-    model: Model
-    plugin: PluginConfig | None
+    execution: Execution
     sides: tuple[str, ...]
-    n_threads: int
-    n_gpu_layers: int
     rpc: str | None
     notes: tuple[str, ...]
 
     @staticmethod
     def of(model: Model, options: BenchOptions) -> _Setup:
-        notes: list[str] = []
-        sparse = model.is_sparse and not options.dense
-        if not options.dense and not model.is_sparse:
-            notes.append("this model has nothing to leave out, so pinfer runs it by stock libllama: measured alone")
-        plugin, solved_layers = _plugin(model, options) if sparse else (None, 0)
+        execution = decide(model, options)
+        sparse = execution.plugin is not None
         sides = (SPARSE, DENSE) if sparse and options.compare == "dense" else (SPARSE,) if sparse else (DENSE,)
-        n_threads = options.n_threads or physical_cores()
-        if n_threads > len(os.sched_getaffinity(0)):
-            notes.append(f"{n_threads} threads on {len(os.sched_getaffinity(0))} CPUs wait for each other")
+        notes = list(execution.notes)
+        n_cpus = len(os.sched_getaffinity(0))
+        if execution.n_threads > n_cpus:
+            notes.append(f"{execution.n_threads} threads share {n_cpus} CPUs and wait for each other")
         if len(sides) == 2 and not model.stock_computes_it:
             notes.append(
                 f"stock libllama computes another activation than this model's {model.activation}: "
-                "its work is the same and so is its speed, its text is not the model's"
+                "its speed is comparable, its text is not the model's"
             )
         if policy := _wait_policy():
             notes.append(f"idle threads wait as you set it ({policy}), on both sides")
-        layers = options.n_gpu_layers if options.n_gpu_layers is not None else solved_layers
-        return _Setup(model, plugin, sides, n_threads, layers, options.rpc, tuple(notes))
-
-    @property
-    def mode(self) -> str:
-        if self.plugin is None:
-            return DENSE
-        return "predicted" if self.plugin.predictor else "exact"
+        return _Setup(execution, sides, options.rpc, tuple(notes))
 
     def load(self, side: str) -> dict[str, object]:
         """Arguments of a worker's command to load the model."""
         plugin: dict[str, object] | None = None
-        if side == SPARSE and self.plugin is not None:
-            files = {name: getattr(self.plugin, name) for name in ("predictor", "cold")}
-            plugin = {name: str(path) for name, path in files.items() if path is not None}
-            plugin["hot"] = [str(path) for path in self.plugin.hot_paths]
-            plugin |= {name: getattr(self.plugin, name) for name in ("activation", "activation_threshold", "device")}
-        path, threads, layers = str(self.model.path.resolve()), self.n_threads, self.n_gpu_layers
-        return {"model": path, "plugin": plugin, "n_threads": threads, "n_gpu_layers": layers, "rpc": self.rpc}
-
-
-def _plugin(model: Model, options: BenchOptions) -> tuple[PluginConfig, int]:
-    """What `pinfer run` would use, and the dense layers that were placed on the device."""
-    from pinfer.artefacts import paths
-    from pinfer.artefacts.shards import find_hot_shards
-
-    config = PluginConfig.of(model)
-    if options.no_artefacts:
-        return config, 0
-    folder = paths.artefact_dir(model.path, model.fingerprint, for_writing=False)
-    predictor, cold = folder / paths.PREDICTOR, folder / paths.COLD
-    n_gpu_layers = 0
-    if predictor.is_file() and not options.exact:
-        config = replace(config, predictor=predictor)
-    if cold.is_file():
-        config = replace(config, cold=cold)
-        if (hot := find_hot_shards(folder, model, options.device)) is not None:
-            config = replace(config, hot=hot.paths, device=hot.device)
-            n_gpu_layers = hot.n_gpu_layers
-    return config, n_gpu_layers
+        if side == SPARSE and (config := self.execution.plugin) is not None:
+            plugin = {name: str(path) for name in ("predictor", "cold") if (path := getattr(config, name)) is not None}
+            plugin["hot"] = [str(path) for path in config.hot_paths]
+            plugin |= {name: getattr(config, name) for name in ("activation", "activation_threshold", "device")}
+        return {
+            "model": str(self.execution.model.path.resolve()),
+            "plugin": plugin,
+            "n_threads": self.execution.n_threads,
+            "n_gpu_layers": self.execution.n_gpu_layers,
+            "rpc": self.rpc,
+        }
 
 
 def _wait_policy() -> str:
@@ -227,16 +191,12 @@ class _TokenSource:
     @staticmethod
     def of(worker: WorkerProcess, facts: dict[str, Any], path: Path | None, n_wanted: int) -> _TokenSource:
         if not facts["has_vocabulary"]:
-            import random
-
             draw = random.Random(1)
             return _TokenSource("random", tuple(draw.randrange(facts["n_vocab"]) for _ in range(n_wanted)), None)
         if path is not None:
             with path.open("rb") as file:
                 text, name = file.read(_TEXT_BYTES * n_wanted).decode("utf-8", errors="ignore"), path.name
         else:
-            from pinfer.benchmark.text import TEXT
-
             text, name = TEXT, "built-in text"
         tokens = [t for t in worker.ask("tokenize", text=text) if t != facts["bos"]]
         if not tokens:
@@ -305,14 +265,14 @@ def _result(test: Case, side: str, runs: Sequence[tuple[int, dict[str, Any]]], s
 
 
 def _token_bytes(test: Case, stats: Stats | None, setup: _Setup) -> TokenBytes | None:
-    model, plugin = setup.model, setup.plugin
-    if test.n_prompt or test.n_seq > 1 or setup.n_gpu_layers or not bench_limit.can_count(model):
+    model, plugin = setup.execution.model, setup.execution.plugin
+    if test.n_prompt or test.n_seq > 1 or setup.execution.n_gpu_layers or not limit.can_count(model):
         return None
     if stats is None:
-        return bench_limit.dense_bytes(model, test.n_gen)
+        return limit.dense_bytes(model, test.n_gen)
     if plugin is None or plugin.hot is not None:
         return None
-    return bench_limit.sparse_bytes(model, test.n_gen, stats, plugin.cold, plugin.predictor)
+    return limit.sparse_bytes(model, test.n_gen, stats, plugin.cold, plugin.predictor)
 
 
 def _ratios(tests: Sequence[Case], results: Sequence[Result]) -> tuple[Ratio, ...]:
@@ -324,9 +284,7 @@ def _ratios(tests: Sequence[Case], results: Sequence[Result]) -> tuple[Ratio, ..
 
 def _trained(model: Model, setup: _Setup) -> tuple[float | None, float | None]:
     """Recall and candidates of the predictor in use, as its training measured them."""
-    from pinfer.artefacts.predictor import PredictorFile
-
-    if setup.plugin is None or setup.plugin.predictor is None:
+    if setup.execution.plugin is None or setup.execution.plugin.predictor is None:
         return None, None
-    predictor = PredictorFile.read(setup.plugin.predictor, model)
+    predictor = PredictorFile.read(setup.execution.plugin.predictor, model)
     return fmean(predictor.recall), fmean(predictor.candidates)

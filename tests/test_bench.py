@@ -218,7 +218,7 @@ def test_a_dense_model_and_dense_alone_are_stock(plain: bool, tiny_relu2: Path, 
     assert found.mode == DENSE
     assert {r.side for r in found.results} == {DENSE}
     assert found.environment.isa == ""
-    assert any("nothing to leave out" in note for note in found.notes) == plain
+    assert any("running dense" in note for note in found.notes) == plain
     assert found.ratios == ()
 
 
@@ -382,7 +382,21 @@ def test_every_flag_arrives(monkeypatch: pytest.MonkeyPatch, tiny_relu2: Path) -
     default, given = caught
     assert default == BenchOptions()
     expected = BenchOptions(
-        (1, 2), (3,), (4,), 6, 7, 8, 9, "none", True, True, True, "d", "relu2", Path("t"), rpc="h:1"
+        n_prompt=(1, 2),
+        n_gen=(3,),
+        n_seq=(4,),
+        repetitions=6,
+        n_threads=7,
+        n_ctx=8,
+        n_gpu_layers=9,
+        compare="none",
+        dense=True,
+        exact=True,
+        no_artefacts=True,
+        device="d",
+        activation="relu2",
+        text=Path("t"),
+        rpc="h:1",
     )
     assert given == expected
 

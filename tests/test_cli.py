@@ -432,10 +432,12 @@ def test_defaults_are_those_of_the_stage(monkeypatch: pytest.MonkeyPatch, name: 
 
 def test_flags_of_eval_arrive(monkeypatch: pytest.MonkeyPatch) -> None:
     stage = importlib.import_module("pinfer.eval")
-    assert _options_of(monkeypatch, "eval", "--text", "a.txt") == stage.EvalOptions(Path("a.txt"))
+    assert _options_of(monkeypatch, "eval", "--text", "a.txt") == stage.EvalOptions(text=Path("a.txt"))
     words = "--text a.txt --tokens 1k -c 3 --exact -t 4 --device CPU --activation relu"
     given = _options_of(monkeypatch, "eval", *words.split())
-    assert given == stage.EvalOptions(Path("a.txt"), 1024, 3, True, "relu", 4, "CPU")
+    assert given == stage.EvalOptions(
+        text=Path("a.txt"), n_tokens=1024, n_ctx=3, exact=True, activation="relu", n_threads=4, device="CPU"
+    )
 
 
 def test_every_flag_of_run_arrives(monkeypatch: pytest.MonkeyPatch) -> None:

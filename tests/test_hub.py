@@ -177,7 +177,8 @@ def test_the_runner_finds_artefacts_where_python_writes_them(hub: Hub, cache: Pa
 
 _SCRIPT = """
 import json, sys
-from pinfer import hub, ui
+from pinfer.cli import ui
+from pinfer.hub import models as hub
 from pinfer.errors import PinferError
 for call in sys.argv[2:]:
     try:

@@ -179,7 +179,9 @@ def test_checksum_wants_contiguous_bytes() -> None:
 
 
 def test_isa_can_be_forced() -> None:
-    done = run_python("from pinfer.llama import plugin as native; print(native.load_plugin().isa())", PINFER_ISA="scalar")
+    done = run_python(
+        "from pinfer.llama import plugin as native; print(native.load_plugin().isa())", PINFER_ISA="scalar"
+    )
     assert done.stdout == "scalar\n"
     done = run_python("from pinfer.llama import plugin as native; print(native.load_plugin().isa())", PINFER_ISA="mmx")
     assert done.stdout.strip() in ("avx512", "avx2", "neon", "scalar")

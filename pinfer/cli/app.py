@@ -31,7 +31,7 @@ from pinfer.cli.options import (
     parse_sizes,
     use_servers,
 )
-from pinfer.cli.run import run
+from pinfer.cli.run import register as register_run
 from pinfer.errors import PinferError
 
 app = typer.Typer(
@@ -300,7 +300,7 @@ def split(
     choice.say_next("run", "-p 'Once upon a time'")
 
 
-app.command()(run)
+register_run(app)
 
 
 @app.command("eval")
@@ -445,7 +445,7 @@ def show(
 def run_cli(args: list[str]) -> int:
     """Run one command line and return its exit code: 0, 1 for an error, 2 for wrong usage, 130 for Ctrl-C."""
     try:
-        code = app(_with_flash_attn(args), prog_name="pinfer", standalone_mode=False)
+        code = app(args, prog_name="pinfer", standalone_mode=False)
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
     except typer.TyperException as error:
@@ -466,16 +466,6 @@ def run_cli(args: list[str]) -> int:
         return mute() if error.errno == errno.EPIPE else fail(describe_os_error(error))
     except Exception as error:  # the last resort: a user gets a line, a developer the traceback
         return fail(f"internal error: {type(error).__name__}: {error}; rerun with PINFER_DEBUG=1 for the traceback")
-
-
-def _with_flash_attn(args: list[str]) -> list[str]:
-    """llama.cpp takes a bare ``-fa`` as ``-fa on``; Typer knows no option whose value may be left out."""
-    full: list[str] = []
-    for i, word in enumerate(args):
-        full.append(word)
-        if word in ("-fa", "--flash-attn") and args[i + 1 : i + 2] not in (["on"], ["off"], ["auto"]):
-            full.append("on")
-    return full
 
 
 def main() -> NoReturn:
