@@ -141,9 +141,9 @@ def profile(model_path: Path, options: ProfileOptions, progress: Progress = NULL
         plugin = load_plugin()
         n_samples = min(n_tokens, _n_samples(options, model))
         with hold_interrupt() as held:
-            plugin.observer_start(n_samples=n_samples, stride=_stride(n_tokens, n_samples, n_ctx))
+            plugin.observer_start(model.path, n_samples=n_samples, stride=_stride(n_tokens, n_samples, n_ctx))
             seconds = _count(engine, windows, n_tokens, held, progress)
-            plugin.observer_stop()
+            plugin.observer_stop(model.path)
             report = _write(plugin, model, folder, corpus, options, seconds, held.seen, progress)
         return replace(report, interrupted=held.seen)
 
@@ -260,7 +260,7 @@ def _write(
     from pinfer.artefacts import paths
     from pinfer.gguf_io.writer import replace_together
 
-    seen = [plugin.observer_layer(layer) for layer in range(model.n_layer)]
+    seen = [plugin.observer_layer(model.path, layer) for layer in range(model.n_layer)]
     layers = [layer for layer in seen if layer is not None]
     tokens = min((layer.n_tokens for layer in layers), default=0)
     if tokens == 0 and interrupted:

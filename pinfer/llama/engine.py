@@ -73,8 +73,9 @@ def physical_cores() -> int:
 class Engine:
     """A loaded model with one context and one sequence. Use it as a context manager: it frees both at the end.
 
-    ``plugin=None`` is stock libllama, also in a process where the plugin has been loaded before. One engine at a time:
-    the plugin has one configuration per process.
+    ``plugin=None`` is stock libllama, also in a process where the plugin has been loaded before. Engines of several models may
+    be alive at the same time, each with its own plugin settings. Two of one model need the same settings, or the second is
+    refused.
     """
 
     def __init__(
@@ -102,6 +103,7 @@ class Engine:
         self._f32_attention = f32_attention
         self._hot_devices = plugin.device if plugin is not None and plugin.hot else None
         _configure_plugin(model_path, plugin)
+        self._configured: Path | None = model_path
         from llama_cpp import llama_cpp as llama
 
         self._llama = llama
@@ -280,11 +282,16 @@ class Engine:
             self._context = None
 
     def close(self) -> None:
-        """Free the context and the model. Safe to call twice."""
+        """Free the context, the model, and its part of the plugin: its counters are gone. Safe to call twice."""
+        from pinfer.llama import plugin as native
+
         self._close_context()
         if self._model:
             self._llama.llama_model_free(self._model)
             self._model = None
+        if self._configured is not None and native.is_loaded():
+            native.load_plugin().release(self._configured)
+        self._configured = None
 
     def __enter__(self) -> Self:
         return self
@@ -318,12 +325,12 @@ def _configure_plugin(model_path: Path, config: PluginConfig | None) -> None:
     from pinfer.llama import plugin as native
 
     if config is None:
-        # Once loaded, the plugin's device stays in the process: it has to be told to keep out of the way.
+        # Once loaded, the plugin's device stays in the process: it has to be told to keep out of this model's way.
         if native.is_loaded():
-            native.load_plugin().configure(activation="other")
+            native.load_plugin().configure(model_path, activation="other")
         return
     native.load_plugin().configure(
-        model=model_path,
+        model_path,
         predictor=config.predictor,
         hot=config.hot,
         cold=config.cold,
