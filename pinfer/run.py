@@ -17,8 +17,6 @@ from typing import Literal
 from pinfer.errors import PinferError
 from pinfer.llama.plugin import runner_path
 
-ALL_LAYERS = 999
-
 
 @dataclass(frozen=True)
 class RunOptions:
