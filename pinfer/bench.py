@@ -18,7 +18,8 @@ from pinfer.benchmark.limit import TokenBytes
 from pinfer.benchmark.process import WAIT_VARIABLES, WorkerProcess, worker_environment
 from pinfer.benchmark.report import DENSE, SPARSE, BenchReport, Case, ModelFacts, Ratio, Result
 from pinfer.errors import PinferError
-from pinfer.llama.engine import PluginConfig, physical_cores
+from pinfer.llama.devices import physical_cores
+from pinfer.llama.engine import PluginConfig
 from pinfer.llama.plugin import Stats
 from pinfer.model import Model, open_model
 from pinfer.progress import NULL_PROGRESS, Progress

@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from pinfer.errors import PinferError
+from pinfer.llama.devices import physical_cores
 
 if TYPE_CHECKING:
     import numpy as np
@@ -55,19 +56,6 @@ class PluginConfig:
     def of(model: Model) -> PluginConfig:
         """What ``model`` computes, in exact mode and without shards."""
         return PluginConfig(activation=model.activation, activation_threshold=model.activation_threshold)
-
-
-def physical_cores() -> int:
-    """Cores this process may run on, hyper-threads not counted twice."""
-    allowed = os.sched_getaffinity(0)
-    cores = set()
-    for cpu in allowed:
-        topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-        try:
-            cores.add(topology.read_text())
-        except OSError:
-            return max(1, len(allowed))
-    return max(1, len(cores))
 
 
 class Engine:
