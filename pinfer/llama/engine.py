@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from pinfer.errors import PinferError
 from pinfer.llama import log
 from pinfer.llama import plugin as native
+from pinfer.llama.devices import physical_cores
 from pinfer.llama.ggml import load_library
 from pinfer.model import Model
 
@@ -55,19 +56,6 @@ class PluginConfig:
     def of(model: Model) -> PluginConfig:
         """What ``model`` computes, in exact mode and without shards."""
         return PluginConfig(activation=model.activation, activation_threshold=model.activation_threshold)
-
-
-def physical_cores() -> int:
-    """Cores this process may run on, hyper-threads not counted twice."""
-    allowed = os.sched_getaffinity(0)
-    cores = set()
-    for cpu in allowed:
-        topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-        try:
-            cores.add(topology.read_text())
-        except OSError:
-            return max(1, len(allowed))
-    return max(1, len(cores))
 
 
 class Engine:
