@@ -98,7 +98,7 @@ def _check_space(target: Path, n_bytes: int) -> None:
 
 def _bar(advance: Callable[[int], None]) -> type:
     """A progress bar class for huggingface_hub that draws nothing and calls ``advance`` with the bytes received."""
-    from tqdm.auto import tqdm  # type: ignore[import-untyped]
+    from tqdm.auto import tqdm
 
     class Bar(tqdm):  # type: ignore[misc]
         def __init__(self, *args: Any, **options: Any) -> None:
