@@ -16,7 +16,7 @@ from pinfer.cli.convert import convert
 from pinfer.cli.eval import evaluate
 from pinfer.cli.exits import describe_os_error, fail, mute, wrong_usage
 from pinfer.cli.profile import profile
-from pinfer.cli.run import run
+from pinfer.cli.run import register as register_run
 from pinfer.cli.show import show
 from pinfer.cli.solve import solve
 from pinfer.cli.split import split
@@ -50,8 +50,9 @@ def _root(
     pass
 
 
-for _command in (convert, profile, train, solve, split, run):
+for _command in (convert, profile, train, solve, split):
     app.command()(_command)
+register_run(app)
 app.command("eval")(evaluate)
 for _command in (bench, show):
     app.command()(_command)
@@ -60,7 +61,7 @@ for _command in (bench, show):
 def run_cli(args: list[str]) -> int:
     """Run one command line and return its exit code: 0, 1 for an error, 2 for wrong usage, 130 for Ctrl-C."""
     try:
-        code = app(_with_flash_attn(args), prog_name="pinfer", standalone_mode=False)
+        code = app(args, prog_name="pinfer", standalone_mode=False)
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
     except typer.TyperException as error:
@@ -81,16 +82,6 @@ def run_cli(args: list[str]) -> int:
         return mute() if error.errno == errno.EPIPE else fail(describe_os_error(error))
     except Exception as error:  # the last resort: one line for the user; the traceback on demand
         return fail(f"internal error: {type(error).__name__}: {error}; rerun with PINFER_DEBUG=1 for the traceback")
-
-
-def _with_flash_attn(args: list[str]) -> list[str]:
-    """llama.cpp reads a bare ``-fa`` as ``-fa on``; Typer has no options with an optional value."""
-    full: list[str] = []
-    for i, word in enumerate(args):
-        full.append(word)
-        if word in ("-fa", "--flash-attn") and args[i + 1 : i + 2] not in (["on"], ["off"], ["auto"]):
-            full.append("on")
-    return full
 
 
 def main() -> NoReturn:

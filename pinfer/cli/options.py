@@ -129,7 +129,17 @@ DatasetOpt = Annotated[
 DeviceOpt = Annotated[
     str | None,
     typer.Option(
-        "--device", "-dev", metavar="NAME[,NAME]", help="ggml devices of the hot neurons, or none. [default: as solved]"
+        "--hot-device",
+        "--device",
+        "-dev",
+        metavar="NAME[,NAME]",
+        help="ggml devices of the hot neurons, or none. [default: as solved]",
+    ),
+]
+HotDeviceOpt = Annotated[
+    str | None,
+    typer.Option(
+        "--hot-device", metavar="NAME[,NAME]", help="ggml devices of the hot neurons, or none. [default: as solved]"
     ),
 ]
 RpcOpt = Annotated[

@@ -1,0 +1,63 @@
+"""``pinfer serve``: llama.cpp's HTTP server over the plugin."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from pathlib import Path
+
+from pinfer.errors import PinferError
+from pinfer.execution import ExecutionOptions
+from pinfer.llama.plugin import runner_path
+from pinfer.run import LlamaFlags, runner_command
+
+ROUTER = ("--models-dir", "--models-preset")
+"""Flags that have the server start models on demand, each in a process of its own."""
+
+_HOST = ("--host",)
+_PORT = ("--port",)
+_DEFAULT_PORT = 8080
+
+
+def server_environment() -> dict[str, str]:
+    """Settings of the server's process that the user has not made himself.
+
+    Threads that wait by spinning slow a busy machine down many times over, and a server shares its machine.
+    """
+    chosen = any(name in os.environ for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"))
+    return {} if chosen else {"OMP_WAIT_POLICY": "passive"}
+
+
+def check_address(flags: LlamaFlags) -> None:
+    """Raises PinferError where another program listens already: llama.cpp would load the model before it noticed."""
+    host = flags.value("server", _HOST) or "127.0.0.1"
+    port = flags.value("server", _PORT) or str(_DEFAULT_PORT)
+    if not port.isdigit() or int(port) == 0 or host.endswith(".sock"):
+        return
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+    except (OSError, OverflowError) as error:
+        raise PinferError(
+            f"cannot listen on {host}:{port} ({getattr(error, 'strerror', None) or error})",
+            f"choose another port: --port {int(port) + 1 if int(port) < 65535 else _DEFAULT_PORT}",
+        ) from error
+
+
+def serve_command(
+    model: Path, options: ExecutionOptions, flags: LlamaFlags, *, rpc: str | None = None
+) -> tuple[list[str], tuple[str, ...]]:
+    """The runner's command line for one model, and what the user should know first."""
+    return runner_command("server", model, options, flags, rpc=rpc)
+
+
+def router_command(own_words: list[str], flags: LlamaFlags) -> tuple[list[str], dict[str, str]]:
+    """The command line of a server that starts its models by itself, and its environment.
+
+    For every model it runs ``pinfer serve`` again with ``own_words``, so each is configured as if it were served alone.
+    """
+    again = [sys.executable, "-m", "pinfer", "serve", *own_words]
+    return [str(runner_path()), "server", *flags.words()], {"PINFER_ROUTER_COMMAND": "\n".join(again)}
