@@ -87,6 +87,7 @@ class Engine:
         self._context: Any = None
         self._batch: Any = None
         self._f32_attention = f32_attention
+        self._n_threads = n_threads or physical_cores()
         self._hot_devices = plugin.device if plugin is not None and plugin.hot else None
         _configure_plugin(model_path, plugin)
         from llama_cpp import llama_cpp as llama
@@ -95,7 +96,7 @@ class Engine:
         llama.llama_backend_init()
         try:
             self._load(model_path, n_gpu_layers, repack, with_plugin=plugin is not None)
-            self._open(model_path, n_ctx, n_batch, n_threads or physical_cores())
+            self._open_context(n_ctx, n_batch)
         except BaseException:
             self.close()
             raise
@@ -103,8 +104,6 @@ class Engine:
         self.n_vocab: int = llama.llama_vocab_n_tokens(self._vocab)
         self.n_layer: int = llama.llama_model_n_layer(self._model)
         self.n_embd: int = llama.llama_model_n_embd(self._model)
-        self.n_ctx: int = llama.llama_n_ctx(self._context)
-        self.n_batch: int = llama.llama_n_batch(self._context)
         # As in llama.cpp, only vocabularies that ask for it get one.
         self.bos: int | None = (
             llama.llama_vocab_bos(self._vocab) if llama.llama_vocab_get_add_bos(self._vocab) else None
@@ -130,10 +129,16 @@ class Engine:
                 f"libllama cannot load {model_path}: {log.last_words()}", "check that the file is a model"
             )
 
-    def _context_params(self) -> Any:
-        """``llama_context_params`` with the settings that all contexts of this model share."""
+    def _open_context(self, n_ctx: int, n_batch: int, n_ubatch: int | None = None, n_seq: int = 1) -> None:
+        """A context of ``n_ctx`` tokens, shared by ``n_seq`` sequences, in place of the open one."""
+        self._close_context()
         llama = self._llama
         params = llama.llama_context_default_params()
+        params.n_ctx = n_ctx
+        params.n_batch = n_batch
+        params.n_ubatch = n_ubatch or n_batch
+        params.n_seq_max = n_seq
+        params.n_threads = params.n_threads_batch = self._n_threads
         params.no_perf = True
         arch = ctypes.create_string_buffer(64)
         llama.llama_model_meta_val_str(self._model, b"general.architecture", arch, len(arch))
@@ -141,24 +146,17 @@ class Engine:
             params.type_k = params.type_v = llama.GGML_TYPE_F32
         if self._f32_attention or arch.value in NO_FLASH_ATTENTION:
             params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        return params
-
-    def _open(self, model_path: Path, n_ctx: int, n_batch: int, n_threads: int) -> None:
-        llama = self._llama
-        params = self._context_params()
-        params.n_ctx = n_ctx
-        params.n_batch = params.n_ubatch = n_batch
-        params.n_seq_max = 1
-        params.n_threads = params.n_threads_batch = n_threads
         log.capture()
         self._context = llama.llama_init_from_model(self._model, params)
         if not self._context:
             raise PinferError(
-                f"libllama cannot create a context of {n_ctx or 'the default number of'} tokens for {model_path}: "
-                f"{log.last_words()}",
-                "try a smaller context",
+                f"libllama cannot create a context of {n_ctx or 'the default number of'} tokens for {n_seq} "
+                f"sequence{'s' if n_seq > 1 else ''}: {log.last_words()}",
+                "try a smaller context" + (" or fewer sequences" if n_seq > 1 else ""),
             )
         self._batch = llama.llama_batch_init(n_batch, 0, 1)
+        self.n_ctx: int = llama.llama_n_ctx(self._context)
+        self.n_batch: int = llama.llama_n_batch(self._context)
 
     def tokenize(self, text: str, *, bos: bool = True, special: bool = False) -> list[int]:
         """Token ids of ``text``, with the vocabulary's BOS in front if it has one and ``bos`` is set.
