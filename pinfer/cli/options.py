@@ -67,9 +67,7 @@ def parse_servers(text: str) -> str:
 def parse_layers(text: str | int) -> int:
     """A number of layers, or ``all`` of them."""
     if isinstance(text, str) and text.strip().lower() == "all":
-        from pinfer.run import ALL_LAYERS
-
-        return ALL_LAYERS
+        return 999  # as llama.cpp has it
     try:
         return int(text)
     except ValueError:
