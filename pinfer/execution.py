@@ -12,7 +12,8 @@ from pinfer.artefacts.placement import PlacementFile
 from pinfer.artefacts.predictor import PredictorFile
 from pinfer.artefacts.shards import ShardFile, hot_name
 from pinfer.errors import PinferError
-from pinfer.llama.engine import PluginConfig, physical_cores
+from pinfer.llama.devices import physical_cores
+from pinfer.llama.engine import PluginConfig
 from pinfer.model import ACTIVATIONS, Model
 
 MAX_DEFAULT_CONTEXT = 4096

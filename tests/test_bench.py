@@ -29,7 +29,8 @@ from pinfer.benchmark import limit as bench_limit
 from pinfer.benchmark import machine
 from pinfer.benchmark.process import WorkerProcess, worker_environment
 from pinfer.benchmark.report import DENSE, SPARSE, BenchReport, Case
-from pinfer.cli import app, ui
+from pinfer.cli import app
+from pinfer.cli.bench import print_bench
 from pinfer.errors import PinferError
 from pinfer.llama.engine import Engine
 from pinfer.llama.plugin import Stats
@@ -142,7 +143,7 @@ def test_bytes_of_a_token_are_those_of_the_file(learnt: Path) -> None:
 
 @pytest.mark.parametrize("output", ["md", "csv", "json", "jsonl"])
 def test_every_format_can_be_read_back(report: BenchReport, output: str, capsys: pytest.CaptureFixture[str]) -> None:
-    ui.print_bench(replace(report, notes=("a note",)), output)
+    print_bench(replace(report, notes=("a note",)), output)
     out, err = capsys.readouterr()
     speeds = [r.mean for r in report.results]
     if output == "md":

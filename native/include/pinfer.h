@@ -98,6 +98,9 @@ PINFER_API enum pinfer_activation pinfer_activation_parse(const char * name);   
 // size and 64 blocks of 4 KiB spread over the data, so it costs milliseconds whatever the size.
 PINFER_API bool pinfer_fingerprint(const char * path, char out[33], char * err, size_t err_len);
 
+// Checksum of a tensor's bytes, as the artefacts' key pinfer.checksums holds it (docs/formats.md). Runs at the speed of memory.
+PINFER_API uint64_t pinfer_checksum(const void * data, size_t size);
+
 // Observer: counts what fires. While it runs every FFN is computed exactly and densely.
 struct pinfer_observer_params {
     uint64_t n_samples; // FFN inputs to keep per layer (the first of every stride tokens), 0: none

@@ -11,7 +11,21 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from typer.core import TyperCommand
 
-from pinfer.cli.options import ActivationOpt, Choice, HubOpt, JsonOpt, ModelArg, ModelOpt, OfflineOpt, RpcOpt
+from pinfer.cli.options import (
+    ActivationOpt,
+    ArtefactsOpt,
+    Choice,
+    DenseOpt,
+    ExactOpt,
+    HotDeviceOpt,
+    HubOpt,
+    JsonOpt,
+    ModelArg,
+    ModelOpt,
+    NoArtefactsOpt,
+    OfflineOpt,
+    RpcOpt,
+)
 
 if TYPE_CHECKING:
     from typer._click.core import Context, Parameter
@@ -31,24 +45,6 @@ _PLACES: Mapping[Program, str] = {
     "server": "pinfer serve",
 }
 
-ExactOpt = Annotated[bool, typer.Option("--exact", help="Do without the predictor: lossless.")]
-DenseOpt = Annotated[bool, typer.Option("--dense", help="Stock llama.cpp, for comparison.")]
-ArtefactsOpt = Annotated[
-    Path | None,
-    typer.Option(
-        "--artefacts",
-        "--artifacts",
-        metavar="FOLDER",
-        help="Where the artefacts are. [default: where they are written]",
-    ),
-]
-NoArtefactsOpt = Annotated[bool, typer.Option("--no-artefacts", "--no-artifacts", help="Use the model alone.")]
-HotDeviceOpt = Annotated[
-    str | None,
-    typer.Option(
-        "--hot-device", metavar="NAME[,NAME]", help="Devices of the hot neurons, or none. [default: as solved]"
-    ),
-]
 HelpAllOpt = Annotated[bool, typer.Option("--help-all", help="List llama.cpp's flags.")]
 
 

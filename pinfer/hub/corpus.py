@@ -220,11 +220,11 @@ def _zip_lines(path: Path, member: str) -> Iterator[str]:
 
 
 def _download(name: str, source: HubSource, progress: Progress) -> Path:
-    from pinfer.hub.download import HubFile, cached_files, endpoint, fetch_files
+    from pinfer.hub.fetch import cached_files, endpoint, fetch_files
 
     progress.note(f"data set {name}: {source.description} ({source.repo} on the Hugging Face hub)")
     try:
-        return fetch_files([HubFile(source.repo, source.filename, "dataset")], f"data set {name}", progress)[0]
+        return fetch_files(source.repo, [source.filename], f"data set {name}", progress, repo_type="dataset")[0]
     except Exception as error:  # whatever the HTTP client of the hub's library raises, the user's way out is the same
         if (path := cached_files(source.repo, "dataset").get(source.filename)) is not None:
             return path

@@ -13,7 +13,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
+
+import psutil
 
 from pinfer.errors import PinferError
 from pinfer.llama.ggml import load_library
@@ -95,6 +98,43 @@ def _registry() -> ctypes.CDLL:
     return library
 
 
+def physical_cores() -> int:
+    """Cores this process may use: hyper-threads count once, affinity and a container's CPU quota are respected."""
+    allowed = psutil.Process().cpu_affinity()
+    siblings = {_text(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") for cpu in allowed}
+    cores = len(siblings) if "" not in siblings else min(len(allowed), psutil.cpu_count(logical=False) or len(allowed))
+    quotas = [*_cgroup_values("cpu", "cpu.max"), *_cgroup_values("cpu", "cpu.cfs_quota_us", "cpu.cfs_period_us")]
+    return max(1, min([cores, *(quota // period for quota, period in quotas)]))
+
+
+def free_memory() -> int:
+    """Bytes of main memory this process may still take, within its container's limit."""
+    limits = [*_cgroup_values("memory", "memory.max"), *_cgroup_values("memory", "memory.limit_in_bytes")]
+    return min([psutil.virtual_memory().available, *(limit for (limit,) in limits)])
+
+
+def _cgroup_values(controller: str, *files: str) -> Iterator[list[int]]:
+    """The numbers in these files of this process's cgroup and of those above it, where there is a limit (v1 and v2)."""
+    for line in _text("/proc/self/cgroup").splitlines():
+        _, controllers, group = line.split(":", 2)
+        root = Path("/sys/fs/cgroup", controllers)
+        if controllers and controller not in controllers.split(","):
+            continue
+        for folder in (path := root / group.lstrip("/"), *path.parents):
+            words = " ".join(_text(folder / file) for file in files).split()
+            if words and all(word.isdecimal() for word in words):
+                yield [int(word) for word in words]
+            if folder == root:
+                break
+
+
+def _text(path: str | Path) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""
+
+
 def _handles() -> dict[str, Any]:
     ggml, registry = _base(), _registry()
     handles = (registry.ggml_backend_dev_get(i) for i in range(registry.ggml_backend_dev_count()))
@@ -110,7 +150,8 @@ def list_devices() -> tuple[Device, ...]:
         ggml.ggml_backend_dev_memory(handle, ctypes.byref(free), ctypes.byref(total))
         description = ggml.ggml_backend_dev_description(handle).decode()
         kind = _KINDS[ggml.ggml_backend_dev_type(handle)]
-        found.append(Device(name, description, kind, free.value, total.value))
+        available = min(free.value, free_memory()) if kind == "cpu" else free.value
+        found.append(Device(name, description, kind, available, total.value))
     return tuple(found)
 
 

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
 
 from pinfer.errors import PinferError
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-    from pinfer.model import Model
+from pinfer.llama import log
+from pinfer.llama import plugin as native
+from pinfer.llama.devices import physical_cores
+from pinfer.llama.ggml import load_library
+from pinfer.model import Model
 
 DEVICE_NAME = b"PINFER"
 
@@ -57,19 +58,6 @@ class PluginConfig:
         return PluginConfig(activation=model.activation, activation_threshold=model.activation_threshold)
 
 
-def physical_cores() -> int:
-    """Cores this process may run on, hyper-threads not counted twice."""
-    allowed = os.sched_getaffinity(0)
-    cores = set()
-    for cpu in allowed:
-        topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-        try:
-            cores.add(topology.read_text())
-        except OSError:
-            return max(1, len(allowed))
-    return max(1, len(cores))
-
-
 class Engine:
     """A loaded model with one context and one sequence. Use it as a context manager: it frees both at the end.
 
@@ -105,7 +93,6 @@ class Engine:
         from llama_cpp import llama_cpp as llama
 
         self._llama = llama
-        _quieten(llama)
         llama.llama_backend_init()
         try:
             self._load(model_path, n_gpu_layers, repack, with_plugin=plugin is not None)
@@ -131,16 +118,18 @@ class Engine:
         params.use_extra_bufts = repack
         overrides = None
         if with_plugin and n_gpu_layers != 0:
-            overrides = _ffn_overrides()
+            overrides = ffn_overrides()
             params.tensor_buft_overrides = ctypes.addressof(overrides)
         devices = None
         if self._hot_devices is not None:
             devices = _dense_devices(self._hot_devices)
             params.devices = ctypes.addressof(devices)
-        _LOG.clear()
+        log.capture()
         self._model = self._llama.llama_model_load_from_file(os.fsencode(model_path), params)
         if not self._model:
-            raise PinferError(f"libllama cannot load {model_path}: {_last_words()}", "check that the file is a model")
+            raise PinferError(
+                f"libllama cannot load {model_path}: {log.last_words()}", "check that the file is a model"
+            )
 
     def _context_params(self) -> Any:
         """``llama_context_params`` with what all contexts of this model have in common."""
@@ -162,12 +151,12 @@ class Engine:
         params.n_batch = params.n_ubatch = n_batch
         params.n_seq_max = 1
         params.n_threads = params.n_threads_batch = n_threads
-        _LOG.clear()
+        log.capture()
         self._context = llama.llama_init_from_model(self._model, params)
         if not self._context:
             raise PinferError(
                 f"libllama cannot make a context of {n_ctx or 'the default number of'} tokens for {model_path}: "
-                f"{_last_words()}",
+                f"{log.last_words()}",
                 "try a smaller context",
             )
         self._batch = llama.llama_batch_init(n_batch, 0, 1)
@@ -213,8 +202,6 @@ class Engine:
 
         ``logits=True``: of every token, ``[len(tokens), n_vocab]``; else of the last one, ``[1, n_vocab]``.
         """
-        import numpy as np
-
         if not len(tokens):
             raise ValueError("no tokens to decode")
         n_rows = len(tokens) if logits else 1
@@ -250,7 +237,7 @@ class Engine:
             batch.n_seq_id[i] = 1
             batch.seq_id[i][0] = 0
             batch.logits[i] = i >= first_output
-        _LOG.clear()
+        log.capture()
         status = self._llama.llama_decode(self._context, batch)
         if status == 1:
             raise PinferError(f"the context of {self.n_ctx} tokens is full", "use a larger context (-c)")
@@ -302,21 +289,18 @@ def require_loadable(path: Path) -> None:
     """
     from llama_cpp import llama_cpp as llama
 
-    _quieten(llama)
     llama.llama_backend_init()
     params = llama.llama_model_default_params()
     params.no_alloc = True
     params.load_mode = llama.LLAMA_LOAD_MODE_NONE  # libllama maps no file that it will not read
-    _LOG.clear()
+    log.capture()
     model = llama.llama_model_load_from_file(os.fsencode(path), params)
     if not model:
-        raise PinferError(f"libllama would refuse the model: {_last_words()}")
+        raise PinferError(f"libllama would refuse the model: {log.last_words()}")
     llama.llama_model_free(model)
 
 
 def _configure_plugin(model_path: Path, config: PluginConfig | None) -> None:
-    from pinfer.llama import plugin as native
-
     if config is None:
         # Once loaded, the plugin's device stays in the process: it has to be told to keep out of the way.
         if native.is_loaded():
@@ -340,10 +324,8 @@ class _BufferOverride(ctypes.Structure):
     _fields_ = (("pattern", ctypes.c_char_p), ("buffer_type", ctypes.c_void_p))
 
 
-def _ffn_overrides() -> ctypes.Array[_BufferOverride]:
+def ffn_overrides() -> ctypes.Array[_BufferOverride]:
     """The FFN's tensors to the plugin's buffer type, ended by a null entry as libllama wants it."""
-    from pinfer.llama.ggml import load_library
-
     registry, base = load_library("ggml"), load_library("ggml-base")
     registry.ggml_backend_dev_by_name.restype = ctypes.c_void_p
     registry.ggml_backend_dev_by_name.argtypes = (ctypes.c_char_p,)
@@ -359,8 +341,6 @@ def _ffn_overrides() -> ctypes.Array[_BufferOverride]:
 
 def _dense_devices(hot_devices: str) -> ctypes.Array[ctypes.c_void_p]:
     """Where libllama may put dense layers beside hot neurons: on the first of their devices that is a GPU, if any."""
-    from pinfer.llama.ggml import load_library
-
     registry, base = load_library("ggml"), load_library("ggml-base")
     registry.ggml_backend_dev_by_name.restype = ctypes.c_void_p
     registry.ggml_backend_dev_by_name.argtypes = (ctypes.c_char_p,)
@@ -371,40 +351,6 @@ def _dense_devices(hot_devices: str) -> ctypes.Array[ctypes.c_void_p]:
     return (ctypes.c_void_p * 2)(next(gpus, None), None)
 
 
-# libllama's log is one per process, and so is this; it is read only when something fails.
-_LOG: deque[tuple[int, str]] = deque(maxlen=200)
-_LOG_WARN, _LOG_ERROR, _LOG_CONTINUE = 3, 4, 5  # enum ggml_log_level
-
-
-def _keep_log(level: int, text: bytes, _user_data: object) -> None:
-    if level == _LOG_CONTINUE and _LOG:
-        before, held = _LOG.pop()
-        _LOG.append((before, held + text.decode("utf-8", errors="replace")))
-    else:
-        _LOG.append((level, text.decode("utf-8", errors="replace")))
-
-
-_CALLBACKS: list[Any] = []  # ctypes callbacks must outlive the library that calls them
-
-
-def _quieten(llama: Any) -> None:
-    if not _CALLBACKS:
-        _CALLBACKS.append(llama.llama_log_callback(_keep_log))
-    # Set again each time: another user of llama_cpp in this process may have set its own.
-    llama.llama_log_set(_CALLBACKS[0], None)
-
-
 def _why_not_decoded(status: int) -> str:
-    from pinfer.llama import plugin as native
-
     failure = native.load_plugin().last_failure() if native.is_loaded() else None
-    return failure or f"libllama cannot decode (status {status}): {_last_words()}"
-
-
-def _last_words(n: int = 2) -> str:
-    """The last errors in libllama's log, else its last warnings, as one line."""
-    for level in (_LOG_ERROR, _LOG_WARN):
-        lines = [" ".join(text.split()) for kind, text in _LOG if kind == level and text.strip()]
-        if lines:
-            return "; ".join(lines[-n:])
-    return "it gave no reason"
+    return failure or f"libllama cannot decode (status {status}): {log.last_words()}"

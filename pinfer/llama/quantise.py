@@ -7,6 +7,7 @@ it can be killed, watched by the size of what it wrote, and die alone. That chil
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import time
 from pathlib import Path
 
 from pinfer.errors import PinferError
+from pinfer.llama import log
 from pinfer.progress import Progress
 
 TYPES = {
@@ -24,7 +26,6 @@ TYPES = {
 """type: libllama's constant, and about how many bits a weight takes"""
 _POLL = 0.1
 """seconds"""
-_LOG_ERROR = 4
 """enum ggml_log_level"""
 
 
@@ -72,24 +73,15 @@ def quantise(source: Path, out: Path, type_: str, n_weights: int, n_threads: int
 
 
 def _child(source: str, out: str, type_: str, n_threads: str) -> int:
-    import ctypes
-
     import llama_cpp
 
-    errors: list[str] = []
-
-    def keep(level: int, text: bytes, _: ctypes.c_void_p) -> None:
-        if level == _LOG_ERROR:
-            errors.append(text.decode("utf-8", "replace").strip())
-
-    log = llama_cpp.llama_log_callback(keep)  # has to outlive the calls below
-    llama_cpp.llama_log_set(log, ctypes.c_void_p(0))
+    log.capture()
     params = llama_cpp.llama_model_quantize_default_params()
     params.nthread = int(n_threads)
     params.ftype = getattr(llama_cpp, TYPES[type_][0])
     failed = llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(out), ctypes.byref(params))
     if failed:
-        print(errors[-1] if errors else "it gives no reason", file=sys.stderr)
+        print(log.last_words(1), file=sys.stderr)
     return 1 if failed else 0
 
 

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from pinfer.errors import PinferError
-from pinfer.llama.engine import _last_words, _quieten
+from pinfer.llama import log
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -29,13 +29,13 @@ class LlamaVocab:
 
         self._llama: Any = llama
         self._model: Any = None
-        _quieten(llama)
+        log.capture()
         llama.llama_backend_init()
         params = llama.llama_model_default_params()
         params.vocab_only = True
         self._model = llama.llama_model_load_from_file(os.fsencode(path), params)
         if not self._model:
-            raise PinferError(f"libllama refuses the tokenizer: {_last_words()}", "check the checkpoint's files")
+            raise PinferError(f"libllama refuses the tokenizer: {log.last_words()}", "check the checkpoint's files")
         self._vocab = llama.llama_model_get_vocab(self._model)
         self.n_tokens: int = llama.llama_vocab_n_tokens(self._vocab)
         self._room = 256

@@ -1,7 +1,7 @@
 // plugin.cpp: the ggml backend "PINFER": context, buffer type, device, registry.
-#include "ffn.h"
+#include "plan.h"
 #include "ggml-backend-impl.h"
-#include "state.h"
+#include "model.h"
 
 #include <cinttypes>
 #include <cstdio>

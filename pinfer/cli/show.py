@@ -1,18 +1,53 @@
-"""The report of `pinfer show` in words: rows of text for the tables that `ui.py` prints."""
+"""``pinfer show``: flags and report."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
-from pinfer.cli.ui import format_bytes, percent
-from pinfer.model import ACTIVATION_KEY
-from pinfer.show import ABSENT, FITS, ArtefactState, ShowReport
+from pinfer.cli import ui
+from pinfer.cli.formats import format_bytes, percent
+from pinfer.cli.options import ActivationOpt, Choice, JsonOpt, settings, with_model
+
+if TYPE_CHECKING:
+    from pinfer.show import ArtefactState, ShowReport
 
 _PART_NAMES = {"ffn": "FFN", "dense": "attention, norms, other", "embeddings": "embeddings, output"}
 
 
-def facts(report: ShowReport) -> list[tuple[str, str]]:
+@with_model
+def show(choice: Choice, activation: ActivationOpt = None, as_json: JsonOpt = False) -> None:
+    """Describe a model, its artefacts and how pinfer runs it."""
+    from pinfer import show as stage
+
+    report = stage.show(choice.path(), settings(stage.ShowOptions, locals()))
+    ui.print_json(report.to_json()) if as_json else print_show(report)
+    choice.say_next(report.next)
+
+
+def print_show(report: ShowReport) -> None:
+    """What the model is, which artefacts it has, and how it will run."""
+    ui.print_facts(_facts(report))
+    print()
+    ui.print_table("", ("part", "size", "share", "types"), _parts(report), left=(0, 3))
+    print()
+    if rows := _artefacts(report):
+        ui.print_table(
+            f"artefacts in {report.artefact_folder}", ("artefact", "size", "state", ""), rows, left=(0, 2, 3)
+        )
+    else:
+        print("no artefacts yet")
+    print()
+    print(f"{report.plan[0].upper()}{report.plan[1:]}.")
+    for artefact in report.artefacts:
+        if artefact.problem:
+            ui.say(f"{artefact.problem}; make it again: {artefact.mend}")
+
+
+def _facts(report: ShowReport) -> list[tuple[str, str]]:
     """Names and values of what the model is."""
+    from pinfer.model import ACTIVATION_KEY
+
     source = {ACTIVATION_KEY: f"the file's {ACTIVATION_KEY}", "architecture": f"as {report.arch} has it"}
     activation = f"{report.activation} ({source.get(report.activation_source, report.activation_source)})"
     if report.activation_threshold:
@@ -28,7 +63,7 @@ def facts(report: ShowReport) -> list[tuple[str, str]]:
         ("layers", f"{report.n_layer}, {report.n_embd:,} wide"),
         ("heads", _heads(report)),
         ("neurons", neurons),
-        ("context", f"{report.n_ctx_train:,} tokens in training" if report.n_ctx_train else "not said"),
+        ("context", f"{report.n_ctx_train:,} tokens in training" if report.n_ctx_train else "unknown"),
         ("vocabulary", f"{report.n_vocab:,} tokens"),
     ]
 
@@ -47,7 +82,7 @@ def _span(values: Sequence[int]) -> str:
     return f"{low}" if low == high else f"{low} to {high}"
 
 
-def parts(report: ShowReport) -> list[tuple[str, str, str, str]]:
+def _parts(report: ShowReport) -> list[tuple[str, str, str, str]]:
     """Rows of the table of sizes: part, size, share of the file, types."""
     rows = [
         (
@@ -72,8 +107,10 @@ def _types(sizes: Mapping[str, int]) -> str:
     return ", ".join(f"{name} {format_bytes(n)}" for name, n in sizes.items())
 
 
-def artefacts(report: ShowReport) -> list[tuple[str, str, str, str]]:
+def _artefacts(report: ShowReport) -> list[tuple[str, str, str, str]]:
     """Rows of the table of artefacts; none where there are none yet."""
+    from pinfer.show import ABSENT
+
     if all(a.state == ABSENT for a in report.artefacts):
         return []
     return [(a.kind, format_bytes(a.bytes) if a.bytes else "", a.state, _about(a)) for a in report.artefacts]
@@ -81,6 +118,8 @@ def artefacts(report: ShowReport) -> list[tuple[str, str, str, str]]:
 
 def _about(artefact: ArtefactState) -> str:
     """What an artefact carries, or the command that makes it."""
+    from pinfer.show import ABSENT, FITS
+
     if artefact.state == ABSENT:
         return artefact.mend
     if artefact.state != FITS:

@@ -1,5 +1,5 @@
 // state.cpp: the configuration half of pinfer.h.
-#include "state.h"
+#include "model.h"
 
 #include "ggml-backend-impl.h"
 

@@ -1,5 +1,5 @@
 // hot.cpp: a hot device: its shard is read, checked and copied there once.
-#include "hot.h"
+#include "device.h"
 
 #include "ggml-backend-impl.h"
 

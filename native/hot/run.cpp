@@ -1,5 +1,5 @@
 // hot_run.cpp: one layer on a hot device: the graph, kept from call to call, and the ways to have it computed beside the CPU.
-#include "hot.h"
+#include "device.h"
 
 #include "ggml-backend-impl.h"
 

@@ -1,5 +1,5 @@
 // engine.cpp: walks the nodes of a split: whole FFNs go to ffn.cpp, anything else to ggml's CPU backend, counted.
-#include "ffn.h"
+#include "plan.h"
 
 #include "ggml-backend-impl.h"
 #include "ggml-cpu.h"

@@ -1,6 +1,6 @@
 // dense.cpp: the dense ways: whole products by tiles of rows, or by ggml's CPU backend on the graph's own nodes where a
 // type has no tiles; the activation by the model's rule.
-#include "ffn.h"
+#include "plan.h"
 
 #include "kernels.h"
 

@@ -1,5 +1,5 @@
 // ffn.cpp: one matched FFN: sparse or dense, from the shards or from the model.
-#include "ffn.h"
+#include "plan.h"
 
 #include "sparse.h"
 

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cold.h"
-#include "ffn.h"
+#include "plan.h"
 #include "predictor.h"
 
 struct pinfer_sparse_job {

@@ -3,7 +3,7 @@
 
 #include "activation.h"
 #include "cold.h"
-#include "hot.h"
+#include "device.h"
 #include "observer.h"
 #include "pinfer.h"
 #include "predictor.h"

@@ -4,7 +4,7 @@
 #include "activation.h"
 #include "ggml-backend.h"
 #include "match.h"
-#include "state.h"
+#include "model.h"
 
 #include <cstdint>
 #include <set>
