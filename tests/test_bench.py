@@ -1,4 +1,4 @@
-"""Bench: both sides do the same work in turn, the numbers follow from the records, and what goes wrong is one line."""
+"""Bench: both sides do the same work in turn, the numbers follow from the records, and errors are one line."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def test_bytes_of_a_token_are_those_of_the_file(learnt: Path) -> None:
     assert bench_limit.sparse_bytes(model, 1, every, folder / paths.COLD, None).ffn == dense.ffn
     silent = replace(every, n_candidates=0, n_active=0)
     assert bench_limit.sparse_bytes(model, 1, silent, folder / paths.COLD, None).ffn == 0
-    # Without shards the down matrix is read whole; what no counter knows of was dense.
+    # Without shards the whole down matrix is read. FFNs that were not counted were computed densely.
     assert bench_limit.sparse_bytes(model, 1, silent, None, None).ffn == dense.ffn / 2
     nothing = Stats(0, 0, 0, 0, 0, 0, 0, 0)
     assert bench_limit.sparse_bytes(model, 1, nothing, None, None).ffn == dense.ffn
@@ -162,8 +162,8 @@ def test_every_format_can_be_read_back(report: BenchReport, output: str, capsys:
     assert err == ("" if output == "json" else "note: a note\n")
 
 
-def test_parallel_decoding_computes_each_sequence_for_itself(tiny_relu2: Path) -> None:
-    """The worker's sequences see their own past only: what they end with is what each alone would."""
+def test_parallel_sequences_do_not_see_each_other(tiny_relu2: Path) -> None:
+    """The worker's sequences end with the same results as when each is decoded alone."""
     with Engine(tiny_relu2, plugin=None, n_ctx=64, n_threads=1) as engine:
         texts = ["Once upon a time", "The house by the sea"]
         streams = [engine.tokenize(text)[:4] for text in texts]
@@ -192,7 +192,7 @@ def test_a_model_without_artefacts_is_measured_in_exact_mode(tiny_reglu: Path) -
     assert any("another activation than this model's reglu" in note for note in found.notes)
 
 
-def test_artefacts_can_be_left_alone(learnt: Path) -> None:
+def test_artefacts_can_be_ignored(learnt: Path) -> None:
     exact = bench(learnt, replace(QUICK, n_prompt=(), n_seq=(1,), repetitions=1, exact=True, compare="none"))
     assert (exact.mode, exact.recall) == ("exact", None)
     assert exact.results[0].computed == 1.0
@@ -200,7 +200,7 @@ def test_artefacts_can_be_left_alone(learnt: Path) -> None:
     assert exact.ratios == ()
     assert exact.memory_ratio is None
     alone = bench(learnt, replace(QUICK, n_prompt=(), n_seq=(1,), repetitions=1, no_artefacts=True, compare="none"))
-    # Whether it pays to compute an ungated FFN sparsely without shards is the plugin's choice; bench says what it was.
+    # The plugin decides whether computing an ungated FFN sparsely pays without shards; bench reports its choice.
     assert alone.results[0].computed in (None, 1.0)
     assert (alone.results[0].computed is None) == any("nothing was computed sparsely" in note for note in alone.notes)
     assert alone.recall is None
@@ -210,7 +210,7 @@ def test_artefacts_can_be_left_alone(learnt: Path) -> None:
 
 
 @pytest.mark.parametrize("plain", [True, False])
-def test_a_dense_model_and_dense_alone_are_stock(plain: bool, tiny_relu2: Path, tmp_path: Path) -> None:
+def test_a_dense_model_and_the_dense_side_alone_are_stock(plain: bool, tiny_relu2: Path, tmp_path: Path) -> None:
     path = tiny_relu2
     if plain:
         path = _without_activation(tmp_path)
@@ -223,7 +223,7 @@ def test_a_dense_model_and_dense_alone_are_stock(plain: bool, tiny_relu2: Path, 
 
 
 def _without_activation(folder: Path) -> Path:
-    """A small llama, SiLU: the key that makes it reglu loses its name."""
+    """A small llama with SiLU: the key that makes it reglu is renamed."""
     path = folder / "silu.gguf"
     write_model(path, SynthOptions(n_vocab=512))
     path.write_bytes(path.read_bytes().replace(b"pinfer.ffn.activation", b"pinfer.was.activation"))
@@ -237,10 +237,10 @@ def test_hot_neurons_run_on_the_device_they_were_placed_for(tiny_relu2: Path) ->
     found = bench(tiny_relu2, replace(QUICK, n_prompt=(), n_seq=(1,), repetitions=1, compare="none"))
     (result,) = found.results
     assert result.computed == 1.0  # of the cold ones
-    assert result.token_bytes is None  # two memories have no one bandwidth
+    assert result.token_bytes is None  # the two memories have different bandwidths
 
 
-def test_text_that_is_too_short_begins_anew() -> None:
+def test_text_that_is_too_short_is_repeated() -> None:
     source = stage._TokenSource("three", (5, 6, 7), bos=1)
     assert source.streams(Case(8, 0, 1)) == [[1, 5, 6, 7, 5, 6, 7, 5]]
     assert source.streams(Case(0, 3, 3)) == [[1, 5, 6], [1, 6, 7], [1, 7, 5]]
@@ -255,20 +255,20 @@ def test_text_that_is_too_short_begins_anew() -> None:
         ({"text": Path("missing.txt")}, "missing.txt"),
     ],
 )
-def test_impossible_wishes_are_told(change: dict[str, Any], words: str, tiny_relu2: Path) -> None:
+def test_impossible_options_are_errors(change: dict[str, Any], words: str, tiny_relu2: Path) -> None:
     with pytest.raises((PinferError, FileNotFoundError), match=words):
         bench(tiny_relu2, replace(QUICK, **change))
 
 
 def test_a_prompt_longer_than_the_learned_positions_is_refused(tmp_path: Path) -> None:
-    """Beyond them libllama would not complain but abort."""
+    """Beyond them libllama would abort."""
     path = tmp_path / "gpt2.gguf"
     write_model(path, SynthOptions(arch="gpt2", n_ctx=64, n_head_kv=4))
     with pytest.raises(PinferError, match="no positions beyond 64"):
         bench(path, replace(QUICK, n_prompt=(65,)))
 
 
-def test_a_damaged_artefact_is_one_line(tiny_relu2: Path) -> None:
+def test_a_damaged_artefact_is_a_one_line_error(tiny_relu2: Path) -> None:
     folder = tiny_relu2.with_name(tiny_relu2.name + ".pinfer")
     folder.mkdir()
     (folder / paths.COLD).write_bytes(b"GGUF but not for long")
@@ -277,7 +277,7 @@ def test_a_damaged_artefact_is_one_line(tiny_relu2: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_a_worker_that_dies_is_one_clear_line(tiny_relu2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_that_dies_is_a_one_line_error(tiny_relu2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[WorkerProcess] = []
 
     class Mortal(WorkerProcess):
@@ -295,7 +295,7 @@ def test_a_worker_that_dies_is_one_clear_line(tiny_relu2: Path, monkeypatch: pyt
     assert not [w for w in started if Path(f"/proc/{w.pid}").exists()]
 
 
-def test_the_last_words_of_a_worker_are_passed_on() -> None:
+def test_the_error_message_of_a_worker_is_passed_on() -> None:
     dying = "import sys; sys.stderr.write('first\\nGGML_ASSERT(x) failed\\n\\n'); sys.exit(3)"
     with WorkerProcess("sparse", [sys.executable, "-c", dying]) as worker, pytest.raises(PinferError) as caught:
         worker.ask("load")
@@ -304,7 +304,7 @@ def test_the_last_words_of_a_worker_are_passed_on() -> None:
         worker.ask("load", model="nowhere.gguf", plugin=None, n_threads=1)
 
 
-def test_nothing_of_the_environment_makes_the_sides_unequal(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_affects_both_sides_equally(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GGML_BACKEND_PATH", "libggml-pinfer.so")
     monkeypatch.setenv("PINFER_ARTEFACTS", "elsewhere")
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
@@ -322,7 +322,7 @@ def test_the_idle_side_sleeps(tiny_relu2: Path, monkeypatch: pytest.MonkeyPatch)
         worker.ask("load", model=str(tiny_relu2), plugin=None, n_threads=2)
         worker.ask("open", n_ctx=8, n_seq=1)
         worker.ask("time", kind="tg", streams=[[1, 2, 3, 4]])
-        time.sleep(0.2)  # the threads spin for a while; on a shared machine that while is longer
+        time.sleep(0.2)  # threads spin before they sleep, longer on a shared machine
         before = _cpu_ticks(worker.pid)
         time.sleep(0.5)
         assert _cpu_ticks(worker.pid) - before <= 2
@@ -333,7 +333,7 @@ def _cpu_ticks(pid: int) -> int:
     return int(values[11]) + int(values[12])
 
 
-def test_what_others_use_is_what_is_left_of_the_cpu() -> None:
+def test_cpu_use_of_other_processes_is_total_minus_own() -> None:
     begin, end = machine.CpuTime(10.0, 100.0), machine.CpuTime(20.0, 115.0)
     assert machine.used_by_others(begin, end, own=10.0) == pytest.approx(0.5)
     assert machine.used_by_others(begin, end, own=30.0) == 0.0
@@ -368,7 +368,7 @@ def test_the_command_prints_records_and_nothing_else_on_stdout(tiny_relu2: Path,
     assert "no list of numbers" in wrong.err_lines[-1]
 
 
-def test_every_flag_arrives(monkeypatch: pytest.MonkeyPatch, tiny_relu2: Path) -> None:
+def test_flags_reach_the_options(monkeypatch: pytest.MonkeyPatch, tiny_relu2: Path) -> None:
     caught: list[BenchOptions] = []
 
     def catch(_path: Path, options: BenchOptions, _progress: object) -> None:
