@@ -88,11 +88,8 @@ class LlamaFlags:
 
     def words(self) -> list[str]:
         """For a command line; stdin, which llama.cpp's programs have no word for, is named by its file."""
-        stdin: dict[tuple[str, ...], tuple[str, ...]] = {
-            ("-f", "-"): ("-f", "/dev/stdin"),
-            ("--file", "-"): ("-f", "/dev/stdin"),
-        }
-        return [word for flag in self.flags for word in stdin.get(flag[:2], flag)]
+        flags = (("-f", "/dev/stdin") if flag in (("-f", "-"), ("--file", "-")) else flag for flag in self.flags)
+        return [word for flag in flags for word in flag]
 
 
 def choose_program(flags: LlamaFlags) -> tuple[Program, LlamaFlags]:
@@ -102,7 +99,15 @@ def choose_program(flags: LlamaFlags) -> tuple[Program, LlamaFlags]:
     return program, flags.without((*_CHAT, *_NO_CHAT))
 
 
-def runner_command(
+@dataclass(frozen=True)
+class Start:
+    """A program to become, and how it will compute the model."""
+
+    command: list[str]
+    execution: Execution
+
+
+def start(
     program: Program,
     model: Path,
     options: ExecutionOptions,
@@ -110,10 +115,9 @@ def runner_command(
     *,
     rpc: str | None = None,
     as_json: bool = False,
-) -> tuple[list[str], tuple[str, ...]]:
-    """The runner's command line, and what the user should know first, a line each.
+) -> Start:
+    """Choose what the program uses. What the user has chosen by llama.cpp's flags stays as it is.
 
-    The user's own flags come last but for the model, so they decide where pinfer would have chosen.
     Raises PinferError for a model or artefacts that cannot be used.
     """
     options = replace(
@@ -124,7 +128,6 @@ def runner_command(
     )
     execution = decide(open_model(model, activation=options.activation), options)
     command = [str(runner_path()), program, *_plugin_flags(execution)]
-    notes = list(execution.notes)
     draft = flags.value(program, _DRAFT)
     if draft is not None and not options.dense:
         beside = decide(open_model(Path(draft)), replace(options, activation=None, artefacts=None, device=None))
@@ -147,9 +150,11 @@ def runner_command(
         choose(_DEVICE, "none")
     if execution.model.arch in _NO_FLASH_ATTENTION:
         choose(_FLASH_ATTENTION, "off")
+        if flags.value(program, _FLASH_ATTENTION) not in (None, "off"):
+            raise PinferError(f"libllama has no flash attention for {execution.model.arch} models", "leave out -fa")
     if program == "completion":
         command.append(_NO_CHAT[0])
-    return command + flags.words(), tuple(notes)
+    return Start(command + flags.words(), execution)
 
 
 def _plugin_flags(execution: Execution) -> list[str]:

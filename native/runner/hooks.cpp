@@ -254,7 +254,10 @@ void pinfer_completion_warn(const char * format, ...) {
     va_start(args, format);
     std::string text = formatted(format, args);
     va_end(args);
-    text.erase(0, text.find_first_not_of('\n'));
+    if (text.find("context full") != std::string::npos) {
+        run->answer.context_full = true;
+        text = "the context is full; -c makes it larger";
+    }
     text.erase(text.find_last_not_of(" \n") + 1);
     pinfer_say_note(without_function_name(text));
 }

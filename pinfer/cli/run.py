@@ -126,7 +126,7 @@ def run(
 ) -> int:
     """Continue a prompt (-p TEXT), or chat. Sparse where the model allows it, with whatever artefacts there are."""
     from pinfer.execution import ExecutionOptions
-    from pinfer.run import become, choose_program, runner_command
+    from pinfer.run import become, choose_program, start
 
     if help_all:
         return _show_help_of("completion")
@@ -144,9 +144,9 @@ def run(
         no_artefacts=no_artefacts,
         device=hot_device,
     )
-    command, notes = runner_command(program, path, options, flags, rpc=rpc, as_json=as_json)
-    _say(notes)
-    become(command)
+    begin = start(program, path, options, flags, rpc=rpc, as_json=as_json)
+    _say(begin.execution.notes)
+    become(begin.command)
 
 
 def serve(
@@ -169,8 +169,9 @@ def serve(
     --host and --port choose the address, -np the number of parallel answers; --models-dir FOLDER serves many models.
     """
     from pinfer import serve as stage
+    from pinfer.cli import ui
     from pinfer.execution import ExecutionOptions
-    from pinfer.run import become
+    from pinfer.run import become, start
 
     if help_all:
         return _show_help_of("server")
@@ -192,9 +193,10 @@ def serve(
         device=hot_device,
     )
     stage.check_address(flags)
-    command, notes = stage.serve_command(path, options, flags, rpc=rpc)
-    _say(notes)
-    become(command, stage.server_environment())
+    begin = start("server", path, options, flags, rpc=rpc)
+    _say(begin.execution.notes)
+    ui.say(stage.describe(begin.execution))
+    become(begin.command, stage.server_environment())
 
 
 def _check_modes(ctx: typer.Context, exact: bool, dense: bool, artefacts: Path | None, no_artefacts: bool) -> None:
