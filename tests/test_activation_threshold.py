@@ -143,12 +143,12 @@ def _with_key(path: Path, value: object, kind: gguf.GGUFValueType) -> Path:
 )
 def test_an_invalid_threshold_is_one_error(value: object, kind: gguf.GGUFValueType, tmp_path: Path) -> None:
     path = _with_key(tmp_path / "model.gguf", value, kind)
-    with pytest.raises(PinferError, match=f"{THRESHOLD_KEY} is no number of 0 or more") as caught:
+    with pytest.raises(PinferError, match=f"{THRESHOLD_KEY} must be 0 or more") as caught:
         open_model(path)
     assert "\n" not in str(caught.value)
     done = subprocess.run([str(runner_path()), "-m", str(path), "-p", "a"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (1, "")
-    assert f"{THRESHOLD_KEY} is no number of 0 or more" in done.stderr
+    assert f"{THRESHOLD_KEY} must be 0 or more" in done.stderr
     assert done.stderr.count("\n") == 1
 
 

@@ -252,7 +252,7 @@ def test_shards_that_do_not_belong_together(small: Path) -> None:
     (folder / paths.COLD).unlink()
     report = _show(small)
     assert (_states(report)["hot"], report.mode) == ("unusable", "refused")
-    assert "no cold.gguf beside it" in report.artefacts[4].problem
+    assert "exists without cold.gguf" in report.artefacts[4].problem
 
 
 # --- the command, and what run does ---------------------------------------------------------------------------------
