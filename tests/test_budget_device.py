@@ -26,12 +26,12 @@ ROOT = Path(__file__).resolve().parent.parent
 _COUNT = """
 import json, sys
 from pathlib import Path
-from pinfer.llama import rpc
+from pinfer.llama import rpc as remote
 from pinfer.placement.model_bytes import compute_bytes
 from pinfer.placement.compute_buffers import Layout, count_compute_bytes
 from pinfer.model import open_model
 
-rpc.connect(sys.argv[1])
+remote.connect(sys.argv[1])
 rows = []
 for path in map(Path, sys.argv[2:]):
     model = open_model(path)
@@ -45,10 +45,10 @@ print(json.dumps(rows))
 _SOLVE = """
 import json, sys
 from pathlib import Path
-from pinfer.llama import rpc
+from pinfer.llama import rpc as remote
 from pinfer.solve import SolveOptions, solve
 
-rpc.connect(sys.argv[1])
+remote.connect(sys.argv[1])
 reports = []
 for vram in map(json.loads, sys.argv[3:]):
     device = "RPC0,CPU" if isinstance(vram, list) else "RPC0"
