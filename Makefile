@@ -90,7 +90,7 @@ $(BIN)/pinfer: $(STAMPS)/dependencies
 configure = cd native && cmake --preset $(1) -DCMAKE_PREFIX_PATH="$$(cat $(STAMPS)/purelib)" \
     -DPINFER_LLAMA_SDIST=$(CURDIR)/$(SDIST) $(if $(filter sanitize,$(1)),-DPINFER_BENCH=OFF)
 
-CMAKE_FILES := native/CMakeLists.txt native/CMakePresets.json native/cmake/BackendHeader.cmake $(PIN)
+CMAKE_FILES := native/CMakeLists.txt native/CMakePresets.json $(wildcard native/cmake/*.cmake) $(PIN)
 
 $(NATIVE)/build.ninja: $(CMAKE_FILES) $(STAMPS)/llama $(BIN)/pinfer
 	$(call configure,release) --log-level=WARNING

@@ -275,7 +275,7 @@ def largest_fitting(most: int, unit: int, cap: int, probe: Callable[[int], int |
 
 
 def physical_cores() -> int:
-    from pinfer.llama.engine import physical_cores as count
+    from pinfer.llama.devices import physical_cores as count
 
     return count()
 

@@ -325,7 +325,7 @@ def _quantise_in_place(
     writer: GgufFileWriter, type_: str, n_weights: int, n_threads: int | None, progress: Progress
 ) -> None:
     """Replaces the finished temporary file of ``writer`` by its quantised form."""
-    from pinfer.llama.engine import physical_cores
+    from pinfer.llama.devices import physical_cores
 
     smaller = writer.temporary.with_name(f".{writer.path.name}.{type_}.{os.getpid()}.tmp")
     try:

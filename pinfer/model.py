@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import ctypes
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from pinfer.cli.pick import check_is_model
+import numpy as np
+from numpy.typing import NDArray
+
 from pinfer.errors import PinferError
 from pinfer.gguf_io.reader import GgufError, GgufFile, Tensor, read_gguf
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
+from pinfer.llama import ggml
+from pinfer.llama.plugin import load_plugin
 
 ACTIVATIONS = ("relu", "relu2", "reglu", "drelu")
 GATED_ACTIVATIONS = ("reglu", "drelu")
 ACTIVATION_KEY = "pinfer.ffn.activation"
 THRESHOLD_KEY = "pinfer.ffn.activation_threshold"
+
+_POWERINFER_MAGIC = b"PWRI"
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w./-]+)?")
 
 __all__ = [
     "ACTIVATIONS",
@@ -28,6 +32,7 @@ __all__ = [
     "GgufError",
     "Model",
     "Tensor",
+    "check_is_model",
     "dequantize",
     "describe_activation",
     "open_model",
@@ -88,8 +93,6 @@ class Model:
     @property
     def stock_computes_it(self) -> bool:
         """Whether stock llama.cpp computes this FFN as it is meant."""
-        from pinfer.llama.plugin import load_plugin
-
         return load_plugin().arch_activation(self.arch) == self.activation and self.activation_threshold == 0
 
     def require_sparse(self) -> None:
@@ -118,8 +121,6 @@ def dequantize(
     model: Model, tensor: Tensor, rows: slice | Sequence[int] | NDArray[np.integer[Any]] = slice(None)
 ) -> NDArray[np.float32]:
     """Rows of a tensor of any type as float32, ``[len(rows), row_length]``."""
-    from pinfer.llama import ggml
-
     if not ggml.can_dequantise(tensor.type):
         raise PinferError(
             f"{tensor.name} of {model.name} is of type {tensor.type_name}, which cannot be read as numbers"
@@ -143,6 +144,37 @@ def open_model(path: Path, activation: str | None = None) -> Model:
         raise PinferError(f"{path} cannot be used: {error}", "get or convert the model again") from None
 
 
+def check_is_model(path: Path) -> None:
+    """Raises PinferError, with the command to type, for things that can become a GGUF but are not one.
+
+    These are a checkpoint's folder, a PowerInfer file, and the name of a hub repository. Everything else is checked
+    when the file is opened.
+    """
+    try:
+        if (path / "config.json").is_file():
+            raise PinferError(f"{path} is a checkpoint folder, not a GGUF", f"convert it: pinfer convert {path}")
+        if path.is_file():
+            with path.open("rb") as file:
+                if file.read(len(_POWERINFER_MAGIC)) == _POWERINFER_MAGIC:
+                    raise PinferError(f"{path} is in PowerInfer's format", f"convert it: pinfer convert {path}")
+        elif _looks_like_repo(path):
+            raise PinferError(f"{path} does not exist", f"to download it from the hub: -hf {path}")
+    except (OSError, ValueError):
+        return
+
+
+def _looks_like_repo(path: Path) -> bool:
+    """``user/repo``, if no folder here is called ``user``."""
+    text = str(path)
+    return (
+        _HUB_NAME.fullmatch(text) is not None
+        and not text.partition(":")[0].lower().endswith(".gguf")
+        and text[0] != "."
+        and not path.exists()
+        and not path.parent.exists()
+    )
+
+
 def _read(path: Path) -> GgufFile:
     check_is_model(path)
     try:
@@ -160,8 +192,6 @@ def _read(path: Path) -> GgufFile:
 
 
 def _describe(path: Path, gguf: GgufFile, activation: str | None) -> Model:
-    from pinfer.artefacts.artefact import fingerprint
-
     arch = gguf.get("general.architecture")
     if not isinstance(arch, str):
         raise GgufError("it has no general.architecture")
@@ -186,7 +216,7 @@ def _describe(path: Path, gguf: GgufFile, activation: str | None) -> Model:
     token_embd = gguf.tensors.get("token_embd.weight")
     return Model(
         path=path,
-        fingerprint=fingerprint(path),
+        fingerprint=load_plugin().fingerprint(path),
         arch=arch,
         name=path.name,
         n_layer=n_layer,
@@ -263,8 +293,6 @@ def _is_plain(ffn: Sequence[FfnTensors], n_embd: int, n_ff: int) -> bool:
 
 
 def _activation(path: Path, gguf: GgufFile, arch: str) -> str:
-    from pinfer.llama.plugin import load_plugin
-
     named = gguf.get(ACTIVATION_KEY)
     if named is None:
         return load_plugin().arch_activation(arch)

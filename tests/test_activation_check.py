@@ -21,7 +21,7 @@ from pinfer.model import open_model
 from pinfer.profile import ProfileOptions, profile
 
 TEXT = str(Path(__file__).resolve().parent / "data" / "profile.txt")
-BOTH = r"perplexity ([\d,.]+) as (\w+), ([\d,.e+]+) as stock llama\.cpp reads it"
+BOTH = r"perplexity ([\d,.]+) as (\w+), ([\d,.e+]+) as stock llama\.cpp computes it"
 
 
 class Notes:

@@ -105,7 +105,7 @@ def test_profile_and_predictor_follow_the_threshold(options: RandomModel, tmp_pa
     assert trained.active == pytest.approx(report.active, rel=0.05)
     for layer, recall in enumerate(predictor.recall):
         assert recall > 0.985, f"layer {layer}"
-    found = evaluate(path, EvalOptions(text, 200, 64, n_threads=2))
+    found = evaluate(path, EvalOptions(text=text, n_tokens=200, n_ctx=64, n_threads=2))
     assert (found.mode, found.reference) == ("predicted", "pinfer")
     assert found.kl_mean < 0.02
     assert found.active < found.computed <= 1
@@ -238,7 +238,7 @@ def test_runner_computes_by_the_threshold(tmp_path: Path) -> None:
 _LOGITS_OF_ANOTHER_PROGRAM = """
 import ctypes, sys
 import numpy as np
-from pinfer import engine, ggml
+from pinfer.llama import engine, ggml
 library = ggml.load_library("ggml")
 library.ggml_backend_load.restype = ctypes.c_void_p
 library.ggml_backend_load.argtypes = (ctypes.c_char_p,)

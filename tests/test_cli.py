@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from support.command_line import MODELS, ROOT, CommandLine, Outcome
 
 from pinfer import __version__, train
-from pinfer.cli import app, docs, pick, ui
+from pinfer.cli import app, docs, formats, pick, ui
 from pinfer.cli import options as cli_options
 from pinfer.errors import PinferError
 
@@ -101,7 +101,7 @@ def test_stale_docs_are_noticed(tmp_path: Path, capsys: pytest.CaptureFixture[st
         (["sovle"], "solve"),
         (["solve", "--vrma", "1G"], "--vram"),
         (["solve", "--vram", "24X"], "24X"),
-        (["solve", "--vram", "24G,x"], "'x' is no size"),
+        (["solve", "--vram", "24G,x"], "'x' is not a valid size"),
         (["solve", "--vram", ""], "24G"),
         (["profile", "--tokens", "many"], "128k"),
         (["profile", "--activation", "gelu"], "relu2"),
@@ -173,12 +173,12 @@ def test_number_of_tokens() -> None:
     [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (1536, "1.5 KiB"), (24 << 30, "24.0 GiB"), (1 << 50, "1.0 PiB")],
 )
 def test_bytes_are_written_in_binary_units(number: int, text: str) -> None:
-    assert ui.format_bytes(number) == text
+    assert formats.format_bytes(number) == text
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (75.4, "1:15"), (3675, "1:01:15"), (-3, "0:00")])
 def test_seconds(seconds: float, text: str) -> None:
-    assert ui.format_seconds(seconds) == text
+    assert formats.format_seconds(seconds) == text
 
 
 # --- which model ----------------------------------------------------------------------------------------------------
@@ -432,10 +432,12 @@ def test_defaults_are_those_of_the_stage(monkeypatch: pytest.MonkeyPatch, name: 
 
 def test_flags_of_eval_arrive(monkeypatch: pytest.MonkeyPatch) -> None:
     stage = importlib.import_module("pinfer.eval")
-    assert _options_of(monkeypatch, "eval", "--text", "a.txt") == stage.EvalOptions(Path("a.txt"))
+    assert _options_of(monkeypatch, "eval", "--text", "a.txt") == stage.EvalOptions(text=Path("a.txt"))
     words = "--text a.txt --tokens 1k -c 3 --exact -t 4 --device CPU --activation relu"
     given = _options_of(monkeypatch, "eval", *words.split())
-    assert given == stage.EvalOptions(Path("a.txt"), 1024, 3, True, "relu", 4, "CPU")
+    assert given == stage.EvalOptions(
+        text=Path("a.txt"), n_tokens=1024, n_ctx=3, exact=True, activation="relu", n_threads=4, device="CPU"
+    )
 
 
 def test_every_flag_of_run_arrives(monkeypatch: pytest.MonkeyPatch) -> None:

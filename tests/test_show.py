@@ -15,7 +15,7 @@ from support.small_model import Shape, write_profile, write_small_model
 
 from pinfer.artefacts import paths
 from pinfer.artefacts.placement import PlacementFile
-from pinfer.cli import ui
+from pinfer.cli.show import print_show
 from pinfer.model import open_model
 from pinfer.show import ShowOptions, ShowReport, show
 from pinfer.split import SplitOptions, split
@@ -29,7 +29,7 @@ def command(tmp_path: Path) -> CommandLine:
 
 
 def _show(path: Path, activation: str | None = None) -> ShowReport:
-    return show(path, ShowOptions(activation))
+    return show(path, ShowOptions(activation=activation))
 
 
 def _write(path: Path, arch: str, tensors: dict[str, tuple[int, ...]], **keys: object) -> Path:
@@ -108,7 +108,7 @@ def test_a_threshold_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[s
     keys = {"pinfer__ffn__activation": "reglu", "pinfer__ffn__activation_threshold": 0.01}
     report = _show(_write(tmp_path / "m.gguf", "llama", GATED, **keys))
     assert report.activation_threshold == pytest.approx(0.01)
-    ui.print_show(report)
+    print_show(report)
     assert "above a threshold of 0.01" in capsys.readouterr().out
 
 
@@ -116,9 +116,9 @@ def test_a_model_without_exact_zeros_runs_dense(tmp_path: Path, capsys: pytest.C
     report = _show(_write(tmp_path / "m.gguf", "llama", GATED))
     assert (report.activation, report.mode, report.next, report.is_sparse) == ("other", "dense", "run", False)
     assert "no exact zeros" in report.plan
-    ui.print_show(report)
+    print_show(report)
     shown = capsys.readouterr().out
-    assert "No exact zeros (SiLU, GELU or the like in llama): runs dense by stock libllama." in shown
+    assert "No exact zeros (SiLU, GELU or similar in llama): runs dense on stock libllama." in shown
     assert "no artefacts yet" in shown
 
 
@@ -136,7 +136,7 @@ def test_a_mixture_of_experts(tmp_path: Path, keys: dict[str, object], capsys: p
     assert (report.n_expert, report.n_neurons, report.mode) == (8, 8 * 48 + 32, "dense")
     assert report.parts["ffn"].bytes == 4 * (3 * 8 * 48 * 64 + 32 * 64)
     assert report.parts["dense"].bytes == 4 * 8 * 64, "the router is no neuron"
-    ui.print_show(report)
+    print_show(report)
     assert "416 in all, 8 experts" in capsys.readouterr().out
 
 
@@ -157,7 +157,7 @@ def test_heads_that_differ_by_layer(tmp_path: Path, capsys: pytest.CaptureFixtur
     report = _show(path)
     assert (report.n_head, report.n_head_kv) == ((4, 8), (2, 1))
     assert report.kv_bytes_per_1k == 1024 * 2 * 3 * (16 + 8)
-    ui.print_show(report)
+    print_show(report)
     assert "4 to 8, and 1 to 2 of keys and values (GQA), 16 and 8 wide" in capsys.readouterr().out
 
 
@@ -193,7 +193,7 @@ def test_no_artefacts_yet(small: Path) -> None:
     report = _show(small)
     assert _states(report) == dict.fromkeys(KINDS, "absent")
     assert (report.mode, report.next) == ("exact", "profile")
-    assert "saves the up projection of inactive neurons" in report.plan
+    assert "skips the up projection of inactive neurons" in report.plan
     assert [a.mend.split()[1] for a in report.artefacts] == ["profile", "profile", "train", "solve", "split", "split"]
     assert not report.artefact_folder.exists(), "looking makes nothing"
 
@@ -252,7 +252,7 @@ def test_shards_that_do_not_belong_together(small: Path) -> None:
     (folder / paths.COLD).unlink()
     report = _show(small)
     assert (_states(report)["hot"], report.mode) == ("unusable", "refused")
-    assert "without its cold.gguf" in report.artefacts[4].problem
+    assert "no cold.gguf beside it" in report.artefacts[4].problem
 
 
 # --- the command, and what run does ---------------------------------------------------------------------------------

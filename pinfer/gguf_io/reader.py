@@ -37,6 +37,8 @@ _SCALARS: Mapping[int, str] = {
 }
 _STRING = 8
 _ARRAY = 9
+_MAX_STRINGS = 1 << 26
+"""in one array; walking more takes minutes"""
 
 
 class GgufError(Exception):
@@ -232,12 +234,12 @@ class _Cursor:
         if kind == _ARRAY:
             item, count = self.scalar("I"), self.scalar("Q")
             array = _Array(item, count, self.at)
-            if item == _STRING:
+            if item == _STRING and count <= _MAX_STRINGS:
                 self.skip_strings(count)
             elif item in _SCALARS:
                 self.skip(count * struct.calcsize("<" + _SCALARS[item]))
             else:
-                raise GgufError(f"the header has an array of type {item}")
+                raise GgufError(f"the header has an array of {count} values of type {item}")
             return array
         raise GgufError(f"the header has a value of unknown type {kind}")
 
@@ -289,6 +291,8 @@ def _read(path: Path, data: mmap.mmap) -> GgufFile:
     places: dict[str, tuple[int, int]] = {}
     for _ in range(n_values):
         key, kind = cursor.string(), cursor.scalar("I")
+        if key in places:
+            raise GgufError(f"key {key!r} occurs twice")
         places[key] = kind, cursor.at
         values[key] = cursor.value(kind)
     table = [_read_tensor(cursor) for _ in range(n_tensors)]
