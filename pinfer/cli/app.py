@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import shlex
 import signal
 import sys
 from pathlib import Path
@@ -123,7 +122,7 @@ def convert(
     )
     report = stage.convert(source, options, progress)
     ui.print_json(report.to_json()) if as_json else ui.print_convert(report)
-    ui.say(f"next: pinfer profile {shlex.quote(str(report.path))}")
+    ui.say(f"next: {report.next_command}")
 
 
 @app.command()
