@@ -30,7 +30,8 @@ from pinfer.conversion.tokenizer import TokenizerReport, add_tokenizer
 from pinfer.errors import PinferError
 from pinfer.gguf_io.writer import GgufFileWriter
 from pinfer.hub.corpus import HUB_SOURCES, open_corpus
-from pinfer.llama.engine import physical_cores, require_loadable
+from pinfer.llama.devices import physical_cores
+from pinfer.llama.engine import require_loadable
 from pinfer.llama.quantise import estimated_bytes, quantise
 from pinfer.model import ACTIVATION_KEY, ACTIVATIONS, THRESHOLD_KEY, open_model
 from pinfer.progress import Progress

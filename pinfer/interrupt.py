@@ -1,4 +1,4 @@
-"""Ctrl-C: held back while something must not be cut short, obeyed while something long runs."""
+"""Ctrl-C: deferred while something must not be interrupted, obeyed while something long runs."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ _POLL = 0.1
 
 @dataclass
 class HeldInterrupt:
-    """Whether Ctrl-C was pressed since the block was entered."""
+    """Whether Ctrl-C was pressed inside the block."""
 
     seen: bool = False
 
 
 @contextmanager
 def hold_interrupt() -> Iterator[HeldInterrupt]:
-    """Within the block Ctrl-C only sets ``seen``; who entered it looks there and ends in good order.
+    """Within the block Ctrl-C only sets ``seen``, which the caller checks to stop cleanly.
 
-    In threads other than the main one, which get no signals, nothing is ever seen.
+    Only the main thread receives signals; in other threads ``seen`` stays False.
     """
     held = HeldInterrupt()
 

@@ -1,195 +1,200 @@
-"""Text from a model: starts the native runner, which streams it."""
+"""Text from a model: becomes the runner, which is llama.cpp's own program with the plugin configured for this model."""
 
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
-from types import FrameType
-from typing import Literal
+from typing import Literal, NoReturn
 
 from pinfer.errors import PinferError
+from pinfer.execution import NO_DEVICE, Execution, ExecutionOptions, decide
 from pinfer.llama.plugin import runner_path
+from pinfer.model import open_model
 
-ALL_LAYERS = 999
+Program = Literal["completion", "cli", "server"]
+"""llama.cpp's programs: text after a prompt, chat in the terminal, HTTP server."""
+
+_PROMPT = ("-p", "--prompt", "-f", "--file", "-bf", "--binary-file")
+_SYSTEM_PROMPT = ("-sys", "--system-prompt", "-sysf", "--system-prompt-file")
+_CHAT = ("-cnv", "--conversation")
+_NO_CHAT = ("-no-cnv", "--no-conversation")
+_THREADS = ("-t", "--threads")
+_CONTEXT = ("-c", "--ctx-size")
+_LAYERS = ("-ngl", "--gpu-layers", "--n-gpu-layers")
+_FLASH_ATTENTION = ("-fa", "--flash-attn")
+_DEVICE = ("-dev", "--device")
+_DRAFT = ("-md", "--model-draft", "--spec-draft-model")
+
+_NO_FLASH_ATTENTION = frozenset({"plm"})
+"""Architectures whose graph in libllama aborts with it."""
 
 
 @dataclass(frozen=True)
-class RunOptions:
-    """Settings of ``pinfer run``; names and defaults are llama.cpp's where it has them. None: the runner decides."""
+class Flag:
+    """A flag of one of llama.cpp's programs."""
 
-    prompt: str | None = None  # neither a prompt nor a file: chat
-    prompt_file: Path | None = None  # "-" is stdin
-    n_predict: int = -1  # -1: until the model ends or the context is full
-    conversation: bool | None = None
-    system_prompt: str | None = None
-    escape: bool = True
-    display_prompt: bool = True
-
-    n_ctx: int | None = None  # 0: the model's
-    n_batch: int = 2048
-    n_ubatch: int = 512
-    n_batch_dense: int | None = None  # from this many tokens on a batch is computed densely
-    n_threads: int | None = None
-    n_threads_batch: int | None = None
-    n_gpu_layers: int | None = None
-    flash_attn: Literal["on", "off", "auto"] = "auto"
-    cache_type_k: str = "f16"
-    cache_type_v: str = "f16"
-    mlock: bool = False
-    no_mmap: bool = False
-
-    seed: int = -1
-    temp: float = 0.8
-    top_k: int = 40
-    top_p: float = 0.95
-    min_p: float = 0.05
-    repeat_penalty: float = 1.0
-    repeat_last_n: int = 64
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    grammar: str | None = None
-    grammar_file: Path | None = None
-    ignore_eos: bool = False
-
-    exact: bool = False  # without the predictor
-    dense: bool = False  # stock libllama
-    artefacts: Path | None = None  # folder; None: where the other commands write
-    no_artefacts: bool = False
-    device: str | None = None  # ggml device of the hot neurons, or "none"
-    rpc: str | None = None  # host:port[,host:port] of RPC servers; None: $PINFER_RPC
-    activation: str | None = None
-    verbose: bool = False
-    json: bool = False
+    n_values: int
+    variable: str
+    """environment variable that sets it as well; empty: none"""
 
 
-def runner_arguments(model_path: Path, options: RunOptions) -> list[str]:
-    """The runner's command line, without the program: only what differs from its defaults."""
-    default = RunOptions()
-    values: list[tuple[str, object, object]] = [
-        ("-p", options.prompt, default.prompt),
-        ("-f", options.prompt_file, default.prompt_file),
-        ("-n", options.n_predict, default.n_predict),
-        ("-sys", options.system_prompt, default.system_prompt),
-        ("-c", options.n_ctx, default.n_ctx),
-        ("-b", options.n_batch, default.n_batch),
-        ("-ub", options.n_ubatch, default.n_ubatch),
-        ("--n-batch-dense", options.n_batch_dense, default.n_batch_dense),
-        ("-t", options.n_threads, default.n_threads),
-        ("-tb", options.n_threads_batch, default.n_threads_batch),
-        ("-ngl", options.n_gpu_layers, default.n_gpu_layers),
-        ("-fa", options.flash_attn, default.flash_attn),
-        ("-ctk", options.cache_type_k, default.cache_type_k),
-        ("-ctv", options.cache_type_v, default.cache_type_v),
-        ("-s", options.seed, default.seed),
-        ("--temp", options.temp, default.temp),
-        ("--top-k", options.top_k, default.top_k),
-        ("--top-p", options.top_p, default.top_p),
-        ("--min-p", options.min_p, default.min_p),
-        ("--repeat-penalty", options.repeat_penalty, default.repeat_penalty),
-        ("--repeat-last-n", options.repeat_last_n, default.repeat_last_n),
-        ("--presence-penalty", options.presence_penalty, default.presence_penalty),
-        ("--frequency-penalty", options.frequency_penalty, default.frequency_penalty),
-        ("--grammar", options.grammar, default.grammar),
-        ("--grammar-file", options.grammar_file, default.grammar_file),
-        ("--artefacts", options.artefacts, default.artefacts),
-        ("--device", options.device, default.device),
-        ("--rpc", options.rpc, default.rpc),
-        ("--activation", options.activation, default.activation),
-    ]
-    flags = [
-        ("-cnv", options.conversation is True),
-        ("-no-cnv", options.conversation is False),
-        ("--no-escape", not options.escape),
-        ("--no-display-prompt", not options.display_prompt),
-        ("--mlock", options.mlock),
-        ("--no-mmap", options.no_mmap),
-        ("--ignore-eos", options.ignore_eos),
-        ("--exact", options.exact),
-        ("--dense", options.dense),
-        ("--no-artefacts", options.no_artefacts),
-        ("--verbose", options.verbose),
-        ("--json", options.json),
-    ]
-    arguments = ["-m", str(model_path)]
-    for name, value, left_out in values:
-        if value != left_out:
-            arguments += [name, str(value)]
-    return arguments + [name for name, given in flags if given]
+@cache
+def flags_of(program: Program) -> Mapping[str, Flag]:
+    """Every spelling of every flag of the program, as the program itself lists them."""
+    return _all_flags()[program]
 
 
-def run(model_path: Path, options: RunOptions) -> int:
-    """Run the model with the terminal's stdin, stdout and stderr; returns the runner's exit code.
+@cache
+def _all_flags() -> Mapping[str, Mapping[str, Flag]]:
+    command = [str(runner_path()), "flags"]
+    try:
+        listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise PinferError(f"{command[0]} does not work ({error})", "build it again: make build") from error
+    flags: dict[str, dict[str, Flag]] = {}
+    for line in listed.splitlines():
+        program, name, n_values, variable = line.split("\t")
+        flags.setdefault(program, {})[name] = Flag(int(n_values), variable)
+    return flags
 
-    0, 1 after an error, which the runner has told, 2 for wrong usage, 130 after Ctrl-C, 141 when nobody reads stdout
-    any more. Raises PinferError when the runner is missing or is killed.
+
+@dataclass(frozen=True)
+class LlamaFlags:
+    """What the user asked of llama.cpp: each flag with its values, in order."""
+
+    flags: tuple[tuple[str, ...], ...] = ()
+
+    def given(self, names: Iterable[str]) -> bool:
+        """Whether a flag of these names was typed."""
+        wanted = set(names)
+        return any(flag[0] in wanted for flag in self.flags)
+
+    def value(self, program: Program, names: Sequence[str]) -> str | None:
+        """The value of a flag, typed or from its environment variable; the last one counts."""
+        for flag in reversed(self.flags):
+            if flag[0] in names:
+                return flag[-1]
+        variable = next((flag.variable for name, flag in flags_of(program).items() if name in names), "")
+        return os.environ.get(variable) if variable else None
+
+    def without(self, names: Iterable[str]) -> LlamaFlags:
+        left_out = set(names)
+        return LlamaFlags(tuple(flag for flag in self.flags if flag[0] not in left_out))
+
+    def words(self) -> list[str]:
+        """For a command line; stdin, which llama.cpp's programs have no word for, is named by its file."""
+        flags = (("-f", "/dev/stdin") if flag in (("-f", "-"), ("--file", "-")) else flag for flag in self.flags)
+        return [word for flag in flags for word in flag]
+
+
+def choose_program(flags: LlamaFlags) -> tuple[Program, LlamaFlags]:
+    """A prompt asks for its continuation, anything else for a chat, unless a flag says which; that flag is used up."""
+    wants_chat = flags.given(_CHAT) or flags.given(_SYSTEM_PROMPT) or not flags.given(_PROMPT)
+    program: Program = "cli" if wants_chat and not flags.given(_NO_CHAT) else "completion"
+    return program, flags.without((*_CHAT, *_NO_CHAT))
+
+
+@dataclass(frozen=True)
+class Start:
+    """A program to become, and how it will compute the model."""
+
+    command: list[str]
+    execution: Execution
+
+
+def start(
+    program: Program,
+    model: Path,
+    options: ExecutionOptions,
+    flags: LlamaFlags,
+    *,
+    rpc: str | None = None,
+    as_json: bool = False,
+) -> Start:
+    """Choose what the program uses. What the user has chosen by llama.cpp's flags stays as it is.
+
+    Raises PinferError for a model or artefacts that cannot be used.
     """
-    command = [str(runner_path()), *runner_arguments(model_path, options)]
+    options = replace(
+        options,
+        n_threads=_number(flags.value(program, _THREADS), least=1),
+        n_ctx=_number(flags.value(program, _CONTEXT), least=0),
+        n_gpu_layers=_number(flags.value(program, _LAYERS), least=0),
+    )
+    execution = decide(open_model(model, activation=options.activation), options)
+    command = [str(runner_path()), program, *_plugin_flags(execution)]
+    draft = flags.value(program, _DRAFT)
+    if draft is not None and not options.dense:
+        beside = decide(open_model(Path(draft)), replace(options, activation=None, artefacts=None, device=None))
+        command += _plugin_flags(beside)
+    if rpc is not None:
+        command += ["--pinfer-rpc", rpc]
+    if as_json:
+        command.append("--pinfer-json")
+
+    def choose(names: Sequence[str], value: object) -> None:
+        if flags.value(program, names) is None:
+            command.extend((names[0], str(value)))
+
+    command += ["-m", str(model)]
+    choose(_THREADS, execution.n_threads)
+    choose(_CONTEXT, execution.n_ctx)
+    if execution.plugin is not None:
+        choose(_LAYERS, execution.n_gpu_layers)
+    if options.device == NO_DEVICE:
+        choose(_DEVICE, "none")
+    if execution.model.arch in _NO_FLASH_ATTENTION:
+        choose(_FLASH_ATTENTION, "off")
+        if flags.value(program, _FLASH_ATTENTION) not in (None, "off"):
+            raise PinferError(f"libllama has no flash attention for {execution.model.arch} models", "leave out -fa")
+    if program == "completion":
+        command.append(_NO_CHAT[0])
+    return Start(command + flags.words(), execution)
+
+
+def _plugin_flags(execution: Execution) -> list[str]:
+    """How the runner is told what the plugin computes; none for stock libllama."""
+    plugin = execution.plugin
+    if plugin is None:
+        return []
+    words = ["--pinfer-model", str(execution.model.path)]
+    if plugin.activation is not None:
+        words += ["--pinfer-activation", plugin.activation]
+    if plugin.activation_threshold:
+        words += ["--pinfer-threshold", repr(plugin.activation_threshold)]
+    for name, path in (("predictor", plugin.predictor), ("cold", plugin.cold)):
+        if path is not None:
+            words += [f"--pinfer-{name}", str(path)]
+    for path in plugin.hot_paths:
+        words += ["--pinfer-hot", str(path)]
+    devices = plugin.device.split(",") if plugin.device else []
+    needed = execution.vram_needed if len(execution.vram_needed) == len(devices) else (0,) * len(devices)
+    for device, n_bytes in zip(devices, needed, strict=True):
+        words += ["--pinfer-device", f"{device}={n_bytes}"]
+    if execution.vram:
+        words += ["--pinfer-vram", str(execution.vram)]
+    return words
+
+
+def _number(text: str | None, least: int) -> int | None:
+    """A flag's number, None where it is missing or where llama.cpp will have its own words about it."""
+    try:
+        number = int(text) if text is not None else None
+    except ValueError:
+        return None
+    return number if number is None or number >= least else None
+
+
+def become(command: list[str], environment: Mapping[str, str] | None = None) -> NoReturn:
+    """Replace this process by the command, which has its terminal, its signals and its exit code from then on."""
     sys.stdout.flush()
     sys.stderr.flush()
     try:
-        runner = subprocess.Popen(command)
+        os.execve(command[0], command, {**os.environ, **(environment or {})})
     except (OSError, ValueError) as error:  # ValueError: a NUL byte in an argument
         raise PinferError(f"cannot start {command[0]} ({error})", "build it again: make build") from error
-    with _ctrl_c_for(runner):
-        code = runner.wait()
-    if code == 127:
-        raise PinferError(f"{command[0]} cannot find its libraries", "build it again: make build")
-    if code < 0:
-        raise PinferError(f"the runner was ended by {_signal_name(-code)}{_likely_cause(-code)}", "run again with -v")
-    return code
-
-
-@contextmanager
-def _ctrl_c_for(runner: subprocess.Popen[bytes]) -> Iterator[None]:
-    """While the runner works, Ctrl-C is its business; whatever else ends this process ends the runner too.
-
-    A terminal sends Ctrl-C to both processes. Where there is none (a service, a script), the signal may have come to
-    this one alone, and is passed on.
-    """
-
-    def pass_on(signum: int, frame: FrameType | None) -> None:
-        if not _in_foreground():
-            runner.send_signal(signal.SIGINT)
-
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGINT, pass_on) if in_main_thread else None
-    try:
-        yield
-    finally:
-        if runner.poll() is None:
-            runner.terminate()
-            runner.wait()
-        if in_main_thread:
-            signal.signal(signal.SIGINT, before)
-
-
-def _in_foreground() -> bool:
-    """Whether a terminal sends its Ctrl-C to this process."""
-    try:
-        terminal = os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY)
-    except OSError:
-        return False
-    try:
-        return os.tcgetpgrp(terminal) == os.getpgrp()
-    except OSError:
-        return False
-    finally:
-        os.close(terminal)
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"
-
-
-def _likely_cause(number: int) -> str:
-    return ", probably for want of memory" if number == signal.SIGKILL else ""

@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 _COUNT = """
 import json, sys
 from pathlib import Path
-from pinfer import remote
+from pinfer.llama import rpc as remote
 from pinfer.placement.model_bytes import compute_bytes
 from pinfer.placement.compute_buffers import Layout, count_compute_bytes
 from pinfer.model import open_model
@@ -45,7 +45,7 @@ print(json.dumps(rows))
 _SOLVE = """
 import json, sys
 from pathlib import Path
-from pinfer import remote
+from pinfer.llama import rpc as remote
 from pinfer.solve import SolveOptions, solve
 
 remote.connect(sys.argv[1])

@@ -9,14 +9,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pinfer.errors import PinferError
 from pinfer.llama import plugin as native
 from pinfer.llama.ggml import load_library
 
 LOAD_AND_SAY_WHY_NOT = """
-from pinfer import native
+from pinfer.llama import plugin as native
 from pinfer.errors import PinferError
 try:
     native.load_plugin()
@@ -56,7 +59,7 @@ def test_one_ggml_in_the_process() -> None:
     code = """
 import sys
 from pathlib import Path
-from pinfer import native
+from pinfer.llama import plugin as native
 assert not native.is_loaded()
 if sys.argv[1:] == ["llama"]:
     import llama_cpp
@@ -77,7 +80,7 @@ print(*(Path(file).name.split(".so")[0] for file in files))
 
 
 def test_loading_says_nothing() -> None:
-    done = run_python("from pinfer import native; native.load_plugin()")
+    done = run_python("from pinfer.llama import plugin as native; native.load_plugin()")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
@@ -140,14 +143,51 @@ def test_fingerprint_follows_the_content(tiny_relu2: Path, tmp_path: Path) -> No
     assert plugin.fingerprint(moved) != first
 
 
+def reference_checksum(data: bytes) -> int:
+    """docs/formats.md, word for word."""
+    word = 2**64 - 1
+
+    def mix(state: int, value: int) -> int:
+        product = (state ^ value) * 0x9E3779B97F4A7C15 & word
+        return (product << 29 | product >> 35) & word
+
+    lanes = list(range(8))
+    padded = data + bytes(-len(data) % 64)
+    for at in range(0, len(padded), 8):
+        lanes[at // 8 % 8] = mix(lanes[at // 8 % 8], int.from_bytes(padded[at : at + 8], "little"))
+    result = len(data)
+    for lane in lanes:
+        result = mix(result, lane)
+    return result ^ result >> 32
+
+
+@given(st.binary(max_size=300), st.integers(0, 299), st.integers(1, 255))
+def test_checksum_is_the_documented_one_and_sees_every_byte(data: bytes, at: int, change: int) -> None:
+    plugin = native.load_plugin()
+    checksum = plugin.checksum(np.frombuffer(data, np.uint8))
+    assert checksum == reference_checksum(data)
+    if data:
+        changed = bytearray(data)
+        changed[at % len(data)] ^= change
+        assert plugin.checksum(np.frombuffer(bytes(changed), np.uint8)) != checksum
+    assert plugin.checksum(np.frombuffer(data + b"\0", np.uint8)) != checksum
+
+
+def test_checksum_wants_contiguous_bytes() -> None:
+    with pytest.raises(ValueError, match="contiguous"):
+        native.load_plugin().checksum(np.zeros((4, 4), np.float32)[:, 1:])
+
+
 def test_isa_can_be_forced() -> None:
-    done = run_python("from pinfer import native; print(native.load_plugin().isa())", PINFER_ISA="scalar")
+    done = run_python(
+        "from pinfer.llama import plugin as native; print(native.load_plugin().isa())", PINFER_ISA="scalar"
+    )
     assert done.stdout == "scalar\n"
-    done = run_python("from pinfer import native; print(native.load_plugin().isa())", PINFER_ISA="mmx")
+    done = run_python("from pinfer.llama import plugin as native; print(native.load_plugin().isa())", PINFER_ISA="mmx")
     assert done.stdout.strip() in ("avx512", "avx2", "neon", "scalar")
     assert "mmx" in done.stderr
 
 
 def test_observer_layer_that_never_ran() -> None:
-    done = run_python("from pinfer import native; print(native.load_plugin().observer_layer(0))")
+    done = run_python("from pinfer.llama import plugin as native; print(native.load_plugin().observer_layer(0))")
     assert (done.returncode, done.stdout) == (0, "None\n"), done.stderr

@@ -412,7 +412,8 @@ _MEASURED = """
 import resource, sys
 from pathlib import Path
 from pinfer.split import SplitOptions, split
-from pinfer import split as stage, verify
+from pinfer import split as stage
+from pinfer.artefacts import verify
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 stage._PIECE = verify._PIECE = stage._FLOATS = 1 << 20
 stage._BAND = 4 << 20

@@ -1,45 +1,55 @@
-// report.cpp: rates from the session's own clocks, shares from the plugin's counters.
+// report.cpp: rates from libllama's counters, shares from the plugin's, memory from both and from the devices.
 #include "report.h"
 
+#include "json.h"
 #include "pinfer.h"
+#include "src/llama-ext.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <cstring>
 
 namespace {
 
 const double gib = 1024.0 * 1024.0 * 1024.0;
 
-double rate(uint64_t n, double seconds) {
-    return n > 0 && seconds > 0.0 ? (double) n / seconds : NAN;
+struct device {
+    ggml_backend_dev_t dev;
+    size_t             free_first;  // bytes
+    bool               reports_its_own;  // free memory is the device's; what lies behind RPC may be a CPU
+};
+
+const pinfer_options * options = nullptr;
+std::vector<device>    devices;
+
+double rate(int32_t n, double ms) {
+    return n > 0 && ms > 0.0 ? 1e3 * n / ms : NAN;
 }
 
 double share(uint64_t part, uint64_t whole) {
     return whole > 0 ? (double) part / (double) whole : NAN;
 }
 
-// Which of the device's neurons fire is not known on the CPU, so activity is that of the neurons computed here.
+// Which of a device's neurons fire is not known on the CPU, so activity is that of the neurons computed here.
 struct shares {
-    double   active     = NAN;  // of the CPU's neurons, those that fired
-    double   candidates = NAN;  // of the CPU's neurons, those whose first product was computed
-    double   computed   = NAN;  // of all neurons, those computed at all
-    double   hot        = NAN;  // of all neurons, those on the device
-    double   on_device  = NAN;  // of the neurons computed, those on the device
-    uint64_t hot_bytes  = 0;
-    uint64_t n_fallback = 0;
+    double   active = NAN, candidates = NAN;  // of the CPU's neurons: those that fired; those whose first product was computed
+    double   computed = NAN, hot = NAN;       // of all neurons: those computed at all; those on devices
+    double   on_device = NAN;                 // of the neurons computed, those on devices
+    uint64_t hot_bytes = 0, n_fallback = 0;
 };
 
-shares shares_get(const pinfer_session & session) {
+shares shares_get(void) {
     shares s;
-    if (session.mode == PINFER_MODE_DENSE) {
+    if (options->models.empty()) {
         return s;
     }
     struct pinfer_stats stats = {};
-    pinfer_get_stats(&stats);
+    pinfer_get_stats(nullptr, &stats);
     s.active     = share(stats.n_active, stats.n_neurons - stats.n_hot);
     s.candidates = share(stats.n_candidates, stats.n_neurons - stats.n_hot);
     s.computed   = share(stats.n_candidates + stats.n_hot, stats.n_neurons);
-    if (!session.artefacts.hot.empty()) {
+    if (!options->models[0].hot.empty()) {
         s.hot       = share(stats.n_hot, stats.n_neurons);
         s.on_device = share(stats.n_hot, stats.n_hot + stats.n_candidates);
     }
@@ -48,112 +58,157 @@ shares shares_get(const pinfer_session & session) {
     return s;
 }
 
+struct vram {
+    uint64_t used = 0, counted = 0, limit = 0;  // bytes; counted: in buffers of libllama and hot shards
+};
+
+// Memory this process has taken of the devices it uses; used is 0 where it uses none.
+vram vram_get(const llama_context * ctx) {
+    vram v;
+    if (!ctx) {
+        return v;
+    }
+    const auto breakdown = llama_get_memory_breakdown(ctx);
+    for (const device & d : devices) {
+        uint64_t counted = 0;
+        for (const auto & [type, data] : breakdown) {
+            if (ggml_backend_buft_get_device(type) == d.dev && !ggml_backend_buft_is_host(type)) {
+                counted += data.model + data.context + data.compute;
+            }
+        }
+        for (const pinfer_model_options & model : options->models) {
+            for (size_t i = 0; i < model.devices.size(); i++) {
+                if (model.devices[i] == ggml_backend_dev_name(d.dev)) {
+                    counted += pinfer_hot_shard_bytes(model.path.c_str(), (int32_t) i);
+                }
+            }
+        }
+        if (counted == 0) {
+            continue;
+        }
+        size_t free = 0, total = 0;
+        ggml_backend_dev_memory(d.dev, &free, &total);
+        v.used += std::max<uint64_t>(d.reports_its_own && d.free_first > free ? d.free_first - free : 0, counted);
+        v.counted += counted;
+        v.limit += total;
+    }
+    if (options->vram > 0) {
+        v.limit = options->vram;
+    }
+    return v;
+}
+
 std::string formatted(const char * format, double a, double b = 0.0) {
     char text[128];
     snprintf(text, sizeof(text), format, a, b);
     return text;
 }
 
-std::string json_number(double value, const char * format = "%.6g") {
-    return std::isfinite(value) ? formatted(format, value) : "null";
-}
-
-std::string json_tokens(const std::vector<llama_token> & tokens) {
-    std::string out = "[";
-    for (size_t i = 0; i < tokens.size(); i++) {
-        out += (i ? ", " : "") + std::to_string(tokens[i]);
-    }
-    return out + "]";
-}
-
-const char * mode_name(enum pinfer_mode mode) {
-    switch (mode) {
-        case PINFER_MODE_DENSE:     return "dense";
-        case PINFER_MODE_EXACT:     return "exact";
-        case PINFER_MODE_PREDICTED: return "predicted";
-    }
-    return "dense";
+const char * mode_name(void) {
+    return options->models.empty() ? "dense" : options->models[0].predictor.empty() ? "exact" : "predicted";
 }
 
 } // namespace
 
-std::string pinfer_report_line(const pinfer_session & session, bool show_seed, uint32_t seed) {
-    const shares s    = shares_get(session);
+void pinfer_report_start(const pinfer_options & chosen) {
+    options = &chosen;
+    for (size_t i = 0; i < ggml_backend_dev_count(); i++) {
+        ggml_backend_dev_t               dev  = ggml_backend_dev_get(i);
+        const enum ggml_backend_dev_type type = ggml_backend_dev_type(dev);
+        const bool gpu = type == GGML_BACKEND_DEVICE_TYPE_GPU || type == GGML_BACKEND_DEVICE_TYPE_IGPU;
+        bool       hot = false;
+        for (const pinfer_model_options & model : chosen.models) {
+            hot = hot || std::count(model.devices.begin(), model.devices.end(), ggml_backend_dev_name(dev)) > 0;
+        }
+        if (gpu || hot) {
+            size_t     free = 0, total = 0;
+            const bool rpc  = strcmp(ggml_backend_reg_name(ggml_backend_dev_backend_reg(dev)), "RPC") == 0;
+            ggml_backend_dev_memory(dev, &free, &total);
+            devices.push_back({ dev, free, gpu && !rpc });
+        }
+    }
+}
+
+std::string pinfer_report_line(const llama_context * ctx) {
+    const shares s    = shares_get();
     std::string  line = "[";
     const auto   add  = [&line](const std::string & part) { line += (line.size() > 1 ? " | " : " ") + part; };
 
-    const double prompt    = rate(session.n_prompt, session.t_prompt);
-    const double generated = rate(session.n_generated, session.t_generated);
-    if (std::isfinite(prompt)) {
-        add(formatted("Prompt: %.1f t/s", prompt));
-    }
-    if (std::isfinite(generated)) {
-        add(formatted("Generation: %.1f t/s", generated));
+    if (ctx) {
+        const llama_perf_context_data perf      = llama_perf_context(ctx);
+        const double                  prompt    = rate(perf.n_p_eval, perf.t_p_eval_ms);
+        const double                  generated = rate(perf.n_eval, perf.t_eval_ms);
+        if (std::isfinite(prompt)) {
+            add(formatted("Prompt: %.1f t/s", prompt));
+        }
+        if (std::isfinite(generated)) {
+            add(formatted("Generation: %.1f t/s", generated));
+        }
     }
     if (std::isfinite(s.active)) {
         add(formatted("active %.1f %%", 100.0 * s.active));
     }
-    if (session.mode == PINFER_MODE_PREDICTED && std::isfinite(s.computed)) {
+    if (std::isfinite(s.computed) && strcmp(mode_name(), "predicted") == 0) {
         add(formatted("computed %.0f %%", 100.0 * s.computed));
     }
     if (std::isfinite(s.on_device)) {
         add(formatted("on GPU %.0f %%", 100.0 * s.on_device));
     }
-    pinfer_vram vram;
-    if (pinfer_session_vram(session, vram)) {
-        add(formatted("VRAM %.1f/%.1f GiB", (double) vram.used / gib, (double) vram.limit / gib));
-    }
-    if (show_seed) {
-        add("seed " + std::to_string(seed));
+    const vram v = vram_get(ctx);
+    if (v.used > 0) {
+        add(formatted("VRAM %.1f/%.1f GiB", (double) v.used / gib, (double) v.limit / gib));
     }
     return line.size() > 1 ? line + " ]" : "";
 }
 
-std::string pinfer_report_fallback(const pinfer_session & session) {
-    const uint64_t n = shares_get(session).n_fallback;
-    return n == 0 ? "" : std::to_string(n) + " graph nodes were computed by the CPU backend, densely, because nothing "
-                         "pinfer knows matched them";
+std::string pinfer_report_fallback(void) {
+    const uint64_t n = shares_get().n_fallback;
+    return n == 0 ? "" : std::to_string(n) + " graph nodes matched nothing that pinfer knows; the CPU backend computed them "
+                         "densely";
 }
 
-std::string pinfer_report_json(const pinfer_session & session, const std::string & prompt,
-                               const std::vector<llama_token> & prompt_tokens, const pinfer_answer & answer,
-                               uint32_t seed) {
-    const shares s      = shares_get(session);
-    const bool   sparse = session.mode != PINFER_MODE_DENSE;
-    pinfer_vram  taken;
-    const bool   vram   = pinfer_session_vram(session, taken);
-    const auto   bytes  = [](bool known, uint64_t n) { return known ? std::to_string(n) : std::string("null"); };
+std::string pinfer_report_json(const llama_context * ctx, const pinfer_answer & answer) {
+    const shares                  s      = shares_get();
+    const bool                    sparse = !options->models.empty();
+    const llama_perf_context_data perf   = llama_perf_context(ctx);
+    const vram                    v      = vram_get(ctx);
+    const llama_model *           model  = llama_get_model(ctx);
+    const llama_vocab *           vocab  = llama_model_get_vocab(model);
+    const bool                    eog    = !answer.tokens.empty() && llama_vocab_is_eog(vocab, answer.tokens.back());
+    const std::vector<int32_t>    tokens(answer.tokens.begin(), answer.tokens.end() - (eog ? 1 : 0));
 
-    std::string out = "{";
-    const auto  add = [&out](const char * key, const std::string & value) {
-        out += (out.size() > 1 ? ", \"" : "\"") + std::string(key) + "\": " + value;
+    const auto number = [](double value) { return std::isfinite(value) ? common_json_value(value) : common_json_value(nullptr); };
+    const auto bytes  = [](bool known, uint64_t n) { return known ? common_json_value(n) : common_json_value(nullptr); };
+    char arch[64] = "";
+    llama_model_meta_val_str(model, "general.architecture", arch, sizeof(arch));
+
+    common_json json = {
+        { "model", answer.model },
+        { "arch", arch },
+        { "mode", mode_name() },
+        { "isa", sparse ? common_json_value(pinfer_isa()) : common_json_value(nullptr) },
+        { "prompt", answer.prompt },
+        { "text", answer.text },
+        { "prompt_tokens", answer.prompt_tokens },
+        { "tokens", tokens },
+        { "n_prompt", (uint64_t) answer.prompt_tokens.size() },
+        { "n_gen", (uint64_t) tokens.size() },
+        { "stop", eog ? "eog" : answer.context_full ? "context" : "length" },
+        { "seed", (uint64_t) answer.seed },
+        { "n_ctx", (uint64_t) llama_n_ctx(ctx) },
+        { "n_threads", (int64_t) llama_n_threads(const_cast<llama_context *>(ctx)) },
+        { "prompt_tps", number(rate(perf.n_p_eval, perf.t_p_eval_ms)) },
+        { "gen_tps", number(rate(perf.n_eval, perf.t_eval_ms)) },
+        { "active", number(s.active) },
+        { "candidates", number(s.candidates) },
+        { "computed", number(s.computed) },
+        { "hot", number(s.hot) },
+        { "on_device", number(s.on_device) },
+        { "hot_bytes", bytes(sparse, s.hot_bytes) },
+        { "vram_used", bytes(v.used > 0, v.used) },
+        { "vram_used_counted", bytes(v.used > 0, v.counted) },
+        { "vram_limit", bytes(v.used > 0, v.limit) },
+        { "n_fallback", bytes(sparse, s.n_fallback) },
     };
-    add("model", pinfer_json_string(session.file.path));
-    add("arch", pinfer_json_string(session.file.arch));
-    add("mode", pinfer_json_string(mode_name(session.mode)));
-    add("isa", sparse ? pinfer_json_string(pinfer_isa()) : "null");
-    add("prompt", pinfer_json_string(prompt));
-    add("text", pinfer_json_string(answer.text));
-    add("prompt_tokens", json_tokens(prompt_tokens));
-    add("tokens", json_tokens(answer.tokens));
-    add("n_prompt", std::to_string(prompt_tokens.size()));
-    add("n_gen", std::to_string(answer.tokens.size()));
-    add("stop", pinfer_json_string(pinfer_stop_name(answer.stop)));
-    add("seed", std::to_string(seed));
-    add("n_ctx", std::to_string(session.n_ctx));
-    add("n_threads", std::to_string(llama_n_threads(session.context)));
-    add("prompt_tps", json_number(rate(session.n_prompt, session.t_prompt)));
-    add("gen_tps", json_number(rate(session.n_generated, session.t_generated)));
-    add("active", json_number(s.active));
-    add("candidates", json_number(s.candidates));
-    add("computed", json_number(s.computed));
-    add("hot", json_number(s.hot));
-    add("on_device", json_number(s.on_device));
-    add("hot_bytes", bytes(sparse, s.hot_bytes));
-    add("vram_loaded", bytes(vram, session.vram_loaded.used));
-    add("vram_used", bytes(vram, taken.used));
-    add("vram_used_counted", bytes(vram, taken.counted));
-    add("vram_limit", bytes(vram, taken.limit));
-    add("n_fallback", bytes(sparse, s.n_fallback));
-    return out + "}\n";
+    return json.dump_safe() + "\n";
 }

@@ -2,11 +2,11 @@
 // double precision.
 #pragma once
 
-#include "ffn.h"
+#include "plan.h"
 #include "ggml-cpu.h"
 #include "ggml.h"
 #include "gguf.h"
-#include "state.h"
+#include "model.h"
 
 #include <algorithm>
 #include <cmath>

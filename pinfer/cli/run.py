@@ -1,166 +1,221 @@
-"""``pinfer run`` on the command line: llama.cpp's flags, by llama.cpp's names."""
+"""``pinfer run`` and ``pinfer serve`` on the command line: a few flags of ours, all others are llama.cpp's."""
 
 from __future__ import annotations
 
+import difflib
+import subprocess
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from typer.core import TyperCommand
 
 from pinfer.cli.options import (
     ActivationOpt,
+    ArtefactsOpt,
     Choice,
-    DeviceOpt,
+    DenseOpt,
+    ExactOpt,
+    HotDeviceOpt,
     HubOpt,
     JsonOpt,
     ModelArg,
     ModelOpt,
+    NoArtefactsOpt,
     OfflineOpt,
     RpcOpt,
-    ThreadsOpt,
-    parse_layers,
 )
+
+if TYPE_CHECKING:
+    from typer._click.core import Context, Parameter
+
+    from pinfer.run import Flag, LlamaFlags, Program
+
+_FLAGS_OF_LLAMA = "pinfer.flags_of_llama"
+_EPILOG = {
+    "run": "All other flags go to llama.cpp, like -p TEXT, -f FILE, -n 128, -c 4096, -t 8, --temp 0, -sys TEXT, "
+    "--grammar-file FILE; pinfer run --help-all lists them.",
+    "serve": "All other flags go to llama.cpp's server, like --host ADDRESS, --port N, -np 4, -c 16384, --api-key KEY, "
+    "--metrics, -md DRAFT; pinfer serve --help-all lists them.",
+}
+_PLACES: Mapping[Program, str] = {
+    "completion": "a prompt (-p)",
+    "cli": "a chat (without -p)",
+    "server": "pinfer serve",
+}
+
+HelpAllOpt = Annotated[bool, typer.Option("--help-all", help="List llama.cpp's flags.")]
+
+
+class ForwardingCommand(TyperCommand):
+    """A command that keeps its own flags and collects llama.cpp's, with their values, for the program to come."""
+
+    def parse_args(self, ctx: Context, args: list[str]) -> list[str]:
+        own = {name: option for option in self.get_params(ctx) for name in (*option.opts, *option.secondary_opts)}
+        mine: list[str] = []
+        others: list[tuple[str, ...]] = []
+        i = 0
+        while i < len(args):
+            word, has_value = args[i], False
+            name = word.partition("=")[0] if word.startswith("--") else word
+            if name in own:
+                has_value = name == word and not getattr(own[name], "is_flag", False)
+                mine += args[i : i + 1 + has_value]
+                i += 1 + has_value
+            elif word.startswith("-") and len(word) > 1:
+                name = word.replace("_", "-") if word.startswith("--") else word  # llama.cpp takes both
+                flag = _known(ctx, name, own)
+                others.append((name, *args[i + 1 : i + 1 + flag.n_values]))
+                i += 1 + flag.n_values
+            else:
+                mine.append(word)
+                i += 1
+        rest = super().parse_args(ctx, mine)
+        from pinfer.run import LlamaFlags
+
+        ctx.meta[_FLAGS_OF_LLAMA] = LlamaFlags(tuple(others))
+        return rest
+
+
+def _known(ctx: Context, name: str, own: Mapping[str, Parameter]) -> Flag:
+    """The flag of any of llama.cpp's programs; a usage error names what it is close to."""
+    from pinfer.run import flags_of
+
+    known = {name: flag for program in _PLACES for name, flag in flags_of(program).items()}
+    if name not in known:
+        close = difflib.get_close_matches(name, [*own, *known], n=1, cutoff=0.75)
+        ctx.fail(f"there is no flag {name}" + (f", did you mean {close[0]}?" if close else ""))
+    return known[name]
+
+
+def _check_flags(ctx: typer.Context, program: Program, flags: LlamaFlags) -> None:
+    """A usage error where a flag is not one of this program, or has no value."""
+    from pinfer.run import flags_of
+
+    for name, *values in flags.flags:
+        flag = flags_of(program).get(name)
+        if flag is None:
+            places = " and ".join(place for other, place in _PLACES.items() if name in flags_of(other))
+            ctx.fail(f"{name} does not go with {_PLACES[program]}, only with {places}")
+        if len(values) < flag.n_values:
+            ctx.fail(f"{name} needs a value")
+
+
+def _show_help_of(program: Program) -> int:
+    from pinfer.llama.plugin import runner_path
+
+    return subprocess.run([runner_path(), program, "--help"], check=False).returncode
 
 
 def run(
+    ctx: typer.Context,
     model: ModelArg = None,
-    prompt: Annotated[str | None, typer.Option("-p", "--prompt", metavar="TEXT", help="Prompt; none: chat.")] = None,
-    prompt_file: Annotated[
-        Path | None, typer.Option("-f", "--file", metavar="FILE", help="Prompt from a file; - is stdin.")
-    ] = None,
-    n_predict: Annotated[
-        int,
-        typer.Option("-n", "--predict", "--n-predict", min=-2, metavar="N", help="Tokens to generate; -1: no limit."),
-    ] = -1,
-    conversation: Annotated[
-        bool | None, typer.Option("-cnv/-no-cnv", "--conversation/--no-conversation", help="Chat, or never.")
-    ] = None,
-    system_prompt: Annotated[
-        str | None, typer.Option("-sys", "--system-prompt", metavar="TEXT", help="System prompt of the chat.")
-    ] = None,
-    escape: Annotated[
-        bool, typer.Option("-e", "--escape/--no-escape", help="\\n and the like in -p and -sys are escapes.")
-    ] = True,
-    display_prompt: Annotated[
-        bool, typer.Option("--display-prompt/--no-display-prompt", help="Repeat the prompt on stdout.")
-    ] = True,
-    n_ctx: Annotated[
-        int | None,
-        typer.Option("-c", "--ctx-size", min=0, metavar="N", help="Context. [default: as solved, else up to 4096]"),
-    ] = None,
-    n_batch: Annotated[int, typer.Option("-b", "--batch-size", min=1, metavar="N", help="Logical batch.")] = 2048,
-    n_ubatch: Annotated[int, typer.Option("-ub", "--ubatch-size", min=1, metavar="N", help="Physical batch.")] = 512,
-    n_batch_dense: Annotated[
-        int | None,
-        typer.Option(
-            "--n-batch-dense", min=0, metavar="N", help="Compute batches from N tokens densely. [default: measured]"
-        ),
-    ] = None,
-    threads: ThreadsOpt = None,
-    threads_batch: Annotated[
-        int | None, typer.Option("-tb", "--threads-batch", min=1, metavar="N", help="Threads for the prompt.")
-    ] = None,
-    n_gpu_layers: Annotated[
-        int | None,
-        typer.Option(
-            "-ngl",
-            "--n-gpu-layers",
-            "--gpu-layers",
-            parser=parse_layers,
-            metavar="N|all",
-            help="Layers whose attention lies on the GPU. [default: as solved]",
-        ),
-    ] = None,
-    flash_attn: Annotated[
-        Literal["on", "off", "auto"], typer.Option("-fa", "--flash-attn", help="Flash attention.")
-    ] = "auto",
-    cache_type_k: Annotated[
-        str, typer.Option("-ctk", "--cache-type-k", metavar="TYPE", help="Type of the K cache.")
-    ] = "f16",
-    cache_type_v: Annotated[
-        str, typer.Option("-ctv", "--cache-type-v", metavar="TYPE", help="Type of the V cache.")
-    ] = "f16",
-    mlock: Annotated[bool, typer.Option("--mlock", help="Keep the model in memory.")] = False,
-    no_mmap: Annotated[bool, typer.Option("--no-mmap", help="Read the model instead of mapping it (--dense).")] = False,
-    seed: Annotated[int, typer.Option("-s", "--seed", min=-1, metavar="N", help="Seed; -1: another each time.")] = -1,
-    temp: Annotated[float, typer.Option("--temp", min=0, metavar="T", help="Temperature; 0: greedy.")] = 0.8,
-    top_k: Annotated[int, typer.Option("--top-k", metavar="N", help="0: all.")] = 40,
-    top_p: Annotated[float, typer.Option("--top-p", min=0, metavar="P", help="1: off.")] = 0.95,
-    min_p: Annotated[float, typer.Option("--min-p", min=0, metavar="P", help="0: off.")] = 0.05,
-    repeat_penalty: Annotated[float, typer.Option("--repeat-penalty", metavar="X", help="1: off.")] = 1.0,
-    repeat_last_n: Annotated[
-        int, typer.Option("--repeat-last-n", min=-1, metavar="N", help="Tokens the penalties look at; -1: the context.")
-    ] = 64,
-    presence_penalty: Annotated[float, typer.Option("--presence-penalty", metavar="X")] = 0.0,
-    frequency_penalty: Annotated[float, typer.Option("--frequency-penalty", metavar="X")] = 0.0,
-    grammar: Annotated[str | None, typer.Option("--grammar", metavar="GBNF", help="Grammar of the output.")] = None,
-    grammar_file: Annotated[
-        Path | None, typer.Option("--grammar-file", metavar="FILE", help="Grammar from a file.")
-    ] = None,
-    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Never end before -n.")] = False,
-    exact: Annotated[bool, typer.Option("--exact", help="Without the predictor: lossless.")] = False,
-    dense: Annotated[bool, typer.Option("--dense", help="Stock libllama, for comparison.")] = False,
-    artefacts: Annotated[
-        Path | None,
-        typer.Option(
-            "--artefacts", metavar="FOLDER", help="Folder of the artefacts. [default: where they are written]"
-        ),
-    ] = None,
-    no_artefacts: Annotated[bool, typer.Option("--no-artefacts", help="Use the model alone.")] = False,
-    device: DeviceOpt = None,
-    rpc: RpcOpt = None,
+    exact: ExactOpt = False,
+    dense: DenseOpt = False,
+    artefacts: ArtefactsOpt = None,
+    no_artefacts: NoArtefactsOpt = False,
     activation: ActivationOpt = None,
-    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="libllama's log on stderr.")] = False,
-    as_json: JsonOpt = False,
+    hot_device: HotDeviceOpt = None,
+    rpc: RpcOpt = None,
     model_flag: ModelOpt = None,
     repo: HubOpt = None,
     offline: OfflineOpt = False,
+    as_json: JsonOpt = False,
+    help_all: HelpAllOpt = False,
 ) -> int:
-    """Generate text; without a prompt, chat. Sparse where the model allows it, with whatever artefacts there are."""
-    from pinfer import run as stage
+    """Continue a prompt (-p TEXT), or chat. Sparse where the model allows it, with whatever artefacts there are."""
+    from pinfer.execution import ExecutionOptions
+    from pinfer.run import become, choose_program, start
 
-    choice = Choice(model, model_flag, repo, offline)
-    path = choice.path()
-    options = stage.RunOptions(
-        prompt=prompt,
-        prompt_file=prompt_file,
-        n_predict=n_predict,
-        conversation=conversation,
-        system_prompt=system_prompt,
-        escape=escape,
-        display_prompt=display_prompt,
-        n_ctx=n_ctx,
-        n_batch=n_batch,
-        n_ubatch=n_ubatch,
-        n_batch_dense=n_batch_dense,
-        n_threads=threads,
-        n_threads_batch=threads_batch,
-        n_gpu_layers=n_gpu_layers,
-        flash_attn=flash_attn,
-        cache_type_k=cache_type_k,
-        cache_type_v=cache_type_v,
-        mlock=mlock,
-        no_mmap=no_mmap,
-        seed=seed,
-        temp=temp,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repeat_penalty=repeat_penalty,
-        repeat_last_n=repeat_last_n,
-        presence_penalty=presence_penalty,
-        frequency_penalty=frequency_penalty,
-        grammar=grammar,
-        grammar_file=grammar_file,
-        ignore_eos=ignore_eos,
+    if help_all:
+        return _show_help_of("completion")
+    program, flags = choose_program(ctx.meta[_FLAGS_OF_LLAMA])
+    _check_flags(ctx, program, flags)
+    if as_json and program == "cli":
+        ctx.fail("--json reports one completion, not a chat; give a prompt with -p")
+    _check_modes(ctx, exact, dense, artefacts, no_artefacts)
+    path = Choice(model, model_flag, repo, offline).path()
+    options = ExecutionOptions(
+        activation=activation,
         exact=exact,
         dense=dense,
         artefacts=artefacts,
         no_artefacts=no_artefacts,
-        device=device,
-        rpc=rpc,
-        activation=activation,
-        verbose=verbose,
-        json=as_json,
+        device=hot_device,
     )
-    return stage.run(path, options)
+    begin = start(program, path, options, flags, rpc=rpc, as_json=as_json)
+    _say(begin.execution.notes)
+    become(begin.command)
+
+
+def serve(
+    ctx: typer.Context,
+    model: ModelArg = None,
+    exact: ExactOpt = False,
+    dense: DenseOpt = False,
+    artefacts: ArtefactsOpt = None,
+    no_artefacts: NoArtefactsOpt = False,
+    activation: ActivationOpt = None,
+    hot_device: HotDeviceOpt = None,
+    rpc: RpcOpt = None,
+    model_flag: ModelOpt = None,
+    repo: HubOpt = None,
+    offline: OfflineOpt = False,
+    help_all: HelpAllOpt = False,
+) -> int:
+    """Serve the model over HTTP on 127.0.0.1:8080, with llama.cpp's endpoints: OpenAI's, Anthropic's and its own.
+
+    --host and --port choose the address, -np the number of parallel answers; --models-dir FOLDER serves many models.
+    """
+    from pinfer import serve as stage
+    from pinfer.cli import ui
+    from pinfer.execution import ExecutionOptions
+    from pinfer.run import become, start
+
+    if help_all:
+        return _show_help_of("server")
+    flags: LlamaFlags = ctx.meta[_FLAGS_OF_LLAMA]
+    _check_flags(ctx, "server", flags)
+    _check_modes(ctx, exact, dense, artefacts, no_artefacts)
+    if flags.given(stage.ROUTER):
+        words = ["--exact"] * exact + ["--dense"] * dense + ["--no-artefacts"] * no_artefacts
+        stage.check_address(flags)
+        command, environment = stage.router_command(words, flags)
+        become(command, stage.server_environment() | environment)
+    path = Choice(model, model_flag, repo, offline).path()
+    options = ExecutionOptions(
+        activation=activation,
+        exact=exact,
+        dense=dense,
+        artefacts=artefacts,
+        no_artefacts=no_artefacts,
+        device=hot_device,
+    )
+    stage.check_address(flags)
+    begin = start("server", path, options, flags, rpc=rpc)
+    _say(begin.execution.notes)
+    ui.say(stage.describe(begin.execution))
+    become(begin.command, stage.server_environment())
+
+
+def _check_modes(ctx: typer.Context, exact: bool, dense: bool, artefacts: Path | None, no_artefacts: bool) -> None:
+    for one, other, both in (
+        ("--exact", "--dense", exact and dense),
+        ("--artefacts", "--no-artefacts", artefacts is not None and no_artefacts),
+    ):
+        if both:
+            ctx.fail(f"{one} and {other} exclude each other")
+
+
+def _say(notes: tuple[str, ...]) -> None:
+    from pinfer.cli import ui
+
+    for note in notes:
+        ui.say(f"note: {note}")
+
+
+def register(app: typer.Typer) -> None:
+    """Add both commands."""
+    for function in (run, serve):
+        app.command(cls=ForwardingCommand, epilog=_EPILOG[function.__name__])(function)

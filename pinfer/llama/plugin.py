@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pinfer.errors import PinferError
 
@@ -204,6 +204,7 @@ class PluginLibrary:
             "pinfer_activation_name": (ctypes.c_char_p, (ctypes.c_int,)),
             "pinfer_activation_parse": (ctypes.c_int, (ctypes.c_char_p,)),
             "pinfer_fingerprint": (ctypes.c_bool, (ctypes.c_char_p, ctypes.c_char_p, *failing)),
+            "pinfer_checksum": (ctypes.c_uint64, (ctypes.c_void_p, ctypes.c_size_t)),
             "pinfer_observer_start": (ctypes.c_bool, (ctypes.POINTER(_ObserverParams), *failing)),
             "pinfer_observer_stop": (None, ()),
             "pinfer_observer_get": (ctypes.c_bool, (ctypes.c_int32, ctypes.POINTER(_ObserverLayer))),
@@ -291,6 +292,12 @@ class PluginLibrary:
         error = ctypes.create_string_buffer(_ERROR_BYTES)
         _check(self._library.pinfer_fingerprint(os.fsencode(path), out, error, _ERROR_BYTES), error)
         return _text(out.value)
+
+    def checksum(self, array: NDArray[Any]) -> int:
+        """Checksum of the bytes of a C-contiguous array, as ``pinfer.checksums`` holds it (docs/formats.md)."""
+        if not array.flags.c_contiguous:
+            raise ValueError("the array is not contiguous")
+        return int(self._library.pinfer_checksum(array.ctypes.data, array.nbytes))
 
     def observer_start(self, n_samples: int = 0, stride: int = 1) -> None:
         """Count what fires from now on, and keep the FFN inputs of every ``stride``-th token up to ``n_samples``."""

@@ -1,0 +1,256 @@
+// run.cpp: one layer on a hot device: the graph, kept from call to call, and the ways to have it computed beside the CPU.
+#include "device.h"
+
+#include "ggml-backend-impl.h"
+
+#include <algorithm>
+#include <cstdio>
+#include <cstring>
+#include <new>
+
+// A hot FFN has at most 14 nodes and 6 leafs.
+static const size_t GRAPH_NODES = 32;
+
+// Graphs kept of a layer: decoding uses one over and over, and a device may have compiled it (CUDA does).
+static const size_t GRAPHS_KEPT = 4;
+
+static void fail(pinfer_hot * hot, const char * why) {
+    snprintf(hot->failure, sizeof(hot->failure), "%s", why);
+}
+
+pinfer_hot_graph::~pinfer_hot_graph() {
+    if (ctx) {
+        ggml_free(ctx);
+    }
+}
+
+static ggml_tensor * product(ggml_context * ctx, ggml_tensor * w, ggml_tensor * bias, ggml_tensor * x) {
+    ggml_tensor * y = ggml_mul_mat(ctx, w, x);
+    return bias ? ggml_add(ctx, y, bias) : y;
+}
+
+// pinfer_relu() of v in operations that every device has. v - threshold is above zero exactly where v is above the
+// threshold; after the ReLU no infinity meets the step's zero.
+static ggml_tensor * relu(ggml_context * ctx, ggml_tensor * v, float threshold) {
+    v = ggml_relu(ctx, v);
+    return threshold > 0.0f ? ggml_mul(ctx, v, ggml_step(ctx, ggml_scale_bias(ctx, v, 1.0f, -threshold))) : v;
+}
+
+// The graph, without memory for its tensors.
+static std::unique_ptr<pinfer_hot_graph> build(const pinfer_hot * hot, const pinfer_hot_layer & layer, const pinfer_rule & rule,
+                                               int64_t n_tokens) {
+    auto         g    = std::make_unique<pinfer_hot_graph>();
+    const size_t size = ggml_tensor_overhead() * GRAPH_NODES + ggml_graph_overhead_custom(GRAPH_NODES, false);
+    g->rule           = rule;
+    g->n_tokens       = n_tokens;
+    g->memory         = std::make_unique<uint8_t[]>(size); // ggml's own allocation would abort
+    g->ctx            = ggml_init({.mem_size = size, .mem_buffer = g->memory.get(), .no_alloc = true});
+    ggml_context * const ctx = g->ctx;
+    g->x                     = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, hot->file.n_embd, n_tokens);
+    ggml_set_input(g->x);
+    ggml_tensor * h = product(ctx, layer.up, layer.up_bias, g->x);
+    if (rule.act != PINFER_ACT_REGLU) {
+        h = relu(ctx, h, rule.threshold);
+    }
+    if (layer.gate) {
+        ggml_tensor * gate = product(ctx, layer.gate, layer.gate_bias, g->x);
+        h = rule.threshold > 0.0f ? ggml_mul(ctx, relu(ctx, gate, rule.threshold), h) : ggml_reglu_split(ctx, gate, h);
+    } else if (rule.act == PINFER_ACT_RELU2) {
+        h = ggml_sqr(ctx, h);
+    }
+    g->y = ggml_mul_mat(ctx, layer.down, h);
+    ggml_set_output(g->y);
+    g->graph = ggml_new_graph_custom(ctx, GRAPH_NODES, false);
+    ggml_build_forward_expand(g->graph, g->y);
+    return g;
+}
+
+// The first node that the device cannot compute; null: it can compute all.
+static const ggml_tensor * unsupported(const pinfer_hot * hot, ggml_cgraph * graph) {
+    for (int i = 0; i < ggml_graph_n_nodes(graph); i++) {
+        if (!ggml_backend_supports_op(hot->backend, ggml_graph_node(graph, i))) {
+            return ggml_graph_node(graph, i);
+        }
+    }
+    return nullptr;
+}
+
+bool pinfer_hot_reserve(pinfer_hot * hot, const pinfer_rule & rule, std::string * err) {
+    err->clear();
+    hot->galloc = ggml_gallocr_new(ggml_backend_get_default_buffer_type(hot->backend));
+    for (const pinfer_hot_layer & layer : hot->layers) {
+        if (layer.n == 0) {
+            continue;
+        }
+        const auto g = build(hot, layer, rule, PINFER_HOT_TOKENS);
+        if (const ggml_tensor * node = unsupported(hot, g->graph)) {
+            *err = "device " + hot->name + " cannot compute " + ggml_op_desc(node) + " of " + ggml_type_name(node->src[0]->type) +
+                   "; choose another device with: pinfer solve --device, then pinfer split";
+            return false;
+        }
+        if (!ggml_gallocr_reserve(hot->galloc, g->graph)) {
+            return false;
+        }
+    }
+    hot->compute_size = ggml_gallocr_get_buffer_size(hot->galloc, 0);
+    return true;
+}
+
+// The graph of a layer for so many tokens, new or kept; null when the device has no room.
+static pinfer_hot_graph * graph_get(pinfer_hot * hot, pinfer_hot_layer & layer, const pinfer_rule & rule, int64_t n_tokens) {
+    auto &     kept  = layer.graphs;
+    const auto found = std::find_if(kept.begin(), kept.end(), [&](const auto & g) {
+        return g->n_tokens == n_tokens && g->rule.act == rule.act && g->rule.threshold == rule.threshold;
+    });
+    if (found != kept.end()) {
+        std::rotate(kept.begin(), found, found + 1);
+        return kept.front().get();
+    }
+    auto g = build(hot, layer, rule, n_tokens);
+    if (!ggml_gallocr_alloc_graph(hot->galloc, g->graph)) {
+        return nullptr;
+    }
+    const size_t size = ggml_gallocr_get_buffer_size(hot->galloc, 0);
+    if (size != hot->compute_size) { // the buffer has moved, and with it the tensors of all other graphs
+        hot->compute_size = size;
+        for (pinfer_hot_layer & other : hot->layers) {
+            other.graphs.clear();
+        }
+    }
+    if (kept.size() == GRAPHS_KEPT) {
+        ggml_backend_synchronize(hot->backend); // it may still be at work on the one that goes
+        kept.pop_back();
+    }
+    kept.insert(kept.begin(), std::move(g));
+    return kept.front().get();
+}
+
+// Room for x and y of so many tokens.
+static void stage(pinfer_hot * hot, int64_t n_tokens) {
+    if (n_tokens <= hot->n_staged) {
+        return;
+    }
+    n_tokens       = std::max<int64_t>(n_tokens, PINFER_HOT_TOKENS);
+    hot->n_staged  = 0; // while there is no room
+    const size_t n = (size_t) (n_tokens * hot->file.n_embd);
+    if (hot->pinned) {
+        ggml_backend_buffer_free(hot->pinned);
+        hot->pinned = nullptr;
+    }
+    ggml_backend_buffer_type_t type = ggml_backend_dev_host_buffer_type(ggml_backend_get_device(hot->backend));
+    if (type && hot->drive != PINFER_HOT_INLINE) {
+        hot->pinned = ggml_backend_buft_alloc_buffer(type, 2 * n * sizeof(float));
+    }
+    if (hot->pinned) {
+        hot->x = (float *) ggml_backend_buffer_get_base(hot->pinned);
+        hot->y = hot->x + n;
+    } else {
+        hot->x = nullptr;
+        hot->plain.resize(n);
+        hot->y = hot->plain.data();
+    }
+    hot->n_staged = n_tokens;
+}
+
+// Has the job computed, or queued where the device has a queue.
+static void compute(pinfer_hot * hot) try {
+    const pinfer_hot_job & job   = hot->job;
+    const float * const    x     = hot->x ? hot->x : job.x;
+    pinfer_hot_layer &     layer = hot->layers[(size_t) job.layer];
+    for (int64_t t = 0; t < job.n_tokens; t += PINFER_HOT_TOKENS) {
+        const int64_t            n = std::min<int64_t>(PINFER_HOT_TOKENS, job.n_tokens - t);
+        const pinfer_hot_graph * g = graph_get(hot, layer, job.rule, n);
+        if (!g) {
+            fail(hot, "out of memory");
+            return;
+        }
+        ggml_backend_tensor_set_async(hot->backend, g->x, x + t * hot->file.n_embd, 0, ggml_nbytes(g->x));
+        const ggml_status status = ggml_backend_graph_compute_async(hot->backend, g->graph);
+        if (status != GGML_STATUS_SUCCESS) {
+            fail(hot, ggml_status_to_string(status));
+            return;
+        }
+        ggml_backend_tensor_get_async(hot->backend, g->y, hot->y + t * hot->file.n_embd, 0, ggml_nbytes(g->y));
+    }
+    if (hot->drive != PINFER_HOT_QUEUED) {
+        ggml_backend_synchronize(hot->backend);
+    }
+} catch (const std::bad_alloc &) {
+    fail(hot, "out of memory");
+} catch (const std::exception & e) {
+    fail(hot, e.what());
+}
+
+static void work(pinfer_hot * hot) {
+    for (uint32_t seen = 0;; seen++) {
+        hot->begun.wait(seen); // spins a moment, then sleeps
+        if (hot->stop) {
+            return;
+        }
+        hot->worked.begin = pinfer_clock();
+        compute(hot);
+        hot->worked.end = pinfer_clock();
+        hot->done++;
+        hot->done.notify_one();
+    }
+}
+
+void pinfer_hot_start_thread(pinfer_hot * hot) {
+    hot->thread = std::thread(work, hot);
+}
+
+void pinfer_hot_stop_thread(pinfer_hot * hot) {
+    if (hot->thread.joinable()) {
+        hot->stop = true;
+        hot->begun++;
+        hot->begun.notify_one();
+        hot->thread.join();
+    }
+}
+
+static void begin(pinfer_hot * hot) {
+    const pinfer_hot_job & job = hot->job;
+    stage(hot, job.n_tokens);
+    if (hot->x) {
+        memcpy(hot->x, job.x, (size_t) (job.n_tokens * hot->file.n_embd) * sizeof(float));
+    }
+    if (hot->drive == PINFER_HOT_THREADED) {
+        hot->begun++;
+        hot->begun.notify_one();
+        hot->copied.end = pinfer_clock();
+        return;
+    }
+    hot->worked.begin = pinfer_clock();
+    compute(hot);
+    hot->worked.end = pinfer_clock();
+    hot->copied.end = hot->drive == PINFER_HOT_QUEUED ? hot->worked.end : hot->worked.begin;
+}
+
+void pinfer_hot_begin(pinfer_hot * hot, const pinfer_hot_job & job) noexcept {
+    hot->copied.begin = pinfer_clock();
+    hot->job          = job;
+    hot->failure[0]   = '\0';
+    hot->layer_in_flight = job.layer;
+    try {
+        begin(hot);
+    } catch (const std::exception &) {
+        fail(hot, "out of memory");
+    }
+}
+
+const float * pinfer_hot_end(pinfer_hot * hot) noexcept {
+    if (hot->drive == PINFER_HOT_THREADED) {
+        for (uint32_t done = hot->done; done != hot->begun; done = hot->done) {
+            hot->done.wait(done);
+        }
+    } else if (hot->drive == PINFER_HOT_QUEUED) {
+        try {
+            ggml_backend_synchronize(hot->backend);
+        } catch (const std::exception &) {
+            fail(hot, "out of memory");
+        }
+        hot->worked.end = pinfer_clock();
+    }
+    hot->layer_in_flight = -1;
+    return hot->failure[0] == '\0' ? hot->y : nullptr;
+}

@@ -1,0 +1,221 @@
+// api.cpp: the functions of pinfer.h.
+#include "artefact.h"
+#include "model.h"
+
+#include <cstdio>
+#include <cstring>
+
+static bool set_error(char * err, size_t err_len, const std::string & text) {
+    if (err && err_len) {
+        snprintf(err, err_len, "%s", text.c_str());
+    }
+    return false;
+}
+
+static std::vector<std::string> list_of(const char * const * names) {
+    std::vector<std::string> out;
+    for (size_t i = 0; names && names[i]; i++) {
+        out.push_back(names[i]);
+    }
+    return out;
+}
+
+static std::string text_of(const char * text) {
+    return text ? text : "";
+}
+
+// The model of that path, or all of them.
+static std::vector<std::shared_ptr<pinfer_model>> models_of(const char * path) {
+    if (!path) {
+        return pinfer_models();
+    }
+    const auto m = pinfer_model_of(path);
+    return m ? std::vector{m} : std::vector<std::shared_ptr<pinfer_model>>{};
+}
+
+bool pinfer_configure(const pinfer_params * params, char * err, size_t err_len) try {
+    const pinfer_settings settings = {
+        .model         = text_of(params->model_path),
+        .predictor     = text_of(params->predictor_path),
+        .cold          = text_of(params->cold_path),
+        .hot           = list_of(params->hot_paths),
+        .devices       = list_of(params->devices),
+        .rule          = {(pinfer_activation) params->activation, params->activation_threshold},
+        .n_batch_dense = params->n_batch_dense,
+    };
+    std::string why;
+    return pinfer_model_configure(settings, &why) || set_error(err, err_len, why);
+} catch (const std::exception & e) {
+    return set_error(err, err_len, std::string("the artefacts cannot be opened: ") + e.what());
+}
+
+void pinfer_release(const char * model_path) {
+    if (const auto m = pinfer_model_of(model_path)) {
+        pinfer_model_release(m->id);
+    }
+}
+
+void pinfer_get_stats(const char * model_path, pinfer_stats * stats) {
+    *stats = {};
+    for (const auto & m : models_of(model_path)) {
+        std::lock_guard<std::mutex> lock(m->mutex);
+        const pinfer_stats &        s = m->stats;
+        stats->n_tokens += s.n_tokens;
+        stats->n_tokens_dense += s.n_tokens_dense;
+        stats->n_neurons += s.n_neurons;
+        stats->n_candidates += s.n_candidates;
+        stats->n_active += s.n_active;
+        stats->n_hot += s.n_hot;
+        stats->n_fallback += s.n_fallback;
+        stats->seconds_copy += s.seconds_copy;
+        stats->seconds_hot += s.seconds_hot;
+        stats->seconds_cold += s.seconds_cold;
+        stats->seconds_wait += s.seconds_wait;
+        stats->seconds_overlap += s.seconds_overlap;
+        for (const auto & hot : m->hot) {
+            stats->hot_bytes += pinfer_hot_bytes(hot.get());
+        }
+    }
+}
+
+void pinfer_stats_reset(const char * model_path) {
+    for (const auto & m : models_of(model_path)) {
+        std::lock_guard<std::mutex> lock(m->mutex);
+        m->stats = {};
+    }
+}
+
+uint64_t pinfer_hot_shard_bytes(const char * model_path, int32_t i) {
+    const auto m = pinfer_model_of(model_path);
+    if (!m) {
+        return 0;
+    }
+    std::lock_guard<std::mutex> lock(m->mutex);
+    return i >= 0 && (size_t) i < m->hot.size() ? pinfer_hot_bytes(m->hot[(size_t) i].get()) : 0;
+}
+
+// Beside its neurons a batch takes x, y and, for each neuron, its products, the activation and what a threshold needs, all in
+// F32. ggml aligns tensors to 512 bytes at most, and gives some devices as much to spare.
+uint64_t pinfer_hot_compute_bytes(uint64_t n_embd, uint64_t n_hot) {
+    return n_hot ? 4 * PINFER_HOT_TOKENS * (2 * n_embd + 3 * n_hot) + 16 * 512 : 0;
+}
+
+bool pinfer_devices_at_work(char * text, size_t text_len) {
+    return pinfer_hot_at_work(text, text_len);
+}
+
+bool pinfer_last_failure(const char * model_path, char * err, size_t err_len) {
+    for (const auto & m : models_of(model_path)) {
+        std::lock_guard<std::mutex> lock(m->mutex);
+        if (!m->failure.empty()) {
+            set_error(err, err_len, m->failure);
+            return true;
+        }
+    }
+    return false;
+}
+
+const char * pinfer_isa(void) {
+    return pinfer_kernel_isa();
+}
+
+struct activation_entry {
+    pinfer_activation act;
+    const char *      name;
+};
+
+static const activation_entry activations[] = {
+    {PINFER_ACT_RELU, "relu"},   {PINFER_ACT_RELU2, "relu2"}, {PINFER_ACT_REGLU, "reglu"},
+    {PINFER_ACT_DRELU, "drelu"}, {PINFER_ACT_OTHER, "other"}, {PINFER_ACT_GRAPH, "graph"},
+};
+
+// Architectures whose graph in llama.cpp has a ReLU-family FFN.
+static const activation_entry architectures[] = {
+    {PINFER_ACT_RELU2, "arcee"},
+    {PINFER_ACT_RELU2, "nemotron"},
+    {PINFER_ACT_RELU2, "plm"},
+    {PINFER_ACT_RELU2, "jais2"},
+};
+
+const char * pinfer_activation_name(pinfer_activation act) {
+    for (const auto & a : activations) {
+        if (a.act == act) {
+            return a.name;
+        }
+    }
+    return "other";
+}
+
+pinfer_activation pinfer_activation_parse(const char * name) {
+    for (const auto & a : activations) {
+        if (!strcmp(a.name, name)) {
+            return a.act;
+        }
+    }
+    return PINFER_ACT_GRAPH;
+}
+
+pinfer_activation pinfer_arch_activation(const char * arch) {
+    for (const auto & a : architectures) {
+        if (!strcmp(a.name, arch)) {
+            return a.act;
+        }
+    }
+    return PINFER_ACT_OTHER;
+}
+
+bool pinfer_fingerprint(const char * path, char out[33], char * err, size_t err_len) try {
+    std::string hex, why;
+    if (!pinfer_fingerprint_file(path, &hex, &why)) {
+        return set_error(err, err_len, why);
+    }
+    memcpy(out, hex.c_str(), 33);
+    return true;
+} catch (const std::exception & e) {
+    return set_error(err, err_len, std::string(path) + " cannot be read: " + e.what());
+}
+
+bool pinfer_observer_start(const char * model_path, const pinfer_observer_params * params, char * err, size_t err_len) {
+    const auto m = pinfer_model_of(model_path);
+    if (!m || m->rule().act == PINFER_ACT_OTHER) {
+        return set_error(err, err_len, m ? "the model's activation has no exact zeros, there is nothing to count"
+                                         : text_of(model_path) + " is not configured, so there is nothing to count");
+    }
+    std::lock_guard<std::mutex> lock(m->mutex);
+    m->observer             = {};
+    m->observer.max_samples = params->n_samples;
+    m->observer.stride      = params->stride ? params->stride : 1;
+    m->observer.on          = true;
+    return true;
+}
+
+void pinfer_observer_stop(const char * model_path) {
+    if (const auto m = pinfer_model_of(model_path)) {
+        std::lock_guard<std::mutex> lock(m->mutex);
+        m->observer.on = false;
+    }
+}
+
+bool pinfer_observer_get(const char * model_path, int32_t layer, pinfer_observer_layer * out) {
+    *out         = {};
+    const auto m = pinfer_model_of(model_path);
+    if (!m) {
+        return false;
+    }
+    std::lock_guard<std::mutex> lock(m->mutex);
+    if (layer < 0 || (size_t) layer >= m->observer.layers.size()) {
+        return false;
+    }
+    const pinfer_observer_store & l = m->observer.layers[(size_t) layer];
+    *out = {
+        .count     = l.count.data(),
+        .mass      = l.mass.data(),
+        .x         = l.x.data(),
+        .active    = l.active.data(),
+        .n_ff      = l.n_ff,
+        .n_embd    = l.n_embd,
+        .n_samples = l.n_samples,
+        .n_tokens  = l.n_tokens,
+    };
+    return true;
+}

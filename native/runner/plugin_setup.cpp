@@ -1,0 +1,99 @@
+// plugin_setup.cpp: every call by which the plugin learns what to compute.
+#include "plugin_setup.h"
+
+#include "pinfer_remote.h"
+
+#include <dlfcn.h>
+
+const char * const pinfer_plugin_tensors = "\\.ffn_(up|gate|down)\\.(weight|bias)";
+
+namespace {
+
+ggml_backend_reg_t plugin = nullptr;
+
+// Puts libggml-pinfer.so, which this program is linked with, into the registry that libllama uses.
+bool plugin_register(std::string & err) {
+    Dl_info info;
+    if (!dladdr((const void *) pinfer_configure, &info) || !info.dli_fname) {
+        err = "libggml-pinfer.so cannot be found; run `make build`";
+        return false;
+    }
+    plugin = ggml_backend_load(info.dli_fname);
+    if (!plugin) {
+        err = std::string(info.dli_fname) + " cannot be loaded; run `make build`";
+    }
+    return plugin != nullptr;
+}
+
+// Whether each hot device has the memory free that the placement takes.
+bool memory_check(const pinfer_model_options & model, std::string & err) {
+    for (size_t i = 0; i < model.devices.size(); i++) {
+        ggml_backend_dev_t dev = ggml_backend_dev_by_name(model.devices[i].c_str());
+        size_t             free = 0, total = 0;
+        if (dev && model.needed[i] > 0) {
+            ggml_backend_dev_memory(dev, &free, &total);
+            if (free < model.needed[i]) {
+                err = "device " + model.devices[i] + " has " + std::to_string(free >> 20) + " MiB of memory free, the placement takes " +
+                      std::to_string(model.needed[i] >> 20) + " MiB; end what else uses it, or run `pinfer solve " + model.path +
+                      " --vram " + std::to_string(free >> 20) + "M` and `pinfer split " + model.path + "`";
+                return false;
+            }
+        }
+    }
+    return true;
+}
+
+// The texts as a list that ends with NULL; nullptr without texts.
+std::vector<const char *> pointers(const std::vector<std::string> & texts) {
+    std::vector<const char *> list;
+    for (const std::string & text : texts) {
+        list.push_back(text.c_str());
+    }
+    list.push_back(nullptr);
+    return list;
+}
+
+bool model_configure(const pinfer_model_options & model, std::string & err) {
+    const auto path    = [](const std::string & text) { return text.empty() ? nullptr : text.c_str(); };
+    const auto hot     = pointers(model.hot);
+    const auto devices = pointers(model.devices);
+    char       cause[1024] = "";
+
+    struct pinfer_params params = {};
+    params.model_path           = model.path.c_str();
+    params.predictor_path       = path(model.predictor);
+    params.cold_path            = path(model.cold);
+    params.hot_paths            = model.hot.empty() ? nullptr : hot.data();
+    params.devices              = model.devices.empty() ? nullptr : devices.data();
+    params.activation           = model.activation;
+    params.n_batch_dense        = model.n_batch_dense;
+    params.activation_threshold = model.threshold;
+    if (!pinfer_configure(&params, cause, sizeof(cause))) {
+        err = cause;
+        return false;
+    }
+    return true;
+}
+
+} // namespace
+
+bool pinfer_plugin_setup(const pinfer_options & options, std::string & err) {
+    char cause[512];
+    if (!options.rpc.empty() && !pinfer_remote_add(options.rpc.c_str(), cause, sizeof(cause))) {
+        err = cause;
+        return false;
+    }
+    if (!options.models.empty() && !plugin_register(err)) {
+        return false;
+    }
+    for (const pinfer_model_options & model : options.models) {
+        if (!memory_check(model, err) || !model_configure(model, err)) {
+            return false;
+        }
+    }
+    return true;
+}
+
+ggml_backend_buffer_type_t pinfer_plugin_buffer_type(void) {
+    return plugin ? ggml_backend_dev_buffer_type(ggml_backend_reg_dev_get(plugin, 0)) : nullptr;
+}

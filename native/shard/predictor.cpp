@@ -1,0 +1,189 @@
+// predictor.cpp: reads predictor.gguf, arranges B so that it streams, and scores 16 neurons at a time. The rest of its
+// arithmetic runs inside the FFN executor, which knows the threads.
+#include "predictor.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <limits>
+#include <new>
+#include <sys/mman.h>
+
+static const size_t HUGE_PAGE = 2u << 20;
+
+void pinfer_buffer::allocate(size_t n_bytes) {
+    const size_t align = n_bytes >= HUGE_PAGE ? HUGE_PAGE : 64;
+    const size_t size  = (n_bytes + align - 1) / align * align;
+    data               = (uint8_t *) aligned_alloc(align, size);
+    if (!data) {
+        throw std::bad_alloc();
+    }
+    if (align == HUGE_PAGE) {
+        madvise(data, size, MADV_HUGEPAGE); // a wish
+    }
+}
+
+pinfer_buffer::~pinfer_buffer() {
+    free(data);
+}
+
+// The bits of a kind whose B is a copy of the first matrix, 0: another kind.
+static int bits_of(const std::string & kind) {
+    return kind == "one_bit" ? 1 : kind == "two_bit" ? 2 : 0;
+}
+
+static bool damaged(const pinfer_predictor * p, int64_t il, const std::string & cause, std::string * err) {
+    return pinfer_artefact_damaged(&p->file, "layer " + std::to_string(il) + " " + cause, err);
+}
+
+static bool read_few_bits(pinfer_predictor * p, int64_t il, int bits, int64_t rank, std::string * err) {
+    pinfer_predictor_layer & layer  = p->layers[(size_t) il];
+    const std::string        blk    = "blk." + std::to_string(il) + ".";
+    const int64_t            n_embd = p->file.n_embd, n_ff = p->file.n_ff;
+    pinfer_blob              b, t;
+    if (rank != n_embd || n_embd % 32 != 0) {
+        return damaged(p, il, "has a rank that its kind does not allow", err);
+    }
+    if (!pinfer_artefact_tensor(&p->file, (blk + "pred_b").c_str(), GGML_TYPE_I8, n_embd * bits / 8, n_ff, &b, err) ||
+        !pinfer_artefact_tensor(&p->file, (blk + "pred_t").c_str(), GGML_TYPE_F32, n_ff, 1, &t, err)) {
+        return false;
+    }
+    if (!b.data || !t.data) {
+        return damaged(p, il, "is incomplete", err);
+    }
+    layer.bits  = bits;
+    layer.rank  = rank;
+    layer.b     = b.data;
+    layer.b_row = (size_t) (n_embd * bits / 8);
+    layer.t     = (const float *) t.data;
+    return true;
+}
+
+static bool read_layer(pinfer_predictor * p, int64_t il, const std::string & kind, int64_t rank, const pinfer_origin & origin,
+                       std::string * err) {
+    pinfer_predictor_layer & layer  = p->layers[(size_t) il];
+    const int64_t            n_embd = p->file.n_embd, n_ff = p->file.n_ff;
+    if (kind == "none") {
+        return true;
+    }
+    if (origin.header.layers[(size_t) il].n_ff() != n_ff) {
+        return damaged(p, il, "does not have the width of the model's FFN", err);
+    }
+    if (bits_of(kind)) {
+        return read_few_bits(p, il, bits_of(kind), rank, err);
+    }
+    if (kind != "low_rank" && kind != "mlp") {
+        return damaged(p, il, "has a predictor of the unknown kind '" + kind + "'", err);
+    }
+    if (rank == 0 || rank % 32 != 0) {
+        return damaged(p, il, "has a rank that its kind does not allow", err);
+    }
+    const std::string blk = "blk." + std::to_string(il) + ".";
+    pinfer_blob       a, b, t;
+    if (!pinfer_artefact_tensor(&p->file, (blk + "pred_a").c_str(), GGML_TYPE_COUNT, n_embd, rank, &a, err) ||
+        !pinfer_artefact_tensor(&p->file, (blk + "pred_b").c_str(), GGML_TYPE_COUNT, rank, n_ff, &b, err) ||
+        !pinfer_artefact_tensor(&p->file, (blk + "pred_t").c_str(), GGML_TYPE_F32, n_ff, 1, &t, err)) {
+        return false;
+    }
+    layer.a_kernel = a.data ? pinfer_kernel_get(a.type) : nullptr;
+    layer.b_kernel = b.data ? pinfer_kernel_get(b.type) : nullptr;
+    if (!layer.a_kernel || !layer.b_kernel || !t.data) {
+        return damaged(p, il, "is incomplete", err);
+    }
+    layer.rank  = rank;
+    layer.relu  = kind == "mlp";
+    layer.a     = a.data;
+    layer.b     = b.data;
+    layer.t     = (const float *) t.data;
+    layer.a_row = ggml_row_size(a.type, n_embd);
+    layer.b_row = ggml_row_size(b.type, rank);
+    return true;
+}
+
+bool pinfer_predictor_open(pinfer_predictor * p, const char * path, const pinfer_origin & origin, std::string * err) {
+    if (!pinfer_artefact_open(&p->file, path, "predictor", origin, err)) {
+        return false;
+    }
+    const auto               n_layer = (size_t) p->file.n_layer;
+    std::vector<std::string> kind;
+    std::vector<uint32_t>    rank;
+    if (!pinfer_gguf_str_array(p->file.gguf, "pinfer.predictor.kind", &kind) ||
+        !pinfer_gguf_u32_array(p->file.gguf, "pinfer.predictor.rank", &rank) || kind.size() != n_layer || rank.size() != n_layer) {
+        return pinfer_artefact_damaged(&p->file, "it lacks the kind or rank of a layer", err);
+    }
+    p->layers.resize(n_layer);
+    for (size_t il = 0; il < n_layer; il++) {
+        if (!read_layer(p, (int64_t) il, kind[il], rank[il], origin, err)) {
+            return false;
+        }
+    }
+    return true;
+}
+
+// False where B has no tiles: its rows are used as they are.
+static bool choose_tiles(pinfer_predictor_layer * p) {
+    if (p->bits) {
+        p->multiply = pinfer_bits_multiply(p->bits);
+        p->tile     = pinfer_bits_tile_size(p->bits, p->rank);
+    } else if (p->b_kernel->pack_small) {
+        p->multiply = p->b_kernel->multiply_small;
+        p->tile     = pinfer_small_tile_size(p->rank);
+    } else {
+        p->multiply = p->b_kernel->multiply;
+        p->tile     = pinfer_tile_size(p->rank);
+    }
+    return p->multiply;
+}
+
+static void pack_tile(const pinfer_predictor_layer & p, const void * const * rows, void * tile) {
+    if (p.bits) {
+        pinfer_bits_pack(p.bits, p.rank, rows, tile);
+    } else {
+        (p.b_kernel->pack_small ? p.b_kernel->pack_small : p.b_kernel->pack)(0, p.rank, rows, tile);
+    }
+}
+
+void pinfer_predictor_arrange(pinfer_predictor * p, const std::vector<pinfer_neurons> * neurons) {
+    for (size_t il = 0; il < p->layers.size(); il++) {
+        pinfer_predictor_layer & layer = p->layers[il];
+        const int64_t            n     = neurons ? (*neurons)[il].n : p->file.n_ff;
+        const int32_t *          ids   = neurons ? (*neurons)[il].ids : nullptr;
+        if (layer.rank == 0 || n == 0) {
+            continue;
+        }
+        const int64_t groups = (n + PINFER_TILE_ROWS - 1) / PINFER_TILE_ROWS;
+        layer.thresholds.assign((size_t) (groups * PINFER_TILE_ROWS), std::numeric_limits<float>::infinity());
+        for (int64_t j = 0; j < n; j++) {
+            layer.thresholds[(size_t) j] = layer.t[ids ? ids[j] : j];
+        }
+        if (!choose_tiles(&layer)) {
+            continue;
+        }
+        layer.tiles.allocate((size_t) groups * layer.tile);
+#pragma omp parallel for
+        for (int64_t g = 0; g < groups; g++) {
+            const void * rows[PINFER_TILE_ROWS];
+            for (int64_t r = 0; r < PINFER_TILE_ROWS; r++) {
+                const int64_t j = std::min(g * PINFER_TILE_ROWS + r, n - 1);
+                rows[r]         = layer.b + (size_t) (ids ? ids[j] : j) * layer.b_row;
+            }
+            pack_tile(layer, rows, layer.tiles.data + (size_t) g * layer.tile);
+        }
+        pinfer_artefact_release(layer.b, (size_t) p->file.n_ff * layer.b_row);
+    }
+}
+
+void pinfer_predictor_scores(const pinfer_predictor_layer & p, const int32_t * ids, int64_t j, int64_t n, const uint8_t * z,
+                             size_t z_row, int64_t n_tokens, float * score) {
+    std::fill(score, score + n_tokens * PINFER_TILE_ROWS, 0.0f);
+    if (p.tiles.data) {
+        p.multiply(p.rank, 0, p.rank, p.tiles.data + (size_t) (j / PINFER_TILE_ROWS) * p.tile, z, z_row, n_tokens, score,
+                   PINFER_TILE_ROWS);
+        return;
+    }
+    for (int64_t r = 0; r < n; r++) {
+        const uint8_t * row = p.b + (size_t) (ids ? ids[j + r] : j + r) * p.b_row;
+        for (int64_t t = 0; t < n_tokens; t++) {
+            score[t * PINFER_TILE_ROWS + r] = pinfer_kernel_dot(p.b_kernel, p.rank, row, z + (size_t) t * z_row);
+        }
+    }
+}

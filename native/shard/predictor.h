@@ -1,0 +1,61 @@
+// predictor.h: names the neurons of a layer that may fire (docs/formats.md, predictor.gguf).
+#pragma once
+
+#include "artefact.h"
+#include "cold.h"
+#include "kernels.h"
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+// Memory of its own, 64-byte aligned, in huge pages where the system gives them.
+struct pinfer_buffer {
+    uint8_t * data = nullptr;
+
+    pinfer_buffer() = default;
+    pinfer_buffer(const pinfer_buffer &) = delete;
+    pinfer_buffer & operator=(const pinfer_buffer &) = delete;
+    pinfer_buffer(pinfer_buffer && other) noexcept : data(other.data) { other.data = nullptr; }
+    ~pinfer_buffer();
+
+    void allocate(size_t n_bytes); // throws std::bad_alloc
+};
+
+// One layer: hidden z = A·x (mlp: relu of it), score_i = B_i·z, neuron i is a candidate when score_i > t_i. Where B is of a
+// few bits, z is x itself.
+struct pinfer_predictor_layer {
+    int64_t               rank = 0; // 0: no predictor, every neuron is a candidate
+    int                   bits = 0; // of the numbers of B, 0: b_kernel's type
+    bool                  relu = false;
+    const pinfer_kernel * a_kernel = nullptr;
+    const pinfer_kernel * b_kernel = nullptr;
+    const uint8_t *       a = nullptr; // [rank] rows of n_embd
+    const uint8_t *       b = nullptr; // [n_ff] rows of rank
+    const float *         t = nullptr; // [n_ff]
+    size_t                a_row = 0;   // bytes
+    size_t                b_row = 0;
+
+    // t in the order of the neurons that are scored, infinite up to a multiple of PINFER_TILE_ROWS; and B in tiles, empty
+    // where its type has none.
+    std::vector<float> thresholds;
+    pinfer_buffer      tiles;
+    pinfer_multiply_fn multiply = nullptr;
+    size_t             tile = 0; // bytes
+};
+
+struct pinfer_predictor {
+    pinfer_artefact                     file;
+    std::vector<pinfer_predictor_layer> layers;
+};
+
+// Arranges B for the given neurons of each layer (null: all of them in the model's order), so that scores stream from memory.
+void pinfer_predictor_arrange(pinfer_predictor * p, const std::vector<pinfer_neurons> * neurons);
+
+// score[t*PINFER_TILE_ROWS + r] of the neurons at places j to j + n - 1 (j a multiple of PINFER_TILE_ROWS, n at most that
+// many, any finite number beyond them) for the n_tokens prepared hidden vectors z.
+void pinfer_predictor_scores(const pinfer_predictor_layer & p, const int32_t * ids, int64_t j, int64_t n, const uint8_t * z,
+                             size_t z_row, int64_t n_tokens, float * score);
+
+bool pinfer_predictor_open(pinfer_predictor * p, const char * path, const pinfer_origin & origin, std::string * err);
