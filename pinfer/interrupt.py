@@ -1,4 +1,4 @@
-"""Ctrl-C held back while something must not be cut short."""
+"""Defers Ctrl-C while something must not be interrupted."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from types import FrameType
 
 @dataclass
 class HeldInterrupt:
-    """Whether Ctrl-C was pressed since the block was entered."""
+    """Whether Ctrl-C was pressed inside the block."""
 
     seen: bool = False
 
 
 @contextmanager
 def hold_interrupt() -> Iterator[HeldInterrupt]:
-    """Within the block Ctrl-C only sets ``seen``; who entered it looks there and ends in good order.
+    """Within the block Ctrl-C only sets ``seen``, which the caller checks to stop cleanly.
 
-    In threads other than the main one, which get no signals, nothing is ever seen.
+    Only the main thread receives signals; in other threads ``seen`` stays False.
     """
     held = HeldInterrupt()
 

@@ -1,4 +1,4 @@
-"""What a model is, what was prepared for it, and how pinfer will run it. Reads headers, no weights."""
+"""Describes a model, its artefacts and how pinfer will run it. Reads headers, not weights."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _USED = ("predictor", "placement", "hot", "cold")
 
 @dataclass(frozen=True, kw_only=True)
 class ShowOptions(ExecutionOptions):
-    """Settings of ``pinfer show``: what a run would be asked for."""
+    """Settings of ``pinfer show``, the same as those of a run."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Part:
 
     bytes: int
     types: Mapping[str, int]
-    """bytes by type, the most first"""
+    """bytes by type, largest first"""
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class ShowReport:
     plan: str
     """how pinfer will run the model, one sentence"""
     next: str
-    """the command that comes next"""
+    """the command to run next"""
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain JSON values."""
@@ -210,7 +210,7 @@ def _checked_together(found: dict[str, ArtefactState]) -> tuple[ArtefactState, .
     """The shards must belong together, and to the placement."""
     placement, hot, cold = found["placement"], found["hot"], found["cold"]
     if hot.state == FITS and cold.state == ABSENT:
-        found["hot"] = replace(hot, state=UNUSABLE, problem=f"{hot.path} has no {cold.path.name} beside it")
+        found["hot"] = replace(hot, state=UNUSABLE, problem=f"{hot.path} exists without {cold.path.name}")
     halves = [shard for shard in (hot, cold) if shard.state == FITS]
     ids = {shard.facts["placement_id"] for shard in halves}
     for shard in halves:
@@ -290,13 +290,13 @@ def _shard_facts(path: Path, kind: str, model: Model) -> dict[str, Any]:
 
 
 def _plan(model: Model, artefacts: Sequence[ArtefactState], options: ShowOptions) -> tuple[str, str]:
-    """Mode and a sentence: what ``pinfer run`` does with the model and these artefacts."""
+    """Mode and a sentence on what ``pinfer run`` does with the model and these artefacts."""
     try:
         mode = decide(model, options).mode
     except PinferError as error:
         bad = dict.fromkeys(a.mend for a in artefacts if a.kind in _USED and a.state == UNUSABLE)
         again = " and ".join(bad) or str(error)
-        return "refused", f"run refuses artefacts that do not fit: make them again ({again}), or run --no-artefacts"
+        return "refused", f"run cannot use these artefacts: make them again ({again}), or pass --no-artefacts"
     if mode == "dense" and model.activation not in ACTIVATIONS:
         return mode, f"no exact zeros (SiLU, GELU or similar in {model.arch}): runs dense on stock libllama"
     if mode == "dense":
@@ -326,7 +326,7 @@ def _exact(model: Model, active: float | None, is_split: bool) -> str:
         return f"exact mode: skips the {saved} of {inactive}"
     if model.gated:
         return f"exact mode: skips the up projection of {inactive}, and the down projection after `pinfer split`"
-    return f"exact mode: skips the down projection of {inactive} after `pinfer split`, and nothing before it"
+    return f"exact mode: skips the down projection of {inactive} only after `pinfer split`"
 
 
 def _next(model: Model, artefacts: Sequence[ArtefactState]) -> str:

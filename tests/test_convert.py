@@ -333,7 +333,7 @@ def test_config_that_contradicts_the_weights(
 def test_config_that_is_no_json(command: CommandLine, tmp_path: Path) -> None:
     folder = copy(ONE_FILE, tmp_path)
     (folder / "config.json").write_text("{")
-    refused(command("convert", folder), command.folder, "config.json cannot be read")
+    refused(command("convert", folder), command.folder, "config.json is damaged")
     (folder / "config.json").write_text("[]")
     refused(command("convert", folder), command.folder, "config.json")
 

@@ -217,6 +217,8 @@ def test_damaged_files(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(whole[: len(whole) // 2])
     assert "tokenizer.json is damaged" in refusal(tmp_path)
     (tmp_path / "tokenizer.json").write_text("[]")
+    assert "it holds a list, not an object" in refusal(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
     assert "it has no vocabulary" in refusal(tmp_path)
     edited(tmp_path, merges=[["a", "b", "c"]])
     assert "is damaged" in refusal(tmp_path)

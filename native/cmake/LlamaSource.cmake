@@ -53,7 +53,7 @@ function(pinfer_llama_source ggml_version out)
         if(NOT EXISTS "${stamp}")
             pinfer_llama_sdist(sdist)
             file(REMOVE_RECURSE "${unpacked}")
-            set(parts ggml/CMakeLists.txt ggml/src/ggml-backend-impl.h common/*.h common/*.hpp scripts/ui-assets.cmake src/llama-ext.h
+            set(parts ggml/CMakeLists.txt ggml/src/ggml-backend-impl.h ggml/src/ggml-impl.h common/*.h common/*.hpp scripts/ui-assets.cmake src/llama-ext.h
                       tools/completion/* tools/cli/* tools/server/*.cpp tools/server/*.h tools/llama-bench/*
                       tools/perplexity/* tools/mtmd/*.h tools/ui/* vendor/cpp-httplib/*.h vendor/nlohmann/*
                       vendor/sheredom/*)
@@ -77,11 +77,14 @@ function(pinfer_llama_source ggml_version out)
     set(${out} "${source}" PARENT_SCOPE)
 endfunction()
 
-# Creates the target pinfer::backend-header: a folder with ggml-backend-impl.h and nothing else of ggml's own sources.
+# Creates the target pinfer::backend-header: a folder with ggml-backend-impl.h and ggml-impl.h (the graph as a backend gets it),
+# and nothing else of ggml's own sources.
 function(pinfer_add_backend_header source)
     set(folder "${CMAKE_BINARY_DIR}/backend-header")
     file(MAKE_DIRECTORY "${folder}")
-    configure_file("${source}/ggml/src/ggml-backend-impl.h" "${folder}/ggml-backend-impl.h" COPYONLY)
+    foreach(header ggml-backend-impl.h ggml-impl.h)
+        configure_file("${source}/ggml/src/${header}" "${folder}/${header}" COPYONLY)
+    endforeach()
     add_library(pinfer-backend-header INTERFACE)
     add_library(pinfer::backend-header ALIAS pinfer-backend-header)
     target_include_directories(pinfer-backend-header SYSTEM INTERFACE "${folder}")

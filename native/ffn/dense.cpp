@@ -1,6 +1,6 @@
 // dense.cpp: the dense ways: whole products by tiles of rows, or by ggml's CPU backend on the graph's own nodes where a
 // type has no tiles; the activation by the model's rule.
-#include "plan.h"
+#include "dense.h"
 
 #include "kernels.h"
 
@@ -12,39 +12,27 @@ static const int64_t TILE_COLUMNS = 4096;
 // Tokens multiplied at a time: their x stays in the last-level cache.
 static const int64_t TILE_TOKENS = 512;
 
-ggml_status pinfer_dense_nodes(pinfer_engine * e, ggml_tensor * const * nodes, int n) {
-    ggml_graph_clear(e->graph);
-    int queued = 0;
-    for (int i = 0; i < n; i++) {
-        if (nodes[i]) {
-            ggml_graph_add_node(e->graph, nodes[i]);
-            queued++;
-        }
-    }
-    return queued ? ggml_backend_graph_compute(e->cpu, e->graph) : GGML_STATUS_SUCCESS;
-}
-
 // h of n products; gate is up where the FFN has no gate.
-static void activate_all(const pinfer_engine * e, pinfer_rule rule, const float * gate, const float * up, float * h, int64_t n) {
-#pragma omp parallel for num_threads(e->n_threads) schedule(static) firstprivate(rule) // h might be it otherwise
+static void activate_all(const pinfer_team * team, pinfer_rule rule, const float * gate, const float * up, float * h, int64_t n) {
+#pragma omp parallel for num_threads(team->n_threads) schedule(static) firstprivate(rule) // h might be it otherwise
     for (int64_t i = 0; i < n; i++) {
         h[i] = pinfer_activate(rule, gate[i], up[i]);
     }
 }
 
-void pinfer_dense_activation(const pinfer_engine * e, const pinfer_ffn & f, const pinfer_rule & rule) {
+void pinfer_dense_activation(const pinfer_team * team, const pinfer_ffn & f, const pinfer_rule & rule) {
     const float * up = (const float *) f.up.out()->data;
-    activate_all(e, rule, f.gated() ? (const float *) f.gate.out()->data : up, up, (float *) f.h->data, ggml_nelements(f.h));
+    activate_all(team, rule, f.gated() ? (const float *) f.gate.out()->data : up, up, (float *) f.h->data, ggml_nelements(f.h));
 }
 
 // Tokens and neurons of a decode step that had to be dense (no shards): the report still wants to know what fired.
-static void count_active(pinfer_state * s, const pinfer_ffn & f) {
+static void count_active(pinfer_model * m, const pinfer_ffn & f) {
     const float * h = (const float *) f.h->data;
     const int64_t n = ggml_nelements(f.h);
-    s->stats.n_tokens += (uint64_t) f.h->ne[1];
-    s->stats.n_neurons += (uint64_t) n;
-    s->stats.n_candidates += (uint64_t) n;
-    s->stats.n_active += (uint64_t) (n - std::count(h, h + n, 0.0f));
+    m->stats.n_tokens += (uint64_t) f.h->ne[1];
+    m->stats.n_neurons += (uint64_t) n;
+    m->stats.n_candidates += (uint64_t) n;
+    m->stats.n_active += (uint64_t) (n - std::count(h, h + n, 0.0f));
 }
 
 namespace {
@@ -92,18 +80,18 @@ void dot_rows(const tile_job & j, int64_t row) {
     }
 }
 
-void multiply_tiles(pinfer_engine * e, const pinfer_rows & rows, int64_t n, int64_t n_rows, const float * x, int64_t n_tokens,
+void multiply_tiles(pinfer_team * team, const pinfer_rows & rows, int64_t n, int64_t n_rows, const float * x, int64_t n_tokens,
                     float * out) {
     const pinfer_kernel * kernel = rows.kernel;
     const int64_t         most   = std::min(n_tokens, TILE_TOKENS);
     const size_t          x_row  = (pinfer_kernel_prepared_size(kernel->x_type, n) + 63) / 64 * 64;
     const size_t          tile   = pinfer_tile_size(std::min(n, TILE_COLUMNS));
     const size_t          beside = (size_t) (most * PINFER_TILE_ROWS) * sizeof(float);
-    uint8_t * const       x_all  = pinfer_engine_arena(e, x_row * (size_t) most + (tile + beside) * (size_t) e->n_threads);
+    uint8_t * const       x_all  = pinfer_team_arena(team, x_row * (size_t) most + (tile + beside) * (size_t) team->n_threads);
     uint8_t * const       own    = x_all + x_row * (size_t) most; // of each thread
     for (int64_t t = 0; t < n_tokens; t += most) {
         const tile_job j = {rows, n, n_rows, std::min(most, n_tokens - t), x_all, x_row, out + t * n_rows};
-#pragma omp parallel num_threads(e->n_threads)
+#pragma omp parallel num_threads(team->n_threads)
         {
             const int ith = omp_get_thread_num(), nth = omp_get_num_threads();
             for (int64_t k = ith; k < j.n_tokens; k += nth) {
@@ -124,10 +112,10 @@ void multiply_tiles(pinfer_engine * e, const pinfer_rows & rows, int64_t n, int6
 }
 
 // By ggml, from tensors made for this one product.
-ggml_status multiply_ggml(pinfer_engine * e, const pinfer_rows & rows, int64_t n, int64_t n_rows, const float * x, int64_t n_tokens,
+ggml_status multiply_ggml(pinfer_team * team, const pinfer_rows & rows, int64_t n, int64_t n_rows, const float * x, int64_t n_tokens,
                           float * out) {
-    ggml_init_params params = {.mem_size = 4 * ggml_tensor_overhead(), .mem_buffer = nullptr, .no_alloc = true};
-    ggml_context *   ctx    = ggml_init(params);
+    std::vector<uint8_t> memory(4 * ggml_tensor_overhead()); // ggml's own allocation would abort
+    ggml_context *       ctx = ggml_init({.mem_size = memory.size(), .mem_buffer = memory.data(), .no_alloc = true});
     ggml_tensor *    w      = ggml_new_tensor_2d(ctx, rows.kernel->type, n, n_rows);
     ggml_tensor *    v      = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n, n_tokens);
     ggml_tensor *    y      = ggml_mul_mat(ctx, w, v);
@@ -135,38 +123,64 @@ ggml_status multiply_ggml(pinfer_engine * e, const pinfer_rows & rows, int64_t n
     v->data = const_cast<float *>(x);
     y->data = out;
     y->flags |= GGML_TENSOR_FLAG_COMPUTE; // what building a graph from y would do
-    const ggml_status status = pinfer_dense_nodes(e, &y, 1);
+    const ggml_status status = pinfer_team_nodes(team, &y, 1);
     ggml_free(ctx);
-    for (int64_t i = 0; rows.bias && i < n_rows * n_tokens; i++) {
-        out[i] += rows.bias[i % n_rows];
+    if (rows.bias) {
+        pinfer_dense_add(team, out, rows.bias, n_rows, n_tokens, out);
     }
     return status;
 }
 
 } // namespace
 
-ggml_status pinfer_dense_rows(pinfer_engine * e, const pinfer_rows & rows, int64_t n, int64_t n_rows, const float * x,
+// The products of n_rows rows, from x [n_tokens, n] into out [n_tokens, n_rows].
+static ggml_status dense_rows(pinfer_team * team, const pinfer_rows & rows, int64_t n, int64_t n_rows, const float * x,
                               int64_t n_tokens, float * out) {
     if (!rows.kernel->multiply) {
-        return multiply_ggml(e, rows, n, n_rows, x, n_tokens, out);
+        return multiply_ggml(team, rows, n, n_rows, x, n_tokens, out);
     }
-    multiply_tiles(e, rows, n, n_rows, x, n_tokens, out);
+    multiply_tiles(team, rows, n, n_rows, x, n_tokens, out);
     return GGML_STATUS_SUCCESS;
 }
 
-ggml_status pinfer_dense_product(pinfer_engine * e, const pinfer_product & p, const float * x) {
+ggml_status pinfer_dense_product(pinfer_team * team, pinfer_model * m, const pinfer_product & p, const float * x) {
     if (!p.mul_mat) {
         return GGML_STATUS_SUCCESS;
     }
-    const pinfer_rows rows = pinfer_model_rows(p);
+    const pinfer_rows rows = pinfer_model_rows(m, p);
+    float * const     out  = (float *) p.out()->data;
     if (rows.kernel && rows.kernel->multiply) {
-        return pinfer_dense_rows(e, rows, p.weight->ne[0], p.weight->ne[1], x, p.out()->ne[1], (float *) p.out()->data);
+        return dense_rows(team, rows, p.weight->ne[0], p.weight->ne[1], x, p.out()->ne[1], out);
     }
-    ggml_tensor * nodes[] = {p.mul_mat, p.add};
-    return pinfer_dense_nodes(e, nodes, 2);
+    const ggml_status status = pinfer_team_nodes(team, &p.mul_mat, 1);
+    if (rows.bias) {
+        pinfer_dense_add(team, (const float *) p.mul_mat->data, rows.bias, p.weight->ne[1], p.out()->ne[1], out);
+    }
+    return status;
 }
 
-pinfer_rows pinfer_model_rows(const pinfer_product & p) {
+const float * pinfer_dense_bias(pinfer_model * m, const ggml_tensor * bias) {
+    if (!bias || bias->type == GGML_TYPE_F32) {
+        return bias ? (const float *) bias->data : nullptr;
+    }
+    std::vector<float> & values = m->biases[bias->data];
+    if (values.empty()) {
+        values.resize((size_t) bias->ne[0]);
+        ggml_get_type_traits(bias->type)->to_float(bias->data, values.data(), bias->ne[0]);
+    }
+    return values.data();
+}
+
+void pinfer_dense_add(const pinfer_team * team, const float * in, const float * bias, int64_t n, int64_t n_tokens, float * out) {
+#pragma omp parallel for num_threads(team->n_threads) schedule(static) if (n * n_tokens > (1 << 16))
+    for (int64_t t = 0; t < n_tokens; t++) {
+        for (int64_t k = 0; k < n; k++) {
+            out[t * n + k] = in[t * n + k] + bias[k];
+        }
+    }
+}
+
+pinfer_rows pinfer_model_rows(pinfer_model * m, const pinfer_product & p) {
     if (!p.mul_mat) {
         return {};
     }
@@ -174,15 +188,16 @@ pinfer_rows pinfer_model_rows(const pinfer_product & p) {
         .data   = (const uint8_t *) p.weight->data,
         .stride = p.weight->nb[1],
         .kernel = pinfer_kernel_get(p.weight->type),
-        .bias   = p.bias ? (const float *) p.bias->data : nullptr,
+        .bias   = pinfer_dense_bias(m, p.bias),
     };
 }
 
 // Tokens [begin, end) of y += h times the down rows, of which most are multiplied by zero: 16 rows at a time for tokens that
-// share the work of unpacking them.
-static void sum_down(const pinfer_neurons & neurons, const float * h, int64_t n, float * y, int64_t begin, int64_t end) {
-    const int64_t      most = 128;
-    std::vector<float> factor((size_t) (PINFER_TILE_ROWS * most)), scratch((size_t) n);
+// share the work of unpacking them. scratch has room for n values.
+static void sum_down(const pinfer_neurons & neurons, const float * h, int64_t n, float * y, int64_t begin, int64_t end,
+                     float * scratch) {
+    const int64_t most = 128;
+    float         factor[PINFER_TILE_ROWS * most];
     for (int64_t t0 = begin; t0 < end; t0 += most) {
         const int64_t n_tokens = std::min(most, end - t0);
         std::fill(y + t0 * n, y + (t0 + n_tokens) * n, 0.0f);
@@ -197,12 +212,12 @@ static void sum_down(const pinfer_neurons & neurons, const float * h, int64_t n,
                     factor[(size_t) (r * n_tokens + t)] = h[(t0 + t) * neurons.n + j + r];
                 }
             }
-            pinfer_kernel_accumulate(neurons.down.kernel, n, n_rows, rows, factor.data(), n_tokens, y + t0 * n, scratch.data());
+            pinfer_kernel_accumulate(neurons.down.kernel, n, n_rows, rows, factor, n_tokens, y + t0 * n, scratch);
         }
     }
 }
 
-ggml_status pinfer_dense_neurons(pinfer_engine * e, const pinfer_ffn & f, const pinfer_neurons & neurons, const pinfer_rule & rule,
+ggml_status pinfer_dense_neurons(pinfer_team * team, const pinfer_ffn & f, const pinfer_neurons & neurons, const pinfer_rule & rule,
                                  const float * x) {
     const int64_t n_embd = f.x->ne[0], n_tokens = f.x->ne[1];
     float * const up     = (float *) f.up.out()->data;
@@ -211,40 +226,41 @@ ggml_status pinfer_dense_neurons(pinfer_engine * e, const pinfer_ffn & f, const 
     float * const y      = (float *) f.down.out()->data;
     ggml_status   status = GGML_STATUS_SUCCESS;
     if (f.gated()) {
-        status = pinfer_dense_rows(e, neurons.gate, n_embd, neurons.n, x, n_tokens, gate);
+        status = dense_rows(team, neurons.gate, n_embd, neurons.n, x, n_tokens, gate);
     }
     if (status == GGML_STATUS_SUCCESS) {
-        status = pinfer_dense_rows(e, neurons.up, n_embd, neurons.n, x, n_tokens, up);
+        status = dense_rows(team, neurons.up, n_embd, neurons.n, x, n_tokens, up);
     }
     if (status != GGML_STATUS_SUCCESS) {
         return status;
     }
-    activate_all(e, rule, gate, up, h, neurons.n * n_tokens);
-#pragma omp parallel num_threads(e->n_threads)
+    activate_all(team, rule, gate, up, h, neurons.n * n_tokens);
+    float * const scratch = (float *) pinfer_team_arena(team, (size_t) (team->n_threads * n_embd) * sizeof(float));
+#pragma omp parallel num_threads(team->n_threads)
     {
         const int ith = omp_get_thread_num(), nth = omp_get_num_threads();
-        sum_down(neurons, h, n_embd, y, n_tokens * ith / nth, n_tokens * (ith + 1) / nth);
+        sum_down(neurons, h, n_embd, y, n_tokens * ith / nth, n_tokens * (ith + 1) / nth, scratch + ith * n_embd);
     }
     return GGML_STATUS_SUCCESS;
 }
 
-ggml_status pinfer_dense_ffn(pinfer_engine * e, pinfer_state * s, const pinfer_ffn & f, const pinfer_rule & rule) {
+ggml_status pinfer_dense_ffn(pinfer_team * team, pinfer_model * m, const pinfer_ffn & f, const pinfer_rule & rule) {
     const float * x = (const float *) f.x->data;
     for (const pinfer_product * p : {&f.gate, &f.up}) {
-        const ggml_status status = pinfer_dense_product(e, *p, x);
+        const ggml_status status = pinfer_dense_product(team, m, *p, x);
         if (status != GGML_STATUS_SUCCESS) {
             return status;
         }
     }
     // x may be gone once the nodes below are computed: the allocator reuses memory in graph order
-    pinfer_dense_activation(e, f, rule);
-    if (s->observer.on) {
-        pinfer_observer_add(&s->observer, f.layer, x, (const float *) f.h->data, f.x->ne[0], f.h->ne[0], f.x->ne[1], e->n_threads);
+    pinfer_dense_activation(team, f, rule);
+    if (m->observer.on) {
+        pinfer_observer_add(&m->observer, f.layer, x, (const float *) f.h->data, f.x->ne[0], f.h->ne[0], f.x->ne[1], team->n_threads);
     }
-    if (f.h->ne[1] < s->n_batch_dense) {
-        count_active(s, f);
+    if (f.h->ne[1] < m->settings.n_batch_dense) {
+        count_active(m, f);
     } else {
-        s->stats.n_tokens_dense += (uint64_t) f.h->ne[1];
+        m->stats.n_tokens_dense += (uint64_t) f.h->ne[1];
     }
-    return pinfer_dense_product(e, f.down, (const float *) f.h->data);
+    return pinfer_dense_product(team, m, f.down, (const float *) f.h->data);
 }

@@ -1,223 +1,294 @@
-// ffn.cpp: one matched FFN: sparse or dense, from the shards or from the model.
+// plan.cpp: which way an FFN goes. A batch is short (only the neurons that fire are computed) or long (all of them, as whole
+// products), and its neurons come from the model or from its shards.
 #include "plan.h"
 
+#include "dense.h"
 #include "sparse.h"
+#include "trace.h"
 
 #include <algorithm>
 #include <cstring>
 
 namespace {
 
-// Values that are added by one thread: to wake the others costs more.
-const int64_t FEW_VALUES = 1 << 16;
-
-// dst [n_tokens, n_embd] += the hot parts in the order of their devices, then the bias.
-void add_rest(pinfer_engine * e, const pinfer_ffn & f) {
-    const int64_t n_embd = f.down.out()->ne[0];
-    const int64_t n      = ggml_nelements(f.down.out());
-    const float * bias   = f.down.bias ? (const float *) f.down.bias->data : nullptr;
-    float *       dst    = (float *) f.down.out()->data;
-    if (e->hot_y.empty() && !bias) {
-        return;
-    }
-#pragma omp parallel for num_threads(e->n_threads) schedule(static) if (n > FEW_VALUES)
-    for (int64_t t = 0; t < n; t += n_embd) {
-        for (const float * y : e->hot_y) {
-            for (int64_t k = 0; k < n_embd; k++) {
-                dst[t + k] += y[t + k];
-            }
-        }
-        for (int64_t k = 0; bias && k < n_embd; k++) {
-            dst[t + k] += bias[k];
-        }
-    }
-}
-
-bool is_beside(const ggml_tensor * x, const ggml_tensor * out) {
+bool is_apart(const ggml_tensor * x, const ggml_tensor * out) {
     const char * const data = (const char *) x->data, * const to = (const char *) out->data;
     return data + ggml_nbytes(x) <= to || to + ggml_nbytes(out) <= data;
 }
 
 // x of the FFN, or a copy of it where the graph has given its memory to what is written while x is still read: the output,
 // and the activation where a device may read x so late.
-const float * x_beside(pinfer_engine * e, const pinfer_ffn & f, const ggml_tensor * out, const ggml_tensor * h = nullptr) {
+const float * x_apart(pinfer_team * team, const pinfer_ffn & f, const ggml_tensor * out, const ggml_tensor * h = nullptr) {
     const float * const data = (const float *) f.x->data;
-    if (is_beside(f.x, out) && (!h || is_beside(f.x, h))) {
+    if (is_apart(f.x, out) && (!h || is_apart(f.x, h))) {
         return data;
     }
-    e->x_copy.assign(data, data + ggml_nelements(f.x));
-    return e->x_copy.data();
+    team->x_copy.assign(data, data + ggml_nelements(f.x));
+    return team->x_copy.data();
 }
 
-// Behind shards nothing reads the model's own matrices.
-void release_weights(const pinfer_ffn & f) {
-    for (const ggml_tensor * weight : {f.gate.weight, f.up.weight, f.down.weight}) {
-        if (weight) {
-            pinfer_release_weight(weight);
+void count(pinfer_model * m, const pinfer_sparse_counts & c) {
+    m->stats.n_candidates += c.candidates;
+    m->stats.n_active += c.active;
+}
+
+// The part of an FFN that the hot devices compute. Whatever happens after it has begun, an exception too, it ends before its
+// owner does: the devices read x and write to their buffers until they are done.
+class hot_part {
+public:
+    hot_part(pinfer_model * m, const pinfer_hot_job & job) : model(m), job(job) {
+        // a CPU device computes when it is begun: those that do not need these cores come first
+        for (const bool here : {false, true}) {
+            each([&](pinfer_hot & hot) {
+                if ((hot.drive == PINFER_HOT_INLINE) == here) {
+                    pinfer_hot_begin(&hot, job);
+                }
+            });
         }
+        running = true;
     }
-}
 
-void count(pinfer_state * s, const pinfer_sparse_counts & c) {
-    s->stats.n_candidates += c.candidates;
-    s->stats.n_active += c.active;
-}
+    ~hot_part() { end(); }
+    hot_part(const hot_part &) = delete;
+    hot_part & operator=(const hot_part &) = delete;
 
-// Sets the devices that have neurons of the layer to work.
-void begin_hot(pinfer_engine * e, pinfer_state * s, const pinfer_hot_job & job) {
-    e->hot_working.clear();
-    e->hot_y.clear();
-    for (const auto & hot : s->hot) {
-        if (hot->layers[(size_t) job.layer].n > 0) {
-            e->hot_working.push_back(hot.get());
+    // Waits for all devices, also behind one that has failed, which it returns.
+    const pinfer_hot * end() {
+        const pinfer_hot * failed = nullptr;
+        if (running) {
+            each([&](pinfer_hot & hot) {
+                if (!pinfer_hot_end(&hot) && !failed) {
+                    failed = &hot;
+                }
+            });
         }
+        running = false;
+        return failed;
     }
-    // a CPU device computes when it is begun: those that do not need these cores come first
-    for (const bool here : {false, true}) {
-        for (pinfer_hot * hot : e->hot_working) {
-            if ((hot->drive == PINFER_HOT_INLINE) == here) {
-                pinfer_hot_begin(hot, job);
+
+    // The devices that have neurons of the layer, in the order in which their sums are added.
+    template <typename F> void each(F && f) const {
+        for (const auto & hot : model->hot) {
+            if (hot->layers[(size_t) job.layer].n > 0) {
+                f(*hot);
             }
         }
     }
-}
 
-// Waits for all of them, also behind one that has failed: what they still write to stays theirs until they are done.
-bool end_hot(pinfer_engine * e, pinfer_state * s) {
-    bool ok = true;
-    for (pinfer_hot * hot : e->hot_working) {
-        const float * y = pinfer_hot_end(hot);
-        if (!y && ok) {
-            pinfer_state_fail(s, hot->failure);
-            ok = false;
+private:
+    pinfer_model *         model;
+    const pinfer_hot_job & job;
+    bool                   running = false;
+};
+
+// dst [n_tokens, n_embd] += the hot parts in the order of their devices, then the bias.
+void add_rest(const pinfer_team * team, pinfer_model * m, const pinfer_ffn & f, const hot_part & hot) {
+    const int64_t n_embd = f.down.out()->ne[0], n_tokens = f.x->ne[1];
+    float *       dst    = (float *) f.down.out()->data;
+    hot.each([&](const pinfer_hot & device) {
+        const float * y = device.y;
+        const int64_t n = n_embd * n_tokens;
+#pragma omp parallel for num_threads(team->n_threads) schedule(static) if (n > (1 << 16)) // to wake the others costs more
+        for (int64_t k = 0; k < n; k++) {
+            dst[k] += y[k];
         }
-        e->hot_y.push_back(y);
+    });
+    if (const float * bias = pinfer_dense_bias(m, f.down.bias)) {
+        pinfer_dense_add(team, dst, bias, n_embd, n_tokens, dst);
     }
-    return ok;
 }
 
 // Adds the FFN to the counters and to the trace.
-void account(const pinfer_engine * e, pinfer_state * s, const pinfer_span & cold, const pinfer_span & wait, const pinfer_hot_job & job) {
+void account(pinfer_model * m, const pinfer_span & cold, const pinfer_span & wait, const pinfer_hot_job & job, const hot_part & part) {
     pinfer_span hot;
-    for (const pinfer_hot * device : e->hot_working) {
-        const pinfer_span & w = device->worked;
+    part.each([&](const pinfer_hot & device) {
+        const pinfer_span & w = device.worked;
         hot = hot.end > 0.0 ? pinfer_span{std::min(hot.begin, w.begin), std::max(hot.end, w.end)} : w;
-        s->stats.seconds_copy += device->copied.seconds();
-    }
-    if (!e->hot_working.empty()) {
-        s->stats.seconds_hot += hot.seconds();
-        s->stats.seconds_cold += cold.seconds();
-        s->stats.seconds_wait += wait.seconds();
-        s->stats.seconds_overlap += std::max(0.0, std::min(hot.end, cold.end) - std::max(hot.begin, cold.begin));
+        m->stats.seconds_copy += device.copied.seconds();
+    });
+    const bool any_hot = hot.end > 0.0;
+    if (any_hot) {
+        m->stats.seconds_hot += hot.seconds();
+        m->stats.seconds_cold += cold.seconds();
+        m->stats.seconds_wait += wait.seconds();
+        m->stats.seconds_overlap += std::max(0.0, std::min(hot.end, cold.end) - std::max(hot.begin, cold.begin));
     }
     if (!pinfer_trace_on()) {
         return;
     }
-    for (size_t i = 0; i < s->hot.size(); i++) {
-        const pinfer_hot & device = *s->hot[i];
+    std::vector<pinfer_trace_event> events;
+    for (size_t i = 0; i < m->hot.size(); i++) {
+        const pinfer_hot & device = *m->hot[i];
         if (device.layers[(size_t) job.layer].n > 0) {
-            pinfer_trace_add("copy", 0, device.copied, job.layer, job.n_tokens);
-            pinfer_trace_add("hot", (int) i + 1, device.worked, job.layer, job.n_tokens);
+            events.push_back({"copy", 0, device.copied});
+            events.push_back({"hot", (int) i + 1, device.worked});
         }
     }
-    pinfer_trace_add("cold", 0, cold, job.layer, job.n_tokens);
-    if (!e->hot_working.empty()) {
-        pinfer_trace_add("wait", 0, wait, job.layer, job.n_tokens);
+    events.push_back({"cold", 0, cold});
+    if (any_hot) {
+        events.push_back({"wait", 0, wait});
     }
-    pinfer_trace_flush();
+    pinfer_trace_add(events, job.layer, job.n_tokens);
 }
 
-// Neurons lie in shards: cold ones are computed here (sparsely as `sparse` says, null: densely), hot ones on their devices at
-// the same time. The sums meet in a fixed order.
-ggml_status compute_shards(pinfer_engine * e, pinfer_state * s, const pinfer_ffn & f, const pinfer_neurons & cold,
+// Neurons lie in shards: cold ones are computed here (those that fire as `sparse` says, null: all), hot ones on their devices
+// at the same time. The sums meet in a fixed order.
+ggml_status compute_shards(pinfer_team * team, pinfer_model * m, const pinfer_ffn & f, const pinfer_neurons & cold,
                            const pinfer_hot_job & job, const pinfer_sparse_job * sparse) {
-    begin_hot(e, s, job);
+    hot_part    hot(m, job);
     pinfer_span at_work, wait;
     ggml_status status = GGML_STATUS_SUCCESS;
     at_work.begin      = pinfer_clock();
     if (cold.n == 0) {
         memset(f.down.out()->data, 0, ggml_nbytes(f.down.out()));
     } else if (sparse) {
-        count(s, pinfer_sparse_compute(e, *sparse));
+        count(m, pinfer_sparse_compute(team, *sparse));
     } else {
-        status = pinfer_dense_neurons(e, f, cold, job.rule, job.x);
+        status = pinfer_dense_neurons(team, f, cold, job.rule, job.x);
     }
     at_work.end = wait.begin = pinfer_clock();
-    if (!end_hot(e, s)) {
+    if (const pinfer_hot * failed = hot.end()) {
+        pinfer_model_fail(m, "device " + failed->name + " failed in layer " + std::to_string(job.layer) + " (" + failed->failure + ")");
         return GGML_STATUS_FAILED;
     }
     wait.end = pinfer_clock();
-    add_rest(e, f);
-    account(e, s, at_work, wait, job);
+    add_rest(team, m, f, hot);
+    account(m, at_work, wait, job, hot);
     return status;
 }
 
-// Few tokens: of the cold neurons only those that fire.
-ggml_status compute_short_batch(pinfer_engine * e, pinfer_state * s, const pinfer_ffn & f, pinfer_sparse_job & j) {
-    j.x = x_beside(e, f, f.down.out());
+ggml_status short_batch_of_shards(pinfer_team * team, pinfer_model * m, const pinfer_ffn & f, pinfer_sparse_job & j) {
+    j.x = x_apart(team, f, f.down.out());
     j.y = (float *) f.down.out()->data;
     const pinfer_hot_job job    = {.layer = f.layer, .rule = j.rule, .x = j.x, .n_tokens = j.n_tokens};
-    const ggml_status    status = compute_shards(e, s, f, *j.neurons, job, &j);
-    for (const pinfer_hot * hot : e->hot_working) {
-        s->stats.n_hot += (uint64_t) (hot->layers[(size_t) f.layer].n * j.n_tokens);
+    const ggml_status    status = compute_shards(team, m, f, *j.neurons, job, &j);
+    for (const auto & hot : m->hot) {
+        m->stats.n_hot += (uint64_t) (hot->layers[(size_t) f.layer].n * j.n_tokens);
     }
     return status;
 }
 
-// Many tokens: nothing is predicted. First products are whole, and the down rows of the cold shard are the way to save what
-// is zero; the model's own matrices are not touched.
-ggml_status compute_long_batch(pinfer_engine * e, pinfer_state * s, const pinfer_ffn & f, const pinfer_neurons & cold,
-                               const pinfer_rule & rule) {
+// Nothing is predicted. First products are whole, and the down rows of the cold shard are the way to save what is zero; the
+// model's own matrices are not touched.
+ggml_status long_batch_of_shards(pinfer_team * team, pinfer_model * m, const pinfer_ffn & f, const pinfer_neurons & cold,
+                                 const pinfer_rule & rule) {
     const pinfer_hot_job job = {
         .layer    = f.layer,
         .rule     = rule,
-        .x        = x_beside(e, f, f.down.out(), s->hot.empty() ? nullptr : f.h),
+        .x        = x_apart(team, f, f.down.out(), m->hot.empty() ? nullptr : f.h),
         .n_tokens = f.x->ne[1],
     };
-    s->stats.n_tokens_dense += (uint64_t) job.n_tokens;
-    return compute_shards(e, s, f, cold, job, nullptr);
+    m->stats.n_tokens_dense += (uint64_t) job.n_tokens;
+    return compute_shards(team, m, f, cold, job, nullptr);
 }
 
-// No shards: down is multiplied whole, from an h that is zero where nothing fired.
-ggml_status compute_model(pinfer_engine * e, pinfer_state * s, const pinfer_ffn & f, pinfer_sparse_job & j) {
-    j.x = x_beside(e, f, f.h);
+// down is multiplied whole, from an h that is zero where nothing fired.
+ggml_status short_batch_of_model(pinfer_team * team, pinfer_model * m, const pinfer_ffn & f, pinfer_sparse_job & j) {
+    j.x = x_apart(team, f, f.h);
     j.h = (float *) f.h->data;
     memset(j.h, 0, ggml_nbytes(f.h));
-    count(s, pinfer_sparse_compute(e, j));
-    return pinfer_dense_product(e, f.down, j.h);
+    count(m, pinfer_sparse_compute(team, j));
+    return pinfer_dense_product(team, m, f.down, j.h);
+}
+
+// --- the graph's FFN, the model's and the shards' must be the same -----------------------------------------------------
+
+bool same_matrix(const pinfer_product & p, const pinfer_matrix & header) {
+    return p.mul_mat ? header.is(p.weight) && (!p.bias || (ggml_nelements(p.bias) == p.weight->ne[1] && ggml_is_contiguous(p.bias)))
+                     : header.ne[1] == 0;
+}
+
+// Some rows of a shard against those of the matrix that they were taken from.
+bool same_rows(const pinfer_product & p, ggml_type type, const uint8_t * rows, const int32_t * ids, int64_t n) {
+    const size_t row = ggml_row_size(p.weight->type, p.weight->ne[0]);
+    for (const int64_t j : {(int64_t) 0, n / 2, n - 1}) {
+        if (type != p.weight->type ||
+            memcmp(rows + (size_t) j * row, (const char *) p.weight->data + (size_t) ids[j] * p.weight->nb[1], row) != 0) {
+            return false;
+        }
+    }
+    return true;
+}
+
+bool is_of(const pinfer_neurons & cold, const pinfer_ffn & f) {
+    const auto same = [&](const pinfer_product & p, const pinfer_rows & rows) {
+        return (rows.bias != nullptr) == (p.bias != nullptr) && same_rows(p, rows.kernel->type, rows.data, cold.ids, cold.n);
+    };
+    return cold.n == 0 || (same(f.up, cold.up) && (!f.gated() || same(f.gate, cold.gate)));
+}
+
+bool is_of(const pinfer_hot & hot, const pinfer_ffn & f) {
+    const pinfer_hot_layer & layer = hot.layers[(size_t) f.layer];
+    const auto               same  = [&](const pinfer_product & p, const ggml_tensor * t, const ggml_tensor * bias) {
+        pinfer_blob blob;
+        std::string ignored;
+        return (bias != nullptr) == (p.bias != nullptr) &&
+               pinfer_artefact_tensor(&hot.file, t->name, t->type, t->ne[0], t->ne[1], &blob, &ignored) &&
+               same_rows(p, t->type, blob.data, layer.ids, layer.n);
+    };
+    return layer.n == 0 || (same(f.up, layer.up, layer.up_bias) && (!f.gated() || same(f.gate, layer.gate, layer.gate_bias)));
+}
+
+// Whether f is what the model's header says, whenever it is computed, and what the shards hold, when it is computed first.
+bool check_ffn(pinfer_model * m, const pinfer_ffn & f) {
+    const auto        il    = (size_t) f.layer;
+    const std::string layer = "layer " + std::to_string(f.layer);
+    if (il >= m->layers.size() || !same_matrix(f.gate, m->header.layers[il].gate) || !same_matrix(f.up, m->header.layers[il].up) ||
+        !same_matrix(f.down, m->header.layers[il].down)) {
+        pinfer_model_fail(m, "the FFN of " + layer + " in the graph is not that of " + m->settings.model +
+                                 "; load the model that was configured");
+        return false;
+    }
+    if (m->layers[il].checked) {
+        return true;
+    }
+    const pinfer_artefact * other = m->cold && !is_of(m->cold->layers[il], f) ? &m->cold->file : nullptr;
+    for (const auto & hot : m->hot) {
+        other = !other && !is_of(*hot, f) ? &hot->file : other;
+    }
+    if (other) {
+        pinfer_model_fail(m, other->path + " does not hold the neurons of " + layer + " of the model" + other->remake);
+        return false;
+    }
+    m->layers[il].checked = true;
+    return true;
 }
 
 } // namespace
 
-ggml_status pinfer_ffn_compute(pinfer_engine * e, pinfer_state * s, const pinfer_ffn & f) {
-    const pinfer_rule rule = s->rule.act == PINFER_ACT_GRAPH ? pinfer_rule{f.graph_act, 0.0f} : s->rule;
-    const auto        il   = (size_t) f.layer;
-
-    const pinfer_neurons *         cold = s->cold && il < s->cold->layers.size() ? &s->cold->layers[il] : nullptr;
-    const pinfer_predictor_layer * pred = s->predictor && il < s->predictor->layers.size() ? &s->predictor->layers[il] : nullptr;
-    if (pred && pred->rank == 0) {
-        pred = nullptr;
+ggml_status pinfer_ffn_compute(pinfer_team * team, pinfer_model * m, const pinfer_ffn & f) {
+    if (!check_ffn(m, f)) {
+        return GGML_STATUS_FAILED;
     }
-    if (cold && e->released.insert(f.layer).second) {
-        release_weights(f); // the loader of libllama has read the whole file
+    const pinfer_rule rule = m->rule().act == PINFER_ACT_GRAPH ? pinfer_rule{f.graph_act, 0.0f} : m->rule();
+    const auto        il   = (size_t) f.layer;
+    for (const auto & hot : m->hot) {
+        pinfer_hot_set_n_threads(hot.get(), team->n_threads);
+    }
+
+    // where another node reads h, all of h has to be there
+    const pinfer_neurons *         cold = m->cold && !f.h_is_read ? &m->cold->layers[il] : nullptr;
+    const pinfer_predictor_layer * pred = m->predictor ? &m->predictor->layers[il] : nullptr;
+    if (pred && (pred->rank == 0 || (m->cold && !cold))) {
+        pred = nullptr; // it is arranged for the neurons of the shard
     }
     const int64_t n_tokens = f.x->ne[1];
     // Without shards only an up row or a predictor can be saved; else whole products are as good and faster.
     const bool pays = cold || f.gated() || pred;
-    if (s->observer.on || !pays) {
-        return pinfer_dense_ffn(e, s, f, rule);
+    if (m->observer.on || !pays) {
+        return pinfer_dense_ffn(team, m, f, rule);
     }
-    if (n_tokens >= s->n_batch_dense) {
-        return cold ? compute_long_batch(e, s, f, *cold, rule) : pinfer_dense_ffn(e, s, f, rule);
+    if (n_tokens >= m->settings.n_batch_dense) {
+        return cold ? long_batch_of_shards(team, m, f, *cold, rule) : pinfer_dense_ffn(team, m, f, rule);
     }
 
     pinfer_neurons own;
     if (!cold) {
         own.n    = f.up.weight->ne[1];
-        own.gate = pinfer_model_rows(f.gate);
-        own.up   = pinfer_model_rows(f.up);
+        own.gate = pinfer_model_rows(m, f.gate);
+        own.up   = pinfer_model_rows(m, f.up);
         if (!own.up.kernel || (f.gated() && !own.gate.kernel)) {
-            return pinfer_dense_ffn(e, s, f, rule);
+            return pinfer_dense_ffn(team, m, f, rule);
         }
     }
     pinfer_sparse_job j;
@@ -229,7 +300,7 @@ ggml_status pinfer_ffn_compute(pinfer_engine * e, pinfer_state * s, const pinfer
     j.n_ff      = f.h->ne[0];
     j.n_tokens  = n_tokens;
 
-    s->stats.n_tokens += (uint64_t) n_tokens;
-    s->stats.n_neurons += (uint64_t) (n_tokens * j.n_ff);
-    return cold ? compute_short_batch(e, s, f, j) : compute_model(e, s, f, j);
+    m->stats.n_tokens += (uint64_t) n_tokens;
+    m->stats.n_neurons += (uint64_t) (n_tokens * j.n_ff);
+    return cold ? short_batch_of_shards(team, m, f, j) : short_batch_of_model(team, m, f, j);
 }

@@ -46,13 +46,14 @@ struct shared {
     const float * x;
     float *       h;
 
-    // cut from the engine's arena by lay_out
+    // cut from the team's arena by lay_out
     x_view     x_first = {}, x_second = {}, x_predictor = {}, z = {};
     float *    hidden = nullptr;     // [n_tokens, rank]
     int32_t *  candidates = nullptr; // [n], the segment of thread i starts at its share of the neurons
     uint32_t * named = nullptr;      // bit t: token t named the candidate beside it
     int64_t *  n_found = nullptr;    // [threads]
     float *    partial = nullptr;    // [threads][n_tokens, n_embd]
+    float *    scratch = nullptr;    // [threads][n_embd]
 };
 
 int64_t neuron_id(const shared & s, int64_t j) {
@@ -81,11 +82,11 @@ void request_row(const pinfer_rows & rows, int64_t j, int64_t n) {
 }
 
 // Whether this process has read from disk since the last call: then the shard is not in memory, or not yet.
-bool reads_from_disk(pinfer_engine * e) {
+bool reads_from_disk(pinfer_team * team) {
     rusage usage = {};
     getrusage(RUSAGE_SELF, &usage);
-    const bool reads = usage.ru_inblock != e->blocks_read;
-    e->blocks_read   = usage.ru_inblock;
+    const bool reads = usage.ru_inblock != team->blocks_read;
+    team->blocks_read   = usage.ru_inblock;
     return reads;
 }
 
@@ -102,7 +103,7 @@ public:
         y               = s.down ? s.partial + ith * n : nullptr;
         if (y) {
             std::fill(y, y + n, 0.0f);
-            scratch.resize((size_t) s.job.n_embd);
+            scratch = s.scratch + ith * s.job.n_embd;
         }
     }
 
@@ -290,7 +291,7 @@ private:
             }
         }
         if (s.down) {
-            pinfer_kernel_accumulate(s.down->kernel, s.job.n_embd, n, rows, f, s.n_tokens, y, scratch.data());
+            pinfer_kernel_accumulate(s.down->kernel, s.job.n_embd, n, rows, f, s.n_tokens, y, scratch);
         }
     }
 
@@ -298,7 +299,7 @@ private:
     uint8_t *          tile;
     int                ith, nth;
     float *            y;
-    std::vector<float> scratch;
+    float *            scratch = nullptr; // [n_embd]
     int64_t            n_waiting = 0;
     int32_t            waiting[WAITING];
     float              value[WAITING + 1][SLAB]; // first products, 0 where a token has no use for the neuron
@@ -364,19 +365,20 @@ size_t lay_out(shared * s, uint8_t ** tiles, uint8_t * base, int n_threads) {
     }
     if (s->down) {
         s->partial = (float *) a.take((size_t) (n_threads * s->n_tokens * n_embd) * sizeof(float));
+        s->scratch = (float *) a.take((size_t) (n_threads * n_embd) * sizeof(float));
     }
     *tiles = a.take((size_t) n_threads * pinfer_tile_size(n_embd));
     return a.used;
 }
 
-pinfer_sparse_counts compute_slab(pinfer_engine * e, shared & s, float * y) {
+pinfer_sparse_counts compute_slab(pinfer_team * team, shared & s, float * y) {
     uint8_t *    tiles = nullptr;
-    const size_t size  = lay_out(&s, &tiles, nullptr, e->n_threads);
-    lay_out(&s, &tiles, pinfer_engine_arena(e, size), e->n_threads);
+    const size_t size  = lay_out(&s, &tiles, nullptr, team->n_threads);
+    lay_out(&s, &tiles, pinfer_team_arena(team, size), team->n_threads);
 
     const pinfer_predictor_layer * p = s.predictor;
     uint64_t candidates = 0, active = 0;
-#pragma omp parallel num_threads(e->n_threads) reduction(+ : candidates, active)
+#pragma omp parallel num_threads(team->n_threads) reduction(+ : candidates, active)
     {
         const int ith = omp_get_thread_num();
         const int nth = omp_get_num_threads();
@@ -421,7 +423,7 @@ pinfer_sparse_counts compute_slab(pinfer_engine * e, shared & s, float * y) {
 
 } // namespace
 
-pinfer_sparse_counts pinfer_sparse_compute(pinfer_engine * e, const pinfer_sparse_job & job) {
+pinfer_sparse_counts pinfer_sparse_compute(pinfer_team * team, const pinfer_sparse_job & job) {
     const pinfer_neurons & neurons = *job.neurons;
     pinfer_sparse_counts   sum;
     for (int64_t t = 0; t < job.n_tokens; t += SLAB) {
@@ -431,12 +433,12 @@ pinfer_sparse_counts pinfer_sparse_compute(pinfer_engine * e, const pinfer_spars
             .second    = job.gated ? &neurons.up : nullptr,
             .down      = neurons.down.data ? &neurons.down : nullptr,
             .predictor = job.predictor,
-            .from_disk = job.predictor && reads_from_disk(e),
+            .from_disk = job.predictor && reads_from_disk(team),
             .n_tokens  = std::min(SLAB, job.n_tokens - t),
             .x         = job.x + t * job.n_embd,
             .h         = job.h ? job.h + t * job.n_ff : nullptr,
         };
-        const pinfer_sparse_counts c = compute_slab(e, s, job.y ? job.y + t * job.n_embd : nullptr);
+        const pinfer_sparse_counts c = compute_slab(team, s, job.y ? job.y + t * job.n_embd : nullptr);
         sum.candidates += c.candidates;
         sum.active += c.active;
     }

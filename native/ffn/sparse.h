@@ -2,8 +2,8 @@
 #pragma once
 
 #include "cold.h"
-#include "plan.h"
 #include "predictor.h"
+#include "team.h"
 
 struct pinfer_sparse_job {
     const pinfer_neurons *         neurons = nullptr;
@@ -21,4 +21,4 @@ struct pinfer_sparse_counts {
     uint64_t candidates = 0, active = 0; // (token, neuron) pairs
 };
 
-pinfer_sparse_counts pinfer_sparse_compute(pinfer_engine * e, const pinfer_sparse_job & job);
+pinfer_sparse_counts pinfer_sparse_compute(pinfer_team * team, const pinfer_sparse_job & job);

@@ -1,12 +1,50 @@
-// hot.cpp: a hot device: its shard is read, checked and copied there once.
+// device.cpp: a hot device: its shard is read, checked and copied there once.
 #include "device.h"
 
 #include "ggml-backend-impl.h"
 
+#include <algorithm>
 #include <cstring>
+#include <system_error>
+
+// The open devices of the process. Slots instead of a list: whoever asks which are at work may be about to abort.
+static std::atomic<const pinfer_hot *> open_devices[256];
+
+static void list_device(const pinfer_hot * hot) {
+    for (auto & slot : open_devices) {
+        const pinfer_hot * none = nullptr;
+        if (slot.compare_exchange_strong(none, hot)) {
+            return;
+        }
+    }
+}
+
+bool pinfer_hot_at_work(char * text, size_t text_len) {
+    int    layer = -1;
+    size_t used  = 0;
+    for (const auto & slot : open_devices) {
+        const pinfer_hot * const hot = slot;
+        const int                il  = hot ? hot->layer_in_flight.load() : -1;
+        if (il >= 0 && used < text_len) {
+            used += (size_t) snprintf(text + used, text_len - used, "%s %s", layer < 0 ? "device" : " or", hot->name.c_str());
+            layer = il;
+        }
+    }
+    if (layer >= 0 && used < text_len) {
+        snprintf(text + used, text_len - used, " failed in layer %d", layer);
+    }
+    return layer >= 0;
+}
 
 pinfer_hot::~pinfer_hot() {
+    for (auto & slot : open_devices) {
+        const pinfer_hot * self = this;
+        slot.compare_exchange_strong(self, nullptr);
+    }
     pinfer_hot_stop_thread(this);
+    if (backend) {
+        ggml_backend_synchronize(backend); // it may still be reading what is freed below
+    }
     if (pinned) {
         ggml_backend_buffer_free(pinned);
     }
@@ -67,33 +105,32 @@ static bool declare(pinfer_hot * hot, const std::string & name, int64_t ne0, int
     return true;
 }
 
-static bool declare_layer(pinfer_hot * hot, int il, int64_t n_ff, bool gated, std::string * err) {
-    const std::string blk = "blk." + std::to_string(il) + ".";
-    const std::string bad = hot->file.path + ": layer " + std::to_string(il) + " is damaged; make it anew with: pinfer split";
-    const int64_t     id  = gguf_find_tensor(hot->file.gguf, (blk + "neurons").c_str());
-    if (id < 0) {
+static bool declare_layer(pinfer_hot * hot, int64_t il, const pinfer_origin & origin, std::string * err) {
+    const std::string  blk   = "blk." + std::to_string(il) + ".";
+    const int64_t      n_embd = hot->file.n_embd;
+    pinfer_hot_layer & layer = hot->layers[(size_t) il];
+    if (!pinfer_artefact_neurons(&hot->file, origin, il, &layer.ids, &layer.n, err)) {
+        return false;
+    }
+    if (layer.n == 0) {
         return true;
     }
-    pinfer_hot_layer & layer = hot->layers[(size_t) il];
-    layer.n                  = gguf_get_tensor_ne(hot->file.gguf, id)[0];
-    pinfer_blob ids;
-    if (!pinfer_artefact_tensor(&hot->file, (blk + "neurons").c_str(), GGML_TYPE_I32, layer.n, 1, &ids, err) ||
-        !declare(hot, blk + "ffn_gate.weight", hot->n_embd, layer.n, &layer.gate, err) ||
-        !declare(hot, blk + "ffn_up.weight", hot->n_embd, layer.n, &layer.up, err) ||
-        !declare(hot, blk + "ffn_down.weight", layer.n, hot->n_embd, &layer.down, err) ||
+    if (!declare(hot, blk + "ffn_gate.weight", n_embd, layer.n, &layer.gate, err) ||
+        !declare(hot, blk + "ffn_up.weight", n_embd, layer.n, &layer.up, err) ||
+        !declare(hot, blk + "ffn_down.weight", layer.n, n_embd, &layer.down, err) ||
         !declare(hot, blk + "ffn_gate.bias", layer.n, 1, &layer.gate_bias, err) ||
         !declare(hot, blk + "ffn_up.bias", layer.n, 1, &layer.up_bias, err)) {
         return false;
     }
-    layer.ids = (const int32_t *) ids.data;
-    bool ok   = layer.up && layer.down && gated == (layer.gate != nullptr);
-    for (int64_t j = 0; ok && j < layer.n; j++) {
-        ok = layer.ids[j] >= 0 && layer.ids[j] < n_ff;
+    for (const ggml_tensor * bias : {layer.gate_bias, layer.up_bias}) {
+        if (bias && bias->type != GGML_TYPE_F32) {
+            return pinfer_artefact_damaged(&hot->file, std::string(bias->name) + " is not F32", err);
+        }
     }
-    if (!ok) {
-        *err = bad;
+    if (!layer.up || !layer.down || pinfer_is_gated(hot->file.rule.act) != (layer.gate != nullptr)) {
+        return pinfer_artefact_damaged(&hot->file, "layer " + std::to_string(il) + " lacks a matrix", err);
     }
-    return ok;
+    return true;
 }
 
 // Whether the calls of a device return before their work is done.
@@ -107,19 +144,49 @@ static pinfer_hot_drive drive_of(ggml_backend_t backend) {
     return queue ? PINFER_HOT_QUEUED : PINFER_HOT_THREADED;
 }
 
-// Gives the shard's tensors to the device, and makes it ready to compute.
-static bool load(pinfer_hot * hot, ggml_backend_dev_t dev, const pinfer_rule & rule, std::string * err) {
-    hot->name    = ggml_backend_dev_name(dev);
-    hot->backend = ggml_backend_dev_init(dev, nullptr);
-    hot->buffer  = hot->backend ? ggml_backend_alloc_ctx_tensors(hot->weights, hot->backend) : nullptr;
-    if (!hot->buffer || !pinfer_hot_reserve(hot, rule)) {
+bool pinfer_hot_read(pinfer_hot * hot, const char * path, const pinfer_origin & origin, std::string * err) {
+    if (!pinfer_artefact_open(&hot->file, path, "hot", origin, err)) {
+        return false;
+    }
+    if (!pinfer_gguf_str(hot->file.gguf, "pinfer.placement.id", &hot->placement_id)) {
+        return pinfer_artefact_damaged(&hot->file, "it lacks pinfer.placement.id", err);
+    }
+    const size_t n_tensors = (size_t) gguf_get_n_tensors(hot->file.gguf);
+    hot->weights = ggml_init({.mem_size = ggml_tensor_overhead() * (n_tensors + 1), .mem_buffer = nullptr, .no_alloc = true});
+    hot->layers.resize((size_t) hot->file.n_layer);
+    for (int64_t il = 0; il < hot->file.n_layer; il++) {
+        if (!declare_layer(hot, il, origin, err)) {
+            return false;
+        }
+    }
+    return true;
+}
+
+bool pinfer_hot_open(pinfer_hot * hot, const char * device, int index, std::string * err) {
+    if (!ggml_get_first_tensor(hot->weights)) {
+        return true;
+    }
+    ggml_backend_dev_t dev = find_device(device, index, err);
+    if (!dev) {
+        return false;
+    }
+    const auto no_room = [&] {
         size_t free = 0, total = 0;
         ggml_backend_dev_memory(dev, &free, &total);
         *err = "the hot neurons do not fit on " + hot->name + " (" + std::to_string(free >> 20) +
                " MiB free); type: pinfer solve --vram with less, then pinfer split";
         return false;
+    };
+    hot->name    = ggml_backend_dev_name(dev);
+    hot->backend = ggml_backend_dev_init(dev, nullptr);
+    hot->buffer  = hot->backend ? ggml_backend_alloc_ctx_tensors(hot->weights, hot->backend) : nullptr;
+    if (!hot->buffer) {
+        return no_room();
     }
     ggml_backend_buffer_set_usage(hot->buffer, GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
+    if (!pinfer_hot_reserve(hot, hot->file.rule, err)) {
+        return err->empty() ? no_room() : false;
+    }
     for (ggml_tensor * t = ggml_get_first_tensor(hot->weights); t; t = ggml_get_next_tensor(hot->weights, t)) {
         pinfer_blob blob;
         if (!pinfer_artefact_tensor(&hot->file, t->name, t->type, t->ne[0], t->ne[1], &blob, err)) {
@@ -128,44 +195,16 @@ static bool load(pinfer_hot * hot, ggml_backend_dev_t dev, const pinfer_rule & r
         ggml_backend_tensor_set(t, blob.data, 0, ggml_nbytes(t));
     }
     hot->drive = drive_of(hot->backend);
-    if (hot->drive == PINFER_HOT_THREADED) {
-        pinfer_hot_start_thread(hot);
-    }
-    return true;
-}
-
-bool pinfer_hot_open(pinfer_hot * hot, const char * path, const char * device, int index, const pinfer_origin & origin,
-                     std::string * err) {
-    if (!pinfer_artefact_open(&hot->file, path, "hot", origin, err)) {
-        return false;
-    }
-    uint32_t    n_layer = 0, n_embd = 0, n_ff = 0;
-    std::string activation;
-    pinfer_rule rule;
-    if (!pinfer_artefact_u32(&hot->file, "pinfer.n_layer", &n_layer) ||
-        !pinfer_artefact_u32(&hot->file, "pinfer.n_embd", &n_embd) ||
-        !pinfer_artefact_u32(&hot->file, "pinfer.n_ff", &n_ff) ||
-        !pinfer_artefact_str(&hot->file, "pinfer.activation", &activation) ||
-        !pinfer_artefact_str(&hot->file, "pinfer.placement.id", &hot->placement_id)) {
-        *err = std::string(path) + " lacks a key" + hot->file.remake;
-        return false;
-    }
-    rule.act = pinfer_activation_parse(activation.c_str());
-    pinfer_artefact_f32(&hot->file, "pinfer.activation_threshold", &rule.threshold);
-    hot->n_embd = n_embd;
-    hot->layers.resize(n_layer);
-    const size_t n_tensors = (size_t) gguf_get_n_tensors(hot->file.gguf);
-    hot->weights = ggml_init({.mem_size = ggml_tensor_overhead() * (n_tensors + 1), .mem_buffer = nullptr, .no_alloc = true});
-    for (uint32_t il = 0; il < n_layer; il++) {
-        if (!declare_layer(hot, (int) il, n_ff, pinfer_is_gated(rule.act), err)) {
-            return false;
+    try {
+        if (hot->drive == PINFER_HOT_THREADED) {
+            pinfer_hot_start_thread(hot);
         }
+    } catch (const std::system_error & e) {
+        *err = "no thread can be made for device " + hot->name + " (" + e.what() + "); raise the limit with: ulimit -u";
+        return false;
     }
-    if (!ggml_get_first_tensor(hot->weights)) {
-        return true; // nothing is hot: no device is needed
-    }
-    ggml_backend_dev_t dev = find_device(device, index, err);
-    return dev && load(hot, dev, rule, err);
+    list_device(hot);
+    return true;
 }
 
 size_t pinfer_hot_bytes(const pinfer_hot * hot) {
@@ -173,9 +212,10 @@ size_t pinfer_hot_bytes(const pinfer_hot * hot) {
 }
 
 void pinfer_hot_set_n_threads(pinfer_hot * hot, int n_threads) {
-    if (!hot->backend) {
+    if (!hot->backend || hot->n_threads == n_threads) {
         return;
     }
+    hot->n_threads         = n_threads;
     ggml_backend_reg_t reg = ggml_backend_dev_backend_reg(ggml_backend_get_device(hot->backend));
     auto * set = (ggml_backend_set_n_threads_t) ggml_backend_reg_get_proc_address(reg, "ggml_backend_set_n_threads");
     if (set) {

@@ -1,4 +1,4 @@
-// hot.h: the hot neurons of one ggml device, computed there by ggml's own operations while the CPU does the cold ones.
+// device.h: the hot neurons of one ggml device, computed there by ggml's own operations while the CPU does the cold ones.
 #pragma once
 
 #include "activation.h"
@@ -25,6 +25,7 @@ enum pinfer_hot_drive {
 struct pinfer_hot_graph {
     pinfer_rule    rule;
     int64_t        n_tokens = 0;
+    std::unique_ptr<uint8_t[]> memory; // of ctx
     ggml_context * ctx = nullptr;
     ggml_cgraph *  graph = nullptr;
     ggml_tensor *  x = nullptr; // [n_embd, n_tokens]
@@ -60,7 +61,6 @@ struct pinfer_hot {
     pinfer_artefact               file;
     std::string                   placement_id;
     std::string                   name; // of the ggml device
-    int64_t                       n_embd = 0;
     std::vector<pinfer_hot_layer> layers;
     pinfer_hot_drive              drive = PINFER_HOT_INLINE;
     ggml_backend_t                backend = nullptr;
@@ -68,6 +68,7 @@ struct pinfer_hot {
     ggml_backend_buffer_t         buffer = nullptr;
     ggml_gallocr_t                galloc = nullptr;
     size_t                        compute_size = 0; // of its buffer
+    int                           n_threads = 0; // that the device was told of
 
     // x and y on the host: pinned where the device has memory for that
     ggml_backend_buffer_t pinned = nullptr;
@@ -77,7 +78,7 @@ struct pinfer_hot {
     int64_t               n_staged = 0; // tokens there is room for
 
     pinfer_hot_job   job;
-    std::string      failure;               // of the job; empty: none
+    char             failure[160] = ""; // of the job; empty: none. No string: where memory is out it must still be kept
     std::atomic<int> layer_in_flight{-1};
     pinfer_span      copied, worked; // of the job: x handed over; from the launch until y was known to be there
 
@@ -91,22 +92,29 @@ struct pinfer_hot {
     ~pinfer_hot();
 };
 
-// Maps a hot shard and copies its weights to the device (name of a ggml device; null: the index-th GPU).
-bool pinfer_hot_open(pinfer_hot * hot, const char * path, const char * device, int index, const pinfer_origin & origin,
-                     std::string * err);
+// Maps a hot shard and checks it; needs no device.
+bool pinfer_hot_read(pinfer_hot * hot, const char * path, const pinfer_origin & origin, std::string * err);
+
+// Copies the weights of a shard that was read to its device (name of a ggml device; null: the index-th GPU) and makes it ready
+// to compute. Needs no device where nothing is hot.
+bool pinfer_hot_open(pinfer_hot * hot, const char * device, int index, std::string * err);
 
 // Device memory in use, bytes: weights, and a compute buffer for PINFER_HOT_TOKENS tokens. Stays what it is after opening.
 size_t pinfer_hot_bytes(const pinfer_hot * hot);
 
 void pinfer_hot_set_n_threads(pinfer_hot * hot, int n_threads);
 
-// Starts a layer on x [n_tokens, n_embd], which must stay as it is until the end; returns at once unless the device is
-// INLINE. Longer batches are cut into pieces of PINFER_HOT_TOKENS.
-void pinfer_hot_begin(pinfer_hot * hot, const pinfer_hot_job & job);
-// Waits for y [n_tokens, n_embd], good until the next begin. Null: the device failed, hot->failure says how.
-const float * pinfer_hot_end(pinfer_hot * hot);
+// Names of the devices of this process that have work, as in "device RPC0 failed in layer 7"; empty where none has. Takes no
+// lock and gets no memory.
+bool pinfer_hot_at_work(char * text, size_t text_len);
 
-// hot_run.cpp: makes room in the compute buffer for any batch of any layer
-bool pinfer_hot_reserve(pinfer_hot * hot, const pinfer_rule & rule);
+// Starts a layer on x [n_tokens, n_embd], which must stay as it is until the end; returns at once unless the device is
+// INLINE. Longer batches are cut into pieces of PINFER_HOT_TOKENS. What goes wrong is told by the end.
+void pinfer_hot_begin(pinfer_hot * hot, const pinfer_hot_job & job) noexcept;
+// Waits for y [n_tokens, n_embd], good until the next begin. Null: the device failed, hot->failure says how.
+const float * pinfer_hot_end(pinfer_hot * hot) noexcept;
+
+// run.cpp: makes room in the compute buffer for any batch of any layer
+bool pinfer_hot_reserve(pinfer_hot * hot, const pinfer_rule & rule, std::string * err);
 void pinfer_hot_start_thread(pinfer_hot * hot);
 void pinfer_hot_stop_thread(pinfer_hot * hot);

@@ -1,16 +1,22 @@
-// hot_run.cpp: one layer on a hot device: the graph, kept from call to call, and the ways to have it computed beside the CPU.
+// run.cpp: one layer on a hot device: the graph, kept from call to call, and the ways to have it computed beside the CPU.
 #include "device.h"
 
 #include "ggml-backend-impl.h"
 
 #include <algorithm>
+#include <cstdio>
 #include <cstring>
+#include <new>
 
 // A hot FFN has at most 14 nodes and 6 leafs.
 static const size_t GRAPH_NODES = 32;
 
 // Graphs kept of a layer: decoding uses one over and over, and a device may have compiled it (CUDA does).
 static const size_t GRAPHS_KEPT = 4;
+
+static void fail(pinfer_hot * hot, const char * why) {
+    snprintf(hot->failure, sizeof(hot->failure), "%s", why);
+}
 
 pinfer_hot_graph::~pinfer_hot_graph() {
     if (ctx) {
@@ -37,12 +43,10 @@ static std::unique_ptr<pinfer_hot_graph> build(const pinfer_hot * hot, const pin
     const size_t size = ggml_tensor_overhead() * GRAPH_NODES + ggml_graph_overhead_custom(GRAPH_NODES, false);
     g->rule           = rule;
     g->n_tokens       = n_tokens;
-    g->ctx            = ggml_init({.mem_size = size, .mem_buffer = nullptr, .no_alloc = true});
-    if (!g->ctx) {
-        return nullptr;
-    }
+    g->memory         = std::make_unique<uint8_t[]>(size); // ggml's own allocation would abort
+    g->ctx            = ggml_init({.mem_size = size, .mem_buffer = g->memory.get(), .no_alloc = true});
     ggml_context * const ctx = g->ctx;
-    g->x                     = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, hot->n_embd, n_tokens);
+    g->x                     = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, hot->file.n_embd, n_tokens);
     ggml_set_input(g->x);
     ggml_tensor * h = product(ctx, layer.up, layer.up_bias, g->x);
     if (rule.act != PINFER_ACT_REGLU) {
@@ -61,14 +65,30 @@ static std::unique_ptr<pinfer_hot_graph> build(const pinfer_hot * hot, const pin
     return g;
 }
 
-bool pinfer_hot_reserve(pinfer_hot * hot, const pinfer_rule & rule) {
+// The first node that the device cannot compute; null: it can compute all.
+static const ggml_tensor * unsupported(const pinfer_hot * hot, ggml_cgraph * graph) {
+    for (int i = 0; i < ggml_graph_n_nodes(graph); i++) {
+        if (!ggml_backend_supports_op(hot->backend, ggml_graph_node(graph, i))) {
+            return ggml_graph_node(graph, i);
+        }
+    }
+    return nullptr;
+}
+
+bool pinfer_hot_reserve(pinfer_hot * hot, const pinfer_rule & rule, std::string * err) {
+    err->clear();
     hot->galloc = ggml_gallocr_new(ggml_backend_get_default_buffer_type(hot->backend));
     for (const pinfer_hot_layer & layer : hot->layers) {
         if (layer.n == 0) {
             continue;
         }
         const auto g = build(hot, layer, rule, PINFER_HOT_TOKENS);
-        if (!g || !ggml_gallocr_reserve(hot->galloc, g->graph)) {
+        if (const ggml_tensor * node = unsupported(hot, g->graph)) {
+            *err = "device " + hot->name + " cannot compute " + ggml_op_desc(node) + " of " + ggml_type_name(node->src[0]->type) +
+                   "; choose another device with: pinfer solve --device, then pinfer split";
+            return false;
+        }
+        if (!ggml_gallocr_reserve(hot->galloc, g->graph)) {
             return false;
         }
     }
@@ -87,7 +107,7 @@ static pinfer_hot_graph * graph_get(pinfer_hot * hot, pinfer_hot_layer & layer, 
         return kept.front().get();
     }
     auto g = build(hot, layer, rule, n_tokens);
-    if (!g || !ggml_gallocr_alloc_graph(hot->galloc, g->graph)) {
+    if (!ggml_gallocr_alloc_graph(hot->galloc, g->graph)) {
         return nullptr;
     }
     const size_t size = ggml_gallocr_get_buffer_size(hot->galloc, 0);
@@ -111,7 +131,8 @@ static void stage(pinfer_hot * hot, int64_t n_tokens) {
         return;
     }
     n_tokens       = std::max<int64_t>(n_tokens, PINFER_HOT_TOKENS);
-    const size_t n = (size_t) (n_tokens * hot->n_embd);
+    hot->n_staged  = 0; // while there is no room
+    const size_t n = (size_t) (n_tokens * hot->file.n_embd);
     if (hot->pinned) {
         ggml_backend_buffer_free(hot->pinned);
         hot->pinned = nullptr;
@@ -140,22 +161,24 @@ static void compute(pinfer_hot * hot) try {
         const int64_t            n = std::min<int64_t>(PINFER_HOT_TOKENS, job.n_tokens - t);
         const pinfer_hot_graph * g = graph_get(hot, layer, job.rule, n);
         if (!g) {
-            hot->failure = "it has no memory left for " + std::to_string(n) + " tokens";
+            fail(hot, "out of memory");
             return;
         }
-        ggml_backend_tensor_set_async(hot->backend, g->x, x + t * hot->n_embd, 0, ggml_nbytes(g->x));
+        ggml_backend_tensor_set_async(hot->backend, g->x, x + t * hot->file.n_embd, 0, ggml_nbytes(g->x));
         const ggml_status status = ggml_backend_graph_compute_async(hot->backend, g->graph);
         if (status != GGML_STATUS_SUCCESS) {
-            hot->failure = ggml_status_to_string(status);
+            fail(hot, ggml_status_to_string(status));
             return;
         }
-        ggml_backend_tensor_get_async(hot->backend, g->y, hot->y + t * hot->n_embd, 0, ggml_nbytes(g->y));
+        ggml_backend_tensor_get_async(hot->backend, g->y, hot->y + t * hot->file.n_embd, 0, ggml_nbytes(g->y));
     }
     if (hot->drive != PINFER_HOT_QUEUED) {
         ggml_backend_synchronize(hot->backend);
     }
+} catch (const std::bad_alloc &) {
+    fail(hot, "out of memory");
 } catch (const std::exception & e) {
-    hot->failure = e.what();
+    fail(hot, e.what());
 }
 
 static void work(pinfer_hot * hot) {
@@ -185,14 +208,11 @@ void pinfer_hot_stop_thread(pinfer_hot * hot) {
     }
 }
 
-void pinfer_hot_begin(pinfer_hot * hot, const pinfer_hot_job & job) {
-    hot->copied.begin = pinfer_clock();
-    hot->job          = job;
-    hot->failure.clear();
-    hot->layer_in_flight = job.layer;
+static void begin(pinfer_hot * hot) {
+    const pinfer_hot_job & job = hot->job;
     stage(hot, job.n_tokens);
     if (hot->x) {
-        memcpy(hot->x, job.x, (size_t) (job.n_tokens * hot->n_embd) * sizeof(float));
+        memcpy(hot->x, job.x, (size_t) (job.n_tokens * hot->file.n_embd) * sizeof(float));
     }
     if (hot->drive == PINFER_HOT_THREADED) {
         hot->begun++;
@@ -206,19 +226,31 @@ void pinfer_hot_begin(pinfer_hot * hot, const pinfer_hot_job & job) {
     hot->copied.end = hot->drive == PINFER_HOT_QUEUED ? hot->worked.end : hot->worked.begin;
 }
 
-const float * pinfer_hot_end(pinfer_hot * hot) {
+void pinfer_hot_begin(pinfer_hot * hot, const pinfer_hot_job & job) noexcept {
+    hot->copied.begin = pinfer_clock();
+    hot->job          = job;
+    hot->failure[0]   = '\0';
+    hot->layer_in_flight = job.layer;
+    try {
+        begin(hot);
+    } catch (const std::exception &) {
+        fail(hot, "out of memory");
+    }
+}
+
+const float * pinfer_hot_end(pinfer_hot * hot) noexcept {
     if (hot->drive == PINFER_HOT_THREADED) {
         for (uint32_t done = hot->done; done != hot->begun; done = hot->done) {
             hot->done.wait(done);
         }
     } else if (hot->drive == PINFER_HOT_QUEUED) {
-        ggml_backend_synchronize(hot->backend);
+        try {
+            ggml_backend_synchronize(hot->backend);
+        } catch (const std::exception &) {
+            fail(hot, "out of memory");
+        }
         hot->worked.end = pinfer_clock();
     }
     hot->layer_in_flight = -1;
-    if (hot->failure.empty()) {
-        return hot->y;
-    }
-    hot->failure = "device " + hot->name + " failed in layer " + std::to_string(hot->job.layer) + " (" + hot->failure + ")";
-    return nullptr;
+    return hot->failure[0] == '\0' ? hot->y : nullptr;
 }

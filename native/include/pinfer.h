@@ -1,8 +1,11 @@
 // pinfer.h: the C interface of libggml-pinfer.so beyond the ggml backend it registers.
 //
-// One process holds one pinfer model at a time. The order is: load the plugin (ggml_backend_load), pinfer_configure(),
-// load the model with libllama, decode. Every function may be called through ctypes; strings are UTF-8.
-// Functions that can fail return false and write one line (cause, then the command that mends it) into err.
+// The plugin serves any number of models in one process, each by its own configuration; a model is named by the path of its
+// GGUF, and two paths of one file name the same model. The order is: load the plugin (ggml_backend_load), pinfer_configure()
+// for the model's path, load that file with libllama, decode. A model that was never configured is left to llama.cpp.
+//
+// Every function may be called through ctypes and from any thread; strings are UTF-8. Functions that can fail return false and
+// write one line into err: what happened, then the command that fixes it.
 #pragma once
 
 #include <stdbool.h>
@@ -37,18 +40,18 @@ enum pinfer_activation {
 
 // Zero-initialise, then set what is wanted: every zero is the default.
 struct pinfer_params {
-    const char * model_path;      // GGUF the artefacts must belong to; NULL: no artefacts
+    const char * model_path;      // GGUF that is configured; required
     const char * predictor_path;  // predictor.gguf, NULL: exact mode
     const char * const * hot_paths; // hot.gguf, hot-1.gguf, ..., NULL at the end; NULL: no hot part
     const char * cold_path;       // cold.gguf, NULL: neurons are read from the model itself
     const char * const * devices; // ggml device of each hot shard, NULL at the end; NULL: the GPUs in order, an error
                                   // where there are too few
-    int32_t      activation;      // enum pinfer_activation
+    int32_t      activation;      // enum pinfer_activation; OTHER: the model is llama.cpp's alone
     int32_t      n_batch_dense;   // from this many tokens a batch is computed densely; 0: default
     float        activation_threshold; // relu(v) is v where v exceeds this, else 0; finite, >= 0, and 0 with ACT_GRAPH
 };
 
-// Counters since pinfer_configure() or pinfer_stats_reset().
+// Counters of a model since pinfer_configure() or pinfer_stats_reset().
 struct pinfer_stats {
     uint64_t n_tokens;       // (layer, token) pairs computed sparsely
     uint64_t n_tokens_dense; // (layer, token) pairs computed densely (prefill)
@@ -67,23 +70,33 @@ struct pinfer_stats {
     double seconds_overlap; // hot and cold at the same time
 };
 
-// Checks the artefacts against the model and maps them. Replaces an earlier configuration; call it while no
-// llama_context is alive. Returns false and changes nothing when an artefact is missing, damaged or of another model.
+// Checks the artefacts against the model and against each other, and opens them. Replaces an earlier configuration of the same
+// model: the old hot devices are closed before the new ones are opened. Returns false
+//   - and leaves the earlier configuration as it was, where a file is missing, damaged or of another model, or where a
+//     llama_model loaded from this file is still in use under another configuration (the same one is accepted again, and its
+//     counters go on);
+//   - and leaves the model unconfigured, where only opening a device failed.
 PINFER_API bool pinfer_configure(const struct pinfer_params * params, char * err, size_t err_len);
 
-PINFER_API void pinfer_get_stats(struct pinfer_stats * stats);
-PINFER_API void pinfer_stats_reset(void);
+// Forgets the configuration of a model and frees its hot devices and mappings: at once, or, while a llama_model loaded from
+// the file is in use, when that is freed. A path that was never configured is ignored.
+PINFER_API void pinfer_release(const char * model_path);
 
-// Device memory that a hot part takes, bytes: what hot shard i (from 0) took when it was opened, 0 beyond the last; and of
-// that the compute buffer, as an upper bound for a device whose largest layer has n_hot neurons.
-PINFER_API uint64_t pinfer_hot_shard_bytes(int32_t i);
+// Counters of a model; model_path NULL: of all configured models together. Zeros for a model that is not configured.
+PINFER_API void pinfer_get_stats(const char * model_path, struct pinfer_stats * stats);
+PINFER_API void pinfer_stats_reset(const char * model_path);
+
+// Device memory that a hot part takes, bytes: what hot shard i (from 0) of a model took when it was opened, 0 beyond the last;
+// and of that the compute buffer, as an upper bound for a device whose largest layer has n_hot neurons.
+PINFER_API uint64_t pinfer_hot_shard_bytes(const char * model_path, int32_t i);
 PINFER_API uint64_t pinfer_hot_compute_bytes(uint64_t n_embd, uint64_t n_hot);
 
-// Why the last FFN failed ("device CUDA0 failed in layer 7 (...)"); false, and nothing written, where it did not.
-PINFER_API bool pinfer_last_failure(char * err, size_t err_len);
+// Why the last FFN of a model (NULL: of any) failed ("device CUDA0 failed in layer 7 (...)"); false, and nothing written,
+// where it did not.
+PINFER_API bool pinfer_last_failure(const char * model_path, char * err, size_t err_len);
 
-// "device RPC0 failed in layer 7": the devices that have been given work which they have not returned; false where none has.
-// For a callback of ggml_set_abort_callback(), by which some of ggml's backends end the process: takes no lock.
+// "device RPC0 failed in layer 7": the devices, of all models, that have been given work which they have not returned; false
+// where none has. For a callback of ggml_set_abort_callback(), by which some of ggml's backends end the process: takes no lock.
 PINFER_API bool pinfer_devices_at_work(char * text, size_t text_len);
 
 // "avx512", "avx2", "neon" or "scalar": the kernels in use (PINFER_ISA forces one).
@@ -95,20 +108,22 @@ PINFER_API const char *           pinfer_activation_name(enum pinfer_activation 
 PINFER_API enum pinfer_activation pinfer_activation_parse(const char * name);         // GRAPH when unknown
 
 // Fingerprint of a GGUF: 32 hex digits and NUL into out[33]. Covers the whole header (metadata and tensor table), the file
-// size and 64 blocks of 4 KiB spread over the data, so it costs milliseconds whatever the size.
+// size and blocks of every tensor (docs/formats.md), so it costs milliseconds whatever the size.
 PINFER_API bool pinfer_fingerprint(const char * path, char out[33], char * err, size_t err_len);
 
 // Checksum of a tensor's bytes, as the artefacts' key pinfer.checksums holds it (docs/formats.md). Runs at the speed of memory.
 PINFER_API uint64_t pinfer_checksum(const void * data, size_t size);
 
-// Observer: counts what fires. While it runs every FFN is computed exactly and densely.
+// Observer of a model: counts what fires. While it runs every FFN of the model is computed exactly and densely.
 struct pinfer_observer_params {
     uint64_t n_samples; // FFN inputs to keep per layer (the first of every stride tokens), 0: none
     uint64_t stride;    // keep every stride-th token, >= 1
 };
-PINFER_API bool pinfer_observer_start(const struct pinfer_observer_params * params, char * err, size_t err_len);
-PINFER_API void pinfer_observer_stop(void); // keeps what was counted until the next start or configure
-// Pointers stay valid until the next start or configure; NULL/0 where a layer never ran.
+PINFER_API bool pinfer_observer_start(const char * model_path, const struct pinfer_observer_params * params, char * err,
+                                      size_t err_len);
+// Keeps what was counted until the next start, configure or release.
+PINFER_API void pinfer_observer_stop(const char * model_path);
+// Pointers stay valid until the next start, configure or release; NULL/0 where a layer never ran.
 //   count [n_ff] uint64: tokens in which the neuron fired;  mass [n_ff] double: sum of its output |f_i(x)|
 //   x [n_samples, n_embd] F16 (row-major, IEEE half bits); active [n_samples, ceil(n_ff/8)] bits, neuron i at byte i/8, bit i%8
 struct pinfer_observer_layer {
@@ -118,7 +133,8 @@ struct pinfer_observer_layer {
     const uint8_t *  active;
     uint64_t n_ff, n_embd, n_samples, n_tokens;
 };
-PINFER_API bool pinfer_observer_get(int32_t layer, struct pinfer_observer_layer * out); // false: layer unknown
+// False: model or layer unknown.
+PINFER_API bool pinfer_observer_get(const char * model_path, int32_t layer, struct pinfer_observer_layer * out);
 
 #ifdef __cplusplus
 }

@@ -1,36 +1,94 @@
-// state.h: what the process has configured: the artefacts of one model, the counters, the observer.
+// model.h: a model of this process: one GGUF file, the rule of its FFN, its artefacts and devices, its counters and observer.
+// Models are kept by the identity of their file, so that a weight's buffer leads to its model.
 #pragma once
 
 #include "activation.h"
 #include "cold.h"
 #include "device.h"
+#include "header.h"
 #include "observer.h"
 #include "pinfer.h"
 #include "predictor.h"
 
+#include <atomic>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <string>
+#include <sys/types.h>
 #include <vector>
 
-struct pinfer_state {
-    pinfer_rule                       rule;
-    int64_t                           n_batch_dense = 0;
-    std::unique_ptr<pinfer_predictor> predictor;
-    std::vector<std::unique_ptr<pinfer_hot>> hot; // one a device, in the order in which their sums are added
-    std::unique_ptr<pinfer_cold>      cold;
-    pinfer_observer                   observer;
-    pinfer_stats                      stats = {};
-    bool                              announce_fallback = false; // say it once on stderr; nobody asks for the counters
-    std::string                       failure; // why the last FFN could not be computed
-    std::mutex                        mutex; // several contexts may compute; FFNs run one at a time
+// A file whatever its path.
+struct pinfer_file_id {
+    dev_t dev = 0;
+    ino_t ino = 0;
+
+    auto operator<=>(const pinfer_file_id &) const = default;
 };
 
-pinfer_state & pinfer_state_get();
+// False where there is no such regular file.
+bool pinfer_file_id_of(const char * path, pinfer_file_id * out);
 
-// Keeps the reason for who asks for it, or says it.
-void pinfer_state_fail(pinfer_state * s, const std::string & why);
+// The parameters of pinfer_configure(), kept.
+struct pinfer_settings {
+    std::string              model, predictor, cold; // empty: none
+    std::vector<std::string> hot, devices;           // no devices: the GPUs in order
+    pinfer_rule              rule;
+    int64_t                  n_batch_dense = 0;
 
-// For programs that only know GGML_BACKEND_PATH: PINFER_ACTIVATION, PINFER_ACTIVATION_THRESHOLD, and PINFER_MODEL with
-// PINFER_ARTEFACTS (a folder).
-void pinfer_state_configure_from_env();
+    bool operator==(const pinfer_settings &) const = default;
+};
+
+struct pinfer_model {
+    pinfer_file_id  id;
+    pinfer_settings settings;
+    pinfer_header   header; // empty where the rule is OTHER
+    uint64_t        order = 0; // models configured later have a higher one
+
+    std::unique_ptr<pinfer_predictor>        predictor;
+    std::vector<std::unique_ptr<pinfer_hot>> hot; // one a device, in the order in which their sums are added
+    std::unique_ptr<pinfer_cold>             cold;
+
+    std::atomic<int> n_buffers{0}; // that hold weights of it
+
+    // Several contexts may compute; the FFNs of a model run one at a time. What follows is for who holds the mutex.
+    std::mutex        mutex;
+    pinfer_observer   observer;
+    pinfer_stats      stats = {};
+    bool              announce_fallback = false; // say it once on stderr, where nobody asks for the counters
+    std::string       failure; // why the last FFN could not be computed
+
+    struct layer_state {
+        bool    checked = false; // the shards hold this layer's rows
+        uint8_t placed  = 0;     // parts (1 << pinfer_part) that lie in the plugin's buffers
+    };
+    std::vector<layer_state>                   layers;
+    std::map<const void *, std::vector<float>> biases; // those that the file does not have in F32, by their data
+
+    const pinfer_rule & rule() const { return settings.rule; }
+
+    // Whether the graph of llama.cpp, taken as it is, would compute something else.
+    bool replaces_activation() const {
+        return rule().act != PINFER_ACT_GRAPH && rule().act != PINFER_ACT_OTHER &&
+               (rule().act != header.graph_activation || rule().threshold > 0.0f);
+    }
+};
+
+// Opens what the settings name, checks it, and puts it in the place of an earlier configuration; see pinfer_configure().
+bool pinfer_model_configure(const pinfer_settings & settings, std::string * err);
+void pinfer_model_release(const pinfer_file_id & id);
+
+// Null where the file is not configured.
+std::shared_ptr<pinfer_model> pinfer_model_of(const pinfer_file_id & id);
+std::shared_ptr<pinfer_model> pinfer_model_of(const char * path);
+std::vector<std::shared_ptr<pinfer_model>> pinfer_models();
+
+// Keeps the reason for who asks for it, or says it. The mutex is held.
+void pinfer_model_fail(pinfer_model * m, const std::string & why);
+
+// Weights come and go.
+void pinfer_model_place(pinfer_model * m, const ggml_tensor * weight);
+void pinfer_model_hold(pinfer_model * m);
+void pinfer_model_let_go(pinfer_model * m);
+// First layer whose FFN is not, as a whole, in the plugin's buffers; -1: there is none.
+int pinfer_model_missing_layer(pinfer_model * m);

@@ -2,11 +2,13 @@
 // file of a run that is killed can be read like any other.
 #include "trace.h"
 
+#include <atomic>
 #include <cerrno>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <fcntl.h>
+#include <mutex>
 #include <unistd.h>
 
 namespace {
@@ -20,7 +22,9 @@ struct trace_file {
     std::string pending;
 };
 
-// FFNs are computed one at a time, so nothing here is shared between threads.
+std::mutex        mutex; // models are computed at the same time
+std::atomic<bool> is_on{false};
+
 trace_file & file() {
     static trace_file * const f = new trace_file; // never destroyed: nothing is left to write at exit
     return *f;
@@ -32,7 +36,8 @@ void give_up(trace_file & f, const char * what) {
     if (f.fd >= 0) {
         close(f.fd);
     }
-    f.fd = -1;
+    f.fd  = -1;
+    is_on = false;
     f.pending.clear();
 }
 
@@ -56,11 +61,23 @@ std::string metadata(const char * what, int row, const std::string & name) {
            ", \"tid\": " + std::to_string(row) + ", \"args\": {\"name\": " + quoted(name) + "}}";
 }
 
+void flush(trace_file & f) {
+    f.pending += END;
+    const ssize_t written = pwrite(f.fd, f.pending.data(), f.pending.size(), f.size);
+    if (written != (ssize_t) f.pending.size()) {
+        give_up(f, "written to");
+        return;
+    }
+    f.size += written - (off_t) strlen(END);
+    f.pending.clear();
+}
+
 } // namespace
 
 void pinfer_trace_open(const std::vector<std::string> & devices) {
-    trace_file &       f    = file();
-    const char * const path = getenv("PINFER_TRACE");
+    std::lock_guard<std::mutex> lock(mutex);
+    trace_file &                f    = file();
+    const char * const          path = getenv("PINFER_TRACE");
     if (!path || !*path) {
         return;
     }
@@ -80,37 +97,27 @@ void pinfer_trace_open(const std::vector<std::string> & devices) {
     for (size_t i = 0; i < devices.size(); i++) {
         append(f, metadata("thread_name", (int) i + 1, devices[i]));
     }
-    pinfer_trace_flush();
+    is_on = true;
+    flush(f);
 }
 
 bool pinfer_trace_on() {
-    return file().fd >= 0;
+    return is_on;
 }
 
-void pinfer_trace_add(const char * name, int row, const pinfer_span & span, int layer, int64_t n_tokens) {
-    trace_file & f = file();
+void pinfer_trace_add(const std::vector<pinfer_trace_event> & events, int layer, int64_t n_tokens) {
+    std::lock_guard<std::mutex> lock(mutex);
+    trace_file &                f = file();
     if (f.fd < 0) {
         return;
     }
-    char event[256];
-    snprintf(event, sizeof(event),
-             "{\"ph\": \"X\", \"name\": \"%s\", \"pid\": %d, \"tid\": %d, \"ts\": %.3f, \"dur\": %.3f, "
-             "\"args\": {\"layer\": %d, \"tokens\": %lld}}",
-             name, (int) getpid(), row, 1e6 * span.begin, 1e6 * span.seconds(), layer, (long long) n_tokens);
-    append(f, event);
-}
-
-void pinfer_trace_flush() {
-    trace_file & f = file();
-    if (f.fd < 0 || f.pending.empty()) {
-        return;
+    for (const pinfer_trace_event & e : events) {
+        char event[256];
+        snprintf(event, sizeof(event),
+                 "{\"ph\": \"X\", \"name\": \"%s\", \"pid\": %d, \"tid\": %d, \"ts\": %.3f, \"dur\": %.3f, "
+                 "\"args\": {\"layer\": %d, \"tokens\": %lld}}",
+                 e.name, (int) getpid(), e.row, 1e6 * e.span.begin, 1e6 * e.span.seconds(), layer, (long long) n_tokens);
+        append(f, event);
     }
-    f.pending += END;
-    const ssize_t written = pwrite(f.fd, f.pending.data(), f.pending.size(), f.size);
-    if (written != (ssize_t) f.pending.size()) {
-        give_up(f, "written to");
-        return;
-    }
-    f.size += written - (off_t) strlen(END);
-    f.pending.clear();
+    flush(f);
 }

@@ -25,8 +25,12 @@ void pinfer_trace_open(const std::vector<std::string> & devices);
 
 bool pinfer_trace_on();
 
-// One bar in a row; it is in the file after the next flush.
-void pinfer_trace_add(const char * name, int row, const pinfer_span & span, int layer, int64_t n_tokens);
+// A bar in a row.
+struct pinfer_trace_event {
+    const char * name;
+    int          row;
+    pinfer_span  span;
+};
 
-// After a flush the file is whole JSON, whatever happens to the process.
-void pinfer_trace_flush();
+// The bars of one FFN. When this returns the file is whole JSON, whatever happens to the process. From any thread.
+void pinfer_trace_add(const std::vector<pinfer_trace_event> & events, int layer, int64_t n_tokens);

@@ -1,63 +1,22 @@
-// engine.cpp: walks the nodes of a split: whole FFNs go to ffn.cpp, anything else to ggml's CPU backend, counted.
-#include "plan.h"
+// engine.cpp: walks the nodes of a split: whole FFNs go to ffn/, anything else to ggml's CPU backend, counted.
+#include "engine.h"
 
-#include "ggml-backend-impl.h"
-#include "ggml-cpu.h"
+#include "buffer.h"
+#include "dense.h"
+#include "ggml-impl.h"
+#include "match.h"
+#include "plan.h"
 
 #include <algorithm>
 #include <cstdio>
+#include <cstring>
 
-// A split is one FFN, some 10 nodes; more are sent on in portions.
-static const size_t GRAPH_SIZE = 64;
-
-bool pinfer_engine_init(pinfer_engine * e) {
-    e->cpu = ggml_backend_init_by_type(GGML_BACKEND_DEVICE_TYPE_CPU, nullptr);
-    if (!e->cpu) {
-        return false;
-    }
-    e->graph_ctx = ggml_init({.mem_size   = ggml_graph_overhead_custom(GRAPH_SIZE, false) + ggml_tensor_overhead(),
-                              .mem_buffer = nullptr,
-                              .no_alloc   = true});
-    e->graph     = ggml_new_graph_custom(e->graph_ctx, GRAPH_SIZE, false);
-    pinfer_engine_set_n_threads(e, e->n_threads);
-    return true;
-}
-
-void pinfer_engine_free(pinfer_engine * e) {
-    if (e->graph_ctx) {
-        ggml_free(e->graph_ctx);
-    }
-    if (e->cpu) {
-        ggml_backend_free(e->cpu);
-    }
-}
-
-void pinfer_engine_set_n_threads(pinfer_engine * e, int n_threads) {
-    e->n_threads = n_threads;
-    auto * set   = (ggml_backend_set_n_threads_t) ggml_backend_reg_get_proc_address(
-        ggml_backend_dev_backend_reg(ggml_backend_get_device(e->cpu)), "ggml_backend_set_n_threads");
-    if (set) {
-        set(e->cpu, n_threads);
-    }
-}
-
-uint8_t * pinfer_engine_arena(pinfer_engine * e, size_t size) {
-    if (e->arena.size() < size + 64) {
-        e->arena.resize(size + 64);
-    }
-    return (uint8_t *) (((uintptr_t) e->arena.data() + 63) / 64 * 64);
-}
+// What -ot takes for the tensors of FFNs.
+#define PINFER_FFN_TENSORS "\\.ffn_(up|gate|down)\\.(weight|bias)"
 
 static bool is_view(const ggml_tensor * t) {
     return t->op == GGML_OP_NONE || t->op == GGML_OP_VIEW || t->op == GGML_OP_RESHAPE || t->op == GGML_OP_PERMUTE ||
            t->op == GGML_OP_TRANSPOSE;
-}
-
-// Layer whose activation this node is by libllama's naming ("ffn_swiglu-7"), -1: none.
-static int named_layer(const ggml_tensor * t) {
-    char what[16];
-    int  layer = -1;
-    return sscanf(t->name, "ffn_%15[a-z]-%d", what, &layer) == 2 ? layer : -1;
 }
 
 static void mark_done(pinfer_engine * e, int layer, const ggml_tensor * h) {
@@ -107,11 +66,12 @@ static int replaced_activation(const ggml_tensor * node, const pinfer_rule & rul
     if (!is_activation || (!thresholds && graph_computes(node, rule.act))) {
         return -1;
     }
-    return pinfer_match_activation(const_cast<ggml_tensor *>(node), &f) ? f.layer : named_layer(node);
+    return pinfer_match_activation(const_cast<ggml_tensor *>(node), &f) ? f.layer : pinfer_named_layer(node);
 }
 
 // An activation node by the model's rule, from its sources.
-static ggml_status compute_activation(pinfer_engine * e, const pinfer_rule & rule, ggml_tensor * node, int layer) {
+static ggml_status compute_activation(pinfer_engine * e, pinfer_model * m, ggml_tensor * node, int layer) {
+    const pinfer_rule & rule = m->rule();
     pinfer_ffn f;
     f.h            = node;
     f.up.mul_mat   = node->op == GGML_OP_GLU ? node->src[1] : node->src[0];
@@ -120,38 +80,93 @@ static ggml_status compute_activation(pinfer_engine * e, const pinfer_rule & rul
     const pinfer_rule own = is_relu(node) ? pinfer_rule{PINFER_ACT_RELU, rule.threshold} : rule;
     if (!f.up.mul_mat || pinfer_is_gated(own.act) != f.gated() || !ggml_is_contiguous(f.up.mul_mat) ||
         (f.gated() && !ggml_is_contiguous(f.gate.mul_mat))) {
-        fprintf(stderr, "pinfer: %s cannot be computed as %s\n", node->name, pinfer_activation_name(rule.act));
+        pinfer_model_fail(m, std::string(node->name) + " cannot be computed as " + pinfer_activation_name(rule.act) +
+                                 "; check the activation that is named for " + m->settings.model);
         return GGML_STATUS_FAILED;
     }
-    pinfer_dense_activation(e, f, own);
+    pinfer_dense_activation(&e->team, f, own);
     mark_done(e, layer, node);
+    return GGML_STATUS_SUCCESS;
+}
+
+// A bias by its type: ggml adds F32 alone.
+static ggml_status compute_bias(pinfer_engine * e, pinfer_model * m, ggml_tensor * node) {
+    const float * const bias = pinfer_dense_bias(m, node->src[1]);
+    pinfer_dense_add(&e->team, (const float *) node->src[0]->data, bias, node->ne[0], ggml_nrows(node), (float *) node->data);
     return GGML_STATUS_SUCCESS;
 }
 
 // A node outside a whole FFN, computed from its direct sources: what lies before them may be overwritten by now. A down
 // product whose input is not the model's activation is refused: it would be silently wrong.
-static ggml_status compute_single(pinfer_engine * e, pinfer_state * s, ggml_tensor * node) {
-    s->stats.n_fallback++;
-    if (s->announce_fallback) {
-        s->announce_fallback = false;
-        fprintf(stderr, "pinfer: %s (%s) is no FFN pinfer knows; such nodes run on the plain CPU backend\n", node->name,
-                ggml_op_desc(node));
+static ggml_status compute_single(pinfer_engine * e, pinfer_model * m, ggml_tensor * node) {
+    m->stats.n_fallback++;
+    if (m->announce_fallback) {
+        m->announce_fallback = false;
+        fprintf(stderr, "pinfer: %s (%s) is not part of an FFN that pinfer knows; such nodes run on the plain CPU backend\n",
+                node->name, ggml_op_desc(node));
     }
-    if (s->rule.act == PINFER_ACT_GRAPH) {
-        return pinfer_dense_nodes(e, &node, 1);
+    int layer = -1;
+    if (node->op == GGML_OP_ADD && node->src[1]->type != GGML_TYPE_F32 &&
+        pinfer_part_of(node->src[1]->name, true, &layer) != PINFER_PART_NONE && ggml_is_contiguous(node->src[0])) {
+        return compute_bias(e, m, node);
     }
-    int layer = replaced_activation(node, s->rule);
+    if (m->rule().act == PINFER_ACT_GRAPH) {
+        return pinfer_team_nodes(&e->team, &node, 1);
+    }
+    layer = replaced_activation(node, m->rule());
     if (layer >= 0) {
-        return compute_activation(e, s->rule, node, layer);
+        return compute_activation(e, m, node, layer);
     }
-    if (node->op == GGML_OP_MUL_MAT && pinfer_tensor_part(node->src[0], false, &layer) == PINFER_PART_DOWN &&
-        !is_models(e, s->rule, layer, node->src[1])) {
-        fprintf(stderr, "pinfer: the activation of layer %d was computed elsewhere, not as %s\n", layer,
-                pinfer_activation_name(s->rule.act));
+    if (node->op == GGML_OP_MUL_MAT && pinfer_part_of(node->src[0]->name, false, &layer) == PINFER_PART_DOWN &&
+        !is_models(e, m->rule(), layer, node->src[1])) {
+        pinfer_model_fail(m, "the activation of layer " + std::to_string(layer) + " was computed elsewhere, not as " +
+                                 pinfer_activation_name(m->rule().act) + "; keep all FFNs in the plugin's buffers");
         return GGML_STATUS_FAILED;
     }
-    return pinfer_dense_nodes(e, &node, 1);
+    return pinfer_team_nodes(&e->team, &node, 1);
 }
+
+static bool is_embedding_lookup(const ggml_tensor * op) {
+    return op->op == GGML_OP_GET_ROWS && !strcmp(op->src[0]->name, "token_embd.weight");
+}
+
+// The model of such a node; null: none that must be refused.
+static std::shared_ptr<pinfer_model> model_to_refuse(const ggml_tensor * op, int * layer) {
+    const ggml_tensor * const embedding = op->src[0];
+    for (const auto & m : pinfer_models()) {
+        if (embedding->data && m->replaces_activation() && m->header.token_embd.is(embedding) &&
+            (*layer = pinfer_model_missing_layer(m.get())) >= 0) {
+            // known by the mapping, or, where the file was read into memory, by the shape
+            const auto mapped = pinfer_model_mapped_at(embedding->data);
+            if (!mapped || mapped == m) {
+                return m;
+            }
+        }
+    }
+    return nullptr;
+}
+
+bool pinfer_engine_must_refuse(const ggml_tensor * op) {
+    int layer = -1;
+    return is_embedding_lookup(op) && model_to_refuse(op, &layer);
+}
+
+static ggml_status refuse(const ggml_tensor * op) {
+    int        layer = -1;
+    const auto m     = model_to_refuse(op, &layer);
+    if (!m) {
+        return GGML_STATUS_FAILED;
+    }
+    const std::string why = "the FFN of layer " + std::to_string(layer) + " of " + m->settings.model +
+                            " is outside the plugin's buffers, so llama.cpp would compute another activation than " +
+                            pinfer_activation_name(m->rule().act) + "; with -ngl also pass: -ot '" PINFER_FFN_TENSORS "=PINFER'";
+    fprintf(stderr, "pinfer: %s\n", why.c_str());
+    std::lock_guard<std::mutex> lock(m->mutex);
+    m->failure = why;
+    return GGML_STATUS_FAILED;
+}
+
+namespace {
 
 // How a node of the split is dealt with: `ends` is the index into the FFN list it completes, -1: none.
 struct plan_entry {
@@ -159,19 +174,58 @@ struct plan_entry {
     int  ends   = -1;
 };
 
-ggml_status pinfer_engine_compute(pinfer_engine * e, pinfer_state * s, ggml_cgraph * graph) {
-    ggml_tensor ** nodes = ggml_graph_nodes(graph);
-    const int      n     = ggml_graph_n_nodes(graph);
+} // namespace
 
-    std::vector<plan_entry> plan((size_t) n);
-    std::vector<pinfer_ffn> ffns;
+static bool computes_whole(const pinfer_rule & rule, const pinfer_ffn & f) {
+    // otherwise there are no exact zeros, and the CPU backend does it; or the rule is for other FFNs, which is refused there
+    return rule.act == PINFER_ACT_GRAPH ? f.graph_act != PINFER_ACT_OTHER : pinfer_is_gated(rule.act) == f.gated();
+}
+
+static ggml_status compute_ffn(pinfer_engine * e, pinfer_model * m, const pinfer_ffn & f) {
+    std::lock_guard<std::mutex> lock(m->mutex);
+    const bool                  first = m->cold && (size_t) f.layer < m->layers.size() && !m->layers[(size_t) f.layer].checked;
+    m->failure.clear();
+    const ggml_status status = pinfer_ffn_compute(&e->team, m, f);
+    if (first) { // the loader of libllama has read the whole file; behind shards nothing reads the model's own matrices
+        for (const ggml_tensor * weight : {f.gate.weight, f.up.weight, f.down.weight}) {
+            if (weight) {
+                pinfer_weight_release_pages(weight);
+            }
+        }
+    }
+    return status;
+}
+
+static ggml_status compute_node(pinfer_engine * e, ggml_tensor * node) {
+    if (is_embedding_lookup(node)) {
+        return refuse(node);
+    }
+    const pinfer_claim claim = pinfer_match_claim(node);
+    const auto         m     = claim.weight ? pinfer_model_of_weight(claim.weight) : nullptr;
+    if (!m) {
+        return pinfer_team_nodes(&e->team, &node, 1);
+    }
+    std::lock_guard<std::mutex> lock(m->mutex);
+    m->failure.clear();
+    return compute_single(e, m.get(), node);
+}
+
+ggml_status pinfer_engine_compute(pinfer_engine * e, ggml_cgraph * graph) {
+    ggml_tensor ** nodes = graph->nodes;
+    const int      n     = graph->n_nodes;
+
+    std::vector<plan_entry>                    plan((size_t) n);
+    std::vector<pinfer_ffn>                    ffns;
+    std::vector<std::shared_ptr<pinfer_model>> models; // of the FFNs
     for (int i = 0; i < n; i++) {
         pinfer_ffn f;
-        if (nodes[i]->op != GGML_OP_MUL_MAT || !pinfer_match_ffn(nodes, n, i, &f)) {
+        if (!pinfer_match_ffn(graph, i, &f)) {
             continue;
         }
-        if (s->rule.act == PINFER_ACT_GRAPH ? f.graph_act == PINFER_ACT_OTHER : pinfer_is_gated(s->rule.act) != f.gated()) {
-            continue; // no exact zeros: the CPU backend does it; or a rule for other FFNs, which is refused there
+        const auto m = pinfer_model_of_weight(f.up.weight);
+        if (!m || pinfer_model_of_weight(f.down.weight) != m || (f.gated() && pinfer_model_of_weight(f.gate.weight) != m) ||
+            !computes_whole(m->rule(), f)) {
+            continue;
         }
         const ggml_tensor * members[] = {f.gate.mul_mat, f.gate.add, f.up.mul_mat, f.up.add, f.inner, f.h, f.down.mul_mat, f.down.add};
         for (int k = 0; k < n; k++) {
@@ -183,15 +237,16 @@ ggml_status pinfer_engine_compute(pinfer_engine * e, pinfer_state * s, ggml_cgra
             }
         }
         ffns.push_back(f);
+        models.push_back(m);
     }
 
     for (int i = 0; i < n; i++) {
         const plan_entry & p      = plan[(size_t) i];
         ggml_status        status = GGML_STATUS_SUCCESS;
         if (p.ends >= 0) {
-            status = pinfer_ffn_compute(e, s, ffns[(size_t) p.ends]);
+            status = compute_ffn(e, models[(size_t) p.ends].get(), ffns[(size_t) p.ends]);
         } else if (!p.inside && !is_view(nodes[i])) {
-            status = compute_single(e, s, nodes[i]);
+            status = compute_node(e, nodes[i]);
         }
         if (status != GGML_STATUS_SUCCESS) {
             return status;

@@ -55,7 +55,7 @@ int program_run(void) {
 // Why the program failed.
 std::string failure(void) {
     char cause[512] = "";
-    if (!run.options.models.empty() && pinfer_last_failure(cause, sizeof(cause))) {
+    if (!run.options.models.empty() && pinfer_last_failure(nullptr, cause, sizeof(cause))) {
         return std::string(cause) + "; check the device, or do without it: --hot-device none";
     }
     const std::string what = run.error.empty() ? "llama.cpp failed" : run.error;

@@ -45,7 +45,7 @@ shares shares_get(void) {
         return s;
     }
     struct pinfer_stats stats = {};
-    pinfer_get_stats(&stats);
+    pinfer_get_stats(nullptr, &stats);
     s.active     = share(stats.n_active, stats.n_neurons - stats.n_hot);
     s.candidates = share(stats.n_candidates, stats.n_neurons - stats.n_hot);
     s.computed   = share(stats.n_candidates + stats.n_hot, stats.n_neurons);
@@ -79,7 +79,7 @@ vram vram_get(const llama_context * ctx) {
         for (const pinfer_model_options & model : options->models) {
             for (size_t i = 0; i < model.devices.size(); i++) {
                 if (model.devices[i] == ggml_backend_dev_name(d.dev)) {
-                    counted += pinfer_hot_shard_bytes((int32_t) i);
+                    counted += pinfer_hot_shard_bytes(model.path.c_str(), (int32_t) i);
                 }
             }
         }

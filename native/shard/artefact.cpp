@@ -3,6 +3,7 @@
 
 #include <cerrno>
 #include <cinttypes>
+#include <cmath>
 #include <cstdio>
 #include <cstring>
 #include <fcntl.h>
@@ -18,10 +19,6 @@ const char * maker_of(const char * kind) {
         return "pinfer train";
     }
     return !strcmp(kind, "hot") || !strcmp(kind, "cold") ? "pinfer split" : "pinfer profile";
-}
-
-gguf_context * gguf_open(const char * path) {
-    return gguf_init_from_file(path, {.no_alloc = true, .ctx = nullptr});
 }
 
 // Index of a scalar (or array) key of the wanted type, -1 otherwise: gguf's getters abort on a wrong type.
@@ -75,19 +72,40 @@ std::string described(const char * activation, float threshold) {
     return text;
 }
 
-bool check_activation(const pinfer_artefact * a, const pinfer_origin & origin, std::string * err) {
+bool check_activation(pinfer_artefact * a, const pinfer_origin & origin, std::string * err) {
     std::string name;
-    float       threshold = 0.0f; // where the file does not say it
-    pinfer_artefact_f32(a, "pinfer.activation_threshold", &threshold);
-    if (!pinfer_artefact_str(a, "pinfer.activation", &name)) {
-        return fail(err, a->path + " lacks a key" + a->remake);
+    if (!pinfer_gguf_str(a->gguf, "pinfer.activation", &name)) {
+        return pinfer_artefact_damaged(a, "it lacks pinfer.activation", err);
     }
-    const char * const wanted = pinfer_activation_name(origin.activation);
-    if (origin.activation == PINFER_ACT_GRAPH || (name == wanted && threshold == origin.threshold)) {
+    a->rule.act = pinfer_activation_parse(name.c_str());
+    pinfer_gguf_f32(a->gguf, "pinfer.activation_threshold", &a->rule.threshold); // 0 where the file does not have it
+    const pinfer_rule & wanted = origin.rule;
+    if (a->rule.act != PINFER_ACT_GRAPH && a->rule.act != PINFER_ACT_OTHER && std::isfinite(a->rule.threshold) &&
+        (wanted.act == PINFER_ACT_GRAPH || (a->rule.act == wanted.act && a->rule.threshold == wanted.threshold))) {
         return true;
     }
-    return fail(err, a->path + " was made for activation " + described(name.c_str(), threshold) + ", " + origin.model_path +
-                         " is run with " + described(wanted, origin.threshold) + a->remake);
+    return fail(err, a->path + " was made for activation " + described(name.c_str(), a->rule.threshold) + ", " + origin.model_path +
+                         " is run with " + described(pinfer_activation_name(wanted.act), wanted.threshold) + a->remake);
+}
+
+// The numbers of the file's header must be the model's before any of them is an index.
+bool check_shape(pinfer_artefact * a, const pinfer_origin & origin, std::string * err) {
+    uint32_t n_layer = 0, n_embd = 0, n_ff = 0;
+    if (!pinfer_gguf_u32(a->gguf, "pinfer.n_layer", &n_layer) || !pinfer_gguf_u32(a->gguf, "pinfer.n_embd", &n_embd) ||
+        !pinfer_gguf_u32(a->gguf, "pinfer.n_ff", &n_ff)) {
+        return pinfer_artefact_damaged(a, "it lacks its shape (pinfer.n_layer, n_embd, n_ff)", err);
+    }
+    bool has_width = false;
+    for (const pinfer_layer_header & layer : origin.header.layers) {
+        has_width |= layer.n_ff() == n_ff;
+    }
+    if (n_layer != origin.header.layers.size() || n_embd != origin.header.n_embd || !has_width) {
+        return pinfer_artefact_damaged(a, "its shape is not the model's", err);
+    }
+    a->n_layer = n_layer;
+    a->n_embd  = n_embd;
+    a->n_ff    = n_ff;
+    return true;
 }
 
 } // namespace
@@ -116,7 +134,7 @@ bool pinfer_artefact_open(pinfer_artefact * a, const char * path, const char * k
         close(fd);
         return fail(err, std::string(path) + " is not a complete GGUF file" + remake);
     }
-    a->gguf = gguf_open(path);
+    a->gguf = pinfer_gguf_open(path);
     if (!a->gguf) {
         close(fd);
         return fail(err, std::string(path) + " is damaged (its GGUF header cannot be read)" + remake);
@@ -140,18 +158,21 @@ bool pinfer_artefact_open(pinfer_artefact * a, const char * path, const char * k
     }
 
     std::string have;
-    if (!pinfer_artefact_str(a, "pinfer.kind", &have) || have != kind) {
+    if (!pinfer_gguf_str(a->gguf, "pinfer.kind", &have) || have != kind) {
         return fail(err, std::string(path) + " is not a pinfer " + kind + " file" + remake);
     }
     uint32_t version = 0;
-    if (!pinfer_artefact_u32(a, "pinfer.format_version", &version) || version != PINFER_FORMAT_VERSION) {
+    if (!pinfer_gguf_u32(a->gguf, "pinfer.format_version", &version) || version != PINFER_FORMAT_VERSION) {
         return fail(err, std::string(path) + " has format version " + std::to_string(version) + ", this pinfer reads " +
                              std::to_string(PINFER_FORMAT_VERSION) + remake);
     }
-    if (!pinfer_artefact_str(a, "pinfer.model.fingerprint", &have) || have != origin.fingerprint) {
+    if (!pinfer_gguf_str(a->gguf, "pinfer.model.fingerprint", &have) || have != origin.fingerprint) {
         return fail(err, std::string(path) + " was made from another model than " + origin.model_path + remake);
     }
-    return check_activation(a, origin, err);
+    if (gguf_get_alignment(a->gguf) % 32 != 0) {
+        return pinfer_artefact_damaged(a, "its tensors are not aligned to 32 bytes", err);
+    }
+    return check_activation(a, origin, err) && check_shape(a, origin, err);
 }
 
 bool pinfer_artefact_tensor(const pinfer_artefact * a, const char * name, ggml_type type, int64_t ne0, int64_t ne1,
@@ -180,45 +201,82 @@ void pinfer_artefact_release(const void * data, size_t size) {
     }
 }
 
-bool pinfer_artefact_u32(const pinfer_artefact * a, const char * key, uint32_t * out) {
-    const int64_t id = find_key(a->gguf, key, GGUF_TYPE_UINT32, false);
+bool pinfer_artefact_damaged(const pinfer_artefact * a, const std::string & cause, std::string * err) {
+    return fail(err, a->path + " is damaged: " + cause + a->remake);
+}
+
+bool pinfer_artefact_neurons(const pinfer_artefact * a, const pinfer_origin & origin, int64_t il, const int32_t ** ids, int64_t * n,
+                             std::string * err) {
+    const std::string name = "blk." + std::to_string(il) + ".neurons";
+    const int64_t     id   = gguf_find_tensor(a->gguf, name.c_str());
+    *n                     = 0;
+    if (id < 0) {
+        return true;
+    }
+    const int64_t count = gguf_get_tensor_ne(a->gguf, id)[0];
+    pinfer_blob   blob;
+    if (!pinfer_artefact_tensor(a, name.c_str(), GGML_TYPE_I32, count, 1, &blob, err)) {
+        return false;
+    }
+    if (count < 1 || count > a->n_ff || origin.header.layers[(size_t) il].n_ff() != a->n_ff) {
+        return pinfer_artefact_damaged(a, "layer " + std::to_string(il) + " does not have the width of the model's FFN", err);
+    }
+    *ids = (const int32_t *) blob.data;
+    for (int64_t j = 0; j < count; j++) {
+        if ((*ids)[j] < 0 || (*ids)[j] >= a->n_ff) {
+            return pinfer_artefact_damaged(a, "layer " + std::to_string(il) + " names neurons that the model does not have", err);
+        }
+    }
+    *n = count;
+    return true;
+}
+
+gguf_context * pinfer_gguf_open(const char * path) {
+    return gguf_init_from_file(path, {.no_alloc = true, .ctx = nullptr});
+}
+
+bool pinfer_gguf_u32(const gguf_context * gguf, const char * key, uint32_t * out) {
+    const int64_t id    = find_key(gguf, key, GGUF_TYPE_UINT32, false);
+    const int64_t small = find_key(gguf, key, GGUF_TYPE_UINT16, false);
     if (id >= 0) {
-        *out = gguf_get_val_u32(a->gguf, id);
+        *out = gguf_get_val_u32(gguf, id);
+    } else if (small >= 0) {
+        *out = gguf_get_val_u16(gguf, small);
+    }
+    return id >= 0 || small >= 0;
+}
+
+bool pinfer_gguf_f32(const gguf_context * gguf, const char * key, float * out) {
+    const int64_t id = find_key(gguf, key, GGUF_TYPE_FLOAT32, false);
+    if (id >= 0) {
+        *out = gguf_get_val_f32(gguf, id);
     }
     return id >= 0;
 }
 
-bool pinfer_artefact_f32(const pinfer_artefact * a, const char * key, float * out) {
-    const int64_t id = find_key(a->gguf, key, GGUF_TYPE_FLOAT32, false);
+bool pinfer_gguf_str(const gguf_context * gguf, const char * key, std::string * out) {
+    const int64_t id = find_key(gguf, key, GGUF_TYPE_STRING, false);
     if (id >= 0) {
-        *out = gguf_get_val_f32(a->gguf, id);
+        *out = gguf_get_val_str(gguf, id);
     }
     return id >= 0;
 }
 
-bool pinfer_artefact_str(const pinfer_artefact * a, const char * key, std::string * out) {
-    const int64_t id = find_key(a->gguf, key, GGUF_TYPE_STRING, false);
+bool pinfer_gguf_u32_array(const gguf_context * gguf, const char * key, std::vector<uint32_t> * out) {
+    const int64_t id = find_key(gguf, key, GGUF_TYPE_UINT32, true);
     if (id >= 0) {
-        *out = gguf_get_val_str(a->gguf, id);
+        const uint32_t * data = (const uint32_t *) gguf_get_arr_data(gguf, id);
+        out->assign(data, data + gguf_get_arr_n(gguf, id));
     }
     return id >= 0;
 }
 
-bool pinfer_artefact_u32_array(const pinfer_artefact * a, const char * key, std::vector<uint32_t> * out) {
-    const int64_t id = find_key(a->gguf, key, GGUF_TYPE_UINT32, true);
-    if (id >= 0) {
-        const uint32_t * data = (const uint32_t *) gguf_get_arr_data(a->gguf, id);
-        out->assign(data, data + gguf_get_arr_n(a->gguf, id));
-    }
-    return id >= 0;
-}
-
-bool pinfer_artefact_str_array(const pinfer_artefact * a, const char * key, std::vector<std::string> * out) {
-    const int64_t id = find_key(a->gguf, key, GGUF_TYPE_STRING, true);
+bool pinfer_gguf_str_array(const gguf_context * gguf, const char * key, std::vector<std::string> * out) {
+    const int64_t id = find_key(gguf, key, GGUF_TYPE_STRING, true);
     if (id >= 0) {
         out->clear();
-        for (size_t i = 0; i < gguf_get_arr_n(a->gguf, id); i++) {
-            out->push_back(gguf_get_arr_str(a->gguf, id, i));
+        for (size_t i = 0; i < gguf_get_arr_n(gguf, id); i++) {
+            out->push_back(gguf_get_arr_str(gguf, id, i));
         }
     }
     return id >= 0;
@@ -230,7 +288,7 @@ bool pinfer_fingerprint_file(const char * path, std::string * out, std::string *
         return fail(err, std::string("cannot open ") + path + ": " + strerror(errno));
     }
     struct stat st = {};
-    gguf_context * gguf = fstat(fd, &st) == 0 && S_ISREG(st.st_mode) ? gguf_open(path) : nullptr;
+    gguf_context * gguf = fstat(fd, &st) == 0 && S_ISREG(st.st_mode) ? pinfer_gguf_open(path) : nullptr;
     if (!gguf) {
         close(fd);
         return fail(err, std::string(path) + " is not a GGUF file or its header is damaged");

@@ -1,8 +1,10 @@
 // artefact.h: a GGUF file of pinfer, mapped and checked. Reading one never aborts and never trusts a length.
 #pragma once
 
+#include "activation.h"
 #include "ggml.h"
 #include "gguf.h"
+#include "header.h"
 #include "pinfer.h"
 
 #include <cstdint>
@@ -15,6 +17,8 @@ struct pinfer_artefact {
     gguf_context * gguf = nullptr;
     uint8_t *      map  = nullptr; // the whole file, read-only
     size_t         size = 0;
+    pinfer_rule    rule; // it was made for
+    int64_t        n_layer = 0, n_embd = 0, n_ff = 0;
 
     pinfer_artefact() = default;
     pinfer_artefact(const pinfer_artefact &) = delete;
@@ -30,16 +34,16 @@ struct pinfer_blob {
     size_t          size = 0; // bytes
 };
 
-// What an artefact must have been made from.
+// What an artefact must have been made from, and the shape that it must have.
 struct pinfer_origin {
-    const char *      model_path = nullptr;
-    std::string       fingerprint;
-    pinfer_activation activation = PINFER_ACT_GRAPH; // GRAPH: any
-    float             threshold = 0.0f;
+    const char *         model_path = nullptr;
+    std::string          fingerprint;
+    pinfer_rule          rule; // GRAPH: any
+    pinfer_header        header;
 };
 
-// Maps path and checks kind, format version and what it was made from. On failure *err says the cause and the command
-// that mends it.
+// Maps path and checks kind, format version, what it was made from, and its shape against the model's. On failure *err says
+// what happened and the command that fixes it.
 bool pinfer_artefact_open(pinfer_artefact * a, const char * path, const char * kind, const pinfer_origin & origin,
                           std::string * err);
 
@@ -51,12 +55,23 @@ bool pinfer_artefact_tensor(const pinfer_artefact * a, const char * name, ggml_t
 // Gives back the memory that pages within these bytes of a mapped artefact take; they are read anew when touched.
 void pinfer_artefact_release(const void * data, size_t size);
 
-// Keys; false when absent or of another type.
-bool pinfer_artefact_u32(const pinfer_artefact * a, const char * key, uint32_t * out);
-bool pinfer_artefact_f32(const pinfer_artefact * a, const char * key, float * out);
-bool pinfer_artefact_str(const pinfer_artefact * a, const char * key, std::string * out);
-bool pinfer_artefact_u32_array(const pinfer_artefact * a, const char * key, std::vector<uint32_t> * out);
-bool pinfer_artefact_str_array(const pinfer_artefact * a, const char * key, std::vector<std::string> * out);
+// Writes "PATH is damaged: CAUSE; COMMAND" and returns false.
+bool pinfer_artefact_damaged(const pinfer_artefact * a, const std::string & cause, std::string * err);
+
+// Neurons that layer il of the file holds, by the tensor blk.N.neurons: *n of them, each less than n_ff; 0 where the layer is
+// not in the file. False (with *err) when they are not numbers of neurons, or the model has no such FFN in that layer.
+bool pinfer_artefact_neurons(const pinfer_artefact * a, const pinfer_origin & origin, int64_t il, const int32_t ** ids, int64_t * n,
+                             std::string * err);
+
+// Header of a GGUF, null where it cannot be read.
+gguf_context * pinfer_gguf_open(const char * path);
+
+// Keys; false when absent or of another type. An u32 may also be stored as u16.
+bool pinfer_gguf_u32(const gguf_context * gguf, const char * key, uint32_t * out);
+bool pinfer_gguf_f32(const gguf_context * gguf, const char * key, float * out);
+bool pinfer_gguf_str(const gguf_context * gguf, const char * key, std::string * out);
+bool pinfer_gguf_u32_array(const gguf_context * gguf, const char * key, std::vector<uint32_t> * out);
+bool pinfer_gguf_str_array(const gguf_context * gguf, const char * key, std::vector<std::string> * out);
 
 // See pinfer_fingerprint() in pinfer.h.
 bool pinfer_fingerprint_file(const char * path, std::string * out, std::string * err);

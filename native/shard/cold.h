@@ -26,7 +26,6 @@ struct pinfer_neurons {
 struct pinfer_cold {
     pinfer_artefact             file;
     std::string                 placement_id;
-    int64_t                     n_embd = 0, n_ff = 0;
     std::vector<pinfer_neurons> layers;
 };
 

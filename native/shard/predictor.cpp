@@ -31,21 +31,24 @@ static int bits_of(const std::string & kind) {
     return kind == "one_bit" ? 1 : kind == "two_bit" ? 2 : 0;
 }
 
-static bool read_few_bits(pinfer_predictor * p, int il, int bits, int64_t rank, int64_t n_embd, int64_t n_ff, std::string * err) {
-    pinfer_predictor_layer & layer = p->layers[(size_t) il];
-    const std::string        blk   = "blk." + std::to_string(il) + ".";
+static bool damaged(const pinfer_predictor * p, int64_t il, const std::string & cause, std::string * err) {
+    return pinfer_artefact_damaged(&p->file, "layer " + std::to_string(il) + " " + cause, err);
+}
+
+static bool read_few_bits(pinfer_predictor * p, int64_t il, int bits, int64_t rank, std::string * err) {
+    pinfer_predictor_layer & layer  = p->layers[(size_t) il];
+    const std::string        blk    = "blk." + std::to_string(il) + ".";
+    const int64_t            n_embd = p->file.n_embd, n_ff = p->file.n_ff;
     pinfer_blob              b, t;
     if (rank != n_embd || n_embd % 32 != 0) {
-        *err = p->file.path + ": layer " + std::to_string(il) + " is damaged; make it anew with: pinfer train";
-        return false;
+        return damaged(p, il, "has a rank that its kind does not allow", err);
     }
     if (!pinfer_artefact_tensor(&p->file, (blk + "pred_b").c_str(), GGML_TYPE_I8, n_embd * bits / 8, n_ff, &b, err) ||
         !pinfer_artefact_tensor(&p->file, (blk + "pred_t").c_str(), GGML_TYPE_F32, n_ff, 1, &t, err)) {
         return false;
     }
     if (!b.data || !t.data) {
-        *err = p->file.path + ": layer " + std::to_string(il) + " is incomplete; make it anew with: pinfer train";
-        return false;
+        return damaged(p, il, "is incomplete", err);
     }
     layer.bits  = bits;
     layer.rank  = rank;
@@ -55,18 +58,24 @@ static bool read_few_bits(pinfer_predictor * p, int il, int bits, int64_t rank, 
     return true;
 }
 
-static bool read_layer(pinfer_predictor * p, int il, const std::string & kind, int64_t rank, int64_t n_embd,
-                       int64_t n_ff, std::string * err) {
-    pinfer_predictor_layer & layer = p->layers[(size_t) il];
+static bool read_layer(pinfer_predictor * p, int64_t il, const std::string & kind, int64_t rank, const pinfer_origin & origin,
+                       std::string * err) {
+    pinfer_predictor_layer & layer  = p->layers[(size_t) il];
+    const int64_t            n_embd = p->file.n_embd, n_ff = p->file.n_ff;
     if (kind == "none") {
         return true;
     }
+    if (origin.header.layers[(size_t) il].n_ff() != n_ff) {
+        return damaged(p, il, "does not have the width of the model's FFN", err);
+    }
     if (bits_of(kind)) {
-        return read_few_bits(p, il, bits_of(kind), rank, n_embd, n_ff, err);
+        return read_few_bits(p, il, bits_of(kind), rank, err);
     }
     if (kind != "low_rank" && kind != "mlp") {
-        *err = p->file.path + ": unknown predictor kind '" + kind + "'; make it anew with: pinfer train";
-        return false;
+        return damaged(p, il, "has a predictor of the unknown kind '" + kind + "'", err);
+    }
+    if (rank == 0 || rank % 32 != 0) {
+        return damaged(p, il, "has a rank that its kind does not allow", err);
     }
     const std::string blk = "blk." + std::to_string(il) + ".";
     pinfer_blob       a, b, t;
@@ -78,8 +87,7 @@ static bool read_layer(pinfer_predictor * p, int il, const std::string & kind, i
     layer.a_kernel = a.data ? pinfer_kernel_get(a.type) : nullptr;
     layer.b_kernel = b.data ? pinfer_kernel_get(b.type) : nullptr;
     if (!layer.a_kernel || !layer.b_kernel || !t.data) {
-        *err = p->file.path + ": layer " + std::to_string(il) + " is incomplete; make it anew with: pinfer train";
-        return false;
+        return damaged(p, il, "is incomplete", err);
     }
     layer.rank  = rank;
     layer.relu  = kind == "mlp";
@@ -95,22 +103,16 @@ bool pinfer_predictor_open(pinfer_predictor * p, const char * path, const pinfer
     if (!pinfer_artefact_open(&p->file, path, "predictor", origin, err)) {
         return false;
     }
-    uint32_t                 n_layer = 0, n_embd = 0, n_ff = 0;
+    const auto               n_layer = (size_t) p->file.n_layer;
     std::vector<std::string> kind;
     std::vector<uint32_t>    rank;
-    if (!pinfer_artefact_u32(&p->file, "pinfer.n_layer", &n_layer) ||
-        !pinfer_artefact_u32(&p->file, "pinfer.n_embd", &n_embd) ||
-        !pinfer_artefact_u32(&p->file, "pinfer.n_ff", &n_ff) ||
-        !pinfer_artefact_str_array(&p->file, "pinfer.predictor.kind", &kind) ||
-        !pinfer_artefact_u32_array(&p->file, "pinfer.predictor.rank", &rank) || kind.size() != n_layer ||
-        rank.size() != n_layer) {
-        *err = std::string(path) + " lacks a key" + p->file.remake;
-        return false;
+    if (!pinfer_gguf_str_array(p->file.gguf, "pinfer.predictor.kind", &kind) ||
+        !pinfer_gguf_u32_array(p->file.gguf, "pinfer.predictor.rank", &rank) || kind.size() != n_layer || rank.size() != n_layer) {
+        return pinfer_artefact_damaged(&p->file, "it lacks the kind or rank of a layer", err);
     }
-    p->n_ff = n_ff;
     p->layers.resize(n_layer);
-    for (uint32_t il = 0; il < n_layer; il++) {
-        if (!read_layer(p, (int) il, kind[il], rank[il], n_embd, n_ff, err)) {
+    for (size_t il = 0; il < n_layer; il++) {
+        if (!read_layer(p, (int64_t) il, kind[il], rank[il], origin, err)) {
             return false;
         }
     }
@@ -143,7 +145,7 @@ static void pack_tile(const pinfer_predictor_layer & p, const void * const * row
 void pinfer_predictor_arrange(pinfer_predictor * p, const std::vector<pinfer_neurons> * neurons) {
     for (size_t il = 0; il < p->layers.size(); il++) {
         pinfer_predictor_layer & layer = p->layers[il];
-        const int64_t            n     = neurons ? (*neurons)[il].n : p->n_ff;
+        const int64_t            n     = neurons ? (*neurons)[il].n : p->file.n_ff;
         const int32_t *          ids   = neurons ? (*neurons)[il].ids : nullptr;
         if (layer.rank == 0 || n == 0) {
             continue;
@@ -166,7 +168,7 @@ void pinfer_predictor_arrange(pinfer_predictor * p, const std::vector<pinfer_neu
             }
             pack_tile(layer, rows, layer.tiles.data + (size_t) g * layer.tile);
         }
-        pinfer_artefact_release(layer.b, (size_t) p->n_ff * layer.b_row);
+        pinfer_artefact_release(layer.b, (size_t) p->file.n_ff * layer.b_row);
     }
 }
 

@@ -47,7 +47,6 @@ struct pinfer_predictor_layer {
 
 struct pinfer_predictor {
     pinfer_artefact                     file;
-    int64_t                             n_ff = 0;
     std::vector<pinfer_predictor_layer> layers;
 };
 

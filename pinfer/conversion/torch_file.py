@@ -22,9 +22,9 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from pinfer.conversion.hints import DOWNLOAD_AGAIN
 from pinfer.errors import PinferError
 
-_AGAIN = "download the checkpoint again"
 _MAX_PICKLE = 1 << 28
 """bytes; a state dict takes about 100 bytes a tensor"""
 _MAX_DIMS = 8
@@ -167,7 +167,7 @@ def open_torch_file(path: Path) -> TorchFile:
             members = {info.filename: info for info in archive.infolist()}
             index = next((name for name in members if name.endswith("/data.pkl") or name == "data.pkl"), None)
             if index is None:
-                raise PinferError(f"{path} is not a PyTorch checkpoint: it has no data.pkl", _AGAIN)
+                raise PinferError(f"{path} is not a PyTorch checkpoint: it has no data.pkl", DOWNLOAD_AGAIN)
             if members[index].file_size > _MAX_PICKLE:
                 raise _Damaged("its data.pkl is too large for a state dict")
             state = _unpickle(archive.read(index))
@@ -180,7 +180,7 @@ def open_torch_file(path: Path) -> TorchFile:
         if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
             state = state["state_dict"]
         if not isinstance(state, dict):
-            raise PinferError(f"{path} has no state dict", _AGAIN)
+            raise PinferError(f"{path} has no state dict", DOWNLOAD_AGAIN)
         size = path.stat().st_size
         views = {str(name): value for name, value in state.items() if isinstance(value, _View)}
         return TorchFile(path, {name: _checked(name, view, places, size) for name, view in views.items()})
@@ -194,10 +194,10 @@ def open_torch_file(path: Path) -> TorchFile:
     except zipfile.BadZipFile:
         raise PinferError(*_not_a_zip(path)) from None
     except OSError as error:
-        raise PinferError(f"{path} cannot be read: {error.strerror or error}", _AGAIN) from None
+        raise PinferError(f"{path} cannot be read: {error.strerror or error}", DOWNLOAD_AGAIN) from None
     except Exception as error:  # whatever a damaged pickle makes the unpickler raise
         cause = " ".join(str(error).split())[:120] or type(error).__name__
-        raise PinferError(f"{path} is damaged: {cause}", _AGAIN) from None
+        raise PinferError(f"{path} is damaged: {cause}", DOWNLOAD_AGAIN) from None
 
 
 def _unpickle(data: bytes) -> Any:
@@ -237,7 +237,7 @@ def _not_a_zip(path: Path) -> tuple[str, str]:
             f"{path} is a PyTorch file of the old format or cut off",
             "get the model's safetensors, or save it again with PyTorch 1.6 or newer",
         )
-    return f"{path} is damaged: it is not a PyTorch archive", _AGAIN
+    return f"{path} is damaged: it is not a PyTorch archive", DOWNLOAD_AGAIN
 
 
 def _data_offset(file: IO[bytes], info: zipfile.ZipInfo) -> int:

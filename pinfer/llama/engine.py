@@ -1,4 +1,4 @@
-"""One model in libllama, in this process: tokens in, logits out. Profile, eval and the tests stand on it."""
+"""A model loaded by libllama in this process: tokens in, logits out. Used by profile, eval and the tests."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
@@ -22,15 +21,15 @@ from pinfer.model import Model
 
 DEVICE_NAME = b"PINFER"
 
-# DESIGN section 3, fact 3: for layers offloaded to a GPU the loader has to be told who owns the FFN.
+# The loader gives the FFN of a layer offloaded to a GPU to that GPU, unless an override names the plugin.
 _FFN_TENSORS = rb"\.ffn_(up|gate|down)\.(weight|bias)"
 
 _GPU_TYPES = (1, 2)  # of enum ggml_backend_dev_type: GPU and IGPU
 
-# Architectures whose graph in libllama aborts with flash attention, which it would choose by itself.
+# Architectures whose graph aborts with flash attention; libllama would turn it on by default.
 NO_FLASH_ATTENTION = (b"plm",)
 
-# Dense from the first token on, and sparse whatever the size of the batch: see pinfer_params.n_batch_dense.
+# Values of pinfer_params.n_batch_dense that compute every batch densely, or none.
 ALWAYS_DENSE = 1
 NEVER_DENSE = 2**31 - 1
 
@@ -59,10 +58,10 @@ class PluginConfig:
 
 
 class Engine:
-    """A loaded model with one context and one sequence. Use it as a context manager: it frees both at the end.
+    """A loaded model with one context and one sequence; a context manager that frees both at the end.
 
-    ``plugin=None`` is stock libllama, also in a process where the plugin has been loaded before. One engine at a time:
-    the plugin has one configuration per process.
+    ``plugin=None`` gives stock libllama, even in a process that has loaded the plugin. The plugin has one configuration
+    per process, so keep one engine open at a time.
     """
 
     def __init__(
@@ -77,17 +76,18 @@ class Engine:
         f32_attention: bool = False,
         repack: bool = True,
     ) -> None:
-        """Load ``model_path``. ``n_ctx`` 0 is the context the model was trained with.
+        """Load ``model_path``. ``n_ctx=0`` uses the model's training context.
 
-        ``f32_attention`` keeps keys and values in F32 and leaves flash attention out, which rounds them to F16. Without
-        ``repack`` no weights are copied into the layouts that are fastest: they stay where the file is mapped.
+        ``f32_attention`` keeps keys and values in F32 and turns off flash attention, which rounds them to F16.
+        ``repack=False`` uses the weights where the file is mapped, instead of copies in faster layouts.
 
-        Raises PinferError with libllama's last words when it refuses the model or the context.
+        Raises PinferError with libllama's last log lines if it cannot load the model or create the context.
         """
         self._model: Any = None
         self._context: Any = None
         self._batch: Any = None
         self._f32_attention = f32_attention
+        self._n_threads = n_threads or physical_cores()
         self._hot_devices = plugin.device if plugin is not None and plugin.hot else None
         _configure_plugin(model_path, plugin)
         from llama_cpp import llama_cpp as llama
@@ -96,7 +96,7 @@ class Engine:
         llama.llama_backend_init()
         try:
             self._load(model_path, n_gpu_layers, repack, with_plugin=plugin is not None)
-            self._open(model_path, n_ctx, n_batch, n_threads or physical_cores())
+            self._open_context(n_ctx, n_batch)
         except BaseException:
             self.close()
             raise
@@ -104,9 +104,7 @@ class Engine:
         self.n_vocab: int = llama.llama_vocab_n_tokens(self._vocab)
         self.n_layer: int = llama.llama_model_n_layer(self._model)
         self.n_embd: int = llama.llama_model_n_embd(self._model)
-        self.n_ctx: int = llama.llama_n_ctx(self._context)
-        self.n_batch: int = llama.llama_n_batch(self._context)
-        # Put before a text only where the vocabulary asks for it, as llama.cpp does.
+        # As in llama.cpp, only vocabularies that ask for it get one.
         self.bos: int | None = (
             llama.llama_vocab_bos(self._vocab) if llama.llama_vocab_get_add_bos(self._vocab) else None
         )
@@ -131,10 +129,16 @@ class Engine:
                 f"libllama cannot load {model_path}: {log.last_words()}", "check that the file is a model"
             )
 
-    def _context_params(self) -> Any:
-        """``llama_context_params`` with what all contexts of this model have in common."""
+    def _open_context(self, n_ctx: int, n_batch: int, n_ubatch: int | None = None, n_seq: int = 1) -> None:
+        """A context of ``n_ctx`` tokens, shared by ``n_seq`` sequences, in place of the open one."""
+        self._close_context()
         llama = self._llama
         params = llama.llama_context_default_params()
+        params.n_ctx = n_ctx
+        params.n_batch = n_batch
+        params.n_ubatch = n_ubatch or n_batch
+        params.n_seq_max = n_seq
+        params.n_threads = params.n_threads_batch = self._n_threads
         params.no_perf = True
         arch = ctypes.create_string_buffer(64)
         llama.llama_model_meta_val_str(self._model, b"general.architecture", arch, len(arch))
@@ -142,29 +146,22 @@ class Engine:
             params.type_k = params.type_v = llama.GGML_TYPE_F32
         if self._f32_attention or arch.value in NO_FLASH_ATTENTION:
             params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        return params
-
-    def _open(self, model_path: Path, n_ctx: int, n_batch: int, n_threads: int) -> None:
-        llama = self._llama
-        params = self._context_params()
-        params.n_ctx = n_ctx
-        params.n_batch = params.n_ubatch = n_batch
-        params.n_seq_max = 1
-        params.n_threads = params.n_threads_batch = n_threads
         log.capture()
         self._context = llama.llama_init_from_model(self._model, params)
         if not self._context:
             raise PinferError(
-                f"libllama cannot make a context of {n_ctx or 'the default number of'} tokens for {model_path}: "
-                f"{log.last_words()}",
-                "try a smaller context",
+                f"libllama cannot create a context of {n_ctx or 'the default number of'} tokens for {n_seq} "
+                f"sequence{'s' if n_seq > 1 else ''}: {log.last_words()}",
+                "try a smaller context" + (" or fewer sequences" if n_seq > 1 else ""),
             )
         self._batch = llama.llama_batch_init(n_batch, 0, 1)
+        self.n_ctx: int = llama.llama_n_ctx(self._context)
+        self.n_batch: int = llama.llama_n_batch(self._context)
 
     def tokenize(self, text: str, *, bos: bool = True, special: bool = False) -> list[int]:
-        """Token ids of ``text``; with ``bos`` the vocabulary's own beginning is put before it where it has one.
+        """Token ids of ``text``, with the vocabulary's BOS in front if it has one and ``bos`` is set.
 
-        ``special`` reads control tokens written in the text as such; text that comes from a file never should.
+        ``special`` parses control tokens in the text. Never set it for text from a file.
         """
         data = text.encode("utf-8")
         room = len(data) + 8
@@ -189,7 +186,7 @@ class Engine:
             room = -n
 
     def is_end(self, token: int) -> bool:
-        """Whether ``token`` ends an answer."""
+        """Whether ``token`` ends the generation."""
         return bool(self._llama.llama_vocab_is_eog(self._vocab, token))
 
     def clear(self) -> None:
@@ -219,10 +216,10 @@ class Engine:
         return out
 
     def feed(self, tokens: Sequence[int]) -> None:
-        """Append ``tokens`` and throw the logits away, but compute every layer for every token.
+        """Append ``tokens`` and compute every layer for each of them, without returning logits.
 
-        libllama drops the tokens without output before the last layer's FFN, so a count of that layer needs outputs
-        for all of them.
+        libllama drops tokens without an output before the last layer's FFN. Counting activations in that layer
+        therefore needs outputs for all tokens.
         """
         for begin in range(0, len(tokens), self.n_batch):
             self._decode_batch(tokens[begin : begin + self.n_batch], 0)
@@ -246,7 +243,7 @@ class Engine:
         self.n_past += len(tokens)
 
     def generate(self, tokens: Sequence[int], n_tokens: int) -> list[int]:
-        """Greedy continuation of ``tokens`` from an empty sequence: ``n_tokens`` ids, or fewer where an answer ends."""
+        """Greedy continuation of ``tokens`` from an empty sequence: at most ``n_tokens`` ids, up to the end token."""
         self.clear()
         answer: list[int] = []
         step = list(tokens)
@@ -276,27 +273,25 @@ class Engine:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
 def require_loadable(path: Path) -> None:
-    """Raises PinferError with libllama's last words where it refuses the header of a GGUF or misses a tensor.
+    """Raises PinferError with libllama's last log lines if it rejects a GGUF's header or misses a tensor.
 
-    Weights are neither read nor given memory.
+    No weights are read or allocated.
     """
     from llama_cpp import llama_cpp as llama
 
     llama.llama_backend_init()
     params = llama.llama_model_default_params()
     params.no_alloc = True
-    params.load_mode = llama.LLAMA_LOAD_MODE_NONE  # libllama maps no file that it will not read
+    params.load_mode = llama.LLAMA_LOAD_MODE_NONE  # there are no weights to map
     log.capture()
     model = llama.llama_model_load_from_file(os.fsencode(path), params)
     if not model:
-        raise PinferError(f"libllama would refuse the model: {log.last_words()}")
+        raise PinferError(f"libllama cannot load the model: {log.last_words()}")
     llama.llama_model_free(model)
 
 
@@ -325,27 +320,18 @@ class _BufferOverride(ctypes.Structure):
 
 
 def ffn_overrides() -> ctypes.Array[_BufferOverride]:
-    """The FFN's tensors to the plugin's buffer type, ended by a null entry as libllama wants it."""
-    registry, base = load_library("ggml"), load_library("ggml-base")
-    registry.ggml_backend_dev_by_name.restype = ctypes.c_void_p
-    registry.ggml_backend_dev_by_name.argtypes = (ctypes.c_char_p,)
-    base.ggml_backend_dev_buffer_type.restype = ctypes.c_void_p
-    base.ggml_backend_dev_buffer_type.argtypes = (ctypes.c_void_p,)
-    device = registry.ggml_backend_dev_by_name(DEVICE_NAME)
+    """Overrides that put the FFN tensors into the plugin's buffer type, terminated by a null entry."""
+    device = load_library("ggml").ggml_backend_dev_by_name(DEVICE_NAME)
     if not device:
         raise PinferError("the pinfer plugin is not registered with libggml", "build it again: make build")
     overrides = (_BufferOverride * 2)()
-    overrides[0] = _BufferOverride(_FFN_TENSORS, base.ggml_backend_dev_buffer_type(device))
+    overrides[0] = _BufferOverride(_FFN_TENSORS, load_library("ggml-base").ggml_backend_dev_buffer_type(device))
     return overrides
 
 
 def _dense_devices(hot_devices: str) -> ctypes.Array[ctypes.c_void_p]:
-    """Where libllama may put dense layers beside hot neurons: on the first of their devices that is a GPU, if any."""
+    """Where libllama may put dense layers beside hot neurons: on the first of ``hot_devices`` that is a GPU, if any."""
     registry, base = load_library("ggml"), load_library("ggml-base")
-    registry.ggml_backend_dev_by_name.restype = ctypes.c_void_p
-    registry.ggml_backend_dev_by_name.argtypes = (ctypes.c_char_p,)
-    base.ggml_backend_dev_type.restype = ctypes.c_int
-    base.ggml_backend_dev_type.argtypes = (ctypes.c_void_p,)
     found = (registry.ggml_backend_dev_by_name(name.encode()) for name in hot_devices.split(","))
     gpus = (device for device in found if device and base.ggml_backend_dev_type(device) in _GPU_TYPES)
     return (ctypes.c_void_p * 2)(next(gpus, None), None)

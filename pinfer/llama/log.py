@@ -1,4 +1,4 @@
-"""libllama's log, kept instead of printed. libllama has one log callback per process, so there is one log here."""
+"""Captures libllama's log instead of printing it. libllama has one log callback per process, so there is one log."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ def _keep(level: int, text: bytes, _user_data: object) -> None:
 
 
 def capture() -> None:
-    """From now on libllama's messages are kept, and those from before are dropped."""
+    """Start a new log: drop the earlier messages and keep those that follow."""
     from llama_cpp import llama_cpp as llama
 
     if not _callbacks:
         _callbacks.append(llama.llama_log_callback(_keep))
-    # Set again each time: another user of llama_cpp in this process may have set its own.
+    # Set it every time: other code in this process may have installed its own callback.
     llama.llama_log_set(_callbacks[0], None)
     _lines.clear()
 
 
 def captured() -> str:
-    """What libllama has said since `capture`; of very much, the last thousand messages."""
+    """libllama's messages since `capture`, at most the last thousand."""
     return "".join(text for _, text in _lines)
 
 

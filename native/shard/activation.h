@@ -4,6 +4,8 @@
 #include "pinfer.h"
 
 struct pinfer_rule {
+    bool operator==(const pinfer_rule &) const = default;
+
     pinfer_activation act = PINFER_ACT_OTHER; // OTHER: nothing is claimed
     float threshold = 0.0f; // a product fires where it exceeds this (FATReLU); >= 0
 };

@@ -1,0 +1,284 @@
+// model.cpp: opens models, checks their parts against each other, and keeps them.
+#include "model.h"
+
+#include <cmath>
+#include <cstdio>
+#include <sys/stat.h>
+
+// From this many tokens on nothing is predicted. At 32 tokens naming neurons still is 1.4 times as fast (docs/benchmarks.md);
+// beyond that batches are prompts, which are worth computing exactly.
+static const int64_t N_BATCH_DENSE = 64;
+
+bool pinfer_file_id_of(const char * path, pinfer_file_id * out) {
+    struct stat st = {};
+    if (!path || stat(path, &st) != 0 || !S_ISREG(st.st_mode)) {
+        return false;
+    }
+    *out = {st.st_dev, st.st_ino};
+    return true;
+}
+
+// --- opening ----------------------------------------------------------------------------------------------------------
+
+// Every neuron of every layer must be in exactly one shard.
+static bool shards_are_whole(const pinfer_model & m, std::string * err) {
+    std::vector<bool> seen;
+    for (size_t il = 0; il < m.header.layers.size(); il++) {
+        const int64_t n_ff = m.header.layers[il].n_ff();
+        seen.assign((size_t) n_ff, false);
+        int64_t n   = 0;
+        auto    add = [&](const int32_t * ids, int64_t count) {
+            for (int64_t j = 0; j < count; j++) {
+                n += !seen[(size_t) ids[j]];
+                seen[(size_t) ids[j]] = true;
+            }
+            return count;
+        };
+        int64_t total = add(m.cold->layers[il].ids, m.cold->layers[il].n);
+        for (const auto & device : m.hot) {
+            total += add(device->layers[il].ids, device->layers[il].n);
+        }
+        if (n != n_ff || total != n_ff) {
+            *err = m.cold->file.path + ": the shards do not hold every neuron of layer " + std::to_string(il) +
+                   " exactly once; make them anew with: pinfer split " + m.settings.model;
+            return false;
+        }
+    }
+    return true;
+}
+
+// The hot shards, one to a device, of the placement that the cold shard is of.
+static bool read_hot(pinfer_model * m, const pinfer_origin & origin, std::string * err) {
+    const pinfer_settings & s = m->settings;
+    if (!s.devices.empty() && s.devices.size() != s.hot.size()) {
+        *err = s.hot[0] + " is one of " + std::to_string(s.hot.size()) + " hot shards, but " + std::to_string(s.devices.size()) +
+               " devices are named; name as many with --device, or make the shards anew with: pinfer solve " + s.model +
+               " --device, then pinfer split";
+        return false;
+    }
+    for (const std::string & path : s.hot) {
+        m->hot.push_back(std::make_unique<pinfer_hot>());
+        pinfer_hot & h = *m->hot.back();
+        if (!pinfer_hot_read(&h, path.c_str(), origin, err)) {
+            return false;
+        }
+        if (!m->cold || m->cold->placement_id != h.placement_id) {
+            *err = path + " and the cold shard are of different placements; make both anew with: pinfer split " + s.model;
+            return false;
+        }
+    }
+    return true;
+}
+
+// All that needs no device.
+static bool read_files(pinfer_model * m, std::string * err) {
+    const pinfer_settings & s = m->settings;
+    const bool              any = !s.predictor.empty() || !s.cold.empty() || !s.hot.empty();
+    if (s.rule.act == PINFER_ACT_OTHER && !any) {
+        return true;
+    }
+    if (!pinfer_header_read(s.model.c_str(), &m->header, err)) {
+        return false;
+    }
+    if (m->header.is_split) {
+        *err = s.model + " is one part of a split model; merge the parts with: llama-gguf-split --merge";
+        return false;
+    }
+    m->layers.resize(m->header.layers.size());
+    if (!any) {
+        return true;
+    }
+    pinfer_origin origin = {.model_path = s.model.c_str(), .fingerprint = "", .rule = s.rule, .header = m->header};
+    if (!pinfer_fingerprint_file(s.model.c_str(), &origin.fingerprint, err)) {
+        return false;
+    }
+    if (!s.predictor.empty()) {
+        m->predictor = std::make_unique<pinfer_predictor>();
+        if (!pinfer_predictor_open(m->predictor.get(), s.predictor.c_str(), origin, err)) {
+            return false;
+        }
+    }
+    if (!s.cold.empty()) {
+        m->cold = std::make_unique<pinfer_cold>();
+        if (!pinfer_cold_open(m->cold.get(), s.cold.c_str(), origin, err)) {
+            return false;
+        }
+    }
+    return read_hot(m, origin, err) && (!m->cold || shards_are_whole(*m, err));
+}
+
+static bool open_devices(pinfer_model * m, std::string * err) {
+    const std::vector<std::string> & devices = m->settings.devices;
+    for (size_t i = 0; i < m->hot.size(); i++) {
+        if (!pinfer_hot_open(m->hot[i].get(), devices.empty() ? nullptr : devices[i].c_str(), (int) i, err)) {
+            return false;
+        }
+    }
+    if (m->predictor) {
+        pinfer_predictor_arrange(m->predictor.get(), m->cold ? &m->cold->layers : nullptr);
+    }
+    return true;
+}
+
+static bool check_settings(const pinfer_settings & s, std::string * err) {
+    if (s.rule.act < PINFER_ACT_GRAPH || s.rule.act > PINFER_ACT_OTHER) {
+        *err = "unknown activation; it is one of relu, relu2, reglu and drelu";
+        return false;
+    }
+    const float threshold = s.rule.threshold;
+    if (!std::isfinite(threshold) || threshold < 0.0f || (threshold > 0.0f && s.rule.act == PINFER_ACT_GRAPH)) {
+        *err = "the activation threshold must be 0 or more, and 0 where no activation is named";
+        return false;
+    }
+    return true;
+}
+
+// --- keeping ----------------------------------------------------------------------------------------------------------
+
+namespace {
+
+struct registry {
+    std::mutex                                              mutex;
+    std::map<pinfer_file_id, std::shared_ptr<pinfer_model>> models;
+    uint64_t                                                n_configured = 0;
+};
+
+registry & models() {
+    // never destroyed: at exit the libraries of a GPU may be gone before it, and freeing its buffers would abort
+    static registry * const r = new registry;
+    return *r;
+}
+
+} // namespace
+
+bool pinfer_model_configure(const pinfer_settings & settings, std::string * err) {
+    static std::mutex           one_at_a_time;
+    std::lock_guard<std::mutex> lock(one_at_a_time);
+
+    auto model      = std::make_shared<pinfer_model>();
+    model->settings = settings;
+    if (model->settings.n_batch_dense <= 0) {
+        model->settings.n_batch_dense = N_BATCH_DENSE;
+    }
+    if (!check_settings(settings, err)) {
+        return false;
+    }
+    if (!pinfer_file_id_of(settings.model.c_str(), &model->id)) {
+        *err = "cannot open the model '" + settings.model + "'; check its path";
+        return false;
+    }
+    std::shared_ptr<pinfer_model> old = pinfer_model_of(model->id);
+    if (old && old->n_buffers > 0) {
+        if (old->settings == model->settings) {
+            return true;
+        }
+        *err = settings.model + " is in use with other settings in this process; close what uses it first";
+        return false;
+    }
+    if (!read_files(model.get(), err)) {
+        return false;
+    }
+    pinfer_model_release(model->id);
+    old.reset(); // and with it its devices: never two at a time
+    if (!open_devices(model.get(), err)) {
+        return false;
+    }
+    std::vector<std::string> devices;
+    for (const auto & h : model->hot) {
+        devices.push_back(h->name);
+    }
+    pinfer_trace_open(devices);
+
+    registry &                  r = models();
+    std::lock_guard<std::mutex> enter(r.mutex);
+    model->order        = ++r.n_configured;
+    r.models[model->id] = model;
+    return true;
+}
+
+void pinfer_model_release(const pinfer_file_id & id) {
+    std::shared_ptr<pinfer_model> gone; // is freed without the lock
+    registry &                    r = models();
+    std::lock_guard<std::mutex>   lock(r.mutex);
+    const auto                    at = r.models.find(id);
+    if (at != r.models.end()) {
+        gone = std::move(at->second);
+        r.models.erase(at);
+    }
+}
+
+std::shared_ptr<pinfer_model> pinfer_model_of(const pinfer_file_id & id) {
+    registry &                  r = models();
+    std::lock_guard<std::mutex> lock(r.mutex);
+    const auto                  at = r.models.find(id);
+    return at == r.models.end() ? nullptr : at->second;
+}
+
+std::shared_ptr<pinfer_model> pinfer_model_of(const char * path) {
+    pinfer_file_id id;
+    if (pinfer_file_id_of(path, &id)) {
+        return pinfer_model_of(id);
+    }
+    for (const auto & m : pinfer_models()) { // the file may be gone, and still be in use
+        if (path && m->settings.model == path) {
+            return m;
+        }
+    }
+    return nullptr;
+}
+
+std::vector<std::shared_ptr<pinfer_model>> pinfer_models() {
+    registry &                                 r = models();
+    std::lock_guard<std::mutex>                lock(r.mutex);
+    std::vector<std::shared_ptr<pinfer_model>> out;
+    for (const auto & entry : r.models) {
+        out.push_back(entry.second);
+    }
+    return out;
+}
+
+void pinfer_model_fail(pinfer_model * m, const std::string & why) {
+    m->failure = why;
+    if (m->announce_fallback) {
+        fprintf(stderr, "pinfer: %s\n", why.c_str());
+    }
+}
+
+// --- where its weights lie --------------------------------------------------------------------------------------------
+
+void pinfer_model_place(pinfer_model * m, const ggml_tensor * weight) {
+    int                         layer = -1;
+    const pinfer_part           part  = pinfer_part_of(weight->name, false, &layer);
+    std::lock_guard<std::mutex> lock(m->mutex);
+    if (part != PINFER_PART_NONE && (size_t) layer < m->layers.size()) {
+        m->layers[(size_t) layer].placed |= (uint8_t) (1u << part);
+    }
+}
+
+void pinfer_model_hold(pinfer_model * m) {
+    m->n_buffers++;
+}
+
+void pinfer_model_let_go(pinfer_model * m) {
+    if (--m->n_buffers > 0) {
+        return;
+    }
+    std::lock_guard<std::mutex> lock(m->mutex);
+    for (auto & layer : m->layers) {
+        layer = {};
+    }
+    m->biases.clear();
+}
+
+int pinfer_model_missing_layer(pinfer_model * m) {
+    std::lock_guard<std::mutex> lock(m->mutex);
+    for (size_t il = 0; il < m->layers.size(); il++) {
+        const pinfer_layer_header & has  = m->header.layers[il];
+        const unsigned              gate = has.gate.ne[1] > 0 ? 1u << PINFER_PART_GATE : 0u;
+        const unsigned              all  = gate | 1u << PINFER_PART_UP | 1u << PINFER_PART_DOWN;
+        if (has.n_ff() > 0 && (m->layers[il].placed & all) != all) {
+            return (int) il;
+        }
+    }
+    return -1;
+}

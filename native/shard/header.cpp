@@ -1,0 +1,109 @@
+// header.cpp: reads the header of a model's GGUF.
+#include "header.h"
+
+#include "artefact.h"
+
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+
+pinfer_part pinfer_part_of(const char * name, bool bias, int * layer) {
+    int  il = -1, end = -1;
+    char part[8], kind[8];
+    if (sscanf(name, "blk.%9d.ffn_%4[a-z].%6[a-z]%n", &il, part, kind, &end) != 3 || name[end] != '\0' || il < 0 ||
+        strcmp(kind, bias ? "bias" : "weight") != 0) {
+        return PINFER_PART_NONE;
+    }
+    *layer = il;
+    if (!strcmp(part, "up")) {
+        return PINFER_PART_UP;
+    }
+    if (!strcmp(part, "gate")) {
+        return PINFER_PART_GATE;
+    }
+    return !strcmp(part, "down") ? PINFER_PART_DOWN : PINFER_PART_NONE;
+}
+
+static bool refuse(const char * path, const std::string & why, std::string * err) {
+    *err = std::string(path) + " " + why;
+    return false;
+}
+
+static pinfer_matrix matrix_of(const gguf_context * gguf, int64_t tensor) {
+    const int64_t * ne = gguf_get_tensor_ne(gguf, tensor);
+    pinfer_matrix   m;
+    if (ne[2] == 1 && ne[3] == 1) {
+        m = {.ne = {ne[0], ne[1]}, .type = gguf_get_tensor_type(gguf, tensor)};
+    }
+    return m;
+}
+
+static bool read_activation(const gguf_context * gguf, const char * path, pinfer_header * h, std::string * err) {
+    h->graph_activation = h->activation = pinfer_arch_activation(h->arch.c_str());
+    std::string name;
+    if (pinfer_gguf_str(gguf, "pinfer.ffn.activation", &name)) {
+        h->activation = pinfer_activation_parse(name.c_str());
+        if (h->activation == PINFER_ACT_GRAPH) {
+            return refuse(path, "says pinfer.ffn.activation = '" + name + "', which this pinfer does not know; convert the model again",
+                          err);
+        }
+    }
+    if (pinfer_gguf_f32(gguf, "pinfer.ffn.activation_threshold", &h->threshold) &&
+        (!std::isfinite(h->threshold) || h->threshold < 0.0f)) {
+        return refuse(path, "has an activation threshold that is negative or not a number; convert the model again", err);
+    }
+    return true;
+}
+
+static bool read_layers(const gguf_context * gguf, const char * path, pinfer_header * h, std::string * err) {
+    const int64_t n_tensors = gguf_get_n_tensors(gguf);
+    uint32_t      n_layer = 0, n_embd = 0;
+    if (!pinfer_gguf_u32(gguf, (h->arch + ".block_count").c_str(), &n_layer) ||
+        !pinfer_gguf_u32(gguf, (h->arch + ".embedding_length").c_str(), &n_embd)) {
+        return refuse(path, "lacks " + h->arch + ".block_count or " + h->arch + ".embedding_length, so it is not a model", err);
+    }
+    if (n_layer > n_tensors) {
+        return refuse(path, "says it has " + std::to_string(n_layer) + " layers, but it has only " + std::to_string(n_tensors) +
+                                " tensors; it is damaged", err);
+    }
+    h->n_embd = n_embd;
+    h->layers.resize(n_layer);
+    for (int64_t i = 0; i < n_tensors; i++) {
+        const char * const name  = gguf_get_tensor_name(gguf, i);
+        int                layer = -1;
+        const pinfer_part  part  = pinfer_part_of(name, false, &layer);
+        if (part != PINFER_PART_NONE && (uint32_t) layer < n_layer) {
+            const_cast<pinfer_matrix &>(h->layers[(size_t) layer].part(part)) = matrix_of(gguf, i);
+        } else if (!strcmp(name, "token_embd.weight")) {
+            h->token_embd = matrix_of(gguf, i);
+        }
+    }
+    for (uint32_t il = 0; il < n_layer; il++) {
+        const pinfer_layer_header & l    = h->layers[il];
+        const bool                  gate = l.gate.ne[1] == 0 || (l.gate.ne[0] == n_embd && l.gate.ne[1] == l.n_ff());
+        const bool                  both = l.up.ne[0] == n_embd && l.down.ne[0] == l.n_ff() && l.down.ne[1] == n_embd;
+        const bool                  none = l.n_ff() == 0 && l.gate.ne[1] == 0;
+        if (!(gate && both) && !none) {
+            h->layers[il] = {}; // an FFN of another kind, which the plugin does not claim
+        }
+    }
+    return true;
+}
+
+bool pinfer_header_read(const char * path, pinfer_header * out, std::string * err) {
+    *out                      = {};
+    gguf_context * const gguf = pinfer_gguf_open(path);
+    if (!gguf) {
+        return refuse(path, "is not a GGUF file, or its header is damaged; check the file", err);
+    }
+    uint32_t n_split = 0;
+    bool     ok      = true;
+    if (!pinfer_gguf_str(gguf, "general.architecture", &out->arch)) {
+        ok = refuse(path, "lacks general.architecture, so it is not a model", err);
+    }
+    pinfer_gguf_u32(gguf, "split.count", &n_split); // also an u16
+    out->is_split = n_split > 1;
+    ok            = ok && read_activation(gguf, path, out, err) && read_layers(gguf, path, out, err);
+    gguf_free(gguf);
+    return ok;
+}
