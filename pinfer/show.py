@@ -119,7 +119,7 @@ def show(model_path: Path, options: ShowOptions) -> ShowReport:
     """Describe a model and its artefacts. Raises PinferError if it is not a model; bad artefacts are reported."""
     model = open_model(model_path, options.activation)
     folder = paths.artefact_dir(model.path, model.fingerprint, for_writing=False)
-    artefacts = _artefacts(model, folder)
+    artefacts = artefact_states(model, folder)
     mode, plan = _plan(model, artefacts, options)
     return ShowReport(
         model=model.path,
@@ -194,7 +194,8 @@ def _parts(tensors: Sequence[Tensor]) -> dict[str, Part]:
 # --- artefacts --------------------------------------------------------------------------------------------------------
 
 
-def _artefacts(model: Model, folder: Path) -> tuple[ArtefactState, ...]:
+def artefact_states(model: Model, folder: Path) -> tuple[ArtefactState, ...]:
+    """Every kind of artefact in ``folder``: whether it exists, fits the model and belongs to the others."""
     readers: list[tuple[str, str, Callable[[Path, Model], Mapping[str, Any]]]] = [
         ("profile", paths.PROFILE, _profile_facts),
         ("samples", paths.SAMPLES, _samples_facts),

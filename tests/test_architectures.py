@@ -1,4 +1,4 @@
-"""The FFN graphs that libllama builds for each architecture are found and computed sparsely, by the model's own rule.
+"""The FFN graphs that libllama builds for each architecture are recognised and computed with the model's activation.
 
 Where stock libllama computes another function, the reference is the numpy forward pass of models/reference.py.
 """
@@ -24,7 +24,7 @@ TOKENS = np.random.default_rng(0).integers(1, N_VOCAB, 100).tolist()
 # Everything is in F32, the KV cache too.
 TOLERANCE = 1e-8
 
-# Every graph whose FFN stock libllama knows as it is ...
+# Architectures whose activation stock libllama applies itself ...
 NATIVE = [
     RandomModel("arcee"),
     RandomModel("arcee", tied=False),
@@ -34,7 +34,7 @@ NATIVE = [
     RandomModel("jais2"),
     RandomModel("jais2", n_head_kv=4, tied=False),
 ]
-# ... and those where the file says what it is.
+# ... and those whose activation is stated in the file.
 NAMED = [
     RandomModel("gpt2", "relu"),
     RandomModel("gpt2", "relu2", tied=False),
@@ -64,7 +64,7 @@ def _expected(path: Path, options: RandomModel) -> NDArray[np.float64]:
 
 
 def _decoded(path: Path, config: PluginConfig, n_layer: int) -> tuple[NDArray[np.float32], ...]:
-    """Logits token by token, in batches of 7, and in one batch; every FFN has to be the plugin's."""
+    """Logits token by token, in batches of 7, and in one batch. The plugin has to compute every FFN."""
     plugin = load_plugin()
     found = []
     with Engine(path, plugin=config, n_ctx=128, n_threads=2, f32_attention=True) as engine:
@@ -100,7 +100,7 @@ def test_every_ffn_is_computed_by_the_plugin(options: RandomModel, tmp_path: Pat
 
 
 def test_a_rule_makes_a_difference(tmp_path: Path) -> None:
-    """What the tests above could not see otherwise: stock libllama, or another rule, is far off."""
+    """Stock libllama, or another activation, gives very different logits; else the tests above would prove nothing."""
     options = RandomModel("llama", "reglu")
     path = write_random_model(tmp_path / "model.gguf", options)
     expected = _expected(path, options)
@@ -122,7 +122,7 @@ def test_neurons_are_counted(tmp_path: Path) -> None:
 
 
 def test_plm_is_run_without_flash_attention(tmp_path: Path) -> None:
-    """libllama's graph of it would abort with flash attention, which it chooses where it may."""
+    """With flash attention, which libllama chooses by default, its graph of PLM would abort."""
     path = write_random_model(tmp_path / "model.gguf", RandomModel("plm"))
     command = [str(runner_path()), "-m", str(path), "-p", "abcd", "-n", "4", "--temp", "0", "--ignore-eos"]
     for flags in ((), ("--dense",), ("-fa", "off")):

@@ -1,4 +1,4 @@
-"""Hot neurons on devices: this machine's CPU as one, RPC servers, and the devices that PINFER_TEST_DEVICES names.
+"""Hot neurons on devices: this machine's CPU, RPC servers, and the devices named in PINFER_TEST_DEVICES.
 
 On every device, whatever share of the neurons lies there and however long the batches are, the tokens are the dense
 model's. A budget is kept where the device itself keeps account; and a device that goes leaves one line behind.
@@ -48,7 +48,7 @@ Logits = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Shards:
-    """The model and its shards with a share of hot neurons, on so many devices."""
+    """The model and its shards with a share of hot neurons, on a number of devices."""
 
     share: float
     model: Path
@@ -58,7 +58,7 @@ class Shards:
 
 @dataclass(frozen=True)
 class Case:
-    """A model of one type, its shards, and what dense computation makes of it."""
+    """A model of one type, its shards, and its results in dense computation."""
 
     name: str
     type_name: str
@@ -78,7 +78,7 @@ class Case:
         ]
 
     def check(self, got: Logits, device: str, what: str) -> None:
-        """The logits of all pieces are the dense ones, and so is every token that a greedy choice takes.
+        """Checks that the logits of all pieces, and every greedily chosen token, are those of the dense model.
 
         F16 knows no exception where the same kernels compute it; where Q4_0 or another device's F16 rounds otherwise,
         the choice may fall between tokens that are as good.
@@ -94,7 +94,7 @@ class Case:
             error = nmse(logits, want)
             assert error <= tolerance, f"{label}: NMSE {error:.2g}"
             gap = want.max(1) - want[np.arange(len(tokens)), logits.argmax(1)]
-            # stories go on surely; the held-out text has positions where two tokens are as likely
+            # stories continue clearly; the held-out text has positions where two tokens are equally likely
             near = 0.0 if same_kernels and tokens is self.continuation else 4 * np.sqrt(tolerance * (want**2).mean())
             assert gap.max() <= near, f"{label}: token {gap.argmax()} is {gap.max():.3g} below the dense choice"
         assert not len(got)
@@ -148,7 +148,7 @@ def run_worker(folder: Path, rpc: str | None, models: list[dict[str, Any]]) -> t
         input=json.dumps({"rpc": rpc, "models": models}),
         capture_output=True,
         text=True,
-        timeout=900,  # a software driver compiles its shaders for minutes
+        timeout=900,  # a software driver takes minutes to compile its shaders
         check=False,
         env=environment,
     )
@@ -191,7 +191,7 @@ def pinfer(tmp_path: Path) -> CommandLine:
 def test_a_budget_is_kept_as_the_device_itself_counts(
     tiny_relu2: Path, server: RpcServer, tmp_path: Path, pinfer: CommandLine
 ) -> None:
-    """Dense layers alone, hot neurons beside all of them; then the same on a device that is too small by now."""
+    """Dense layers alone, then with hot neurons; then the same on a device that has become too small."""
     text = tmp_path / "text.txt"
     text.write_text(TEXT)
     assert pinfer("profile", tiny_relu2, "--dataset", text, "--tokens", "256", "--samples", "0").code == 0
@@ -206,7 +206,7 @@ def test_a_budget_is_kept_as_the_device_itself_counts(
             done = pinfer("run", tiny_relu2, "--rpc", gate.endpoint, *words)
         assert done.code == 0, done.err
         report = json.loads(done.out)
-        assert report["n_prompt"] > 128  # the largest batch has been
+        assert report["n_prompt"] > 128  # so the largest batch has been used
         assert 0 < gate.peak <= budget << 20
         assert abs(report["vram_used"] - gate.peak) <= gate.peak / 100
         assert report["vram_limit"] == budget << 20
@@ -216,7 +216,7 @@ def test_a_budget_is_kept_as_the_device_itself_counts(
     assert "RPC0 has 2 MiB" in done.err
 
 
-# --- servers that are none --------------------------------------------------------------------------------------------
+# --- not an RPC server ------------------------------------------------------------------------------------------------
 
 
 def runner(model: Path, *args: str, timeout: float = 60) -> tuple[int, list[str], float]:
@@ -228,14 +228,14 @@ def runner(model: Path, *args: str, timeout: float = 60) -> tuple[int, list[str]
 
 
 def answering(reply: bytes | None) -> str:
-    """The endpoint of a socket that gives this answer to the first words, and closes; None: it says nothing."""
+    """The endpoint of a socket that sends this answer to the first request and closes; None: it never answers."""
     listener = socket.create_server(("127.0.0.1", 0))
 
     def serve() -> None:
         client, _ = listener.accept()
         if reply is None:
             client.recv(1 << 16)
-            client.recv(1)  # until the other side has had enough
+            client.recv(1)  # until the other side gives up
         else:
             client.recv(33)
             client.sendall(reply)
@@ -256,7 +256,7 @@ def closed_port() -> str:
         return f"127.0.0.1:{free.getsockname()[1]}"
 
 
-def test_what_is_no_server_is_one_line(tiny_relu2: Path) -> None:
+def test_not_a_server_is_a_one_line_error(tiny_relu2: Path) -> None:
     cases = [
         (closed_port(), "there is no RPC server at"),
         (answering(b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n" * 2), "is no RPC server"),
@@ -283,11 +283,11 @@ def test_the_first_server_that_fails_is_named(tiny_relu2: Path, server: RpcServe
     assert (code, len(lines)) == (1, 1)
     assert missing in lines[0]
     assert server.endpoint not in lines[0]
-    code, lines, _ = runner(tiny_relu2, "--rpc", server.endpoint)  # it was left as it was
+    code, lines, _ = runner(tiny_relu2, "--rpc", server.endpoint)  # the server still works
     assert code == 0, lines
 
 
-def test_python_commands_say_the_same(tiny_relu2: Path, tmp_path: Path, pinfer: CommandLine) -> None:
+def test_python_commands_print_the_same_error(tiny_relu2: Path, tmp_path: Path, pinfer: CommandLine) -> None:
     missing = closed_port()
     text = tmp_path / "text.txt"
     text.write_text(TEXT)
@@ -304,7 +304,7 @@ def test_python_commands_say_the_same(tiny_relu2: Path, tmp_path: Path, pinfer: 
         assert "--rpc" in done.err
 
 
-# --- a device that goes -----------------------------------------------------------------------------------------------
+# --- a device that fails ----------------------------------------------------------------------------------------------
 
 
 def hot_half(model: Path) -> Path:
@@ -324,7 +324,7 @@ def test_a_server_that_is_killed_ends_a_run_with_one_line(
 ) -> None:
     with generate_for_ever(hot_half(tiny_relu2), server, *args) as process:
         assert process.stdout is not None
-        assert len(process.stdout.read(200)) == 200  # at work
+        assert len(process.stdout.read(200)) == 200  # it is running
         begin = time.monotonic()
         server.kill()
         _, err = process.communicate(timeout=30)
@@ -335,8 +335,8 @@ def test_a_server_that_is_killed_ends_a_run_with_one_line(
 
 
 @pytest.mark.parametrize("after", [200, 20_000, 1_000_000])
-def test_a_server_that_goes_while_the_model_is_loaded(tiny_relu2: Path, server: RpcServer, after: int) -> None:
-    """After the first questions, among the buffers and weights, in the middle of them."""
+def test_a_server_that_fails_while_the_model_is_loaded(tiny_relu2: Path, server: RpcServer, after: int) -> None:
+    """After the first requests, while buffers are allocated, and in the middle of the weights."""
     with RpcGate(server.endpoint, cut_after=after) as gate:
         code, lines, seconds = runner(hot_half(tiny_relu2), "--rpc", gate.endpoint, "--device", "RPC0", "-ngl", "all")
     assert (code, len(lines)) == (1, 1), lines
@@ -344,7 +344,7 @@ def test_a_server_that_goes_while_the_model_is_loaded(tiny_relu2: Path, server: 
     assert seconds < 20
 
 
-def test_a_server_that_goes_during_the_python_commands(
+def test_a_server_that_fails_during_the_python_commands(
     tiny_relu2: Path, server: RpcServer, tmp_path: Path, pinfer: CommandLine
 ) -> None:
     text = tmp_path / "text.txt"

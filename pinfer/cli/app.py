@@ -15,6 +15,8 @@ from pinfer.cli.bench import bench
 from pinfer.cli.convert import convert
 from pinfer.cli.eval import evaluate
 from pinfer.cli.exits import describe_os_error, fail, mute, wrong_usage
+from pinfer.cli.library import list_models, remove
+from pinfer.cli.prepare import prepare
 from pinfer.cli.profile import profile
 from pinfer.cli.run import register as register_run
 from pinfer.cli.show import show
@@ -50,12 +52,14 @@ def _root(
     pass
 
 
-for _command in (convert, profile, train, solve, split):
+for _command in (convert, prepare, profile, train, solve, split):
     app.command()(_command)
 register_run(app)
 app.command("eval")(evaluate)
 for _command in (bench, show):
     app.command()(_command)
+app.command("list")(list_models)
+app.command("rm")(remove)
 
 
 def run_cli(args: list[str]) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -61,7 +60,7 @@ def convert(
     assert source is not None
     report = stage.convert(source, settings(stage.ConvertOptions, locals()), progress)
     ui.print_json(report.to_json()) if as_json else print_convert(report)
-    ui.say(f"next: pinfer profile {shlex.quote(str(report.path))}")
+    ui.say(f"next: {report.next_command}")
 
 
 def print_convert(report: ConvertReport) -> None:

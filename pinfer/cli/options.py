@@ -139,6 +139,27 @@ HotDeviceOpt = Annotated[
         "--hot-device", metavar="NAME[,NAME]", help="ggml devices of the hot neurons, or none. [default: as solved]"
     ),
 ]
+VramOpt = Annotated[
+    str | None,
+    typer.Option(
+        "--vram",
+        metavar="SIZE[,SIZE]",
+        help="Device memory to use, like 24G: the total for all devices, or one size for each (8G,4G). "
+        "[default: all that is free]",
+    ),
+]
+ReservedOpt = Annotated[
+    int | None, typer.Option("-c", "--ctx-size", "--ctx", min=1, metavar="N", help="Context to reserve memory for.")
+]
+PlacedOnOpt = Annotated[
+    str | None,
+    typer.Option(
+        "--device",
+        "-dev",
+        metavar="NAME[,NAME]",
+        help="ggml devices; dense layers go to the first. [default: the first GPU]",
+    ),
+]
 RpcOpt = Annotated[
     str | None,
     typer.Option(

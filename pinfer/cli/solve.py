@@ -13,7 +13,10 @@ from pinfer.cli.options import (
     ActivationOpt,
     Choice,
     JsonOpt,
+    PlacedOnOpt,
+    ReservedOpt,
     RpcOpt,
+    VramOpt,
     parse_sizes,
     settings,
     use_servers,
@@ -27,30 +30,12 @@ if TYPE_CHECKING:
 @with_model
 def solve(
     choice: Choice,
-    vram: Annotated[
-        str | None,
-        typer.Option(
-            "--vram",
-            metavar="SIZE[,SIZE]",
-            help="Device memory to use, like 24G: the total for all devices, or one size for each (8G,4G). "
-            "[default: all that is free]",
-        ),
-    ] = None,
-    n_ctx: Annotated[
-        int | None, typer.Option("-c", "--ctx-size", "--ctx", min=1, metavar="N", help="Context to reserve memory for.")
-    ] = None,
+    vram: VramOpt = None,
+    n_ctx: ReservedOpt = None,
     n_batch: Annotated[
         int, typer.Option("-b", "--batch-size", min=1, metavar="N", help="Batch size to reserve memory for.")
     ] = 512,
-    device: Annotated[
-        str | None,
-        typer.Option(
-            "--device",
-            "-dev",
-            metavar="NAME[,NAME]",
-            help="ggml devices; dense layers go to the first. [default: the first GPU]",
-        ),
-    ] = None,
+    device: PlacedOnOpt = None,
     rpc: RpcOpt = None,
     machine: Annotated[
         Path | None, typer.Option("--machine", metavar="FILE", help="Solve for the machine described in this file.")

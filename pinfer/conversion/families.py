@@ -370,8 +370,8 @@ def plan_checkpoint(checkpoint: Checkpoint, activation: str | None = None) -> Co
             f"{checkpoint.folder} has model_type {checkpoint.model_type[:40]!r}, which pinfer does not convert",
             f"it converts {', '.join(known)}; for others use llama.cpp's convert_hf_to_gguf.py",
         )
-    _n_layer(checkpoint)
     family.require_expressible(checkpoint)
+    _n_layer(checkpoint)
     found, threshold = (activation, 0.0) if activation else _activation(checkpoint, family)
     tensors = _in_order(family.tensors(checkpoint))
     _check_tensors(checkpoint, family, tensors)
