@@ -64,7 +64,9 @@ def test_activation_comes_from_the_flag_then_the_file_then_the_architecture(tmp_
     assert open_model(path).activation == "reglu"
     assert open_model(path, "drelu").activation == "drelu"
     assert open_model(tiny_relu2).activation == "relu2"
-    with pytest.raises(PinferError, match=r"activation relu has no ffn_gate tensors, layer 0 of m.gguf has one"):
+    with pytest.raises(
+        PinferError, match=r"activation relu does not use ffn_gate tensors, but layer 0 of m.gguf has one"
+    ):
         open_model(path, "relu")
     with pytest.raises(PinferError, match="activation reglu needs ffn_gate tensors"):
         open_model(tiny_relu2, "reglu")

@@ -49,7 +49,7 @@ def convert(
     from pinfer import convert as stage
 
     if (source is None) == (repo is None):
-        raise typer.BadParameter("name one checkpoint: a folder, or -hf USER/REPO", param_hint="SOURCE")
+        raise typer.BadParameter("pass one checkpoint: a folder, or -hf USER/REPO", param_hint="SOURCE")
     Choice(source, repo=repo, offline=offline).check()
     progress = ui.stderr_progress()
     name = None
@@ -64,7 +64,7 @@ def convert(
 
 
 def print_convert(report: ConvertReport) -> None:
-    """What `pinfer convert` wrote."""
+    """Describe the converted model."""
     threshold = f" above {report.activation_threshold:g}" if report.activation_threshold else ""
     facts = [
         ("architecture", report.arch),
@@ -97,4 +97,4 @@ def _tokenizer(report: ConvertReport) -> str:
         return "as in the source"
     found = report.tokenizer
     kind = found.model if found.pre == "default" else found.pre
-    return f"{kind}, {found.n_tokens:,} tokens; ids of {found.n_strings} texts are those of {found.verified_with}"
+    return f"{kind}, {found.n_tokens:,} tokens; ids of {found.n_strings} texts match {found.verified_with}"
