@@ -178,7 +178,7 @@ def test_what_does_not_fit_or_exist(tiny_relu2: Path, tmp_path: Path) -> None:
         with pytest.raises(PinferError, match=f"{flag} .*none.txt: No such file"):
             run_command(tiny_relu2, "-p", "a", flag, tmp_path / "none.txt")
     assert run(tiny_relu2, "-p", "a", "--grammar", 'root ::= "').code == 1
-    assert "there is no folder" in refused(tiny_relu2, artefacts=tmp_path / "none")
+    assert "is not a folder" in refused(tiny_relu2, artefacts=tmp_path / "none")
 
 
 def test_a_full_disk_and_a_closed_pipe_at_stdout(tiny_relu2: Path) -> None:

@@ -57,7 +57,8 @@ int program_run(void) {
 std::string failure(void) {
     char cause[512] = "";
     if (!run.options.models.empty() && pinfer_last_failure(nullptr, cause, sizeof(cause))) {
-        return std::string(cause) + "; check the device, or do without it: --hot-device none";
+        const bool device = std::string(cause).compare(0, 6, "device") == 0;
+        return std::string(cause) + (device ? "; check the device, or do without it: --hot-device none" : "");
     }
     const std::string what = run.error.empty() ? "llama.cpp failed" : run.error;
     if (what.find("prompt is too long") != std::string::npos) {
