@@ -1,7 +1,7 @@
-# make, make help: what there is to type.
+# `make` or `make help` lists the targets.
 #
-# Needs python3 (3.11 or newer) with venv, g++, make and git; everything else goes into .venv and build.
-# CMAKE_ARGS="-DGGML_CUDA=on" make    builds llama.cpp for the GPU, as users of llama-cpp-python know it.
+# Needs python3 (3.11 or newer) with venv, g++, make and git; everything else is installed into .venv and build.
+# CMAKE_ARGS="-DGGML_CUDA=on" make build    builds llama.cpp with CUDA, as it does for llama-cpp-python.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -23,27 +23,29 @@ SDIST  := .cache/llama_cpp_python-$(shell sed -n 's/^llama-cpp-python==\([^ ]*\)
 # Ninja and CMake come from the virtual environment.
 export PATH := $(BIN):$(PATH)
 
-.PHONY: help demo test test-models test-sanitize lint build bench docs gpu-kit clean distclean FORCE
+.PHONY: help demo test test-models test-sanitize soak lint build web-ui bench docs gpu-kit clean distclean FORCE
 
 help:
-	@echo 'make demo           profile, solve, split and run the shipped models, next to stock llama.cpp'
-	@echo 'make test           build, then run every test'
-	@echo 'make test-models    the recorded words of the tiny checkpoints, said again by transformers (needs PyTorch)'
-	@echo 'make test-sanitize  the native code under the address and undefined-behaviour sanitizers'
-	@echo 'make lint           formatting, lint, types, generated docs up to date'
-	@echo 'make build          .venv with the pinfer command, and the native part in build/native'
-	@echo 'make bench          the native benchmarks'
+	@echo 'make build          install the pinfer command into .venv and build the native part in build/native'
+	@echo 'make web-ui         add the web page of `pinfer serve` to the build; needs npm and a network'
+	@echo 'make demo           prepare and run a shipped model, then compare it with stock llama.cpp'
+	@echo 'make test           build, then run all tests'
+	@echo 'make test-models    check the recorded results of the tiny checkpoints against transformers (installs PyTorch)'
+	@echo 'make test-sanitize  test the native code with the address and undefined-behaviour sanitizers'
+	@echo 'make soak           test the server under load for 10 minutes'
+	@echo 'make lint           check formatting, lint, types, and that docs/cli.md is up to date'
+	@echo 'make bench          run the native benchmarks'
 	@echo 'make docs           regenerate docs/cli.md'
-	@echo 'make gpu-kit        one archive to build, test and measure on a GPU machine without a network'
-	@echo 'make clean          remove what was built (distclean: .venv and the download as well)'
+	@echo 'make gpu-kit        pack an archive that builds, tests and measures pinfer on a GPU machine without a network'
+	@echo 'make clean          remove build products (make distclean removes .venv and downloads too)'
 	@echo
-	@echo 'CMAKE_ARGS="-DGGML_CUDA=on" make build    with CUDA; other llama.cpp backends alike'
+	@echo 'CMAKE_ARGS="-DGGML_CUDA=on" make build    build with CUDA; other llama.cpp backends work the same way'
 
-# --- the virtual environment: llama-cpp-python from the one pinned file, then the rest -------------------------------
+# --- the virtual environment: llama-cpp-python at its pinned version, then the rest ----------------------------------
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-	    { echo 'pinfer needs Python 3.11 or newer; try make PYTHON=/path/to/python3' >&2; exit 1; }
+	    { echo 'pinfer needs Python 3.11 or newer; run: make PYTHON=/path/to/python3' >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
 $(STAMPS): | $(BIN)/python
@@ -54,15 +56,15 @@ $(SDIST): $(PIN) | $(BIN)/python
 	$(BIN)/pip download --quiet --no-deps --no-binary llama-cpp-python --require-hashes -r $(PIN) -d $(@D)
 	touch $@
 
-# RPC is one small file of llama.cpp's and needs nothing else; whoever wants it off says so last.
+# RPC is on by default: it is one small file without dependencies. CMAKE_ARGS=-DGGML_RPC=off turns it off.
 LLAMA_ARGS := $(strip -DGGML_RPC=on $(CMAKE_ARGS))
 
-# Changes only when the arguments do, so that another set of them rebuilds llama.cpp.
+# This file changes only when the arguments do, which then rebuilds llama.cpp.
 $(STAMPS)/cmake-args: FORCE | $(STAMPS)
 	@echo '$(LLAMA_ARGS)' | cmp -s - $@ || echo '$(LLAMA_ARGS)' > $@
 
-# pip's cache of built wheels knows a file by its path and not by CMAKE_ARGS: what is built without arguments of the user
-# has a path of its own there, every other build stays out.
+# pip caches built wheels by the path of the source, regardless of CMAKE_ARGS. So the default build uses its own path,
+# and builds with other CMAKE_ARGS are not cached.
 $(STAMPS)/llama: $(SDIST) $(STAMPS)/cmake-args
 	@echo "$$(sed -n 's/.*--hash=sha256://p' $(PIN))  $(SDIST)" | sha256sum --check --quiet
 	@echo 'Building llama.cpp: a few minutes, once'
@@ -77,7 +79,7 @@ $(STAMPS)/dependencies: pyproject.toml $(STAMPS)/llama
 	$(BIN)/pip install --quiet -r $@.txt
 	touch $@
 
-# The package runs from this tree: no second native build, no reinstallation after an edit.
+# The package runs from this tree, so that edits need no reinstallation and the native part is built once.
 $(BIN)/pinfer: $(STAMPS)/dependencies
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > $(STAMPS)/purelib
 	echo '$(CURDIR)' > "$$(cat $(STAMPS)/purelib)/pinfer.pth"
@@ -99,20 +101,33 @@ $(NATIVE)/build.ninja: $(CMAKE_FILES) $(STAMPS)/llama $(BIN)/pinfer
 build: $(NATIVE)/build.ninja
 	@ninja --quiet -C $(NATIVE) -j $(JOBS)
 
-# --- what to do with it ----------------------------------------------------------------------------------------------
+# llama.cpp's page, built from the same source as the server. Whatever npm did, the page has to be in the result.
+PAGE := $(NATIVE)/web-ui/ui.h
+web-ui: $(NATIVE)/build.ninja
+	@command -v npm >/dev/null || { echo 'make web-ui needs npm (Node.js 20 or newer)' >&2; exit 1; }
+	@grep -qs '^#define LLAMA_UI_HAS_ASSETS' $(PAGE) || rm -f $(PAGE)
+	@cmake -DPINFER_WEB_UI=ON --log-level=WARNING $(NATIVE) >/dev/null
+	@ninja -C $(NATIVE) -j $(JOBS) pinfer-runner
+	@grep -q '^#define LLAMA_UI_HAS_ASSETS' $(PAGE) || { echo 'npm could not build the page, see above' >&2; exit 1; }
+
+# --- targets ---------------------------------------------------------------------------------------------------------
 
 demo: build
 	@$(BIN)/python -m pinfer.demo
 
-# Threads that wait for each other by spinning cost a busy machine tenfold.
+# On a busy machine, OpenMP threads that spin while they wait make the tests ten times slower.
 test test-sanitize: export OMP_WAIT_POLICY ?= passive
 
 test: build
 	@$(BIN)/ctest --test-dir $(NATIVE) --output-on-failure --no-tests=error
 	@$(BIN)/python -m pytest -q -n $(TEST_JOBS) --dist loadfile
 
-# The originals, in an environment of their own: `make test` compares with what is recorded of them. TORCH names another
-# build of PyTorch than the default, which brings CUDA along.
+soak: export OMP_WAIT_POLICY ?= passive
+soak: build
+	@PINFER_SOAK_SECONDS=600 $(BIN)/python -m pytest -q tests/test_serve.py -k many_clients
+
+# `make test` compares with recorded results of transformers; this target checks the recordings, in an environment with
+# PyTorch. TORCH chooses another build of PyTorch than the default one, which includes CUDA.
 TORCH ?= torch>=2.4
 $(STAMPS)/models: pyproject.toml | $(STAMPS)
 	$(PYTHON) -m venv $(VENV)/models
@@ -127,11 +142,9 @@ build/sanitize/build.ninja: $(CMAKE_FILES) $(STAMPS)/llama $(BIN)/pinfer
 	$(call configure,sanitize) --log-level=WARNING
 	touch $@
 
-# The Python tests that drive the native code, against the sanitized plugin and runner. CPython and its extensions are not
-# built with the sanitizers, so the runtime is preloaded and leaks, which are mostly the interpreter's, are not reported.
-# One test stays out: its stand-in for the runner is a shell script that kills itself, which the preloaded runtime reports.
-SANITIZED_TESTS := $(patsubst %,tests/test_%.py,native exact run profile bad_input) \
-    --deselect tests/test_run.py::test_a_runner_that_is_missing_or_killed
+# The Python tests that use the native code, with the sanitized plugin and runner. CPython is not built with sanitizers,
+# so the runtime is preloaded, and leaks are not reported because most are the interpreter's.
+SANITIZED_TESTS := $(patsubst %,tests/test_%.py,native exact run profile bad_input)
 
 test-sanitize: build/sanitize/build.ninja
 	@ninja --quiet -C build/sanitize -j $(JOBS)
@@ -152,7 +165,7 @@ bench: build
 docs: $(BIN)/pinfer
 	@$(BIN)/python -m pinfer.cli.docs
 
-# The packages that the target may lack, as pinned; the Python parts of the two that are compiled run anywhere.
+# The pinned Python packages of the GPU kit.
 WHEELS := .cache/gpu-kit
 
 $(WHEELS): kit/wheels.txt | $(BIN)/python

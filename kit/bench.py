@@ -1,10 +1,10 @@
-"""One case of the benchmark, step by step: a synthetic model is made, prepared and measured next to llama.cpp.
+"""One case of the benchmark, step by step: make a synthetic model, prepare it, and measure it against llama.cpp.
 
     python kit/bench.py cases | steps CASE | step CASE STEP
 
-gpu.sh calls it and keeps account of the steps; what they find out is kept in results/MODE/CASE.json. Both sides get
-the same budget of device memory, and what each takes is measured in the same way. llama.cpp's two ways are tuned first:
-whole layers on the device (-ngl N), and all attention on the device with as much of the FFN as fits beside it.
+gpu.sh runs the steps and remembers which are finished; their results are in results/MODE/CASE.json. Both sides get the
+same budget of device memory, and their use of it is measured in the same way. llama.cpp's two ways of offloading are
+tuned first: whole layers on the device (-ngl N), or all attention on the device with as much of the FFN as fits.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from meter import Meter
 HERE = Path(__file__).resolve().parent
 DATA = HERE.parent / "tests" / "data"
 SIDES = ("pinfer", "layers", "ffn")
-PROMPT = 8  # tokens before llama.cpp's decoding, which it wants to have
+PROMPT = 8  # tokens; llama-batched-bench needs a prompt before it decodes
 TUNE_GEN = 12
 _ALL = 999
 
 
 class Store:
-    """What is known about a case, in a file that every step adds to."""
+    """The results of a case, in a file to which every step adds."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -49,13 +49,13 @@ class Measured:
     """One run of one side."""
 
     tokens_per_s: dict[int, float]
-    """by batch, all sequences together"""
+    """By batch size; all sequences together."""
     device_bytes: int | None
-    """of the device, without the bare context of CUDA; None where it was not measured"""
+    """Device memory without that of a bare CUDA context; None if it was not measured."""
 
 
 class Bench:
-    """The steps of one case; each is a method that starts with ``do_``."""
+    """The steps of one case; the step NAME is the method do_NAME."""
 
     def __init__(self, case: Case) -> None:
         self.case = case
@@ -68,7 +68,7 @@ class Bench:
     # -- preparation ---------------------------------------------------------------------------------------------------
 
     def do_model(self) -> None:
-        """Writes the model with as many layers as there is room for; models of other cases make place for it."""
+        """Writes the model, with as many layers as there is room for. Deletes the models of other cases first."""
         from models.synth import write_model
 
         for other in self.work.iterdir():
@@ -92,7 +92,7 @@ class Bench:
     def do_profile(self) -> None:
         n = str(self.case.n_profile)
         text = str(DATA / "profile.txt")
-        # What a model of noise makes of the text says nothing of its activation.
+        # --force: the model is random, so its perplexity cannot tell whether the activation is right.
         self._pinfer("profile", "--force", "--dataset", text, "--tokens", n, "--samples", n, "-c", "512")
 
     def do_train(self) -> None:
@@ -113,22 +113,22 @@ class Bench:
     # -- tuning --------------------------------------------------------------------------------------------------------
 
     def do_context(self) -> None:
-        """What a bare CUDA context takes."""
+        """Measures the memory of a bare CUDA context."""
         with Meter(self.on_gpu) as meter:
             if self.on_gpu:
                 subprocess.run([sys.executable, str(HERE / "meter.py")], check=True)
         self.store.put(context_bytes=meter.peak)
 
     def do_pinfer(self) -> None:
-        """Threads of pinfer."""
+        """Finds the best number of threads for pinfer."""
         self._tune("pinfer", lambda threads: self._run_pinfer(threads, TUNE_GEN))
 
     def do_layers(self) -> None:
-        """llama.cpp's whole layers on the device, as many as the budget holds."""
+        """Tunes llama.cpp with whole layers on the device, as many as the budget allows."""
         self._tune_way("layers", self.store.data["n_layer"] + 1, self._sizes.layer)
 
     def do_ffn(self) -> None:
-        """All attention on the device, and the FFN of as many layers as the budget holds beside it."""
+        """Tunes llama.cpp with all attention on the device, and the FFN of as many layers as the budget allows."""
         self._tune_way("ffn", self.store.data["n_layer"], self._sizes.ffn)
 
     def _tune_way(self, way: str, most: int, unit: int) -> None:
@@ -148,7 +148,7 @@ class Bench:
         placed = self._placed(way, n)
         threads = self._tune(way, lambda threads: self._run_llama(placed, threads, TUNE_GEN))
         if max(self.case.batches) >= 32:
-            # From 32 tokens on llama.cpp carries weights to the device unless told not to.
+            # For batches of 32 tokens or more llama.cpp copies weights to the device, unless --no-op-offload is given.
             flags = ["--no-op-offload"]
             with_it, without = (self._run_llama(placed + f, threads, TUNE_GEN) for f in (flags, []))
             if with_it and without and sum(with_it.tokens_per_s.values()) > sum(without.tokens_per_s.values()):
@@ -156,7 +156,7 @@ class Bench:
         self.store.put(**{way: {"n": n, "arguments": placed, "threads": threads}})
 
     def _placed(self, way: str, n: int) -> list[str]:
-        """llama.cpp's arguments for ``n`` layers, or the FFN of ``n`` layers, on the device."""
+        """llama.cpp's arguments that put ``n`` layers, or the FFN of ``n`` layers, on the device."""
         if way == "layers" or not self.on_gpu:
             return ["-ngl", str(n)]
         on_cpu = range(self.store.data["n_layer"] - n)
@@ -164,7 +164,7 @@ class Bench:
         return ["-ngl", str(_ALL), *(["-ot", pattern] if on_cpu else [])]
 
     def _tune(self, side: str, run: Callable[[int], Measured | None]) -> int:
-        """The number of threads with the highest speed at the smallest batch."""
+        """Finds the number of threads that is fastest at the smallest batch."""
         cores = physical_cores()
         speed: dict[int, float] = {}
         for threads in sorted({cores, max(1, cores * 3 // 4), max(1, cores // 2)}):
@@ -177,7 +177,7 @@ class Bench:
     # -- measurement ---------------------------------------------------------------------------------------------------
 
     def do_round(self, number: int) -> None:
-        """Every side once, each in a process of its own, in an order that changes from round to round."""
+        """Measures every side once, each in its own process. The order changes from round to round."""
         turn = number % len(SIDES)
         record: dict[str, Any] = {}
         for side in SIDES[turn:] + SIDES[:turn]:
@@ -206,7 +206,7 @@ class Bench:
         return Measured({r["n_seq"]: r["median_ts"] for r in results}, self._without_context(meter.peak))
 
     def _run_llama(self, placed: Sequence[str], threads: int | None, n_gen: int) -> Measured | None:
-        """None where it does not run, for one because the device is full."""
+        """None if llama.cpp fails, for example because the device is full."""
         command = [
             *(str(Path(os.environ["KIT_BIN"], "llama-batched-bench")), "-m", str(self.model), "-c", str(self._n_ctx)),
             *("-b", "2048", "-ub", "512", "-npp", str(PROMPT), "-ntg", str(n_gen)),
@@ -249,16 +249,17 @@ class Bench:
         return None if peak is None else max(0, peak - (self.store.data["context_bytes"] or 0))
 
     def _pinfer(self, command: str, *options: str) -> str:
-        """stdout of a pinfer command; its talk goes to the step's log."""
+        """Runs a pinfer command and returns its stdout; stderr goes to the step's log."""
         full = [sys.executable, "-m", "pinfer", command, str(self.model), *options]
         print(*full, flush=True)
         return subprocess.run(full, stdout=subprocess.PIPE, text=True, check=True).stdout
 
 
 def largest_fitting(most: int, unit: int, cap: int, probe: Callable[[int], int | None]) -> int:
-    """The largest n from 0 to ``most`` whose measured bytes are within ``cap``; -1 where not even 0 is.
+    """The largest n from 0 to ``most`` that takes at most ``cap`` bytes; -1 if even 0 takes more.
 
-    ``probe`` measures an n, None for one that does not run; ``unit`` is about what n + 1 takes more.
+    ``probe(n)`` measures the bytes for n, and returns None if n does not run. ``unit`` is roughly the number of bytes
+    that each step of n adds.
     """
     fits, fails = -1, most + 1
     n = min(most, max(0, int(0.9 * cap / unit)))
@@ -274,13 +275,13 @@ def largest_fitting(most: int, unit: int, cap: int, probe: Callable[[int], int |
 
 
 def physical_cores() -> int:
-    from pinfer.llama.engine import physical_cores as count
+    from pinfer.llama.devices import physical_cores as count
 
     return count()
 
 
 def steps_of(case: Case) -> list[str]:
-    """The names of a case's steps, in order."""
+    """The steps of a case, in order."""
     rounds = [f"round{n}" for n in range(1, case.rounds + 1)]
     return ["model", "profile", "train", "solve", "split", "context", "pinfer", "layers", "ffn", *rounds, "report"]
 

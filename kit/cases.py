@@ -1,4 +1,4 @@
-"""The cases of the benchmark: models, budgets of device memory, and how much of a model a machine has room for."""
+"""The benchmark's cases: their models, their device memory budgets, and how much of a model fits a machine."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from pathlib import Path
 from models.synth import PRESETS, Model, SynthOptions, n_bytes
 
 GIB = 2**30
-# Left free on the disk, and of the memory for what is not files: buffers, Python, the system.
+# Left free on the disk; and the share of memory that files may take, the rest being for buffers and processes.
 DISK_MARGIN = 2 * GIB
 MEMORY_SHARE = 0.85
-# Predictors and profile samples beside the shards, as a share of the FFN.
+# Size of predictors and profile samples, as a share of the FFN.
 TRAINED_SHARE = 0.12
 
 
@@ -24,14 +24,14 @@ class Case:
     name: str
     model: SynthOptions
     cap: int | None
-    """bytes of device memory for either side; None: all there is"""
+    """Budget of device memory for each side, in bytes; None for no limit."""
     batches: tuple[int, ...]
     aims: tuple[float, ...]
-    """pinfer over the best of llama.cpp, by batch"""
+    """The speedup over llama.cpp to aim for, by batch size."""
     n_gen: int = 64
     rounds: int = 5
     n_profile: int = 2048
-    """tokens"""
+    """Tokens to profile."""
 
 
 def _model(preset: str, type: str, active: float) -> SynthOptions:
@@ -66,7 +66,7 @@ CASES = {
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes of a model's file: what is there once, one layer, and the FFN matrices of that layer."""
+    """Sizes in a model's file, in bytes: everything outside the layers, one layer, and that layer's FFN matrices."""
 
     once: int
     layer: int
@@ -74,7 +74,7 @@ class Sizes:
 
     @staticmethod
     def of(options: SynthOptions) -> Sizes:
-        """All layers are alike."""
+        """The sizes of a synthetic model, whose layers all have the same size."""
         plans = Model(replace(options, n_layer=1)).plans()
         layer = [plan for plan in plans if plan.name.startswith("blk.")]
         ffn = [plan for plan in layer if ".ffn_" in plan.name and plan.name.endswith("weight") and plan.rows]
@@ -85,19 +85,19 @@ class Sizes:
         return self.once + n_layer * self.layer
 
     def files(self, n_layer: int, type: str) -> int:
-        """The model, the shards with their finer down rows, and what is trained."""
+        """Bytes of the model, its shards (whose down rows have more bits), predictors and samples."""
         shards = 1.6 if type.startswith("Q4") else 1.05
         return self.model(n_layer) + int(n_layer * self.ffn * (shards + TRAINED_SHARE))
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """A case cut to a machine: fewer layers, and the budget in the same proportion to the model."""
+    """A case reduced to fit a machine: fewer layers, and a budget smaller by the same factor."""
 
     case: Case
     n_layer: int
     cap: int | None
-    """bytes"""
+    """Bytes; None for no limit."""
     model_bytes: int
     sizes: Sizes
 
@@ -107,7 +107,7 @@ class Fitted:
 
 
 def room(work: Path) -> int:
-    """Bytes of files that fit the work folder and, all of them read again and again, the memory."""
+    """Bytes that files may take: they must fit the disk of the work folder, and memory, since they are read often."""
     used = sum(file.stat().st_size for file in work.rglob("*") if file.is_file())
     free = shutil.disk_usage(work).free + used - DISK_MARGIN
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -115,12 +115,12 @@ def room(work: Path) -> int:
 
 
 def fit(case: Case, bytes_free: int) -> Fitted:
-    """The case with as many layers as there is room for. The budget shrinks as the model does, so that the same share
-    of it fits the device. ValueError where not even two layers have room."""
+    """Reduces the case to as many layers as fit. The budget shrinks with the model, so that the same share of the model
+    fits the device. Raises ValueError if not even two layers fit."""
     sizes = Sizes.of(case.model)
     full = sizes.model(case.model.n_layer)
     for n_layer in range(case.model.n_layer, 1, -1):
         if sizes.files(n_layer, case.model.type) <= bytes_free:
             size = sizes.model(n_layer)
             return Fitted(case, n_layer, None if case.cap is None else case.cap * size // full, size, sizes)
-    raise ValueError(f"{case.name}: {bytes_free / GIB:.1f} GiB are too little for two layers of it")
+    raise ValueError(f"{case.name}: {bytes_free / GIB:.1f} GiB of disk and memory are not enough for two of its layers")

@@ -1,39 +1,44 @@
 #!/usr/bin/env bash
-# Builds, tests and measures pinfer on a GPU machine without a network. `./gpu.sh help` says how; docs/gpu.md says more.
+# Builds, tests and measures pinfer on a GPU machine without a network. See `./gpu.sh help` and docs/gpu.md.
 set -euo pipefail
 
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 SOURCES=$HERE/src
 PYTHON=${PYTHON:-python3}
 JOBS=${JOBS:-$(nproc)}
-CUDA_PARTS=6 # ggml-cuda is most of the build: in so many steps
+CUDA_PARTS=6 # ggml-cuda takes most of the build time, so it is built in this many steps
 
 usage() {
     cat <<'END'
 usage: ./gpu.sh build | test | bench CASE | all | report | cases | help
 
-  build       llama.cpp for the GPU that is found, pinfer on top of it
-  test        the device tests on that GPU, and compute-sanitizer where it runs
-  bench CASE  one row of the table against llama.cpp (cases: lists them)
-  all         build, test, every case
-  report      the table of what is finished
+  build       build llama.cpp for the GPU in this machine, and pinfer on top of it
+  test        run the device tests on that GPU, and compute-sanitizer if it works here
+  bench CASE  measure one case against llama.cpp
+  all         build, test, and measure every case
+  report      print the results so far
+  cases       list the cases
 
-Every finished step leaves a stamp and is not repeated: call the same command again to go on. Each ends with a short table
-and writes JSON under results/.
+A finished step is not repeated: to continue, run the same command again. Every command ends with a short table and
+writes JSON under results/.
 
-  GPU=none            build and run on the CPU alone       CUDA_ARCH=90   build for a GPU that is not here
-  LIMIT=570           stop after so many seconds; the next call goes on
-  WORK=DIR            where models are written (default: the roomier one of ./work and /dev/shm)
-  JOBS=N PYTHON=FILE  jobs of the build; Python 3.11 or newer with numpy
+Environment variables:
+
+  GPU=none        build and run on the CPU alone
+  CUDA_ARCH=90    build for this compute capability, for a GPU in another machine
+  LIMIT=570       stop after this many seconds; the next call continues
+  WORK=DIR        folder for the models (default: ./work or /dev/shm, whichever has more free space)
+  JOBS=N          parallel build jobs
+  PYTHON=FILE     Python 3.11 or newer with numpy and scipy
 END
 }
 
 say() { printf '%s\n' "$*" >&2; }
 die() { say "error: $*"; exit 1; }
 
-# --- what is here ----------------------------------------------------------------------------------------------------
+# --- the GPU ---------------------------------------------------------------------------------------------------------
 
-# Sets ARCH (of CUDA; empty: no CUDA) and MODE, which names the folder of everything built and measured.
+# Sets ARCH, the CUDA architectures (empty without CUDA), and MODE, the name of the folders under out/ and results/.
 find_gpu() {
     ARCH=${CUDA_ARCH:-}
     if [[ ${GPU:-} == none ]]; then
@@ -41,8 +46,8 @@ find_gpu() {
     elif [[ -z $ARCH ]]; then
         ARCH=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | tr -d '. ' | grep -E '^[0-9]+$' |
             sort -u | paste -sd ';' || true)
-        [[ -n $ARCH ]] || die "no NVIDIA GPU found (nvidia-smi lists none): GPU=none builds for the CPU alone," \
-            "CUDA_ARCH=90 for a GPU that is not here"
+        [[ -n $ARCH ]] || die "no NVIDIA GPU found (nvidia-smi lists none); set GPU=none to build for the CPU alone," \
+            "or CUDA_ARCH=90 to build for a GPU in another machine"
     fi
     MODE=cpu
     [[ -z $ARCH ]] || MODE=cuda-${ARCH//;/-}
@@ -53,23 +58,17 @@ find_gpu() {
     mkdir -p "$OUT/stamps" "$OUT/logs" "$RESULTS"
 }
 
-# What pinfer's Python runs with: its own sources, llama-cpp-python over the libraries built here, the kit's packages,
-# and, where scipy is missing, what stands in for it.
+# Sets up Python: pinfer's sources, llama-cpp-python with the libraries built here, and the kit's packages.
 environment() {
     export PYTHONPATH=$OUT/site:$SOURCES:$SOURCES/site
-    if [[ ! -e $OUT/scipy ]]; then
-        "$PYTHON" -c 'import scipy.linalg, scipy.optimize, scipy.special' 2>/dev/null &&
-            echo scipy >"$OUT/scipy" || echo substitute >"$OUT/scipy"
-    fi
-    [[ $(cat "$OUT/scipy") == scipy ]] || PYTHONPATH+=:$SOURCES/kit/substitute
-    export PYTHONPATH PYTHONDONTWRITEBYTECODE=1 PINFER_NATIVE_DIR=$OUT/native PINFER_HOME=$OUT/home
+    export PYTHONDONTWRITEBYTECODE=1 PINFER_NATIVE_DIR=$OUT/native PINFER_HOME=$OUT/home
     export KIT_DEVICE=$DEVICE KIT_RESULTS=$RESULTS KIT_BIN=$OUT/site/bin KIT_MODE=$MODE
 }
 
 # --- steps -----------------------------------------------------------------------------------------------------------
 
-# step NAME: run step_NAME in a process of its own, once; its output goes to a log. The exit code is 75 when the time of
-# this call is over: what was done so far is kept, and the next call goes on with the same step.
+# step NAME: runs step_NAME once, in its own process, with its output in a log. When LIMIT is reached it exits with code
+# 75; finished work is kept, and the next call continues with the same step.
 step() {
     local name=$1 log=$OUT/logs/$1.log begin=$SECONDS status=0 left=86400
     [[ ! -e $OUT/stamps/$name ]] || return 0
@@ -78,31 +77,31 @@ step() {
         ((left > 5)) || pause "$name"
     fi
     say "$name …"
-    # timeout puts the step in a process group of its own and so reaches all that it started.
+    # timeout puts the step in its own process group, so its signal reaches every process the step started.
     timeout --kill-after=10 "$left" bash "$HERE/gpu.sh" --step "$name" >"$log" 2>&1 </dev/null || status=$?
     ((status != 124 && status != 137)) || [[ -z ${LIMIT:-} ]] || pause "$name"
     if ((status)); then
         tail -n 25 "$log" >&2
-        die "$name failed (exit code $status); its output is in $log"
+        die "$name failed with exit code $status; see $log"
     fi
     echo $((SECONDS - begin)) >"$OUT/stamps/$name"
 }
 
 pause() {
-    say "the time of this call is over in step $1; call again to go on"
+    say "LIMIT reached in step $1; run the same command again to continue"
     exit 75
 }
 
 # --- build -----------------------------------------------------------------------------------------------------------
 
-# Files that are as they were keep their times, so that after another kit was unpacked here only what changed is compiled.
+# Unchanged files keep their modification time, so that unpacking a newer kit recompiles only what changed.
 step_unpack() {
     rm -rf "$SOURCES.tmp"
     "$PYTHON" - "$HERE" "$SOURCES" <<'END'
 import lzma, os, pathlib, sys, tarfile
 here, old = map(pathlib.Path, sys.argv[1:])
 new = old.with_name(old.name + ".tmp")
-with tarfile.open(here / "sources.tar.bz2") as tar:
+with tarfile.open(here / "sources.tar.xz") as tar:
     tar.extractall(new, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
 for packed in here.glob("*.gguf.xz"):
     (new / "models" / packed.stem).write_bytes(lzma.decompress(packed.read_bytes()))
@@ -117,11 +116,12 @@ END
     mv "$SOURCES.tmp" "$SOURCES"
 }
 
-# A toolkit can be in pieces: Python's packages bring cuBLAS into a folder of their own, and a machine without a GPU has no
-# driver to link. Sets CMAKE_CUDA and exports what nvcc needs to find the headers.
+# A CUDA toolkit can be incomplete: pip's packages put cuBLAS into their own folder, and a machine without a GPU has no
+# driver to link against. Sets CMAKE_CUDA, and CPATH so that nvcc finds the headers.
 cuda_options() {
     local nvcc found folder
-    nvcc=$(command -v nvcc || ls "${CUDA_HOME:-/usr/local/cuda}/bin/nvcc" 2>/dev/null) || die "no nvcc: install CUDA's toolkit"
+    nvcc=$(command -v nvcc || ls "${CUDA_HOME:-/usr/local/cuda}/bin/nvcc" 2>/dev/null) ||
+        die "nvcc not found: install the CUDA toolkit, or set CUDA_HOME to its folder"
     CMAKE_CUDA=(-DGGML_CUDA=ON "-DCMAKE_CUDA_ARCHITECTURES=$ARCH" "-DCMAKE_CUDA_COMPILER=$nvcc")
     folder=$(dirname "$(dirname "$(readlink -f "$nvcc")")")
     [[ -d $folder/include ]] || folder=${CUDA_HOME:-/usr/local/cuda}
@@ -130,13 +130,14 @@ cuda_options() {
         found=${CUBLAS_DIR:-$("$PYTHON" -c 'import glob, sys
 print(next((p for s in sys.path for p in sorted(glob.glob(f"{s}/nvidia/cu*[0-9]") + glob.glob(f"{s}/nvidia/cublas"))
             if glob.glob(f"{p}/include/cublas_v2.h")), ""))')}
-        [[ -n $found ]] || die "no cublas_v2.h in $folder or among Python's packages: CUBLAS_DIR=DIR names its folder"
+        [[ -n $found ]] ||
+            die "no cublas_v2.h in $folder or in Python's nvidia packages: set CUBLAS_DIR to the folder of cuBLAS"
         export CPATH=$found/include${CPATH:+:$CPATH}
         for name in cublas cublasLt; do
             ln -sf "$(ls "$found"/lib/lib$name.so.* | head -n 1)" "$OUT/cuda/lib$name.so"
             CMAKE_CUDA+=("-DCUDA_${name}_LIBRARY=$OUT/cuda/lib$name.so")
         done
-        # The links are to be found by the linker, the libraries themselves at run time.
+        # The linker uses the links made above; at run time the libraries are found in their own folder.
         CMAKE_CUDA+=("-DKIT_RPATH=$found/lib")
     fi
     if ! ls "$folder"/lib64/stubs/libcuda.so "$folder"/targets/*/lib/stubs/libcuda.so >/dev/null 2>&1; then
@@ -144,7 +145,7 @@ print(next((p for s in sys.path for p in sorted(glob.glob(f"{s}/nvidia/cu*[0-9]"
         if [[ -n $found ]]; then
             ln -sf "$found" "$OUT/cuda/libcuda.so"
         else
-            # Nothing here could run it anyway; the driver's own library takes this one's place where there is one.
+            # An empty library is enough to link. Nothing can run here; elsewhere the driver's own library is loaded.
             echo | "${CC:-cc}" -shared -x c - -o "$OUT/cuda/libcuda.so" -Wl,-soname,libcuda.so.1
         fi
         CMAKE_CUDA+=("-DCUDA_cuda_driver_LIBRARY=$OUT/cuda/libcuda.so")
@@ -161,7 +162,7 @@ step_configure() {
 }
 
 llama_ninja() {
-    # Found at configuration and needed again by every compilation.
+    # Configuration found this folder; every compilation needs its headers.
     local cublas
     cublas=$(sed -n 's/^KIT_RPATH:[A-Z]*=\(.*\)/\1/p' "$OUT/llama/CMakeCache.txt")
     [[ -z $cublas ]] || export CPATH=$(dirname "$cublas")/include${CPATH:+:$CPATH}
@@ -170,12 +171,13 @@ llama_ninja() {
 
 step_ggml() { llama_ninja ggml-base ggml-cpu ggml-rpc; }
 
-# cuda_part N: the N-th part of ggml-cuda's objects, dealt out like cards since the large ones have neighbouring names.
+# cuda_part N: builds every CUDA_PARTS-th object of ggml-cuda, starting with the N-th. The slow ones have similar names;
+# this spreads them over the parts.
 cuda_part() {
     local objects
     mapfile -t objects < <(ninja -C "$OUT/llama" -t targets all | sed -n 's/^\(.*ggml-cuda\.dir.*\.o\): .*/\1/p' |
         awk -v n="$1" -v parts="$CUDA_PARTS" 'NR % parts == n - 1')
-    ((${#objects[@]})) || die "ninja lists no objects of ggml-cuda"
+    ((${#objects[@]})) || die "ninja lists no objects of ggml-cuda; see $OUT/logs/configure.log"
     llama_ninja "${objects[@]}"
 }
 
@@ -185,7 +187,7 @@ step_benches() { llama_ninja llama-bench llama-batched-bench; }
 
 step_install() {
     cmake --install "$OUT/llama" --strip
-    # Python loads the libraries from llama_cpp/lib, plugin and runner link those in lib: the same files.
+    # Python loads the libraries from llama_cpp/lib; the plugin and the runner link to those in lib: the same files.
     ln -sfn ../lib "$OUT/site/llama_cpp/lib"
 }
 
@@ -200,15 +202,26 @@ step_check() {
     "$PYTHON" "$SOURCES/kit/report.py" check
 }
 
+# The kit brings its other Python packages along; numpy and scipy are too large for it.
+check_tools() {
+    local name
+    for name in cmake ninja; do
+        command -v "$name" >/dev/null || die "$name not found: install it, or add its folder to PATH"
+    done
+    "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null ||
+        die "$PYTHON is missing or older than 3.11: choose another one with PYTHON=FILE"
+    for name in numpy scipy; do
+        "$PYTHON" -c "import $name" 2>/dev/null ||
+            die "$PYTHON has no $name: run $PYTHON -m pip install $name, or choose another Python with PYTHON=FILE"
+    done
+}
+
 build() {
-    command -v cmake >/dev/null || die "no cmake"
-    command -v ninja >/dev/null || die "no ninja"
-    "$PYTHON" -c 'import sys, numpy; sys.exit(sys.version_info < (3, 11))' 2>/dev/null ||
-        die "$PYTHON is older than 3.11 or has no numpy: PYTHON=FILE names another"
+    check_tools
     local kit
-    kit=$(cksum <"$HERE/sources.tar.bz2" 2>/dev/null || true)
+    kit=$(cksum <"$HERE/sources.tar.xz" 2>/dev/null || true)
     if [[ ! -d $SOURCES || $(cat "$OUT/kit" 2>/dev/null) != "$kit" ]]; then
-        # Of another kit's work what was made of the models alone is still good.
+        # With a new kit, only models, profiles and predictors remain valid.
         find "$OUT/stamps" -type f ! -name 'bench-*-model' ! -name 'bench-*-profile' ! -name 'bench-*-train' -delete
     fi
     step unpack
@@ -228,13 +241,13 @@ step_test-native() {
     ctest --test-dir "$OUT/native" --output-on-failure --no-tests=error
 }
 
-# run_pytest NAME FILE…: results go where the report reads them.
+# run_pytest NAME FILE…: writes RESULTS/NAME.xml for the report.
 run_pytest() {
     environment
     local name=$1
     shift
     cd "$SOURCES"
-    # The CPU and RPC servers are tested anyway.
+    # The CPU and RPC servers are always tested; this adds the GPU.
     OMP_WAIT_POLICY=passive PINFER_TEST_DEVICES=${ARCH:+$DEVICE} "$PYTHON" -m pytest -q -p no:cacheprovider \
         --junit-xml="$RESULTS/$name.xml" "$@"
 }
@@ -249,16 +262,16 @@ step_test-sanitizer() {
 run_tests() {
     build
     step test-native
-    [[ ! -e $SOURCES/tests/test_devices.py ]] || step test-devices
+    step test-devices
     step test-python
     [[ -z $ARCH ]] || step test-sanitizer
 }
 
 # --- bench -----------------------------------------------------------------------------------------------------------
 
-# Where models go: whichever of disk and memory has more room, once chosen for good. And on which GPU.
+# Chooses the folder for the models (disk or memory, whichever has more free space; the choice is kept) and the GPU.
 choose_work() {
-    # One GPU, the same for the driver's numbering and CUDA's: llama.cpp would use all there are.
+    # llama.cpp would use every GPU. PCI_BUS_ID makes CUDA number them as nvidia-smi does.
     export CUDA_DEVICE_ORDER=PCI_BUS_ID CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0}
     if [[ -n ${WORK:-} ]]; then
         mkdir -p "$WORK"
@@ -274,13 +287,14 @@ choose_work() {
     mkdir -p "$KIT_WORK"
 }
 
-# Steps of a case are called bench-CASE-STEP; bench.py knows which there are.
+# The steps of a case are called bench-CASE-STEP; bench.py lists them.
 bench() {
     local case=$1 name
     build
     environment
     choose_work
-    "$PYTHON" "$SOURCES/kit/bench.py" cases | cut -d' ' -f1 | grep -qx -- "$case" || die "no case $case: ./gpu.sh cases"
+    "$PYTHON" "$SOURCES/kit/bench.py" cases | cut -d' ' -f1 | grep -qx -- "$case" ||
+        die "there is no case $case; list the cases with ./gpu.sh cases"
     for name in $("$PYTHON" "$SOURCES/kit/bench.py" steps "$case"); do step "bench-$case-$name"; done
 }
 
@@ -307,7 +321,7 @@ main() {
     esac
     [[ $1 != bench || $# -eq 2 ]] || { usage >&2; exit 2; }
     find_gpu
-    [[ -z ${LIMIT:-} || $LIMIT =~ ^[0-9]+$ ]] || die "LIMIT=$LIMIT is no number of seconds"
+    [[ -z ${LIMIT:-} || $LIMIT =~ ^[0-9]+$ ]] || die "LIMIT=$LIMIT is not a number of seconds"
     case $1 in
     build) build; report ;;
     test) run_tests; report ;;
@@ -318,7 +332,7 @@ main() {
         for name in $("$PYTHON" "$SOURCES/kit/bench.py" cases | cut -d' ' -f1); do bench "$name"; done
         report
         ;;
-    report) [[ -d $SOURCES ]] || die "nothing is built: ./gpu.sh build"; report ;;
+    report) [[ -d $SOURCES ]] || die "nothing has been built yet; run ./gpu.sh build"; report ;;
     cases)
         [[ -d $SOURCES ]] || step unpack
         environment

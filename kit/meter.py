@@ -1,4 +1,4 @@
-"""Device memory and who holds it, as nvidia-smi sees it: the same measurement for every program that is compared."""
+"""Measures device memory with nvidia-smi, in the same way for every program that is compared."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _CONTEXT_SECONDS = 2.0
 
 
 def memory_used() -> int | None:
-    """Bytes of the GPU that are in use by anybody; None without one."""
+    """Bytes of GPU memory in use by all processes; None without a GPU."""
     gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
     command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", f"--id={gpu}"]
     try:
@@ -27,7 +27,7 @@ def memory_used() -> int | None:
 
 
 class Meter:
-    """Watches device memory while its block runs; ``peak`` is then what was taken beyond the start, in bytes."""
+    """Watches device memory while its block runs; ``peak`` is the largest increase since the start, in bytes."""
 
     def __init__(self, wanted: bool = True) -> None:
         self.peak: int | None = None
@@ -54,8 +54,8 @@ class Meter:
 
 
 def hold_context() -> None:
-    """Opens a CUDA context and keeps it for a moment, for somebody to measure: any program takes as much before it asks
-    for anything, and no budget counts it, on either side. OSError without a driver."""
+    """Opens a CUDA context for a moment, so that a Meter can measure it. Every CUDA program takes this memory before
+    its first allocation; neither side's budget counts it. Raises OSError without a driver."""
     driver = ctypes.CDLL("libcuda.so.1")
     context = ctypes.c_void_p()
     calls = (
@@ -65,7 +65,7 @@ def hold_context() -> None:
     )
     for name, arguments in calls:
         if status := getattr(driver, name)(*arguments):
-            raise OSError(f"the CUDA driver cannot be used: {name} gave {status}")
+            raise OSError(f"the CUDA driver does not work: {name} returned {status}")
     time.sleep(_CONTEXT_SECONDS)
 
 

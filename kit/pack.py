@@ -2,17 +2,15 @@
 
     python kit/pack.py --sdist .cache/llama_cpp_python-0.3.36.tar.gz --wheels .cache/gpu-kit build/pinfer-gpu-kit.tar.gz
 
-llama.cpp comes out of llama-cpp-python's source distribution and the Python packages out of the folder of wheels;
-neither is ever a part of the repository. docs/gpu.md says what is done with the archive.
+llama.cpp comes from llama-cpp-python's source distribution, and the Python packages come from the folder of wheels.
+Neither is in the repository. docs/gpu.md explains how the archive is used.
 
-The archive holds gpu.sh, the sources as sources.tar.bz2, and each shipped model in a .xz of its own: the driver unpacks
-them. (Text is a tenth smaller in .xz, and takes seven times as long to pack.)
+The archive holds gpu.sh, the sources as sources.tar.xz, and each shipped model as an .xz file; gpu.sh unpacks them.
 """
 
 from __future__ import annotations
 
 import argparse
-import bz2
 import fnmatch
 import gzip
 import hashlib
@@ -35,8 +33,8 @@ TOP = "kit"
 README = "docs/gpu.md"
 DRIVER = "kit/gpu.sh"
 
-# Of the repository. Left out is what no device changes: conversion with its checkpoints, the hub, the training of the
-# shipped models.
+# Files of the repository. Of the tests only those that gpu.sh runs are packed. Left out is what serves conversion, the
+# hub and the training of the shipped models.
 OWN = (
     "LICENSE",
     "README.md",
@@ -46,25 +44,27 @@ OWN = (
     "kit/*",
     "models/*.py",
     "models/README.md",
-    "tests/*.py",
+    "tests/conftest.py",
     "tests/data/*",
+    "tests/support/*.py",
+    "tests/test_devices.py",
+    "tests/test_exact.py",
+    "tests/test_native.py",
 )
 OWN_LEFT_OUT = (
     "models/muon.py",
     "models/record_vectors.py",
     "models/tiny_*.py",
     "models/train_tiny.py",
-    "tests/*checkpoint*.py",
-    "tests/*convert*.py",
-    "tests/*hub*.py",
-    "tests/*powerinfer*.py",
-    "tests/*tokenizer*.py",
-    "tests/measure_*.py",
+    "tests/support/checkpoint_*",
+    "tests/support/hub_*",
+    "tests/support/powerinfer_*",
+    "tests/support/tokenizer_*",
 )
 MODELS = ("models/tiny-relu2.gguf", "models/tiny-reglu.gguf")
 
-# Of the source distribution: llama-cpp-python's Python part, and what libggml (CPU, CUDA, RPC), libllama, llama-bench
-# and llama-batched-bench are built from, licences included. Of instruction sets, those of machines with such GPUs.
+# Files of the source distribution: llama-cpp-python's Python part, and the sources of libggml (CPU, CUDA, RPC),
+# libllama, llama-bench and llama-batched-bench with their licences. Only x86 and ARM kernels are packed.
 SDIST = (
     "llama_cpp/*.py",
     "llama_cpp/py.typed",
@@ -109,12 +109,14 @@ LLAMA_LEFT_OUT = (
     "src/unused/*",
 )
 
-# Of the wheels: no compiled parts, and of Pygments what a test's traceback is coloured with.
+# Files of the wheels. Compiled parts are left out, except psutil's, which it cannot do without. Of Pygments only the
+# parts that colour a test's traceback are packed.
 WHEELS_LEFT_OUT = (
     "*.so",
     "*.pyx",
     "*.pxd",
     "*.h",
+    "*/sboms/*",
     "*/scripts/*",
     "hypothesis/extra/*",
     "packaging/licenses/*",
@@ -124,6 +126,7 @@ WHEELS_LEFT_OUT = (
 )
 WHEELS_KEPT = (
     "hypothesis/extra/__init__.py",
+    "psutil/_psutil_linux.abi3.so",
     "pygments/formatters/__init__.py",
     "pygments/formatters/_mapping.py",
     "pygments/formatters/terminal.py",
@@ -138,7 +141,7 @@ WHEELS_KEPT = (
 )
 
 Entry = tuple[str, bytes, int]
-"""name in the archive, content, mode"""
+"""Name in the archive, content, mode."""
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:
@@ -146,7 +149,7 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
 
 
 def own_files() -> Iterator[Entry]:
-    """The repository's files as they lie there: tracked ones, and new ones that are not ignored."""
+    """The repository's files as they are on disk: tracked files, and new files that are not ignored."""
     listed = subprocess.run(
         ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         capture_output=True,
@@ -159,7 +162,7 @@ def own_files() -> Iterator[Entry]:
 
 
 def packed_model(name: str) -> Entry:
-    """A shipped model, compressed with literals told apart by parity: the two bytes of F16 values are unlike."""
+    """A shipped model as .xz. lp=1 models even and odd bytes separately, since the two bytes of an F16 value differ."""
     filters = [{"id": lzma.FILTER_LZMA2, "preset": PRESET, "lc": 0, "lp": 1, "pb": 1}]
     return f"{Path(name).name}.xz", lzma.compress((ROOT / name).read_bytes(), filters=filters), 0o644
 
@@ -172,7 +175,7 @@ def _of_llama(name: str) -> bool:
 
 
 def sdist_files(sdist: Path) -> Iterator[Entry]:
-    """llama.cpp's sources, llama-cpp-python's Python part, and its metadata where Python looks for the version."""
+    """llama.cpp's sources, llama-cpp-python's Python part, and its metadata, from which Python reads its version."""
     with tarfile.open(sdist, "r:gz") as tar:
         for member in tar:
             folder, _, name = member.name.partition("/")
@@ -194,11 +197,11 @@ def sdist_files(sdist: Path) -> Iterator[Entry]:
 
 
 def wheel_files(folder: Path) -> Iterator[Entry]:
-    """The Python of every pinned wheel; ValueError for one that is missing or another file than was pinned."""
+    """The files of every pinned wheel. Raises ValueError if a wheel is missing or its hash is not the pinned one."""
     found = {hashlib.sha256(path.read_bytes()).hexdigest(): path for path in sorted(folder.glob("*.whl"))}
     for name, digest in pinned_wheels():
         if digest not in found:
-            raise ValueError(f"{folder} lacks the pinned wheel of {name}; run: make gpu-kit")
+            raise ValueError(f"{folder} has no wheel of {name} with the pinned hash; run: make gpu-kit")
         with zipfile.ZipFile(found[digest]) as wheel:
             for info in wheel.infolist():
                 dropped = _matches(info.filename, WHEELS_LEFT_OUT) and not _matches(info.filename, WHEELS_KEPT)
@@ -207,27 +210,27 @@ def wheel_files(folder: Path) -> Iterator[Entry]:
 
 
 def pinned_wheels() -> list[tuple[str, str]]:
-    """Requirement and SHA-256 of each line of wheels.txt."""
+    """Requirement and SHA-256 of each wheel in wheels.txt."""
     lines = (ROOT / "kit" / "wheels.txt").read_text(encoding="utf-8").splitlines()
     found = [re.fullmatch(r"(\S+) --hash=sha256:([0-9a-f]{64})", line) for line in lines if not line.startswith("#")]
     return [(m[1], m[2]) for m in found if m is not None]
 
 
 def origin(sdist: Path) -> Entry:
-    """Where the archive comes from, for the results it will bring."""
+    """The commit and the source distribution that the archive is made from; the results report them."""
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
     commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     return "COMMIT", f"{commit} {sdist.name}\n".encode(), 0o644
 
 
 def packed_sources(sdist: Path, wheels: Path) -> Entry:
-    """Everything but the models and the driver."""
+    """Everything but the models and gpu.sh."""
     entries = [*own_files(), *sdist_files(sdist), *wheel_files(wheels)]
-    return "sources.tar.bz2", bz2.compress(tar_of(entries)), 0o644
+    return "sources.tar.xz", lzma.compress(tar_of(entries), preset=PRESET), 0o644
 
 
 def tar_of(entries: list[Entry], folder: str = "") -> bytes:
-    """A tar, the same bytes for the same content."""
+    """A tar file. The same content always gives the same bytes."""
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w") as tar:
         for name, data, mode in sorted(entries):
@@ -238,15 +241,15 @@ def tar_of(entries: list[Entry], folder: str = "") -> bytes:
 
 
 def pack(out: Path, sdist: Path, wheels: Path) -> int:
-    """Packs everything into ``out``; returns its size. ValueError for an archive beyond the limit, then not written."""
+    """Writes the archive to ``out``; returns its size in bytes. Above LIMIT it writes nothing and raises ValueError."""
     with ThreadPoolExecutor() as pool:
         jobs = [pool.submit(packed_sources, sdist, wheels), *(pool.submit(packed_model, name) for name in MODELS)]
         entries = [origin(sdist), *(job.result() for job in jobs)]
     entries += [("gpu.sh", (ROOT / DRIVER).read_bytes(), 0o755), ("README.md", (ROOT / README).read_bytes(), 0o644)]
-    # gzip's header would say when.
+    # Without mtime=0 gzip's header would hold the current time.
     archive = gzip.compress(tar_of(entries, f"{TOP}/"), mtime=0)
     if len(archive) > LIMIT:
-        raise ValueError(f"the kit would take {len(archive):,} bytes, the limit is {LIMIT:,}")
+        raise ValueError(f"the kit has {len(archive):,} bytes, more than the limit of {LIMIT:,}")
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(out.name + ".tmp")
     temporary.write_bytes(archive)
@@ -258,7 +261,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Pack the GPU kit.")
     parser.add_argument("out", type=Path)
     parser.add_argument("--sdist", type=Path, required=True, help="source distribution of llama-cpp-python")
-    parser.add_argument("--wheels", type=Path, required=True, help="folder of the wheels that wheels.txt names")
+    parser.add_argument("--wheels", type=Path, required=True, help="folder with the wheels listed in wheels.txt")
     arguments = parser.parse_args()
     try:
         size = pack(arguments.out, arguments.sdist, arguments.wheels)

@@ -1,4 +1,4 @@
-"""Says what the kit found: a check of what was built, the summary of a case, the table of everything.
+"""Reports results: a check of the build, the summary of a case, and the table of all results.
 
 python kit/report.py check | table OUT
 """
@@ -24,7 +24,7 @@ WAYS = {"layers": "-ngl N", "ffn": "attention on GPU"}
 
 
 def check() -> dict[str, Any]:
-    """Loads what was built, as pinfer does, and says what it is. PinferError or ImportError where it is broken."""
+    """Loads the build as pinfer does and describes it. Raises PinferError or ImportError if it does not load."""
     import llama_cpp
     import numpy
     import scipy
@@ -37,8 +37,8 @@ def check() -> dict[str, Any]:
     devices = list_devices()
     wanted = os.environ["KIT_DEVICE"]
     if wanted not in {device.name for device in devices} and not os.environ.get("CUDA_ARCH"):
-        raise RuntimeError(f"what was built does not see {wanted}: {', '.join(device.name for device in devices)}")
-    # The command line has packages of its own to miss.
+        raise RuntimeError(f"the build finds no {wanted}, only {', '.join(device.name for device in devices)}")
+    # The command line imports more packages than the modules above.
     subprocess.run(
         [sys.executable, "-m", "pinfer", "show", str(HERE.parent / "models" / "tiny-relu2.gguf")], check=True
     )
@@ -47,13 +47,13 @@ def check() -> dict[str, Any]:
         "kernels": isa,
         "llama_cpp_python": llama_cpp.__version__,
         "numpy": numpy.__version__,
-        "scipy": getattr(scipy, "__version__", "missing: placements by the greedy rule, training slower"),
+        "scipy": scipy.__version__,
         "python": platform.python_version(),
     }
 
 
 def machine() -> dict[str, Any]:
-    """Where the numbers come from."""
+    """Describes this machine and the kit."""
     query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
     return {
         "gpu": _first_line(query),
@@ -89,7 +89,7 @@ def _first_line(command: list[str], word: str = "") -> str:
 
 
 def summary(data: dict[str, Any], case: Case) -> dict[str, Any]:
-    """Medians and spread of the rounds of a case, by batch, and what each side took of the device."""
+    """Medians and spread over the rounds of a case, by batch size, and the device memory that each side took."""
     rounds = [data["rounds"][n] for n in sorted(data["rounds"], key=int)]
     taken = {side: _most(r[side]["device_bytes"] for r in rounds if side in r) for side in ("pinfer", *WAYS)}
     cap = data["cap"]
@@ -101,7 +101,7 @@ def summary(data: dict[str, Any], case: Case) -> dict[str, Any]:
         medians = {side: median(values) for side, values in speeds.items() if values}
         ways = [side for side in WAYS if side in medians and not (cap and taken[side] and taken[side] > cap)]
         if not ways:
-            raise ValueError(f"{case.name}: none of llama.cpp's ways kept to the budget")
+            raise ValueError(f"{case.name}: llama.cpp kept within the budget in neither way")
         best = max(ways, key=lambda side: medians[side])
         pairs = [a / b for a, b in zip(speeds["pinfer"], speeds[best], strict=True)]
         rows.append(
@@ -132,7 +132,7 @@ def _gib(n: int | None) -> str:
 
 
 def case_rows(data: dict[str, Any]) -> list[str]:
-    """Rows of the table for docs/benchmarks.md."""
+    """The case's rows of the table in docs/benchmarks.md."""
     whole = data["n_layer"] == data["n_layer_full"]
     layers = f"{data['n_layer']}" if whole else f"{data['n_layer']} of {data['n_layer_full']}"
     cap = "none" if data["cap"] is None else _gib(data["cap"]) + ("" if whole else f" (for {_gib(data['cap_full'])})")
@@ -159,14 +159,14 @@ HEAD = (
 
 
 def tests_of(path: Path) -> dict[str, Any]:
-    """Counts of a junit file."""
+    """Counts of tests in a JUnit file."""
     suites = list(ElementTree.parse(path).getroot().iter("testsuite"))
     count = {name: sum(int(s.get(name, 0)) for s in suites) for name in ("tests", "failures", "errors", "skipped")}
     return {**count, "seconds": sum(float(s.get("time", 0)) for s in suites)}
 
 
 def table(out: Path) -> dict[str, Any]:
-    """What is finished under ``out``, and the results beside it."""
+    """Everything that is finished: steps under ``out``, and the results."""
     results = Path(os.environ["KIT_RESULTS"])
     stamps = sorted((out / "stamps").iterdir(), key=lambda stamp: stamp.stat().st_mtime)
     cases = {}
@@ -186,7 +186,7 @@ def table(out: Path) -> dict[str, Any]:
 
 
 def printed(found: dict[str, Any]) -> str:
-    """The short table."""
+    """The results as text for the terminal."""
     machine = found["machine"]
     place = ", ".join(part for part in (machine["gpu"], machine["cpu"], f"{machine['n_cpus']} CPUs") if part)
     lines = [f"{found['mode']}: {place}; kit {machine['kit']}"]

@@ -1,7 +1,7 @@
-"""Runs a shipped model with hot neurons on the GPU under compute-sanitizer, where that works; writes sanitizer.json.
+"""Runs a shipped model with hot neurons on the GPU under compute-sanitizer, and writes sanitizer.json.
 
-Some virtual machines refuse the debugging interface it needs. That is found out with a program that does nothing but
-open a context, and reported as such; an error found in pinfer's own run fails the step.
+Some virtual machines do not allow the debugging interface that compute-sanitizer needs. A program that only opens a
+CUDA context tells whether they do; if not, this is reported. Errors in pinfer's own run fail the step.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-FOUND = 9  # exit code for errors found
+FOUND = 9  # compute-sanitizer's exit code when it finds errors
 OPTIONS = ("--tool", "memcheck", "--target-processes", "all", "--error-exitcode", str(FOUND))
 PREPARE = (
     (
@@ -33,7 +33,7 @@ PREPARE = (
 
 
 def sanitize(model: Path) -> str:
-    """One line: what came of it. RuntimeError where memory errors were found."""
+    """Returns the result as one line. Raises RuntimeError if memory errors were found."""
     tool = shutil.which("compute-sanitizer")
     if tool is None:
         return "not installed"
@@ -48,7 +48,7 @@ def sanitize(model: Path) -> str:
     done = subprocess.run([tool, *OPTIONS, *run], capture_output=True, text=True)
     print(done.stdout, done.stderr)
     if done.returncode:
-        raise RuntimeError(f"compute-sanitizer ended with exit code {done.returncode} ({FOUND}: it found errors)")
+        raise RuntimeError(f"compute-sanitizer failed with exit code {done.returncode} ({FOUND}: it found errors)")
     return "memcheck: no errors in 8 tokens"
 
 

@@ -1,7 +1,7 @@
-"""`pinfer train`, a layer at a time and resumable: the widest models take longer than one call of a machine may last.
+"""`pinfer train`, layer by layer and resumable: training the widest models can take longer than LIMIT allows.
 
-The layers that are done wait as files beside the model. Widths from WIDE on are tried with one kind of predictor, the
-low-rank one, as the others take minutes a layer there.
+Finished layers are kept as files beside the model. From the width WIDE on, only low-rank predictors are tried; the
+other kinds take minutes a layer there.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ WIDE = 3072
 
 
 def train_layers(path: Path) -> dict[str, object]:
-    """Writes predictor.gguf; the report of `pinfer train`."""
+    """Writes predictor.gguf and returns the report of `pinfer train`."""
     model = open_model(path, None)
     options = TrainOptions()
     folder = paths.artefact_dir(model.path, model.fingerprint, for_writing=True)

@@ -1,4 +1,4 @@
-"""Muon (Jordan et al., 2024): momentum whose update of each matrix is orthogonalised."""
+"""Muon (Jordan et al., 2024): momentum with orthogonalised updates of matrices."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def orthogonalise(matrix: Tensor, n_steps: int = 5) -> Tensor:
-    """Nearest semi-orthogonal matrix, roughly, by the quintic Newton-Schulz iteration in bf16."""
+    """Approximates the nearest semi-orthogonal matrix by the quintic Newton-Schulz iteration in bf16."""
     a, b, c = 3.4445, -4.7750, 2.0315  # steep at zero, so that five steps bring all singular values near one
     x = matrix.bfloat16()
     tall = x.shape[0] > x.shape[1]
@@ -23,14 +23,14 @@ def orthogonalise(matrix: Tensor, n_steps: int = 5) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """For the matrices inside the layers; embeddings and norms belong to AdamW."""
+    """The optimiser for the matrices in the layers; AdamW is used for embeddings and norms."""
 
     def __init__(self, params: Iterable[Tensor], lr: float, momentum: float = 0.95, weight_decay: float = 0.0) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One update from the gradients."""
+        """Updates the parameters from their gradients."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is None:

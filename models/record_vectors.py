@@ -1,4 +1,4 @@
-"""Records what a shipped model computes, by PyTorch, so that tests can compare without PyTorch.
+"""Records what PyTorch computes for a shipped model, so that tests can compare with it without PyTorch.
 
 Writes ``tests/vectors/NAME.npz``: tokenizer ids of sample strings, logits of prompts, greedy continuations and how
 often every neuron fires on a held-out text. Example: ``python models/record_vectors.py models/tiny-reglu.gguf
@@ -53,7 +53,7 @@ PROMPTS = (
 
 
 def greedy(net: TinyModel, prompt: list[int]) -> tuple[list[int], float]:
-    """N_PREDICT most likely tokens, and the smallest lead of a chosen token over the second best."""
+    """The N_PREDICT tokens of greedy decoding, and the smallest lead of a chosen token over the second best."""
     tokens, lead = list(prompt), float("inf")
     for _ in range(N_PREDICT):
         best = net(torch.tensor([tokens])).logits[0, -1].topk(2)
@@ -74,7 +74,7 @@ def main(
     from tokenizers import Tokenizer
 
     torch.set_grad_enabled(False)
-    torch.set_num_threads(1)  # so small a model loses by more
+    torch.set_num_threads(1)  # a model this small is slower with more
     net = read_gguf(model).eval()
     vocabulary = Tokenizer.from_file(str(tokenizer))
     arrays: dict[str, NDArray[Any]] = {}
@@ -84,7 +84,7 @@ def main(
     arrays["sample_ids"] = np.concatenate([np.asarray(i, np.int32) for i in ids])
     arrays["sample_lengths"] = np.asarray([len(i) for i in ids], np.int32)
 
-    # Of all prompts those where no step is nearly a tie: other arithmetic must not be able to choose otherwise.
+    # Prompts with a near-tie in any step are left out: other rounding could choose the other token.
     prompts = [[END_OF_TEXT, *vocabulary.encode(prompt).ids] for prompt in PROMPTS]
     continuations = [greedy(net, prompt) for prompt in prompts]
     chosen = sorted(range(len(prompts)), key=lambda n: -continuations[n][1])[:N_PROMPTS]

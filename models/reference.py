@@ -1,4 +1,4 @@
-"""Independent forward pass in numpy for GGUFs of llama, arcee, falcon and gpt2 with a ReLU-family FFN.
+"""An independent forward pass in numpy for llama, arcee, falcon and gpt2 GGUFs with a ReLU-family FFN.
 
 It shares no code with llama.cpp or with pinfer's native part: tests compare both with it. One sequence, no KV cache.
 """
@@ -20,14 +20,14 @@ _OWN_ACTIVATION = {"arcee": "relu2"}
 
 @dataclass(frozen=True)
 class Result:
-    """What a forward pass over n tokens leaves."""
+    """The results of a forward pass over n tokens."""
 
     logits: Array  # [n, n_vocab]
     ffn_inputs: list[Array]  # per layer [n, n_embd]
     neurons: list[Array]  # per layer [n, n_ff], f_i(x); a neuron fired where this is not 0
 
     def fired(self, layer: int) -> NDArray[np.bool_]:
-        """[n, n_ff] which neurons fired."""
+        """Which neurons fired, [n, n_ff]."""
         return np.asarray(self.neurons[layer] != 0)
 
 
@@ -35,7 +35,7 @@ class Reference:
     """A model with all weights dequantised to ``dtype``; for small models."""
 
     def __init__(self, path: Path, activation: str | None = None, dtype: type = np.float64) -> None:
-        """``activation``: relu, relu2, reglu, drelu, or what stock llama.cpp would compute: swiglu (llama), gelu."""
+        """``activation``: relu, relu2, reglu or drelu; or swiglu (llama) or gelu, as stock llama.cpp computes them."""
         import gguf
 
         reader = gguf.GGUFReader(str(path))
@@ -75,7 +75,7 @@ class Reference:
         return self._tensors[name]
 
     def replace(self, name: str, values: Array) -> None:
-        """Compute with other weights of the same shape."""
+        """Replaces the weights by others of the same shapes."""
         if values.shape != self._tensors[name].shape:
             raise ValueError(f"{name} is {self._tensors[name].shape}, not {values.shape}")
         self._tensors[name] = np.asarray(values, self.dtype)
@@ -93,7 +93,7 @@ class Reference:
         return np.asarray(y if bias is None else y + bias)
 
     def _rope(self, x: Array) -> Array:
-        """Rotary embedding of x [n, head, n_head_dim]: neighbours are pairs, or halves in falcon; none in gpt2."""
+        """Rotary embedding of x [n, head, n_head_dim]: rotates neighbours, in falcon halves, in gpt2 nothing."""
         if self.arch == "gpt2":
             return x
         half = self.n_head_dim // 2
@@ -132,6 +132,7 @@ class Reference:
     def ffn(self, blk: str, x: Array) -> tuple[Array, Array]:
         """Output [n, n_embd] and neurons [n, n_ff] of the FFN of ``blk.N`` for its inputs x [n, n_embd]."""
         up = self._linear(f"{blk}.ffn_up", x)
+        neurons: Array
         if self.activation in ("reglu", "drelu"):
             gate = self._relu(self._linear(f"{blk}.ffn_gate", x))
             neurons = gate * (self._relu(up) if self.activation == "drelu" else up)
@@ -174,7 +175,7 @@ class Reference:
         return Result(self._norm("output_norm", h) @ head.T, ffn_inputs, all_neurons)
 
     def greedy(self, prompt: Sequence[int], n_predict: int, stop: int | None = None) -> list[int]:
-        """The n_predict most likely next tokens, one after the other; ends early after ``stop``."""
+        """Greedy decoding of n_predict tokens; ends early after the token ``stop``."""
         tokens = list(prompt)
         for _ in range(n_predict):
             tokens.append(int(self.forward(tokens).logits[-1].argmax()))

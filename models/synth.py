@@ -1,4 +1,4 @@
-"""Writes shape-true synthetic models with planted power-law FFN activity, tensor by tensor, at any size.
+"""Writes synthetic models with the shape of real ones and planted power-law FFN activity, at any size.
 
 How the activity is planted: every token embedding has a common component along a unit vector u, so every FFN input has
 one too. Row i of the first FFN matrix is random noise minus c_i * u, and c_i fixes how often neuron i fires. The noise
@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 Array = NDArray[np.float32]
 
 POSITION = 0.7  # size of learned position embeddings relative to token embeddings (gpt2)
-COMMON = 0.5  # share of an embedding's norm along u: large enough to steer neurons, small enough not to drown the rest
+COMMON = 0.5  # share of an embedding's norm along u: large enough to control which neurons fire
 MAX_FREQUENCY = 0.95
 LOGIT_SCALE = 4.0  # standard deviation of the logits
 CHUNK_ELEMENTS = 1 << 22
@@ -53,7 +53,7 @@ class SynthOptions:
     n_head_kv: int = 2
     n_vocab: int = 1024
     n_ctx: int = 512
-    tied: bool = False  # no output matrix, the embedding serves
+    tied: bool = False  # the embedding is also the output matrix
     type: str = "F16"
     active: float = 0.10  # mean active fraction
     hot_share: float = 0.22  # share of the neurons that make 80 % of the activations
@@ -65,7 +65,7 @@ class SynthOptions:
 
     @property
     def ffn_activation(self) -> str:
-        """What the FFN computes."""
+        """The activation of the FFN."""
         return self.activation or ARCHITECTURES[self.arch]
 
     @property
@@ -84,7 +84,7 @@ class SynthOptions:
         return self.arch in ("gpt2", "falcon")
 
     def check(self) -> None:
-        """Raises ValueError when no model of this kind can exist."""
+        """Raises ValueError if no model can have these options."""
         if self.arch not in ARCHITECTURES:
             raise ValueError(f"unknown architecture {self.arch}: one of {', '.join(ARCHITECTURES)}")
         if self.ffn_activation not in ("relu", "relu2", "reglu", "drelu"):
@@ -135,7 +135,7 @@ PRESETS = {
 
 
 def frequency_profile(n_ff: int, active: float, hot_share: float) -> NDArray[np.float64]:
-    """Falling frequencies [n_ff] of mean ``active``, of which the first ``hot_share`` make 80 % of all activations.
+    """Descending frequencies [n_ff] with mean ``active``; the first ``hot_share`` of them make 80 % of the activations.
 
     The law is p(t) = min(0.95, scale * (t + 0.01) ** -slope) over the relative rank t.
     """
@@ -160,10 +160,10 @@ def frequency_profile(n_ff: int, active: float, hot_share: float) -> NDArray[np.
 
 @dataclass(frozen=True)
 class Activity:
-    """The planted activity: frequencies by rank, what follows from them, and where each neuron stands in each layer."""
+    """The planted activity: frequencies by rank, values derived from them, and each neuron's rank in each layer."""
 
     options: SynthOptions
-    frequency: NDArray[np.float64]  # [n_ff] falling
+    frequency: NDArray[np.float64]  # [n_ff] descending
     threshold: NDArray[np.float64]  # [n_ff] in standard deviations of the first product
     mean: NDArray[np.float64]  # [n_ff] E f
     power: float  # sum over neurons of E f^2
@@ -174,7 +174,7 @@ class Activity:
         from scipy.special import ndtri
 
         p = frequency_profile(options.n_ff, options.active, options.hot_share)
-        # In drelu gate and up must both be positive; they are independent, each fires with the root.
+        # In drelu gate and up must both be positive. They are independent, so each fires with the square root.
         threshold = -ndtri(np.sqrt(p) if options.ffn_activation == "drelu" else p)
         grid = ndtri((np.arange(512) + 0.5) / 512)
         mean, square = np.empty(len(p)), np.empty(len(p))
@@ -189,19 +189,19 @@ class Activity:
         return Activity(options, p, threshold, mean, float(square.sum()))
 
     def order(self, layer: int) -> NDArray[np.int64]:
-        """Rank of each neuron of a layer: neuron i has frequency[order[i]]."""
+        """The rank of each neuron in a layer: neuron i has frequency[order[i]]."""
         return _rng(self.options.seed, 1_000_000 + layer).permutation(self.options.n_ff)
 
 
 def common_share(options: SynthOptions, layer: int) -> float:
-    """Share of the FFN input's norm along u: the stream grows with the outputs that were added before."""
+    """Share of the FFN input's norm along u. It falls as the outputs of earlier layers are added to the stream."""
     added = layer if options.arch == "falcon" else layer + 0.5
     positions = POSITION**2 if options.arch == "gpt2" else 0.0
     return COMMON / float(np.sqrt(1 + positions + added * options.output**2))
 
 
 def planted_frequencies(path: Path) -> list[Array]:
-    """Per layer the planted firing frequency [n_ff] of every neuron, as stored in a file written here."""
+    """The planted firing frequencies [n_ff] of each layer, read from a file written by this script."""
     import gguf
 
     reader = gguf.GGUFReader(str(path))
@@ -223,7 +223,7 @@ def _noise(rng: np.random.Generator, rows: int, columns: int) -> Array:
 
 
 def _unit_rows(x: Array, u: Array) -> Array:
-    """Rows without component along u, of norm one."""
+    """Rows of norm 1 without a component along u."""
     x -= np.outer(x @ u, u)
     x /= np.linalg.norm(x, axis=1, keepdims=True)
     return x
@@ -248,14 +248,14 @@ class Model:
 
     def __init__(self, options: SynthOptions) -> None:
         self.options = options
-        # What belongs to one layer is made when its first rows are, and kept no longer than a few layers.
+        # Values of one layer are computed with its first rows and kept for a few layers only.
         self._ranks = functools.lru_cache(maxsize=4)(lambda layer: self.activity.order(layer))
         self._basis = functools.lru_cache(maxsize=4)(self._make_basis)
         u = _rng(options.seed, 999).standard_normal(options.n_embd)
-        u -= u.mean()  # LayerNorm would take a mean away
+        u -= u.mean()  # LayerNorm would remove a mean
         self.u: Array = (u / np.linalg.norm(u)).astype(np.float32)
-        # Signs of a tied head. Without them the model repeats its last token for ever; and as they turn u into another
-        # direction, embeddings must not have a component there, or a few tokens would always win.
+        # Signs of a tied head. Without them the model repeats its last token for ever. They turn u into another
+        # direction, in which embeddings must not have a component, or a few tokens would always win.
         self.signs: Array = _rng(options.seed, 998).choice(np.array([-1, 1], np.float32), options.n_embd)
         turned = self.signs * self.u
         turned -= (turned @ self.u) * self.u
@@ -365,7 +365,7 @@ class Model:
         return plans
 
     def _first_matrix(self, layer: int, which: int) -> RowMaker:
-        """Low-rank rows plus a remainder, minus c_i * u; the first product has unit variance and mean -threshold_i."""
+        """Low-rank rows plus a remainder minus c_i * u: the first product has unit variance and mean -threshold_i."""
         o = self.options
         rank = max(1, round(o.rank * o.n_embd))
         common = common_share(o, layer)
@@ -397,7 +397,7 @@ class Model:
         return make
 
     def _down(self, layer: int) -> RowMaker:
-        """Noise of the wanted output size whose mean output is zero, lest the mean shift the layers above."""
+        """Noise of the wanted output size. Its mean output is zero, since a mean would shift the layers above."""
         o = self.options
 
         def make(rng: np.random.Generator, first: int, count: int) -> Array:
@@ -417,7 +417,7 @@ _BLOCK = {"F32": (1, 4), "F16": (1, 2), "Q8_0": (32, 34), "Q4_0": (32, 18), "Q5_
 
 
 def matrix_type(wanted: str, columns: int) -> str:
-    """The wanted type, or the one llama.cpp would fall back to where rows are no whole number of blocks."""
+    """The wanted type, or llama.cpp's fallback if a row does not divide into blocks."""
     for name in (wanted, "Q5_0" if wanted == "Q4_K" else "F16"):
         if columns % _BLOCK[name][0] == 0:
             return name
@@ -431,7 +431,7 @@ def n_bytes(plan: Plan) -> int:
 
 
 def encode(rows: Array, kind: str) -> bytes:
-    """Rows in the bytes of a GGUF type."""
+    """Rows encoded as a GGUF type."""
     if kind == "F32":
         return np.ascontiguousarray(rows, np.float32).tobytes()
     if kind == "F16":
@@ -448,7 +448,7 @@ def encode(rows: Array, kind: str) -> bytes:
 
 
 def _byte_alphabet() -> list[str]:
-    """GPT-2's printable stand-ins for the 256 bytes, in byte order."""
+    """GPT-2's printable characters for the 256 bytes, in byte order."""
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     other = iter(range(256, 512))
     return [chr(b) if b in plain else chr(next(other)) for b in range(256)]
@@ -498,7 +498,7 @@ def _metadata(writer: Any, options: SynthOptions, activity: Activity, name: str)
     for key in ("active", "hot_share", "rank", "remainder", "output"):
         writer.add_float32(f"pinfer.synth.{key}", getattr(o, key))
     for layer in range(o.n_layer):
-        # A string, not an array: readers in Python take an array apart number by number.
+        # A string, not an array: Python readers decode arrays number by number, which is slow.
         frequency = activity.frequency[activity.order(layer)].astype("<f4")
         writer.add_string(f"pinfer.synth.frequency.{layer}", base64.b64encode(frequency.tobytes()).decode())
     tokens, types, merges = vocabulary(o.n_vocab)
@@ -513,10 +513,10 @@ def _metadata(writer: Any, options: SynthOptions, activity: Activity, name: str)
 
 
 def _pieces(plans: list[Plan], seed: int, n_threads: int) -> Iterator[tuple[bytes, bool]]:
-    """The tensors' bytes in file order, each piece with whether it ends a tensor; made ahead by a few threads."""
+    """Pieces of the tensors in file order, with a flag for the last piece of a tensor. A few threads work ahead."""
 
     def make(number: int, plan: Plan, first: int, count: int) -> bytes:
-        # Each piece has its own generator, so the file does not depend on who makes which piece.
+        # Each piece has its own generator, so the file does not depend on which thread makes it.
         return encode(plan.make(_rng(seed, number, first), first, count), plan.type)
 
     def jobs() -> Iterator[tuple[int, Plan, int, int]]:
@@ -594,20 +594,20 @@ def size_of(options: SynthOptions) -> int:
 
 def main(
     out: Annotated[Path, typer.Argument(help="GGUF to write")],
-    preset: Annotated[str, typer.Option(help=f"one of {', '.join(PRESETS)}; without it a custom shape")] = "",
+    preset: Annotated[str, typer.Option(help=f"one of {', '.join(PRESETS)}; default: a custom shape")] = "",
     type: Annotated[str, typer.Option(help=f"one of {', '.join(TYPES)}")] = "F16",
     arch: Annotated[str, typer.Option(help=f"one of {', '.join(ARCHITECTURES)}")] = "llama",
     activation: Annotated[
-        str, typer.Option(help="relu, relu2, reglu or drelu; default: that of the architecture")
+        str, typer.Option(help="relu, relu2, reglu or drelu; default: the usual one of the architecture")
     ] = "",
     n_embd: int = 256,
     n_ff: int = 768,
-    n_layer: Annotated[int, typer.Option(help="0: that of the preset, 2 without one")] = 0,
+    n_layer: Annotated[int, typer.Option(help="layers; 0: as in the preset, or 2")] = 0,
     n_head: int = 4,
     n_head_kv: int = 2,
     n_vocab: int = 1024,
     n_ctx: int = 512,
-    tied: Annotated[bool, typer.Option(help="let the embedding serve as the output matrix")] = False,
+    tied: Annotated[bool, typer.Option(help="use the embedding as the output matrix")] = False,
     active: Annotated[float, typer.Option(help="mean active fraction of the neurons")] = 0.10,
     hot_share: Annotated[float, typer.Option(help="share of the neurons that make 80 % of the activations")] = 0.22,
     rank: Annotated[float, typer.Option(help="rank of the first FFN matrix as a share of n_embd")] = 0.125,

@@ -44,7 +44,7 @@ class Shape:
 
     @property
     def arch(self) -> str:
-        """llama.cpp architecture with this graph; it has an ungated FFN only in ``arcee``."""
+        """The llama.cpp architecture with this graph; only ``arcee`` has an ungated FFN."""
         return "llama" if self.gated else "arcee"
 
     @property
@@ -99,7 +99,7 @@ class Block(nn.Module):
         """Causal attention of normed x [batch, token, n_embd]."""
         s = self.shape
         n_batch, n_token, _ = x.shape
-        weight = torch.cat((self.attn_q.weight, self.attn_k.weight, self.attn_v.weight))  # one product for all three
+        weight = torch.cat((self.attn_q.weight, self.attn_k.weight, self.attn_v.weight))  # one product instead of three
         n_q, n_kv = s.n_embd, s.n_head_kv * s.n_head_dim
         q, k, v = (
             part.view(n_batch, n_token, -1, s.n_head_dim).transpose(1, 2)
@@ -112,7 +112,7 @@ class Block(nn.Module):
         return self.attn_output(y.transpose(1, 2).reshape(n_batch, n_token, s.n_embd))
 
     def ffn(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """FFN of normed x, and what decides whether a neuron fires (it does where this is > 0)."""
+        """The FFN of normed x, and the values that decide which neurons fire (those > 0)."""
         up = self.ffn_up(x)
         if self.shape.activation == "reglu":
             gate = self.ffn_gate(x)
@@ -126,13 +126,13 @@ class Block(nn.Module):
 
 @dataclass(frozen=True)
 class Output:
-    """What a forward pass returns: logits, and per layer the active fraction and the L1 term of its neurons."""
+    """The results of a forward pass: logits, and for each layer its active fraction and L1 term."""
 
     logits: Tensor  # [batch, token, n_vocab]
     active: Tensor  # [n_layer]
     l1: Tensor  # scalar, mean over layers
-    ffn_inputs: list[Tensor]  # per layer [batch, token, n_embd], only where asked for
-    firing: list[Tensor]  # per layer bool [batch, token, n_ff], only where asked for
+    ffn_inputs: list[Tensor]  # per layer [batch, token, n_embd], only with ``inspect``
+    firing: list[Tensor]  # per layer bool [batch, token, n_ff], only with ``inspect``
 
 
 class TinyModel(nn.Module):
@@ -167,7 +167,7 @@ class TinyModel(nn.Module):
             normed = block.ffn_norm(x)
             y, decides = block.ffn(normed)
             x = x + y.float()
-            # Divided by the spread, so that shrinking the matrix is no way to a smaller loss: only silence is.
+            # Divided by the spread: shrinking the matrix does not reduce the loss, only inactive neurons do.
             l1.append(F.relu(decides).mean(dtype=torch.float32) / decides.detach().float().square().mean().sqrt())
             active.append((decides.detach() > 0).float().mean())
             if inspect:

@@ -1,4 +1,4 @@
-"""Text for the tiny models: reading documents, giving lower-case stories their case back, tokenising, drawing windows.
+"""Text for the tiny models: reading documents, restoring capitals, tokenising, and drawing windows.
 
 Texts are UTF-8 files (plain or ``.xz``) of documents, each followed by a line that is exactly ``<|endoftext|>``.
 """
@@ -58,7 +58,7 @@ class Source:
 
 
 def read_documents(path: Path) -> list[str]:
-    """All documents of a text file, without the separators; a file without separators is one document."""
+    """The documents of a text file without their separators. A file without separators is one document."""
     if path.suffix == ".xz":
         with lzma.open(path, "rt", encoding="utf-8") as handle:
             text = handle.read()
@@ -78,13 +78,13 @@ def is_held_out(document: str, share: float) -> bool:
 
 
 def is_lower_case(documents: list[str]) -> bool:
-    """Whether a text lost its capitals: next to no upper-case letter in its first documents."""
+    """Whether a text has lost its capitals: its first documents have hardly any."""
     sample = "".join(documents[:200])
     return sum(c.isupper() for c in sample) < 0.001 * max(1, len(sample))
 
 
 def learn_names(documents: Iterable[str]) -> frozenset[str]:
-    """Words that a cased text writes with a capital also inside a sentence (names, "I", "Mom")."""
+    """Words that a text capitalises inside sentences too (names, "I", "Mom")."""
     capital: Counter[str] = Counter()
     total: Counter[str] = Counter()
     for document in documents:
@@ -96,7 +96,7 @@ def learn_names(documents: Iterable[str]) -> frozenset[str]:
 
 
 def restore_case(document: str, names: frozenset[str]) -> str:
-    """Capitals for a lower-case story: sentence beginnings, opened speech, known names, and whoever is "named X"."""
+    """Capitalises a lower-case story: beginnings of sentences and speech, known names, and X in "named X"."""
     local = names | {m.group(1) for m in re.finditer(r"\b(?:named|called|name is|name was) ([a-z]+)[ ,.!]", document)}
     local -= {"the", "a", "an", "it", "him", "her", "his", "out", "to", "for", "and", "them", "my", "their", "this"}
     lines = []
@@ -121,7 +121,7 @@ def _restore_line(line: str, names: frozenset[str]) -> str:
         stem = word.split("'")[0]
         first = position == 0 or opened or re.search(r"[.!?]['\")]*\s+$", between) is not None
         if first and not opened and '"' in between and position > 0:
-            # `"...?" she asked` goes on, `"...!" They ran` does not.
+            # In `"...?" she asked` the sentence continues, in `"...!" They ran` it does not.
             following = [w.group() for w in words[n : n + 4]]
             first = not any(w in _SPEECH for w in following)
         if first or stem in names:
@@ -133,17 +133,17 @@ def _restore_line(line: str, names: frozenset[str]) -> str:
 
 
 def load_sources(sources: list[Source], held_out: float) -> list[tuple[Source, list[str]]]:
-    """Training documents of every source: held-out ones taken away, lower-case texts with their case restored."""
+    """The training documents of every source: without held-out ones, and with capitals restored."""
     texts = [(s, [d for d in read_documents(s.path) if not is_held_out(d, held_out)]) for s in sources]
     return restore_texts(texts)
 
 
 def restore_texts(texts: list[tuple[Source, list[str]]]) -> list[tuple[Source, list[str]]]:
-    """Case restored in those texts that have none, with what the others tell about names."""
+    """Restores capitals in lower-case texts, with names taken from the other texts."""
     lower = [is_lower_case(documents) for _, documents in texts]
     if not any(lower):
         return texts
-    # Small texts first and long ones cut: names of stories matter, not those of an encyclopaedia.
+    # Short texts first, long ones cut: names from stories matter more than those from an encyclopaedia.
     cased = [d for (_, docs), low in zip(texts, lower, strict=True) if not low for d in docs[:2000]]
     names = learn_names(d[:20000] for d in cased)
     return [
@@ -155,7 +155,7 @@ def restore_texts(texts: list[tuple[Source, list[str]]]) -> list[tuple[Source, l
 def train_tokenizer(
     texts: list[tuple[Source, list[str]]], n_vocab: int, seed: int, n_chars: int = 12_000_000
 ) -> Tokenizer:
-    """Byte-level BPE with GPT-2's pre-tokenisation on a sample of ``n_chars`` drawn by the sources' weights."""
+    """Trains byte-level BPE with GPT-2's pre-tokenisation on ``n_chars`` drawn by the sources' weights."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -185,7 +185,7 @@ def _tokenizer_sample(texts: list[tuple[Source, list[str]]], n_chars: int, seed:
 
 @dataclass(frozen=True)
 class TokenStream:
-    """One source as tokens: documents one after another, each behind an END_OF_TEXT token."""
+    """One source as tokens: its documents in order, each preceded by END_OF_TEXT."""
 
     weight: float
     tokens: NDArray[np.uint16]  # [n]

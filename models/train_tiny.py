@@ -43,24 +43,24 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """What a training run is made of; all of it goes into the checkpoint."""
+    """The options of a training run. All of them are stored in the checkpoint."""
 
     shape: Shape
     steps: int
-    minutes: float  # 0: as long as the steps take
+    minutes: float  # 0: no limit
     batch: int  # windows per step
     lr: float  # of Muon; AdamW's is lr_embd
     lr_embd: float
     weight_decay: float
-    active: float  # wanted active fraction, 0: no regulariser
-    sparse_by: float  # progress at which it is to be reached
+    active: float  # wanted active fraction; 0: no regulariser
+    sparse_by: float  # progress at which ``active`` is reached
     decay_from: float  # progress from which the learning rate falls
     seed: int
 
 
 @dataclass
 class RunState:
-    """What changes while training, beside weights and optimisers."""
+    """State of the training besides weights and optimisers."""
 
     step: int = 0
     seconds: float = 0.0  # training time of all runs so far
@@ -70,7 +70,7 @@ class RunState:
 
 
 class Training:
-    """A model, its optimisers and its data; ``step()`` by ``step()`` until ``progress`` is 1."""
+    """A model, its optimisers and its data. Call ``step()`` until ``progress`` is 1."""
 
     def __init__(self, options: TrainOptions, streams: list[TokenStream], device: str, compile_model: bool) -> None:
         self.options = options
@@ -87,7 +87,7 @@ class Training:
 
     @property
     def progress(self) -> float:
-        """Share of the training that is done, by steps or by time, whichever is ahead."""
+        """Share of the training that is done: by steps or by time, whichever is larger."""
         done = self.state.step / self.options.steps
         if self.options.minutes > 0:
             done = max(done, self.seconds / (60 * self.options.minutes))
@@ -95,7 +95,7 @@ class Training:
 
     @property
     def seconds(self) -> float:
-        """Wall-clock seconds of training, earlier runs included."""
+        """Wall-clock seconds of training, including earlier runs."""
         return self.state.seconds + time.monotonic() - self._started
 
     def rate(self) -> float:
@@ -104,7 +104,7 @@ class Training:
         return warm * min(1.0, 0.02 + 0.98 * (1 - self.progress) / (1 - self.options.decay_from))
 
     def target(self) -> float:
-        """Active fraction wanted now: from one half evenly down to the final one."""
+        """The target for the active fraction, which falls linearly from one half to its final value."""
         final = self.options.active
         return final + (0.5 - final) * max(0.0, 1 - self.progress / self.options.sparse_by)
 
@@ -129,7 +129,7 @@ class Training:
         return float(loss.detach()), active
 
     def _steer(self, active: float) -> None:
-        """Moves the weight of the L1 term so that the active fraction follows its target."""
+        """Adjusts the weight of the L1 term so that the active fraction follows its target."""
         if self.options.active <= 0:
             return
         state = self.state
@@ -138,7 +138,7 @@ class Training:
         state.l1_weight = min(20.0, max(0.005, state.l1_weight) * math.exp(0.02 * max(-1.0, min(1.0, error))))
 
     def save(self, path: Path) -> None:
-        """Everything needed to go on, written to a temporary name and renamed."""
+        """Writes everything needed to resume to a temporary name, then renames it."""
         temporary = path.with_name(path.name + ".tmp")
         torch.save(
             {
@@ -154,7 +154,7 @@ class Training:
         os.replace(temporary, path)
 
     def load(self, path: Path) -> None:
-        """Goes on from ``save``; shape and seed must be the same, steps and rates may have been changed."""
+        """Resumes from ``save``. Shape and seed must be the same; steps and rates may differ."""
         saved = torch.load(path, map_location=self.device, weights_only=False)
         if saved["options"]["shape"] != asdict(self.options.shape):
             raise typer.BadParameter(f"{path} holds a model of another shape: {saved['options']['shape']}")
@@ -167,14 +167,14 @@ class Training:
 
 
 def say(text: str) -> None:
-    """One line of talk."""
+    """Prints one line of progress."""
     print(text, file=sys.stderr, flush=True)
 
 
 def prepare(
     sources: list[Source], n_vocab: int, held_out: float, work: Path, seed: int
 ) -> tuple[Tokenizer, list[TokenStream]]:
-    """Tokenizer and token streams, from ``work`` where an earlier run left them."""
+    """Tokenizer and token streams; those that an earlier run left in ``work`` are used again."""
     from tokenizers import Tokenizer
 
     tokenizer_path = work / "tokenizer.json"
@@ -230,7 +230,7 @@ def train(
     export_every: Annotated[float, typer.Option(help="minutes between checkpoints and GGUF exports")] = 10.0,
     compile_model: Annotated[bool, typer.Option("--compile", help="compile the model (needs a C++ compiler)")] = False,
 ) -> None:
-    """Train (or go on training) a model and write it as GGUF."""
+    """Train a model, or continue training it, and write it as GGUF."""
     if activation not in ACTIVATIONS:
         raise typer.BadParameter(f"activation {activation} is none of {', '.join(ACTIVATIONS)}")
     if threads:
@@ -253,7 +253,7 @@ def train(
         write_gguf(out, training.model, tokenizer, out.stem, note)
 
     export()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill keeps the checkpoint, as Ctrl-C does
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # keeps a checkpoint, as Ctrl-C does
     try:
         _loop(training, export, export_every)
     except KeyboardInterrupt:
@@ -266,7 +266,7 @@ def train(
 
 
 def _loop(training: Training, export: Any, export_every: float) -> None:
-    """Steps until the training is done, with a progress line about every ten seconds."""
+    """Trains to the end, with a line of progress about every ten seconds."""
     exported = spoke = time.monotonic()
     losses: list[float] = []
     tokens = training.state.tokens

@@ -1,4 +1,4 @@
-"""How fast a model runs sparsely, next to stock libllama: both sides in turn, in one run, on the same tokens."""
+"""Measures how fast a model runs sparsely and with stock libllama: alternately, in one run, on the same tokens."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import random
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import fmean
@@ -25,11 +25,11 @@ from pinfer.llama.plugin import Stats
 from pinfer.model import Model, open_model
 from pinfer.progress import NULL_PROGRESS, Progress
 
-# After a run the threads of that side spin for some milliseconds before they sleep.
+# After a run, the threads of that side spin for some milliseconds before they sleep.
 _SETTLE_SECONDS = 0.05
-# Others' use of the CPU, in CPUs, from which a run is called busy.
+# From this many CPUs used by other processes, the report calls the machine busy.
 _BUSY_CPUS = 0.1
-_TEXT_BYTES = 16  # of text that are read for each token wanted; a token is seldom longer
+_TEXT_BYTES = 16  # bytes of text to read per token; few tokens are longer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,20 +39,20 @@ class BenchOptions(ExecutionOptions):
     n_prompt: tuple[int, ...] = (512,)
     n_gen: tuple[int, ...] = (128,)
     n_seq: tuple[int, ...] = (1, 4, 16)
-    """sequences decoded side by side"""
+    """sequences decoded in parallel"""
     repetitions: int = 5
     n_ctx: int = 0
-    """of each sequence; 0: what the test needs"""
+    """context per sequence; 0: as much as the test needs"""
     compare: Literal["dense", "none"] = "dense"
     text: Path | None = None
     n_stream_bytes: int = 1 << 30
-    """read to measure the bandwidth: more than any cache holds"""
+    """bytes to read when measuring the bandwidth, more than any cache holds"""
     rpc: str | None = None
-    """host:port[,host:port] of RPC servers; a server serves one process, so one side alone can be measured with them"""
+    """host:port[,host:port] of RPC servers; a server serves one process, so only one side can be measured with them"""
 
 
 def bench(model_path: Path, options: BenchOptions, progress: Progress = NULL_PROGRESS) -> BenchReport:
-    """Measure. Raises PinferError for options that make no test, artefacts that do not fit, a worker that dies."""
+    """Measure. Raises PinferError if there is nothing to test, artefacts do not match, or a worker dies."""
     started, load_average = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"), os.getloadavg()[0]
     model = open_model(model_path, options.activation)
     setup = _Setup.of(model, options)
@@ -70,20 +70,20 @@ def bench(model_path: Path, options: BenchOptions, progress: Progress = NULL_PRO
         after = machine.cpu_time()
         own = _cpu_used(workers) - own
         peak = {side: int(worker.ask("usage")["peak"]) for side, worker in workers.items()}
-    # Two measurements, before and after: the better one is nearer to what the memory can do.
+    # Of the measurements before and after, the better one is closer to what the memory can do.
     bandwidth = max(bandwidth, _bandwidth(setup.execution.n_threads, options.n_stream_bytes))
     others = machine.used_by_others(before, after, own)
     if others is not None and others >= _BUSY_CPUS:
-        notes.append(f"busy: other processes used {others:.1f} CPUs meanwhile, so these numbers are not for the record")
+        notes.append(f"busy: other processes used {others:.1f} CPUs during the bench, so the numbers are not reliable")
     limits = [(r.median, bandwidth / r.token_bytes.total) for r in results if r.token_bytes is not None]
     if any(speed > ceiling for speed, ceiling in limits):
-        notes.append("faster than the limit: the model lies in the CPU's caches, or the bandwidth was measured too low")
+        notes.append("faster than the limit: the model fits in the CPU's caches, or the bandwidth was measured too low")
     if SPARSE in setup.sides and all(r.computed is None for r in results if r.side == SPARSE):
-        notes.append("nothing was computed sparsely: every FFN was left to the way libllama computes it")
+        notes.append("nothing was computed sparsely: the plugin computed every FFN densely")
     trained = _trained(model, setup)
     return BenchReport(
         environment=machine.describe(
-            setup.execution.n_threads, first["ggml"], first["isa"] or "", load_average, started, _wait_policy()
+            setup.execution.n_threads, first["ggml"], first["isa"], load_average, started, _wait_policy()
         ),
         model=ModelFacts(
             model.path.name, _name(model), first["type"], first["size"], first["n_params"], model.activation
@@ -103,7 +103,7 @@ def bench(model_path: Path, options: BenchOptions, progress: Progress = NULL_PRO
 
 @dataclass(frozen=True)
 class _Setup:
-    """Who runs, and how."""
+    """The sides to measure and their settings."""
 
     execution: Execution
     sides: tuple[str, ...]
@@ -118,26 +118,22 @@ class _Setup:
         notes = list(execution.notes)
         n_cpus = len(os.sched_getaffinity(0))
         if execution.n_threads > n_cpus:
-            notes.append(f"{execution.n_threads} threads share {n_cpus} CPUs and wait for each other")
+            notes.append(f"{execution.n_threads} threads share {n_cpus} CPUs, which slows both sides down")
         if len(sides) == 2 and not model.stock_computes_it:
             notes.append(
                 f"stock libllama computes another activation than this model's {model.activation}: "
-                "its speed is comparable, its text is not the model's"
+                "its speed is comparable, its output is wrong"
             )
         if policy := _wait_policy():
-            notes.append(f"idle threads wait as you set it ({policy}), on both sides")
+            notes.append(f"both sides use your OpenMP wait policy ({policy})")
         return _Setup(execution, sides, options.rpc, tuple(notes))
 
     def load(self, side: str) -> dict[str, object]:
-        """Arguments of a worker's command to load the model."""
-        plugin: dict[str, object] | None = None
-        if side == SPARSE and (config := self.execution.plugin) is not None:
-            plugin = {name: str(path) for name in ("predictor", "cold") if (path := getattr(config, name)) is not None}
-            plugin["hot"] = [str(path) for path in config.hot_paths]
-            plugin |= {name: getattr(config, name) for name in ("activation", "activation_threshold", "device")}
+        """Arguments of a worker's ``load`` command."""
+        config = self.execution.plugin if side == SPARSE else None
         return {
-            "model": str(self.execution.model.path.resolve()),
-            "plugin": plugin,
+            "model": self.execution.model.path.resolve(),
+            "plugin": None if config is None else asdict(config) | {"hot": config.hot_paths},
             "n_threads": self.execution.n_threads,
             "n_gpu_layers": self.execution.n_gpu_layers,
             "rpc": self.rpc,
@@ -162,7 +158,8 @@ def _tests(model: Model, options: BenchOptions) -> list[Case]:
     longest = max(t.n_prompt + t.n_gen for t in tests)
     if options.n_ctx and options.n_ctx < longest:
         raise PinferError(
-            f"a context of {options.n_ctx} tokens holds no {longest}", f"use -c {longest}, or a smaller -p and -n"
+            f"a context of {options.n_ctx} tokens is too small for a test of {longest}",
+            f"use -c {longest}, or a smaller -p and -n",
         )
     learned_positions = model.gguf.tensors.get("position_embd.weight")
     if learned_positions is not None and longest > learned_positions.n_rows:
@@ -171,7 +168,7 @@ def _tests(model: Model, options: BenchOptions) -> list[Case]:
 
 
 def _bandwidth(n_threads: int, n_bytes: int) -> float:
-    """In a process of its own: the memory it takes is nobody's peak."""
+    """Measured in a process of its own, so that its memory is not part of a side's peak."""
     with WorkerProcess("bandwidth") as worker:
         return float(worker.ask("bandwidth", n_threads=n_threads, n_bytes=n_bytes))
 
@@ -182,7 +179,7 @@ def _cpu_used(workers: dict[str, WorkerProcess]) -> float:
 
 @dataclass(frozen=True)
 class _TokenSource:
-    """Real tokens where there are any: which neurons fire, and how alike they are from token to token, is theirs."""
+    """The tokens to compute: real text if the model has a vocabulary, since the text decides which neurons fire."""
 
     name: str
     tokens: tuple[int, ...]
@@ -200,11 +197,11 @@ class _TokenSource:
             text, name = TEXT, "built-in text"
         tokens = [t for t in worker.ask("tokenize", text=text) if t != facts["bos"]]
         if not tokens:
-            raise PinferError(f"{path} holds no text", "name another --text")
+            raise PinferError(f"{path} has no text", "pass another --text")
         return _TokenSource(name, tuple(tokens), facts["bos"])
 
     def streams(self, test: Case) -> list[list[int]]:
-        """The test's sequences, from places far apart; a text that is too short begins anew."""
+        """The test's sequences, from distant places in the text. A short text repeats."""
         n = test.n_prompt or test.n_gen
         step = max(1, len(self.tokens) // test.n_seq)
         head = [self.bos] if self.bos is not None else []
@@ -221,7 +218,7 @@ def _measure(
     options: BenchOptions,
     progress: Progress,
 ) -> list[Result]:
-    """Test by test: a context on each side, a whole run to warm up, then the sides in turn."""
+    """For each test, open a context and warm up with one run on each side, then run the sides alternately."""
     results: list[Result] = []
     n_done = 0
     total = (options.repetitions + 1) * len(workers) * len(tests)
@@ -248,7 +245,7 @@ def _measure(
 def _result(test: Case, side: str, runs: Sequence[tuple[int, dict[str, Any]]], setup: _Setup) -> Result:
     last = runs[-1][1]
     stats = Stats(**last["stats"]) if last["stats"] is not None else None
-    # A prompt is computed densely but for the last layer's one token with logits: no share worth a word.
+    # A prompt runs densely except for the last layer's token with logits, so its shares mean nothing.
     mostly_sparse = stats is not None and stats.n_tokens > stats.n_tokens_dense
     on_cpu = stats.n_neurons - stats.n_hot if stats is not None and mostly_sparse else 0
     return Result(
@@ -283,7 +280,7 @@ def _ratios(tests: Sequence[Case], results: Sequence[Result]) -> tuple[Ratio, ..
 
 
 def _trained(model: Model, setup: _Setup) -> tuple[float | None, float | None]:
-    """Recall and candidates of the predictor in use, as its training measured them."""
+    """Recall and share of candidates of the predictor, as measured in training."""
     if setup.execution.plugin is None or setup.execution.plugin.predictor is None:
         return None, None
     predictor = PredictorFile.read(setup.execution.plugin.predictor, model)

@@ -139,7 +139,7 @@ def profile(model_path: Path, options: ProfileOptions, progress: Progress = NULL
             windows = _collect(engine, corpus, options.n_tokens, n_ctx, progress)
         n_tokens = sum(map(len, windows))
         plugin = load_plugin()
-        n_samples = min(n_tokens, _n_samples(options, model))
+        n_samples = min(n_tokens, sample_count(model) if options.n_samples is None else options.n_samples)
         with hold_interrupt() as held:
             plugin.observer_start(model.path, n_samples=n_samples, stride=_stride(n_tokens, n_samples, n_ctx))
             seconds = _count(engine, windows, n_tokens, held, progress)
@@ -159,11 +159,14 @@ def _check(options: ProfileOptions) -> None:
         raise PinferError("the number of samples cannot be negative")
 
 
-def _n_samples(options: ProfileOptions, model: Model) -> int:
-    if options.n_samples is not None:
-        return options.n_samples
-    sample_bytes = model.n_layer * (2 * model.n_embd + -(-model.n_ff // 8))
-    return min(MAX_SAMPLES, SAMPLE_BYTES // sample_bytes)
+def sample_bytes(model: Model) -> int:
+    """Bytes of one sample: the FFN input of every layer in F16, and one bit a neuron."""
+    return model.n_layer * (2 * model.n_embd + -(-model.n_ff // 8))
+
+
+def sample_count(model: Model) -> int:
+    """Samples that are kept unless the user names another number."""
+    return min(MAX_SAMPLES, SAMPLE_BYTES // sample_bytes(model))
 
 
 def _stride(n_tokens: int, n_samples: int, n_ctx: int) -> int:

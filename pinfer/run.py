@@ -28,6 +28,17 @@ _CONTEXT = ("-c", "--ctx-size")
 _LAYERS = ("-ngl", "--gpu-layers", "--n-gpu-layers")
 _FLASH_ATTENTION = ("-fa", "--flash-attn")
 _DEVICE = ("-dev", "--device")
+_FILES = (
+    "-f",
+    "--file",
+    "-bf",
+    "--binary-file",
+    "-sysf",
+    "--system-prompt-file",
+    "--grammar-file",
+    "--chat-template-file",
+)
+_KEY_FILE = ("--api-key-file",)
 _DRAFT = ("-md", "--model-draft", "--spec-draft-model")
 
 _NO_FLASH_ATTENTION = frozenset({"plm"})
@@ -86,10 +97,20 @@ class LlamaFlags:
         left_out = set(names)
         return LlamaFlags(tuple(flag for flag in self.flags if flag[0] not in left_out))
 
+    def check_files(self) -> None:
+        """Raises PinferError where a file cannot be read: llama.cpp would answer with its whole usage."""
+        for name, *values in self.flags:
+            if name in (*_FILES, *_KEY_FILE) and values and values[-1] != "-":
+                try:
+                    Path(values[-1]).open("rb").close()
+                except (OSError, ValueError) as error:
+                    cause = getattr(error, "strerror", None) or error
+                    raise PinferError(f"{name} {values[-1]}: {cause}", "name a file that can be read") from error
+
     def words(self) -> list[str]:
         """For a command line; stdin, which llama.cpp's programs have no word for, is named by its file."""
-        stdin = {("-f", "-"): ("-f", "/dev/stdin"), ("--file", "-"): ("-f", "/dev/stdin")}
-        return [word for flag in self.flags for word in stdin.get(flag[:2], flag)]
+        flags = (("-f", "/dev/stdin") if flag in (("-f", "-"), ("--file", "-")) else flag for flag in self.flags)
+        return [word for flag in flags for word in flag]
 
 
 def choose_program(flags: LlamaFlags) -> tuple[Program, LlamaFlags]:
@@ -99,7 +120,15 @@ def choose_program(flags: LlamaFlags) -> tuple[Program, LlamaFlags]:
     return program, flags.without((*_CHAT, *_NO_CHAT))
 
 
-def runner_command(
+@dataclass(frozen=True)
+class Start:
+    """A program to become, and how it will compute the model."""
+
+    command: list[str]
+    execution: Execution
+
+
+def start(
     program: Program,
     model: Path,
     options: ExecutionOptions,
@@ -107,12 +136,12 @@ def runner_command(
     *,
     rpc: str | None = None,
     as_json: bool = False,
-) -> tuple[list[str], tuple[str, ...]]:
-    """The runner's command line, and what the user should know first, a line each.
+) -> Start:
+    """Choose what the program uses. What the user has chosen by llama.cpp's flags stays as it is.
 
-    The user's own flags come last but for the model, so they decide where pinfer would have chosen.
     Raises PinferError for a model or artefacts that cannot be used.
     """
+    flags.check_files()
     options = replace(
         options,
         n_threads=_number(flags.value(program, _THREADS), least=1),
@@ -121,7 +150,8 @@ def runner_command(
     )
     execution = decide(open_model(model, activation=options.activation), options)
     command = [str(runner_path()), program, *_plugin_flags(execution)]
-    notes = list(execution.notes)
+    if execution.plugin is not None and not execution.plugin.hot and options.device not in (None, NO_DEVICE):
+        command += ["--pinfer-device", options.device]  # nothing lies there, but a wrong name is an error
     draft = flags.value(program, _DRAFT)
     if draft is not None and not options.dense:
         beside = decide(open_model(Path(draft)), replace(options, activation=None, artefacts=None, device=None))
@@ -144,9 +174,11 @@ def runner_command(
         choose(_DEVICE, "none")
     if execution.model.arch in _NO_FLASH_ATTENTION:
         choose(_FLASH_ATTENTION, "off")
+        if flags.value(program, _FLASH_ATTENTION) not in (None, "off"):
+            raise PinferError(f"libllama has no flash attention for {execution.model.arch} models", "leave out -fa")
     if program == "completion":
         command.append(_NO_CHAT[0])
-    return command + flags.words(), tuple(notes)
+    return Start(command + flags.words(), execution)
 
 
 def _plugin_flags(execution: Execution) -> list[str]:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 import socket
 import sys
-from pathlib import Path
 
 from pinfer.errors import PinferError
-from pinfer.execution import ExecutionOptions
+from pinfer.execution import Execution
 from pinfer.llama.plugin import runner_path
-from pinfer.run import LlamaFlags, runner_command
+from pinfer.run import LlamaFlags
 
 ROUTER = ("--models-dir", "--models-preset")
 """Flags that have the server start models on demand, each in a process of its own."""
@@ -47,11 +46,13 @@ def check_address(flags: LlamaFlags) -> None:
         ) from error
 
 
-def serve_command(
-    model: Path, options: ExecutionOptions, flags: LlamaFlags, *, rpc: str | None = None
-) -> tuple[list[str], tuple[str, ...]]:
-    """The runner's command line for one model, and what the user should know first."""
-    return runner_command("server", model, options, flags, rpc=rpc)
+def describe(execution: Execution) -> str:
+    """What of the model is sparse, and on which devices."""
+    if execution.plugin is None:
+        return f"serving {execution.model.path.name}: dense, by stock llama.cpp"
+    neurons = "neurons" if execution.mode == "exact" else "predicted neurons"
+    hot = f", the hot ones on {execution.plugin.device or 'the GPU'}" if execution.plugin.hot else ""
+    return f"serving {execution.model.path.name}: {execution.plugin.activation} FFN by its active {neurons}{hot}"
 
 
 def router_command(own_words: list[str], flags: LlamaFlags) -> tuple[list[str], dict[str, str]]:

@@ -1,4 +1,4 @@
-"""What a model is, what was prepared for it, and what pinfer will do with it: headers are read, no weights."""
+"""Describes a model, its artefacts and how pinfer will run it. Reads headers, not weights."""
 
 from __future__ import annotations
 
@@ -9,47 +9,55 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import numpy as np
+
 from pinfer.artefacts import paths
 from pinfer.artefacts.artefact import mending_command
+from pinfer.artefacts.placement import PlacementFile
+from pinfer.artefacts.predictor import PredictorFile
+from pinfer.artefacts.profile import ProfileFile, SamplesFile
+from pinfer.artefacts.shards import ShardFile
 from pinfer.errors import PinferError
+from pinfer.execution import ExecutionOptions, decide
 from pinfer.gguf_io.reader import GgufError
 from pinfer.model import ACTIVATION_KEY, ACTIVATIONS, Model, Tensor, open_model
+from pinfer.profile import share_of_most
 
 _FFN = re.compile(r"blk\.\d+\.ffn_(up|gate|down|gate_up)(_exps|_shexp|_chexps)?\.(weight|bias|scale)")
 _UP = re.compile(r"blk\.\d+\.ffn_(up|gate_up)(_exps|_shexp|_chexps)?\.weight")
 _EMBEDDINGS = re.compile(r"(token_embd|output|position_embd|token_types|per_layer_token_embd)\b.*")
 
-# Bytes of a value in the KV cache that llama.cpp takes unless told otherwise: F16.
+# Bytes of a value in llama.cpp's default KV cache, F16.
 _KV_BYTES = 2
 KV_TOKENS = 1024
 
 FITS, ABSENT, STALE, UNUSABLE = "fits", "absent", "stale", "unusable"
+_USED = ("predictor", "placement", "hot", "cold")
+"""artefacts that a run reads"""
 
 
-@dataclass(frozen=True)
-class ShowOptions:
-    """Settings of ``pinfer show``."""
-
-    activation: str | None = None
+@dataclass(frozen=True, kw_only=True)
+class ShowOptions(ExecutionOptions):
+    """Settings of ``pinfer show``, the same as those of a run."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """Tensors that serve one purpose."""
+    """Tensors with one purpose."""
 
     bytes: int
     types: Mapping[str, int]
-    """bytes by type, the most first"""
+    """bytes by type, largest first"""
 
 
 @dataclass(frozen=True)
 class ArtefactState:
-    """One artefact, whether it is there and can be used, and what was measured when it was made."""
+    """One artefact: whether it exists, whether it can be used, and what was measured when it was made."""
 
     kind: str
     path: Path
     state: str
-    """``fits``, ``absent``, ``stale`` (works, but something newer was solved) or ``unusable``"""
+    """``fits``, ``absent``, ``stale`` (works, but the placement is newer) or ``unusable``"""
     bytes: int = 0
     problem: str = ""
     mend: str = ""
@@ -59,7 +67,7 @@ class ArtefactState:
 
 @dataclass(frozen=True)
 class ShowReport:
-    """Everything that ``pinfer show`` tells."""
+    """Everything ``pinfer show`` reports."""
 
     model: Path
     arch: str
@@ -91,11 +99,11 @@ class ShowReport:
     artefact_folder: Path
     artefacts: tuple[ArtefactState, ...]
     mode: str
-    """``dense``, ``exact``, ``predicted``, or ``refused`` where an artefact that `run` would use cannot be used"""
+    """``dense``, ``exact``, ``predicted``, or ``refused`` if `run` would refuse an artefact"""
     plan: str
-    """what pinfer will do with the model, a sentence"""
+    """how pinfer will run the model, one sentence"""
     next: str
-    """the command that comes next"""
+    """the command to run next"""
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain JSON values."""
@@ -108,11 +116,11 @@ class ShowReport:
 
 
 def show(model_path: Path, options: ShowOptions) -> ShowReport:
-    """Describe a model and its artefacts. Raises PinferError for what is not a model; bad artefacts are reported."""
+    """Describe a model and its artefacts. Raises PinferError if it is not a model; bad artefacts are reported."""
     model = open_model(model_path, options.activation)
     folder = paths.artefact_dir(model.path, model.fingerprint, for_writing=False)
-    artefacts = _artefacts(model, folder)
-    mode, plan = _plan(model, artefacts)
+    artefacts = artefact_states(model, folder)
+    mode, plan = _plan(model, artefacts, options)
     return ShowReport(
         model=model.path,
         arch=model.arch,
@@ -162,7 +170,7 @@ def _expert_count(model: Model) -> int:
 
 
 def _n_neurons(model: Model) -> int:
-    """All neurons of the file, those of experts included; a matrix of gate and up together has two rows for each."""
+    """All neurons in the file, including those of experts. A fused gate-and-up matrix has two rows a neuron."""
     total = 0
     for tensor in model.tensors:
         if match := _UP.fullmatch(tensor.name):
@@ -172,7 +180,7 @@ def _n_neurons(model: Model) -> int:
 
 
 def _parts(tensors: Sequence[Tensor]) -> dict[str, Part]:
-    """Sizes and types of the FFN, of embeddings and output, and of all the rest: attention, norms, routers."""
+    """Sizes and types of the FFN, of embeddings and output, and of the rest: attention, norms, routers."""
     sizes: dict[str, dict[str, int]] = {"ffn": {}, "dense": {}, "embeddings": {}}
     for tensor in tensors:
         name = "ffn" if _FFN.fullmatch(tensor.name) else "embeddings" if _EMBEDDINGS.fullmatch(tensor.name) else "dense"
@@ -186,7 +194,8 @@ def _parts(tensors: Sequence[Tensor]) -> dict[str, Part]:
 # --- artefacts --------------------------------------------------------------------------------------------------------
 
 
-def _artefacts(model: Model, folder: Path) -> tuple[ArtefactState, ...]:
+def artefact_states(model: Model, folder: Path) -> tuple[ArtefactState, ...]:
+    """Every kind of artefact in ``folder``: whether it exists, fits the model and belongs to the others."""
     readers: list[tuple[str, str, Callable[[Path, Model], Mapping[str, Any]]]] = [
         ("profile", paths.PROFILE, _profile_facts),
         ("samples", paths.SAMPLES, _samples_facts),
@@ -199,18 +208,18 @@ def _artefacts(model: Model, folder: Path) -> tuple[ArtefactState, ...]:
 
 
 def _checked_together(found: dict[str, ArtefactState]) -> tuple[ArtefactState, ...]:
-    """Shards are two halves of one thing, and belong to the placement they were cut by."""
+    """The shards must belong together, and to the placement."""
     placement, hot, cold = found["placement"], found["hot"], found["cold"]
     if hot.state == FITS and cold.state == ABSENT:
-        found["hot"] = replace(hot, state=UNUSABLE, problem=f"{hot.path} lies there without its {cold.path.name}")
+        found["hot"] = replace(hot, state=UNUSABLE, problem=f"{hot.path} exists without {cold.path.name}")
     halves = [shard for shard in (hot, cold) if shard.state == FITS]
     ids = {shard.facts["placement_id"] for shard in halves}
     for shard in halves:
         if len(ids) > 1:
-            problem = f"{hot.path.name} and {cold.path.name} were cut by two placements"
+            problem = f"{hot.path.name} and {cold.path.name} were split by different placements"
             found[shard.kind] = replace(shard, state=UNUSABLE, problem=problem)
         elif placement.state == FITS and placement.facts["id"] not in ids and found[shard.kind].state == FITS:
-            found[shard.kind] = replace(shard, state=STALE, problem=f"{shard.path.name} was cut before that placement")
+            found[shard.kind] = replace(shard, state=STALE, problem=f"{shard.path.name} is older than the placement")
     return tuple(found.values())
 
 
@@ -229,11 +238,6 @@ def _state(model: Model, kind: str, path: Path, read: Callable[[Path, Model], Ma
 
 
 def _profile_facts(path: Path, model: Model) -> dict[str, Any]:
-    import numpy as np
-
-    from pinfer.artefacts.profile import ProfileFile
-    from pinfer.profile import share_of_most
-
     file = ProfileFile.read(path, model)
     count = np.concatenate(file.count)
     return {
@@ -246,14 +250,10 @@ def _profile_facts(path: Path, model: Model) -> dict[str, Any]:
 
 
 def _samples_facts(path: Path, model: Model) -> dict[str, Any]:
-    from pinfer.artefacts.profile import SamplesFile
-
     return {"n_samples": SamplesFile.read(path, model).n_samples}
 
 
 def _predictor_facts(path: Path, model: Model) -> dict[str, Any]:
-    from pinfer.artefacts.predictor import PredictorFile
-
     file = PredictorFile.read(path, model)
     kinds = dict.fromkeys(file.kind)
     return {
@@ -265,8 +265,6 @@ def _predictor_facts(path: Path, model: Model) -> dict[str, Any]:
 
 
 def _placement_facts(path: Path, model: Model) -> dict[str, Any]:
-    from pinfer.artefacts.placement import PlacementFile
-
     file = PlacementFile.read(path, model)
     return {
         "id": file.id,
@@ -281,8 +279,6 @@ def _placement_facts(path: Path, model: Model) -> dict[str, Any]:
 
 
 def _shard_facts(path: Path, kind: str, model: Model) -> dict[str, Any]:
-    from pinfer.artefacts.shards import ShardFile
-
     file = ShardFile.read(path, kind, model)
     return {
         "placement_id": file.placement_id,
@@ -291,23 +287,22 @@ def _shard_facts(path: Path, kind: str, model: Model) -> dict[str, Any]:
     }
 
 
-# --- what will be done ------------------------------------------------------------------------------------------------
+# --- how it will run ------------------------------------------------------------------------------------------------
 
 
-def _plan(model: Model, artefacts: Sequence[ArtefactState]) -> tuple[str, str]:
-    """Mode and sentence: what ``pinfer run`` does with the model and these artefacts."""
-    if model.activation not in ACTIVATIONS:
-        return "dense", f"no exact zeros (SiLU, GELU or the like in {model.arch}): runs dense by stock libllama"
-    if not model.is_sparse:
-        return (
-            "dense",
-            "layers without a plain FFN (a mixture of experts?): what is no plain FFN runs by stock libllama",
-        )
+def _plan(model: Model, artefacts: Sequence[ArtefactState], options: ShowOptions) -> tuple[str, str]:
+    """Mode and a sentence on what ``pinfer run`` does with the model and these artefacts."""
+    try:
+        mode = decide(model, options).mode
+    except PinferError as error:
+        bad = dict.fromkeys(a.mend for a in artefacts if a.kind in _USED and a.state == UNUSABLE)
+        again = " and ".join(bad) or str(error)
+        return "refused", f"run cannot use these artefacts: make them again ({again}), or pass --no-artefacts"
+    if mode == "dense" and model.activation not in ACTIVATIONS:
+        return mode, f"no exact zeros (SiLU, GELU or similar in {model.arch}): runs dense on stock libllama"
+    if mode == "dense":
+        return mode, "layers without a plain FFN (a mixture of experts?): runs dense on stock libllama"
     by_kind = {a.kind: a for a in artefacts}
-    bad = [by_kind[kind] for kind in ("predictor", "placement", "hot", "cold") if by_kind[kind].state == UNUSABLE]
-    if bad:
-        commands = " and ".join(dict.fromkeys(a.mend for a in bad))
-        return "refused", f"run refuses artefacts that do not fit: make them again ({commands}), or run --no-artefacts"
     hot, cold = by_kind["hot"], by_kind["cold"]
     on_device = hot.facts.get("n_neurons", 0)
     is_split = cold.state in (FITS, STALE)
@@ -315,31 +310,31 @@ def _plan(model: Model, artefacts: Sequence[ArtefactState]) -> tuple[str, str]:
     if on_device and is_split:
         device = by_kind["placement"].facts.get("device") or "the device"
         where = f"; {100 * on_device / (model.n_layer * model.n_ff):.1f} % of the neurons are hot, on {device}"
-    if by_kind["predictor"].state == FITS:
-        return "predicted", _predicted(model, by_kind["predictor"].facts["candidates"], is_split) + where
-    return "exact", _exact(model, by_kind["profile"].facts.get("active"), is_split) + where
+    if mode == "predicted":
+        return mode, _predicted(model, by_kind["predictor"].facts["candidates"], is_split) + where
+    return mode, _exact(model, by_kind["profile"].facts.get("active"), is_split) + where
 
 
 def _predicted(model: Model, candidates: float, is_split: bool) -> str:
-    rest = "" if is_split else "; the down projection is computed whole until `pinfer split` has cut it by neurons"
-    return f"predicted mode: computes the {100 * candidates:.1f} % of the neurons that the predictor names{rest}"
+    rest = "" if is_split else "; the whole down projection is computed until you run `pinfer split`"
+    return f"predicted mode: computes the {100 * candidates:.1f} % of neurons that the predictor names{rest}"
 
 
 def _exact(model: Model, active: float | None, is_split: bool) -> str:
     inactive = "inactive neurons" + (f" ({100 * (1 - active):.1f} %)" if active is not None else "")
     saved = "up and down projections" if model.gated else "down projection"
     if is_split:
-        return f"exact mode: saves the {saved} of {inactive}"
+        return f"exact mode: skips the {saved} of {inactive}"
     if model.gated:
-        return f"exact mode: saves the up projection of {inactive}, and the down projection once `pinfer split` was run"
-    return f"exact mode: saves the down projection of {inactive} once `pinfer split` was run, nothing before"
+        return f"exact mode: skips the up projection of {inactive}, and the down projection after `pinfer split`"
+    return f"exact mode: skips the down projection of {inactive} only after `pinfer split`"
 
 
 def _next(model: Model, artefacts: Sequence[ArtefactState]) -> str:
-    """The first stage whose work is missing or unusable; `run` when there is none."""
+    """The first stage whose result is missing or unusable; `run` if there is none."""
     if not model.is_sparse:
         return "run"
-    # Samples are needed for training alone, and may be deleted after it.
+    # Samples are only needed for training and may be deleted afterwards.
     trained = any(a.kind == "predictor" and a.state == FITS for a in artefacts)
     open_ones = [a for a in artefacts if a.state != FITS and not (a.kind == "samples" and trained)]
     return open_ones[0].mend.split()[1] if open_ones else "run"

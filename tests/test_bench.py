@@ -1,4 +1,4 @@
-"""Bench: both sides do the same work in turn, the numbers follow from the records, and what goes wrong is one line."""
+"""Bench: both sides do the same work alternately, ratios match the records, and every error is one line."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ from pinfer.benchmark import limit as bench_limit
 from pinfer.benchmark import machine
 from pinfer.benchmark.process import WorkerProcess, worker_environment
 from pinfer.benchmark.report import DENSE, SPARSE, BenchReport, Case
-from pinfer.cli import app, ui
+from pinfer.cli import app
+from pinfer.cli.bench import print_bench
 from pinfer.errors import PinferError
 from pinfer.llama.engine import Engine
 from pinfer.llama.plugin import Stats
@@ -75,7 +76,7 @@ def test_both_sides_run_in_turn_on_the_same_tokens(report: BenchReport) -> None:
     assert len({r.tokens_sha256 for r in report.results}) == 3
 
 
-def test_ratios_follow_from_the_records(report: BenchReport) -> None:
+def test_ratios_match_the_records(report: BenchReport) -> None:
     for test in (r.test for r in report.results[::2]):
         sparse, dense = (r for r in report.results if r.test == test)
         ratio = report.ratio(test)
@@ -103,7 +104,7 @@ def test_the_sparse_side_is_sparse_and_the_dense_side_is_stock(report: BenchRepo
     assert report.model.n_params > 1_000_000
 
 
-def test_the_share_of_the_limit_is_bytes_over_bandwidth(report: BenchReport) -> None:
+def test_the_limit_is_bandwidth_over_bytes(report: BenchReport) -> None:
     counted = [r for r in report.results if r.token_bytes is not None]
     assert [(r.test.name, r.side) for r in counted] == [("tg8", SPARSE), ("tg8", DENSE)]
     sparse, dense = (r.token_bytes for r in counted)
@@ -121,7 +122,7 @@ def test_the_share_of_the_limit_is_bytes_over_bandwidth(report: BenchReport) -> 
         assert record["limit_share"] == pytest.approx(result.median / limit)
 
 
-def test_bytes_of_a_token_are_those_of_the_file(learnt: Path) -> None:
+def test_bytes_per_token_match_the_file(learnt: Path) -> None:
     model = open_model(learnt)
     reader = gguf.GGUFReader(learnt)
     dense = bench_limit.dense_bytes(model, 1)
@@ -134,7 +135,7 @@ def test_bytes_of_a_token_are_those_of_the_file(learnt: Path) -> None:
     assert bench_limit.sparse_bytes(model, 1, every, folder / paths.COLD, None).ffn == dense.ffn
     silent = replace(every, n_candidates=0, n_active=0)
     assert bench_limit.sparse_bytes(model, 1, silent, folder / paths.COLD, None).ffn == 0
-    # Without shards the down matrix is read whole; what no counter knows of was dense.
+    # Without shards the down matrix is read whole. Tokens that no counter includes were dense.
     assert bench_limit.sparse_bytes(model, 1, silent, None, None).ffn == dense.ffn / 2
     nothing = Stats(0, 0, 0, 0, 0, 0, 0, 0)
     assert bench_limit.sparse_bytes(model, 1, nothing, None, None).ffn == dense.ffn
@@ -142,7 +143,7 @@ def test_bytes_of_a_token_are_those_of_the_file(learnt: Path) -> None:
 
 @pytest.mark.parametrize("output", ["md", "csv", "json", "jsonl"])
 def test_every_format_can_be_read_back(report: BenchReport, output: str, capsys: pytest.CaptureFixture[str]) -> None:
-    ui.print_bench(replace(report, notes=("a note",)), output)
+    print_bench(replace(report, notes=("a note",)), output)
     out, err = capsys.readouterr()
     speeds = [r.mean for r in report.results]
     if output == "md":
@@ -162,8 +163,8 @@ def test_every_format_can_be_read_back(report: BenchReport, output: str, capsys:
     assert err == ("" if output == "json" else "note: a note\n")
 
 
-def test_parallel_decoding_computes_each_sequence_for_itself(tiny_relu2: Path) -> None:
-    """The worker's sequences see their own past only: what they end with is what each alone would."""
+def test_parallel_decoding_keeps_sequences_apart(tiny_relu2: Path) -> None:
+    """Each of the worker's sequences ends with the logits that it has when it is decoded alone."""
     with Engine(tiny_relu2, plugin=None, n_ctx=64, n_threads=1) as engine:
         texts = ["Once upon a time", "The house by the sea"]
         streams = [engine.tokenize(text)[:4] for text in texts]
@@ -192,7 +193,7 @@ def test_a_model_without_artefacts_is_measured_in_exact_mode(tiny_reglu: Path) -
     assert any("another activation than this model's reglu" in note for note in found.notes)
 
 
-def test_artefacts_can_be_left_alone(learnt: Path) -> None:
+def test_artefacts_can_be_ignored(learnt: Path) -> None:
     exact = bench(learnt, replace(QUICK, n_prompt=(), n_seq=(1,), repetitions=1, exact=True, compare="none"))
     assert (exact.mode, exact.recall) == ("exact", None)
     assert exact.results[0].computed == 1.0
@@ -200,7 +201,7 @@ def test_artefacts_can_be_left_alone(learnt: Path) -> None:
     assert exact.ratios == ()
     assert exact.memory_ratio is None
     alone = bench(learnt, replace(QUICK, n_prompt=(), n_seq=(1,), repetitions=1, no_artefacts=True, compare="none"))
-    # Whether it pays to compute an ungated FFN sparsely without shards is the plugin's choice; bench says what it was.
+    # The plugin decides whether to compute an ungated FFN sparsely without shards. Bench reports what it did.
     assert alone.results[0].computed in (None, 1.0)
     assert (alone.results[0].computed is None) == any("nothing was computed sparsely" in note for note in alone.notes)
     assert alone.recall is None
@@ -210,7 +211,7 @@ def test_artefacts_can_be_left_alone(learnt: Path) -> None:
 
 
 @pytest.mark.parametrize("plain", [True, False])
-def test_a_dense_model_and_dense_alone_are_stock(plain: bool, tiny_relu2: Path, tmp_path: Path) -> None:
+def test_a_dense_model_and_the_dense_flag_run_stock_libllama(plain: bool, tiny_relu2: Path, tmp_path: Path) -> None:
     path = tiny_relu2
     if plain:
         path = _without_activation(tmp_path)
@@ -223,7 +224,7 @@ def test_a_dense_model_and_dense_alone_are_stock(plain: bool, tiny_relu2: Path, 
 
 
 def _without_activation(folder: Path) -> Path:
-    """A small llama, SiLU: the key that makes it reglu loses its name."""
+    """A small SiLU llama: a reglu one whose activation key is renamed."""
     path = folder / "silu.gguf"
     write_model(path, SynthOptions(n_vocab=512))
     path.write_bytes(path.read_bytes().replace(b"pinfer.ffn.activation", b"pinfer.was.activation"))
@@ -237,10 +238,10 @@ def test_hot_neurons_run_on_the_device_they_were_placed_for(tiny_relu2: Path) ->
     found = bench(tiny_relu2, replace(QUICK, n_prompt=(), n_seq=(1,), repetitions=1, compare="none"))
     (result,) = found.results
     assert result.computed == 1.0  # of the cold ones
-    assert result.token_bytes is None  # two memories have no one bandwidth
+    assert result.token_bytes is None  # the limit is unknown for two memories
 
 
-def test_text_that_is_too_short_begins_anew() -> None:
+def test_a_short_text_repeats() -> None:
     source = stage._TokenSource("three", (5, 6, 7), bos=1)
     assert source.streams(Case(8, 0, 1)) == [[1, 5, 6, 7, 5, 6, 7, 5]]
     assert source.streams(Case(0, 3, 3)) == [[1, 5, 6], [1, 6, 7], [1, 7, 5]]
@@ -251,17 +252,17 @@ def test_text_that_is_too_short_begins_anew() -> None:
     [
         ({"n_prompt": (), "n_gen": (0,)}, "nothing to measure"),
         ({"n_seq": (0,)}, "nothing to measure"),
-        ({"n_ctx": 16}, "holds no 96"),
+        ({"n_ctx": 16}, "too small for a test of 96"),
         ({"text": Path("missing.txt")}, "missing.txt"),
     ],
 )
-def test_impossible_wishes_are_told(change: dict[str, Any], words: str, tiny_relu2: Path) -> None:
+def test_impossible_options_are_errors(change: dict[str, Any], words: str, tiny_relu2: Path) -> None:
     with pytest.raises((PinferError, FileNotFoundError), match=words):
         bench(tiny_relu2, replace(QUICK, **change))
 
 
 def test_a_prompt_longer_than_the_learned_positions_is_refused(tmp_path: Path) -> None:
-    """Beyond them libllama would not complain but abort."""
+    """libllama would abort."""
     path = tmp_path / "gpt2.gguf"
     write_model(path, SynthOptions(arch="gpt2", n_ctx=64, n_head_kv=4))
     with pytest.raises(PinferError, match="no positions beyond 64"):
@@ -277,7 +278,7 @@ def test_a_damaged_artefact_is_one_line(tiny_relu2: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_a_worker_that_dies_is_one_clear_line(tiny_relu2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dead_worker_is_one_line(tiny_relu2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[WorkerProcess] = []
 
     class Mortal(WorkerProcess):
@@ -290,12 +291,14 @@ def test_a_worker_that_dies_is_one_clear_line(tiny_relu2: Path, monkeypatch: pyt
     monkeypatch.setattr(stage, "WorkerProcess", Mortal)
     with pytest.raises(PinferError) as caught:
         bench(tiny_relu2, QUICK)
-    assert str(caught.value).startswith("the process that measures dense ended by SIGKILL, probably for want of memory")
+    assert str(caught.value).startswith(
+        "the process that measures dense ended by SIGKILL, probably because memory ran out"
+    )
     assert "\n" not in str(caught.value)
     assert not [w for w in started if Path(f"/proc/{w.pid}").exists()]
 
 
-def test_the_last_words_of_a_worker_are_passed_on() -> None:
+def test_the_last_line_of_a_dead_worker_is_reported() -> None:
     dying = "import sys; sys.stderr.write('first\\nGGML_ASSERT(x) failed\\n\\n'); sys.exit(3)"
     with WorkerProcess("sparse", [sys.executable, "-c", dying]) as worker, pytest.raises(PinferError) as caught:
         worker.ask("load")
@@ -304,7 +307,7 @@ def test_the_last_words_of_a_worker_are_passed_on() -> None:
         worker.ask("load", model="nowhere.gguf", plugin=None, n_threads=1)
 
 
-def test_nothing_of_the_environment_makes_the_sides_unequal(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_does_not_treat_the_sides_differently(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GGML_BACKEND_PATH", "libggml-pinfer.so")
     monkeypatch.setenv("PINFER_ARTEFACTS", "elsewhere")
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
@@ -316,7 +319,7 @@ def test_nothing_of_the_environment_makes_the_sides_unequal(monkeypatch: pytest.
 
 
 def test_the_idle_side_sleeps(tiny_relu2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With OpenMP's own wait policy, as in a measurement; conftest sets another one."""
+    """Uses OpenMP's default wait policy, as a measurement does; conftest sets another."""
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     with WorkerProcess(DENSE) as worker:
         worker.ask("load", model=str(tiny_relu2), plugin=None, n_threads=2)
@@ -333,7 +336,7 @@ def _cpu_ticks(pid: int) -> int:
     return int(values[11]) + int(values[12])
 
 
-def test_what_others_use_is_what_is_left_of_the_cpu() -> None:
+def test_used_by_others_is_busy_time_minus_own_time() -> None:
     begin, end = machine.CpuTime(10.0, 100.0), machine.CpuTime(20.0, 115.0)
     assert machine.used_by_others(begin, end, own=10.0) == pytest.approx(0.5)
     assert machine.used_by_others(begin, end, own=30.0) == 0.0
@@ -365,7 +368,7 @@ def test_the_command_prints_records_and_nothing_else_on_stdout(tiny_relu2: Path,
     assert all(len(r["samples_ts"]) == 2 for r in records)
     wrong = pinfer("bench", tiny_relu2, "-b", "many")
     assert wrong.code == 2
-    assert "no list of numbers" in wrong.err_lines[-1]
+    assert "'many' is not a valid list of numbers" in wrong.err_lines[-1]
 
 
 def test_every_flag_arrives(monkeypatch: pytest.MonkeyPatch, tiny_relu2: Path) -> None:

@@ -1,14 +1,13 @@
-"""Models of the hub: which file is meant, how it comes into the cache, and every way in which it does not."""
+"""Models of the hub: which file a name means, how it is downloaded, and what happens when that fails."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,7 +21,7 @@ from pinfer.hub.models import HubName, choose_gguf, parse_name
 MIB = 1 << 20
 TINY = (MODELS / "tiny-relu2.gguf").read_bytes()
 
-# The hub's library writes whole pieces of 10 MiB; what is to be resumed has to be larger. A GGUF may have a tail.
+# huggingface_hub writes pieces of 10 MiB; a file to be resumed has to be larger. A GGUF may have trailing bytes.
 LARGE = TINY + bytes(24 * MIB - len(TINY))
 
 
@@ -59,7 +58,7 @@ def test_names(text: str, repo: str, wanted: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "repo", "user/repo/file", "user/", "/repo", "user/repo:", "u/r:a:b", "u r/x"])
-def test_what_is_no_name(text: str) -> None:
+def test_invalid_names(text: str) -> None:
     with pytest.raises(PinferError, match="-hf user/repo"):
         parse_name(text)
 
@@ -107,17 +106,17 @@ def test_choice(files: tuple[str, ...], wanted: str, chosen: str) -> None:
         (("m-Q4_0-00002-of-00003.gguf", "m-Q4_0-00001-of-00003.gguf"), "", ("3 parts", "llama-gguf-split --merge")),
     ],
 )
-def test_nothing_to_choose(files: tuple[str, ...], wanted: str, words: tuple[str, ...]) -> None:
+def test_no_file_fits(files: tuple[str, ...], wanted: str, words: tuple[str, ...]) -> None:
     with pytest.raises(PinferError) as caught:
         choose_gguf(files, HubName("u/r", wanted))
     assert all(word in str(caught.value) for word in words), caught.value
     assert caught.value.hint
 
 
-# --- the command, from the hub to words ------------------------------------------------------------------------------
+# --- the command, from the hub to text ------------------------------------------------------------------------------
 
 
-def test_run_fetches_once_and_says_the_words_of_the_file(hub: Hub, cache: Path, command: CommandLine) -> None:
+def test_run_downloads_once_and_generates_the_same_text(hub: Hub, cache: Path, command: CommandLine) -> None:
     hub.add("u/tiny-GGUF", {"tiny-q8_0.gguf": TINY, "mmproj-tiny.gguf": b"GGUF"})
     hub.token = "secret"
     words = ("-p", "Once upon a time", "-n", "8", "--temp", "0")
@@ -129,7 +128,7 @@ def test_run_fetches_once_and_says_the_words_of_the_file(hub: Hub, cache: Path, 
     assert hub.ranges == [None]
     assert "fetching tiny-q8_0.gguf: 8.5 MiB in " in first.err
     assert "model: tiny-q8_0.gguf of u/tiny-GGUF" in first.err_lines
-    hub.status = 500  # whoever asks now fails
+    hub.status = 500  # any request fails from here on
     for flags in (["-hf", "u/tiny-GGUF", "--offline"], []):
         again = command("run", *flags, *words, env=env)
         assert (again.code, again.out) == (0, here.out), again.err
@@ -173,16 +172,16 @@ def test_the_runner_finds_artefacts_where_python_writes_them(hub: Hub, cache: Pa
     assert str(folder / paths.PREDICTOR) in run.err
 
 
-# --- downloads that break off ----------------------------------------------------------------------------------------
+# --- interrupted downloads ----------------------------------------------------------------------------------------
 
 _SCRIPT = """
 import json, sys
 from pinfer.cli import ui
-from pinfer.hub import models as hub
+from pinfer.hub import models
 from pinfer.errors import PinferError
 for call in sys.argv[2:]:
     try:
-        print(json.dumps({"path": str(getattr(hub, sys.argv[1])(call, ui.stderr_progress()))}))
+        print(json.dumps({"path": str(getattr(models, sys.argv[1])(call, ui.stderr_progress()))}))
     except PinferError as error:
         print(json.dumps({"message": error.message, "hint": error.hint}))
 """
@@ -197,7 +196,7 @@ def _fetch(
     token: str = "",
     modules: Path = ROOT,
 ) -> list[dict[str, str]]:
-    """Fetches in a process of its own, for the hub's library reads its settings when it is imported."""
+    """Fetches in a separate process, because huggingface_hub reads its settings on import."""
     env = clean_environment() | hub.environment(cache, offline=offline) | {"PYTHONPATH": f"{modules}:{ROOT}"}
     env |= {"HF_TOKEN": token} if token else {}
     done = subprocess.run(
@@ -207,7 +206,7 @@ def _fetch(
     return [json.loads(line) | {"stderr": done.stderr} for line in done.stdout.splitlines()]
 
 
-def test_a_broken_connection_is_taken_up_again(hub: Hub, cache: Path) -> None:
+def test_a_broken_connection_is_resumed(hub: Hub, cache: Path) -> None:
     hub.add("u/r", {"large.gguf": LARGE})
     hub.cut = 1
     (got,) = _fetch(hub, cache, "u/r")
@@ -215,59 +214,51 @@ def test_a_broken_connection_is_taken_up_again(hub: Hub, cache: Path) -> None:
     assert hub.ranges == [None, f"bytes={10 * MIB}-"]
 
 
-def test_ctrl_c_keeps_what_came_and_the_next_command_goes_on(hub: Hub, cache: Path, command: CommandLine) -> None:
+def test_a_server_that_ignores_range_leaves_the_right_file(hub: Hub, cache: Path) -> None:
+    """The rest is asked for, the whole file comes: it must replace what was there, not follow it."""
     hub.add("u/r", {"large.gguf": LARGE})
-    hub.stall = True
-    env = command.environment(hub.environment(cache))
+    hub.cut = 1
+    hub.ignores_range = True
+    (got,) = _fetch(hub, cache, "u/r")
+    assert hub.ranges == [None, f"bytes={10 * MIB}-"]
+    assert Path(got["path"]).read_bytes() == LARGE
+    assert "fetching large.gguf: 24.0 MiB in " in got["stderr"]
+
+
+def test_ctrl_c_ends_a_download_at_once_and_keeps_complete_files(hub: Hub, cache: Path, command: CommandLine) -> None:
+    shards = {"model-00001-of-00002.safetensors": LARGE[: 2 * MIB], "model-00002-of-00002.safetensors": LARGE}
+    hub.add("u/llm", CHECKPOINT | shards)
+    hub.stall = "model-00002-of-00002.safetensors"
     process = subprocess.Popen(
-        [sys.executable, "-m", "pinfer", "show", "-hf", "u/r", "--json"],
-        env=env,
+        [sys.executable, "-m", "pinfer", "convert", "-hf", "u/llm"],
+        env=command.environment(hub.environment(cache)),
         cwd=command.folder,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
-    blobs = cache / "hub" / "models--u--r" / "blobs"
     try:
         assert hub.stalled.wait(60)
-        _wait_for(lambda: any(path.stat().st_size >= 10 * MIB for path in blobs.glob("*.incomplete")), process)
+        pressed = time.monotonic()
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
+        seconds = time.monotonic() - pressed
     finally:
         process.kill()
     assert process.returncode == 130, err
-    assert "the same command goes on" in err
-    hub.stall = False
+    assert seconds < 5, seconds
+    assert "complete files are kept" in err
+    assert not list(cache.rglob("*.incomplete"))
+    n_asked = len(hub.ranges)
+    hub.stall = ""
     hub.go_on.set()
-    shown = command("show", "-hf", "u/r", "--json", env=hub.environment(cache))
-    assert shown.code == 0, shown.err
-    assert Path(json.loads(shown.out)["model"]).read_bytes() == LARGE
-    assert hub.ranges == [None, f"bytes={10 * MIB}-"]
-    assert "are here already" in shown.err
-    assert not list(blobs.glob("*.incomplete"))
+    (got,) = _fetch(hub, cache, "u/llm", function="fetch_checkpoint")
+    assert (Path(got["path"]) / "model-00002-of-00002.safetensors").read_bytes() == LARGE
+    assert (Path(got["path"]) / "model-00001-of-00002.safetensors").read_bytes() == LARGE[: 2 * MIB]
+    assert len(hub.ranges) == n_asked + 1, "only the second shard"
 
 
-def _wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    end = time.monotonic() + 60
-    while not condition():
-        assert process.poll() is None, "it ended by itself"
-        assert time.monotonic() < end, "it never came"
-        time.sleep(0.02)
-
-
-def test_a_beginning_that_is_not_of_this_file_is_noticed(hub: Hub, cache: Path) -> None:
-    hub.add("u/r", {"large.gguf": LARGE})
-    blobs = cache / "hub" / "models--u--r" / "blobs"
-    blobs.mkdir(parents=True)
-    (blobs / f"{hashlib.sha256(LARGE).hexdigest()}.incomplete").write_bytes(b"x" * MIB)
-    first, second = _fetch(hub, cache, "u/r", "u/r")
-    assert "damaged" in first["message"]
-    assert "again" in first["hint"]
-    assert Path(second["path"]).read_bytes() == LARGE
-    assert hub.ranges == [f"bytes={MIB}-", None]
-
-
-def test_a_full_disk_is_told_before(hub: Hub, cache: Path, tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_before_downloading(hub: Hub, cache: Path, tmp_path: Path) -> None:
     hub.add("u/r", {"large.gguf": LARGE})
     (tmp_path / "sitecustomize.py").write_text(
         "import collections, shutil\n"
@@ -283,7 +274,7 @@ def test_a_full_disk_is_told_before(hub: Hub, cache: Path, tmp_path: Path) -> No
 # --- refusals --------------------------------------------------------------------------------------------------------
 
 
-def test_each_refusal_is_one_line_with_a_way_out(hub: Hub, cache: Path) -> None:
+def test_each_refusal_is_one_line_with_a_fix(hub: Hub, cache: Path) -> None:
     hub.add("u/gated", {"m.gguf": TINY})
     hub.add("u/checkpoint", {"config.json": b"{}", "model.safetensors": b""})
     hub.gated.add("u/gated")
@@ -299,7 +290,7 @@ def test_each_refusal_is_one_line_with_a_way_out(hub: Hub, cache: Path) -> None:
         assert "\n" not in got["message"] + got["hint"]
 
 
-def test_a_token_is_wanted_and_sent(hub: Hub, cache: Path) -> None:
+def test_the_token_is_required_and_sent(hub: Hub, cache: Path) -> None:
     hub.add("u/private", {"m.gguf": TINY})
     hub.token = "right"
     (refused,) = _fetch(hub, cache, "u/private", token="wrong")
@@ -308,7 +299,7 @@ def test_a_token_is_wanted_and_sent(hub: Hub, cache: Path) -> None:
     assert Path(got["path"]).name == "m.gguf"
 
 
-def test_a_hub_in_trouble(hub: Hub, cache: Path) -> None:
+def test_a_hub_with_server_errors(hub: Hub, cache: Path) -> None:
     hub.status = 503
     (got,) = _fetch(hub, cache, "u/r")
     assert "HTTP 503" in got["message"]
@@ -323,7 +314,7 @@ def test_without_a_hub_the_cache_is_used(hub: Hub, cache: Path) -> None:
     assert found["path"] == fetched["path"]
     assert "taking m-q4_0.gguf from the cache" in found["stderr"]
     for got in (missing, unknown):
-        assert "cannot get u/" in got["message"]
+        assert "cannot download u/" in got["message"]
         assert "network" in got["hint"]
     found, missing, unknown = _fetch(hub, cache, "u/r", "u/r:q8_0", "u/other", offline=True)
     assert found["path"] == fetched["path"]
@@ -368,7 +359,7 @@ def test_a_checkpoint_is_its_shards_and_its_tokenizer(hub: Hub, cache: Path) -> 
     assert "lacks model-00002-of-00002.safetensors" in missing["message"]
 
 
-def test_pickled_weights_only_where_there_are_no_others(hub: Hub, cache: Path) -> None:
+def test_pickled_weights_only_if_there_are_no_others(hub: Hub, cache: Path) -> None:
     hub.add("u/old", {"config.json": b"{}", "pytorch_model.bin": b"1", "training_args.bin": b"2", "vocab.json": b"{}"})
     hub.add("u/new", {"config.json": b"{}", "pytorch_model.bin": b"1", "model.safetensors": b"2"})
     hub.add("u/none", {"config.json": b"{}", "m.gguf": b"GGUF"})
@@ -379,11 +370,11 @@ def test_pickled_weights_only_where_there_are_no_others(hub: Hub, cache: Path) -
     assert "write u/old" in part["hint"]
 
 
-# --- what is typed instead -------------------------------------------------------------------------------------------
+# --- other things users type ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["run", "show"])
-def test_what_is_no_gguf_but_could_become_one(command: CommandLine, name: str) -> None:
+def test_a_source_that_can_be_converted(command: CommandLine, name: str) -> None:
     folder = command.folder / "llm"
     folder.mkdir()
     (folder / "config.json").write_text("{}")
@@ -403,7 +394,7 @@ def test_a_path_is_not_taken_for_a_repository(command: CommandLine, name: str) -
     assert "-hf" not in command("show", name).err
 
 
-def test_a_model_and_a_repository_are_one_too_many(command: CommandLine) -> None:
+def test_a_model_and_a_repository_exclude_each_other(command: CommandLine) -> None:
     shown = command("show", "a.gguf", "-hf", "u/r")
     assert shown.code == 2
     assert "two models named, a.gguf and u/r" in shown.err

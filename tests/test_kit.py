@@ -1,26 +1,26 @@
-"""The GPU kit: what is packed, its driver's command line, and the arithmetic of its benchmark, all without a GPU."""
+"""The GPU kit without a GPU: the archive, gpu.sh's command line, and the benchmark's arithmetic."""
 
 from __future__ import annotations
 
-import bz2
 import hashlib
 import importlib
 import io
 import json
 import lzma
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
 import time
+import tomllib
 import zipfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
-import numpy as np
 import pytest
 from support.command_line import CommandLine
 
@@ -31,7 +31,7 @@ SDIST = next((ROOT / ".cache").glob("llama_cpp_python-*.tar.gz"), ROOT / ".cache
 
 @pytest.fixture
 def kit(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, ModuleType]]:
-    """The kit's modules, which are programs beside each other and no package."""
+    """The kit's modules by name. They are scripts in one folder, not a package."""
     monkeypatch.syspath_prepend(str(KIT))
     names = ("pack", "cases", "bench", "report", "meter", "train_layers")
     yield {name: importlib.import_module(name) for name in names}
@@ -43,7 +43,7 @@ def kit(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, ModuleType]]:
 
 
 def _wheels(folder: Path, pack: ModuleType) -> tuple[Path, list[tuple[str, str]]]:
-    """The pinned wheels where they were downloaded, else stand-ins of their names, with a compiled part in each."""
+    """The pinned wheels if `make gpu-kit` has downloaded them, else small ones of the same names with a .so."""
     downloaded = ROOT / ".cache" / "gpu-kit"
     pinned = pack.pinned_wheels()
     if downloaded.is_dir():
@@ -52,16 +52,22 @@ def _wheels(folder: Path, pack: ModuleType) -> tuple[Path, list[tuple[str, str]]
     made = []
     for requirement, _ in pinned:
         name = requirement.partition("==")[0].replace("-", "_")
-        name = {"pyyaml": "yaml"}.get(name.lower(), name)  # the others are imported by the name of their package
+        name = {"pyyaml": "yaml"}.get(name.lower(), name)  # for the others, package and module have the same name
         file = folder / f"{name}-1-py3-none-any.whl"
         with zipfile.ZipFile(file, "w") as wheel:
             wheel.writestr(f"{name}/__init__.py", "")
             wheel.writestr(f"{name}/_native.so", "")
+            wheel.writestr(f"{name}/_psutil_linux.abi3.so", "")
         made.append((requirement, hashlib.sha256(file.read_bytes()).hexdigest()))
     return folder, made
 
 
-def test_archive_is_small_and_has_everything(
+def _tracked(*paths: str) -> list[str]:
+    listed = subprocess.run(["git", "-C", ROOT, "ls-files", *paths], capture_output=True, text=True, check=True)
+    return [name for name in listed.stdout.splitlines() if (ROOT / name).exists()]
+
+
+def test_archive_is_small_and_complete(
     kit: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pack = kit["pack"]
@@ -73,23 +79,19 @@ def test_archive_is_small_and_has_everything(
     with tarfile.open(out) as archive:
         outer = {member.name: member for member in archive}
         assert outer["kit/gpu.sh"].mode & 0o111
-        packed = archive.extractfile("kit/sources.tar.bz2")
+        packed = archive.extractfile("kit/sources.tar.xz")
         model = archive.extractfile("kit/tiny-relu2.gguf.xz")
         assert packed is not None
         assert model is not None
         assert lzma.decompress(model.read()) == (ROOT / "models" / "tiny-relu2.gguf").read_bytes()
-        with tarfile.open(fileobj=io.BytesIO(bz2.decompress(packed.read()))) as sources:
+        with tarfile.open(fileobj=io.BytesIO(lzma.decompress(packed.read()))) as sources:
             names = set(sources.getnames())
     expected = {
-        "pinfer/cli.py",
-        "native/CMakeLists.txt",
-        "native/plugin/backend.cpp",
+        *_tracked("pinfer/*.py", "native", "kit"),
+        *re.findall(r"tests/test_\w+\.py", (KIT / "gpu.sh").read_text()),
         "models/synth.py",
         "tests/conftest.py",
         "tests/data/profile.txt",
-        "kit/gpu.sh",
-        "kit/bench.py",
-        "kit/substitute/scipy/optimize.py",
         "LICENSE",
         "llama.cpp/LICENSE",
         "llama.cpp/licenses/LICENSE-jsonhpp",
@@ -105,25 +107,30 @@ def test_archive_is_small_and_has_everything(
         "site/gguf/__init__.py",
         "site/typer/__init__.py",
         "site/yaml/__init__.py",
+        "site/psutil/_psutil_linux.abi3.so",
+        "site/platformdirs/__init__.py",
     }
+    assert len(expected) > 100
     assert not expected - names
     assert any(name.startswith("site/llama_cpp_python-") and name.endswith("/METADATA") for name in names)
-    assert not [name for name in names if name.endswith((".so", ".gguf")) or "__pycache__" in name]
+    compiled = [name for name in names if name.endswith(".so")]
+    assert not [name for name in compiled if not name.startswith("site/psutil/")], "it would need one Python version"
+    assert not [name for name in names if name.endswith(".gguf") or "__pycache__" in name]
     assert not [name for name in names if "ggml-vulkan/" in name or name.startswith("tests/checkpoints")]
 
 
-def test_packing_is_reproducible_and_refuses_what_it_must(
+def test_packing_is_reproducible_and_checks_wheels_and_size(
     kit: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pack = kit["pack"]
     entries = [("b", b"two", 0o644), ("a", b"one", 0o755)]
     assert pack.tar_of(entries) == pack.tar_of(entries[::-1])
-    with pytest.raises(ValueError, match="lacks the pinned wheel of annotated-doc"):
+    with pytest.raises(ValueError, match=r"no wheel of annotated-doc==\S+ with the pinned hash; run: make gpu-kit"):
         list(pack.wheel_files(tmp_path))
     monkeypatch.setattr(pack, "LIMIT", 10)
-    monkeypatch.setattr(pack, "packed_sources", lambda sdist, wheels: ("sources.tar.bz2", b"", 0o644))
+    monkeypatch.setattr(pack, "packed_sources", lambda sdist, wheels: ("sources.tar.xz", b"", 0o644))
     monkeypatch.setattr(pack, "MODELS", ())
-    with pytest.raises(ValueError, match="the limit is 10"):
+    with pytest.raises(ValueError, match="more than the limit of 10"):
         pack.pack(tmp_path / "kit.tar.gz", SDIST, tmp_path)
     assert not (tmp_path / "kit.tar.gz").exists()
 
@@ -132,21 +139,21 @@ def test_packing_is_reproducible_and_refuses_what_it_must(
 
 
 def _driver(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """gpu.sh in a folder of its own, on a machine that has no nvidia-smi unless the folder's bin has one."""
+    """Runs a copy of gpu.sh in ``folder``. nvidia-smi fails unless the folder's bin has another one."""
     folder.mkdir(exist_ok=True)
     script = shutil.copy(KIT / "gpu.sh", folder)
     (folder / "bin").mkdir(exist_ok=True)
     kept = {name: value for name, value in os.environ.items() if name not in ("GPU", "CUDA_ARCH", "LIMIT", "WORK")}
-    nowhere = folder / "bin" / "nvidia-smi"
-    if not nowhere.exists():
-        nowhere.write_text("#!/bin/sh\nexit 9\n")
-        nowhere.chmod(0o755)
+    smi = folder / "bin" / "nvidia-smi"
+    if not smi.exists():
+        smi.write_text("#!/bin/sh\nexit 9\n")
+        smi.chmod(0o755)
     path = f"{folder / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     kept |= {"PATH": path, "PYTHON": sys.executable, **environment}
     return subprocess.run(["bash", script, *arguments], env=kept, capture_output=True, text=True, timeout=60)
 
 
-def test_driver_parses_and_helps(tmp_path: Path) -> None:
+def test_gpu_sh_prints_help_and_rejects_bad_usage(tmp_path: Path) -> None:
     subprocess.run(["bash", "-n", str(KIT / "gpu.sh")], check=True)
     if shutil.which("shellcheck"):
         subprocess.run(["shellcheck", "-S", "warning", str(KIT / "gpu.sh")], check=True)
@@ -157,7 +164,7 @@ def test_driver_parses_and_helps(tmp_path: Path) -> None:
     assert _driver(tmp_path / "kit", "bench").returncode == 2
 
 
-def test_driver_without_a_gpu_says_what_to_type(tmp_path: Path) -> None:
+def test_gpu_sh_without_a_gpu_names_the_alternatives(tmp_path: Path) -> None:
     refused = _driver(tmp_path / "kit", "build")
     assert refused.returncode == 1
     assert "no NVIDIA GPU found" in refused.stderr
@@ -165,21 +172,35 @@ def test_driver_without_a_gpu_says_what_to_type(tmp_path: Path) -> None:
     assert not (tmp_path / "kit" / "out").exists()
 
 
+@pytest.mark.parametrize("missing", ["numpy", "scipy"])
+def test_gpu_sh_needs_numpy_and_scipy(tmp_path: Path, missing: str) -> None:
+    folder = tmp_path / "kit"
+    (folder / "bin").mkdir(parents=True)
+    python = folder / "bin" / "some-python"
+    python.write_text(f'#!/bin/sh\ncase "$2" in "import {missing}"*) exit 1 ;; *) exec {sys.executable} "$@" ;; esac\n')
+    python.chmod(0o755)
+    refused = _driver(folder, "build", GPU="none", PYTHON=str(python))
+    assert refused.returncode == 1
+    assert len(refused.stderr.splitlines()) == 1
+    assert f"has no {missing}: run {python} -m pip install {missing}" in refused.stderr
+    assert not list((folder / "out" / "cpu" / "stamps").iterdir())
+
+
 def _sources(folder: Path, files: dict[str, bytes]) -> None:
-    with tarfile.open(folder / "sources.tar.bz2", "w:bz2") as sources:
+    with tarfile.open(folder / "sources.tar.xz", "w:xz") as sources:
         for name, data in files.items():
             entry = tarfile.TarInfo(name)
             entry.size = len(data)
             sources.addfile(entry, io.BytesIO(data))
 
 
-def test_driver_goes_on_where_it_stopped(tmp_path: Path) -> None:
-    """A kit whose sources are missing: the first step fails, is reported with its log, and leaves no stamp."""
+def test_gpu_sh_continues_after_a_failed_step(tmp_path: Path) -> None:
+    """Without sources the first step fails: the end of its log is printed, and it is not marked as finished."""
     folder = tmp_path / "kit"
     failed = _driver(folder, "build", GPU="none")
     assert failed.returncode == 1
     assert "unpack failed" in failed.stderr
-    assert "sources.tar.bz2" in failed.stderr
+    assert "sources.tar.xz" in failed.stderr
     assert not list((folder / "out" / "cpu" / "stamps").iterdir())
 
     stamps = folder / "out" / "cpu" / "stamps"
@@ -194,14 +215,14 @@ def test_driver_goes_on_where_it_stopped(tmp_path: Path) -> None:
     _sources(folder, {"models/a": b"1", "kit/b": b"2"})
     _driver(folder, "build", GPU="none")
     assert {stamp.name for stamp in stamps.iterdir()} == {"unpack", "bench-smoke-model"}
-    assert (folder / "src" / "models" / "a").stat().st_mtime_ns == first["models/a"], "or all would be compiled again"
+    assert (folder / "src" / "models" / "a").stat().st_mtime_ns == first["models/a"], "unchanged: not recompiled"
     assert (folder / "src" / "kit" / "b").stat().st_mtime_ns > first["kit/b"]
     over = _driver(folder, "build", GPU="none", LIMIT="0")
     assert over.returncode == 75
-    assert "call again to go on" in over.stderr
+    assert "run the same command again to continue" in over.stderr
 
 
-def test_driver_finds_the_architecture(tmp_path: Path) -> None:
+def test_gpu_sh_finds_the_architectures_of_all_gpus(tmp_path: Path) -> None:
     folder = tmp_path / "kit"
     (folder / "bin").mkdir(parents=True)
     smi = folder / "bin" / "nvidia-smi"
@@ -214,7 +235,7 @@ def test_driver_finds_the_architecture(tmp_path: Path) -> None:
 # -- the benchmark -----------------------------------------------------------------------------------------------------
 
 
-def test_cases_shrink_with_the_room_and_keep_their_share(kit: dict[str, ModuleType]) -> None:
+def test_a_case_shrinks_to_fit_and_keeps_its_share_of_the_device(kit: dict[str, ModuleType]) -> None:
     from models.synth import size_of
 
     cases = kit["cases"]
@@ -226,13 +247,13 @@ def test_cases_shrink_with_the_room_and_keep_their_share(kit: dict[str, ModuleTy
     less = cases.fit(case, sizes.files(12, "F16") - 1)
     assert less.n_layer == 11
     assert less.cap / less.model_bytes == pytest.approx(case.cap / whole.model_bytes, rel=1e-6)
-    with pytest.raises(ValueError, match="too little"):
+    with pytest.raises(ValueError, match="not enough for two of its layers"):
         cases.fit(case, sizes.files(1, "F16"))
 
 
 @pytest.mark.parametrize("limit", [0, 1, 7, 13, 40])
 def test_largest_fitting_is_found_by_measuring(kit: dict[str, ModuleType], limit: int) -> None:
-    """Sizes grow unevenly, and beyond a point the program does not run at all."""
+    """Sizes grow unevenly, and from a point on the program does not run at all."""
     asked: list[int] = []
 
     def probe(n: int) -> int | None:
@@ -256,11 +277,11 @@ def _recorded(kit: dict[str, ModuleType]) -> dict[str, object]:
     return {"case": "smoke", "n_layer": 4, "n_layer_full": 8, "cap": 100, "cap_full": 200, "rounds": rounds}
 
 
-def test_summary_compares_with_the_best_way_that_kept_to_the_budget(kit: dict[str, ModuleType]) -> None:
+def test_summary_compares_with_the_fastest_way_within_the_budget(kit: dict[str, ModuleType]) -> None:
     data = _recorded(kit)
     summary = kit["report"].summary(data, kit["cases"].CASES["smoke"])
     first = summary["rows"][0]
-    assert first["best"] == "layers", "the other way took 200 bytes of 100"
+    assert first["best"] == "layers", "the other way took 200 bytes; the budget is 100"
     assert first["ratio"] == pytest.approx(3.2)
     assert (first["ratio_low"], first["ratio_high"]) == (pytest.approx(3.1), pytest.approx(3.3))
     assert summary["budget_kept"] is True
@@ -273,7 +294,7 @@ def test_summary_compares_with_the_best_way_that_kept_to_the_budget(kit: dict[st
 
 @pytest.fixture
 def gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A machine with an nvidia-smi that reports, in MiB, what the returned file holds."""
+    """Puts an nvidia-smi on PATH that reports the contents of the returned file, in MiB."""
     level = tmp_path / "level"
     level.write_text("100")
     smi = tmp_path / "bin" / "nvidia-smi"
@@ -284,7 +305,7 @@ def gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return level
 
 
-def test_meter_sees_the_peak(kit: dict[str, ModuleType], gpu: Path) -> None:
+def test_meter_reports_the_peak(kit: dict[str, ModuleType], gpu: Path) -> None:
     with kit["meter"].Meter() as meter:
         gpu.write_text("350")
         time.sleep(1.0)
@@ -295,7 +316,7 @@ def test_meter_sees_the_peak(kit: dict[str, ModuleType], gpu: Path) -> None:
     assert unused.peak is None
 
 
-# Takes 40 MiB, 20 more for each layer on the device and 5 for one without its FFN, while it runs.
+# While it runs it takes 40 MiB, and 20 more for each layer on the device, or 5 for a layer without its FFN.
 _LLAMA = """#!{python}
 import json, pathlib, sys, time
 option = dict(zip(sys.argv[1::2], sys.argv[2::2]))
@@ -310,7 +331,7 @@ for batch in map(int, option["-npl"].split(",")):
 """
 
 
-def test_both_ways_of_llama_are_tuned_to_the_budget(
+def test_both_ways_of_llama_cpp_are_tuned_to_the_budget(
     kit: dict[str, ModuleType], gpu: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     llama = tmp_path / "bin" / "llama-batched-bench"
@@ -327,8 +348,8 @@ def test_both_ways_of_llama_are_tuned_to_the_budget(
     bench.do_ffn()
     found = json.loads((tmp_path / "smoke.json").read_text())
     assert (found["layers"]["n"], found["layers"]["arguments"]) == (5, ["-ngl", "5"])
-    assert found["layers"]["threads"] == 1, "the fake one is slower with two"
-    # All nine take 220; six FFNs on the CPU bring that to 130, five to 145 of 140.
+    assert found["layers"]["threads"] == 1, "the fake llama.cpp is slower with two"
+    # All nine layers take 220 MiB. With six FFNs on the CPU it is 130, with five 145; the budget is 140.
     assert found["ffn"]["n"] == 2
     assert found["ffn"]["arguments"] == ["-ngl", "999", "-ot", r"blk\.(0|1|2|3|4|5)\.ffn_(up|gate|down)\.=CPU"]
 
@@ -337,7 +358,7 @@ def test_both_ways_of_llama_are_tuned_to_the_budget(
     assert json.loads((tmp_path / "smoke.json").read_text())["layers"] is None
 
 
-def test_training_by_layers_goes_on_and_is_what_train_writes(
+def test_training_by_layers_resumes_and_writes_what_train_writes(
     kit: dict[str, ModuleType], synthetic: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from pinfer.artefacts import paths
@@ -379,47 +400,28 @@ def _pinfer(*arguments: str) -> None:
     assert done.code == 0, done.err
 
 
-# -- without scipy -----------------------------------------------------------------------------------------------------
+# -- the packages ------------------------------------------------------------------------------------------------------
 
-_SUBSTITUTE = """
-import json, sys
-import numpy as np
-from scipy import linalg, optimize, sparse, special
-rng = np.random.default_rng(0)
-x = rng.standard_normal((40, 8)); c = x.T @ x
-root = linalg.cholesky(c, lower=True, overwrite_a=True)
-b = rng.standard_normal((8, 3))
-values, vectors = linalg.eigh(c, subset_by_index=(5, 7))
-print(json.dumps({
-    "root": root.tolist(), "upper": linalg.cholesky(c).tolist(),
-    "solved": linalg.solve_triangular(root, b, lower=True, trans="T").tolist(),
-    "values": values.tolist(), "vectors": np.abs(vectors).tolist(),
-    "ndtr": special.ndtr(np.array([-9.0, -1.0, 0.0, 2.5])).tolist(),
-    "ndtri": special.ndtri(np.array([1e-9, 0.1, 0.5, 0.999])).tolist(),
-}))
+_WITHOUT = """
+import sys
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {missing!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}: it is not in the GPU kit", name=name)
+sys.meta_path.insert(0, Missing())
+from pinfer.cli.app import main
+sys.exit(main())
 """
 
 
-def test_stand_in_for_scipy_gives_its_numbers() -> None:
-    def run(*folders: Path) -> dict[str, list[float]]:
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, folders))}
-        done = subprocess.run([sys.executable, "-c", _SUBSTITUTE], env=environment, capture_output=True, text=True)
+def test_command_line_runs_with_the_packages_of_the_kit(kit: dict[str, ModuleType], tiny_relu2: Path) -> None:
+    """The kit leaves out what only conversion and the hub need; the other commands must not import it."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    needed = {re.split(r"[^\w-]", requirement)[0] for requirement in project["dependencies"]}
+    packed = {requirement.partition("==")[0] for requirement, _ in kit["pack"].pinned_wheels()}
+    missing = needed - packed - {"numpy", "scipy", "llama-cpp-python"}
+    assert {"safetensors", "huggingface_hub"} <= missing
+    code = _WITHOUT.format(missing=missing)
+    for command in (["show", str(tiny_relu2)], ["profile", "--help"]):
+        done = subprocess.run([sys.executable, "-c", code, *command], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        found: dict[str, list[float]] = json.loads(done.stdout)
-        return found
-
-    real, ours = run(), run(KIT / "substitute")
-    for name, expected in real.items():
-        np.testing.assert_allclose(ours[name], expected, rtol=1e-9, atol=1e-12, err_msg=name)
-
-
-def test_solve_without_scipy_places_greedily(synthetic: Path, tmp_path: Path) -> None:
-    profile = str(ROOT / "tests" / "data" / "profile.txt")
-    _pinfer("profile", str(synthetic), "--dataset", profile, "--tokens", "512", "--samples", "64")
-    environment = {**os.environ, "PYTHONPATH": f"{KIT / 'substitute'}{os.pathsep}{ROOT}"}
-    command = [sys.executable, "-m", "pinfer", "solve", str(synthetic), "--vram", "2M", "-c", "64", "--device", "CPU"]
-    done = subprocess.run([*command, "--json"], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout)
-    assert report["status"] == "time limit"
-    assert report["objective"] >= report["greedy"] > 0

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -396,6 +397,46 @@ def test_a_driver_is_asked_what_it_keeps(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(devices, "_OWN_DRIVERS", ("CPU",))
     assert devices.measure_overhead(cpu, 1, 64) == 30 * MIB + 10 * MIB
     assert devices.measure_overhead(cpu, 1, 64) == 10 * MIB
+
+
+@pytest.mark.parametrize(
+    ("files", "cores", "memory"),
+    [
+        ({}, 2, None),
+        ({"/proc/self/cgroup": "0::/a/b\n", "/sys/fs/cgroup/a/b/cpu.max": "max 100000\n"}, 2, None),
+        (
+            {
+                "/proc/self/cgroup": "0::/a/b\n",
+                "/sys/fs/cgroup/a/cpu.max": "150000 100000\n",
+                "/sys/fs/cgroup/a/b/memory.max": "1048576\n",
+            },
+            1,
+            MIB,
+        ),
+        (
+            {
+                "/proc/self/cgroup": "9:name=systemd:/x\n2:cpu,cpuacct:/x\n1:memory:/x\n",
+                "/sys/fs/cgroup/cpu,cpuacct/cpu.cfs_quota_us": "50000\n",
+                "/sys/fs/cgroup/cpu,cpuacct/cpu.cfs_period_us": "100000\n",
+                "/sys/fs/cgroup/cpu,cpuacct/x/cpu.cfs_quota_us": "-1\n",
+                "/sys/fs/cgroup/cpu,cpuacct/x/cpu.cfs_period_us": "100000\n",
+                "/sys/fs/cgroup/memory/x/memory.limit_in_bytes": "2097152\n",
+            },
+            1,
+            2 * MIB,
+        ),
+    ],
+)
+def test_cores_and_memory_respect_the_container(
+    monkeypatch: pytest.MonkeyPatch, files: dict[str, str], cores: int, memory: int | None
+) -> None:
+    topology = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
+    files = {**files, topology.format(0): "0,4", topology.format(1): "1", topology.format(4): "0,4"}
+    monkeypatch.setattr(psutil.Process, "cpu_affinity", lambda _: [0, 1, 4])
+    monkeypatch.setattr(devices, "_text", lambda path: files.get(str(path), ""))
+    assert devices.physical_cores() == cores
+    free = psutil.virtual_memory().available
+    assert devices.free_memory() == memory if memory else devices.free_memory() == pytest.approx(free, rel=0.2)
 
 
 def test_a_machine_survives_its_file(tmp_path: Path) -> None:

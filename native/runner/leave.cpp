@@ -57,7 +57,7 @@ void say(const char * kind, std::string text) {
 }
 
 [[noreturn]] void leave_with_cause(const char * cause) {
-    leave_saying({ "error: ", model_name, ": llama.cpp stopped (", cause,
+    leave_saying({ "pinfer: ", model_name, ": llama.cpp stopped (", cause,
                    "); the file may be damaged: fetch it again, or add -v for llama.cpp's log" });
 }
 
@@ -73,7 +73,7 @@ void on_crash(int sig) {
 void on_ggml_abort(const char * message) {
     char line[512];
     if (pinfer_remote_explain(message, line, sizeof(line))) {
-        leave_saying({ "error: ", line });
+        leave_saying({ "pinfer: ", line });
     }
     strncpy(line, message, sizeof(line) - 1);
     line[sizeof(line) - 1] = '\0';
@@ -89,7 +89,7 @@ void on_ggml_abort(const char * message) {
 } // namespace
 
 void pinfer_say_error(const std::string & text) {
-    say("error: ", text);
+    say("pinfer: ", text);
 }
 
 void pinfer_say_note(const std::string & text) {

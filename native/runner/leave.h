@@ -10,7 +10,7 @@ enum {
     PINFER_EXIT_CLOSED_PIPE = 141,  // as a shell reports a program that dies of SIGPIPE
 };
 
-// One line on stderr: "error: ..." or "note: ...". Line breaks in the text become spaces.
+// One line on stderr: "pinfer: ..." or "note: ...". Line breaks in the text become spaces.
 void pinfer_say_error(const std::string & text);
 void pinfer_say_note(const std::string & text);
 

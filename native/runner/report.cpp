@@ -193,7 +193,7 @@ std::string pinfer_report_json(const llama_context * ctx, const pinfer_answer & 
         { "tokens", tokens },
         { "n_prompt", (uint64_t) answer.prompt_tokens.size() },
         { "n_gen", (uint64_t) tokens.size() },
-        { "stop", eog ? "eog" : "length" },
+        { "stop", eog ? "eog" : answer.context_full ? "context" : "length" },
         { "seed", (uint64_t) answer.seed },
         { "n_ctx", (uint64_t) llama_n_ctx(ctx) },
         { "n_threads", (int64_t) llama_n_threads(const_cast<llama_context *>(ctx)) },

@@ -12,6 +12,7 @@ struct pinfer_answer {
     std::string              model, prompt, text;
     std::vector<llama_token> prompt_tokens, tokens;
     uint32_t                 seed = 0;
+    bool                     context_full = false;
 };
 
 // Notes the free memory of the devices, before anything is loaded.

@@ -1,1 +1,1 @@
-"""What `pinfer bench` is made of: worker processes, limits and reports."""
+"""The parts of `pinfer bench`: worker processes, speed limits and reports."""

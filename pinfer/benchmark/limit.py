@@ -1,14 +1,17 @@
-"""The limit of decoding: the bytes a token has to read, whatever computes them, over the bandwidth of memory.
+"""The upper limit of decoding speed: memory bandwidth over the bytes that each token has to read.
 
-Decoding one sequence reads every weight it uses once per token, and the KV cache up to there. The rows of neurons are
-those that the plugin counted, of the mean size of the layers' rows.
+Decoding one sequence reads every weight it uses once per token, and the KV cache up to the current position. The number
+of neuron rows read is the plugin's count; their size is the mean over the layers.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
+from pinfer.artefacts.artefact import open_artefact
+from pinfer.artefacts.shards import ShardFile, row_bytes
 from pinfer.llama.plugin import Stats
 from pinfer.model import Model, Tensor
 
@@ -20,9 +23,9 @@ class TokenBytes:
     """Bytes that decoding one token reads, on average."""
 
     dense_weights: float
-    """everything but FFN matrices and all of the embedding but its row; the output matrix is in it"""
+    """all weights except FFN matrices; of the token embedding one row, unless it is the output matrix as well"""
     ffn: float
-    """rows of candidates and of active neurons; whole matrices where a layer ran densely"""
+    """rows of candidates and active neurons; whole matrices in layers that ran densely"""
     predictor: float
     kv_cache: float
 
@@ -33,33 +36,33 @@ class TokenBytes:
 
 @dataclass(frozen=True)
 class NeuronBytes:
-    """Bytes of one neuron, the mean over the layers."""
+    """Bytes that one neuron's rows take, as a mean over the layers."""
 
     first: float
-    """the row whose product decides whether it fires"""
+    """the row whose product decides whether the neuron fires"""
     rest: float
-    """what is read besides when it fires"""
+    """the rows that are read if it fires"""
     down_matrix: float
-    """the layer's whole down matrix, where there are no down rows"""
+    """the layer's whole down matrix, if there are no down rows to read singly"""
     ffn: float
     """all FFN matrices of a layer"""
 
 
 def can_count(model: Model) -> bool:
-    """Whether every layer is one plain FFN: of a mixture of experts nobody knows here which experts are read."""
+    """Whether every layer is a plain FFN. For a mixture of experts the experts that were read are unknown."""
     return all(f.up is not None and f.down is not None for f in model.ffn)
 
 
 def dense_bytes(model: Model, n_tokens: int) -> TokenBytes:
-    """Stock libllama: every matrix, and the cache as it is on average while ``n_tokens`` are decoded into it."""
+    """Stock libllama: every matrix, and the average size of the cache while ``n_tokens`` are decoded."""
     ffn = sum(t.n_bytes for t in _ffn_matrices(model).values())
     return TokenBytes(_dense_weights(model), ffn, 0.0, _kv_bytes(model, n_tokens))
 
 
 def sparse_bytes(model: Model, n_tokens: int, stats: Stats, cold: Path | None, predictor: Path | None) -> TokenBytes:
-    """What the plugin read: ``stats`` of the ``n_tokens`` that were decoded, one at a time."""
+    """What the plugin read, from its ``stats`` over ``n_tokens`` decoded one at a time."""
     neuron = neuron_bytes(model, cold)
-    # Pairs that are in no counter were computed by ggml's own CPU backend.
+    # Layers of tokens that no counter includes were computed by ggml's CPU backend.
     n_dense = max(0, model.n_layer * n_tokens - stats.n_tokens)
     ffn = (
         stats.n_candidates * neuron.first
@@ -72,9 +75,7 @@ def sparse_bytes(model: Model, n_tokens: int, stats: Stats, cold: Path | None, p
 
 
 def neuron_bytes(model: Model, cold: Path | None) -> NeuronBytes:
-    """With the shard's down rows where there is one, else with the model's down matrix, which is read whole."""
-    from pinfer.artefacts.shards import ShardFile, row_bytes
-
+    """With the down rows of the cold shard, or else the model's down matrix, which is read whole."""
     gate = _mean([f.gate.row_bytes for f in model.ffn if f.gate is not None])
     up = _mean([f.up.row_bytes for f in model.ffn if f.up is not None])
     down = 0.0
@@ -107,10 +108,8 @@ def _kv_bytes(model: Model, n_tokens: int) -> float:
 
 
 def _predictor_bytes(path: Path, model: Model) -> int:
-    from pinfer.artefacts.artefact import open_artefact
-
     return sum(t.n_bytes for t in open_artefact(path, "predictor", model).gguf.tensors.values())
 
 
 def _mean(values: list[int]) -> float:
-    return sum(values) / len(values) if values else 0.0
+    return fmean(values) if values else 0.0

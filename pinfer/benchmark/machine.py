@@ -1,4 +1,4 @@
-"""What a record of `pinfer bench` says about the build and the machine, and how busy others kept it meanwhile."""
+"""The build and machine that a record of `pinfer bench` names, and how busy other processes kept the CPUs."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import time
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+import psutil
 
 from pinfer import __version__
 
@@ -21,14 +23,14 @@ class Environment:
 
     pinfer_version: str
     commit: str
-    """of the source tree, ``-dirty`` where it was changed since; empty outside one"""
+    """of the source tree, with ``-dirty`` if it has uncommitted changes; empty for an installed package"""
     llama_cpp_python: str
     ggml: str
     isa: str
-    """the plugin's kernels; empty where the plugin was not used"""
+    """the plugin's kernels; empty if the plugin was not used"""
     cpu: str
     n_cpus: int
-    """this process may run on"""
+    """that this process may use"""
     n_threads: int
     memory: int
     """bytes"""
@@ -37,11 +39,11 @@ class Environment:
     time: str
     """of the start, UTC"""
     wait_policy: str
-    """OpenMP's, where the user set one"""
+    """OpenMP's, if the user set one"""
 
 
 def describe(n_threads: int, ggml: str, isa: str, load_average: float, started: str, wait_policy: str) -> Environment:
-    """The rest is read from the machine."""
+    """The environment: what is passed in, and what the machine reports."""
     return Environment(
         pinfer_version=__version__,
         commit=_commit(),
@@ -51,7 +53,7 @@ def describe(n_threads: int, ggml: str, isa: str, load_average: float, started: 
         cpu=_cpu(),
         n_cpus=len(os.sched_getaffinity(0)),
         n_threads=n_threads,
-        memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        memory=psutil.virtual_memory().total,
         load_average=load_average,
         time=started,
         wait_policy=wait_policy,
@@ -66,7 +68,7 @@ def _version_of(package: str) -> str:
 
 
 def _commit() -> str:
-    """Only of a source tree of pinfer's own, not of whatever repository a wheel was installed into."""
+    """The commit of pinfer's own source tree; a wheel may be installed inside another repository."""
     if not (_PACKAGE.parent / ".git").exists():
         return ""
     command = ["git", "-C", str(_PACKAGE.parent), "describe", "--always", "--dirty", "--exclude=*"]
@@ -89,31 +91,25 @@ def _cpu() -> str:
 
 @dataclass(frozen=True)
 class CpuTime:
-    """Seconds at one moment, of the CPUs this process may use."""
+    """CPU time used by all processes, on the CPUs this process may use."""
 
     at: float
+    """seconds of a monotonic clock"""
     busy: float
-    """everybody's, time stolen by a hypervisor included"""
+    """seconds, including time stolen by a hypervisor"""
 
 
 def cpu_time() -> CpuTime | None:
-    """None where the kernel does not tell."""
-    allowed = {f"cpu{n}" for n in os.sched_getaffinity(0)}
-    ticks = 0
-    try:
-        for line in Path("/proc/stat").read_text().splitlines():
-            name, *values = line.split()
-            if name in allowed:
-                # user nice system idle iowait irq softirq steal; guest time is in user already
-                numbers = [int(v) for v in values[:8]]
-                ticks += sum(numbers) - numbers[3] - numbers[4]
-    except (OSError, ValueError, IndexError):
-        return None
-    return CpuTime(time.monotonic(), ticks / os.sysconf("SC_CLK_TCK")) if ticks else None
+    """CPU time used so far; None if the kernel does not report it."""
+    times = psutil.cpu_times(percpu=True)
+    used = (times[n] for n in os.sched_getaffinity(0) if n < len(times))
+    # Guest time is part of user and nice.
+    busy = sum(t.user + t.nice + t.system + t.irq + t.softirq + t.steal for t in used)
+    return CpuTime(time.monotonic(), busy) if busy else None
 
 
 def used_by_others(begin: CpuTime | None, end: CpuTime | None, own: float) -> float | None:
-    """Mean number of CPUs that others kept busy; ``own`` is the CPU time of pinfer's processes in seconds."""
+    """Mean number of CPUs that other processes kept busy. ``own`` is the CPU time of pinfer's processes in seconds."""
     if begin is None or end is None or end.at <= begin.at:
         return None
     return max(0.0, (end.busy - begin.busy - own) / (end.at - begin.at))

@@ -1,4 +1,4 @@
-"""The worker processes of `pinfer bench` seen from outside: started, asked line by line, and ended whatever happens."""
+"""Starts the worker processes of `pinfer bench`, sends them commands and always ends them."""
 
 from __future__ import annotations
 
@@ -11,20 +11,19 @@ import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from pinfer.errors import PinferError
 
-# What decides how long idle OpenMP threads spin; both sides get libgomp's own habit unless the user says otherwise.
+# How long idle OpenMP threads spin. Both sides use libgomp's default unless the user sets one of these.
 WAIT_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
-# These configure the plugin, and one loads it; a worker is told by its parent alone.
+# These load or configure the plugin; in a worker only its parent's commands may do that.
 _FOREIGN = ("GGML_BACKEND_PATH", "PINFER_MODEL", "PINFER_ARTEFACTS", "PINFER_ACTIVATION")
 COMMAND = (sys.executable, "-P", "-m", "pinfer.benchmark.worker")
 
 
 def worker_environment() -> dict[str, str]:
-    """This process's environment without what would make the sides unequal or the idle one spin."""
+    """This process's environment without variables that treat the sides differently or make the idle one spin."""
     environment = {name: value for name, value in os.environ.items() if name not in _FOREIGN}
     if environment.get("OMP_WAIT_POLICY", "").lower() == "active":
         del environment["OMP_WAIT_POLICY"]
@@ -35,7 +34,7 @@ def worker_environment() -> dict[str, str]:
 
 
 class WorkerProcess:
-    """A worker. Use it as a context manager: it ends the process, also after Ctrl-C."""
+    """A worker process; a context manager that ends it, also after Ctrl-C."""
 
     def __init__(self, name: str, command: Sequence[str] = COMMAND) -> None:
         self.name = name
@@ -59,11 +58,11 @@ class WorkerProcess:
         return self._process.pid
 
     def ask(self, do: str, **arguments: object) -> Any:
-        """Send a command and wait for its answer. Raises PinferError where the worker says so or is no more."""
+        """Send a command and wait for its answer. Raises PinferError if the command fails or the worker has died."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         try:
-            self._process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
+            self._process.stdin.write(json.dumps({"do": do, **arguments}, default=os.fspath) + "\n")
             self._process.stdin.flush()
             line = self._process.stdout.readline()
         except BrokenPipeError:
@@ -80,7 +79,7 @@ class WorkerProcess:
         cause = _signal_name(-code) if code < 0 else f"exit code {code}"
         said = self._last_words()
         hint = "close other programs, or use a smaller model or batch" if code == -signal.SIGKILL else ""
-        likely = ", probably for want of memory" if code == -signal.SIGKILL else f": {said}" if said else ""
+        likely = ", probably because memory ran out" if code == -signal.SIGKILL else f": {said}" if said else ""
         return PinferError(f"the process that measures {self.name} ended by {cause}{likely}", hint)
 
     def _last_words(self) -> str:
@@ -91,10 +90,8 @@ class WorkerProcess:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        # It has nothing to save, and in the middle of a batch it would not listen to anything milder for a while.
+    def __exit__(self, *_: object) -> None:
+        # The worker has nothing to save, and would not handle SIGTERM before its current batch ends.
         self._process.kill()
         self._process.wait()
         for stream in (self._process.stdin, self._process.stdout):

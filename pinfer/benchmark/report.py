@@ -1,4 +1,4 @@
-"""What `pinfer bench` reports: results by test and side, ratios, and what they are worth on that machine."""
+"""The report of `pinfer bench`: results by test and side, ratios, and the limits of the machine."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SPARSE, DENSE = "sparse", "dense"
 
 @dataclass(frozen=True)
 class Case:
-    """One thing that is timed: a prompt of ``n_prompt`` tokens, or ``n_gen`` tokens of each of ``n_seq`` sequences."""
+    """A test: a prompt of ``n_prompt`` tokens, or decoding ``n_gen`` tokens of each of ``n_seq`` sequences."""
 
     n_prompt: int
     n_gen: int
@@ -21,14 +21,14 @@ class Case:
 
     @property
     def name(self) -> str:
-        """llama-bench's name, with the sequences behind it: ``pp512``, ``tg128``, ``tg128 ×4``."""
+        """llama-bench's name followed by the number of sequences: ``pp512``, ``tg128``, ``tg128 ×4``."""
         if self.n_prompt:
             return f"pp{self.n_prompt}"
         return f"tg{self.n_gen}" + (f" ×{self.n_seq}" if self.n_seq > 1 else "")
 
     @property
     def n_tokens(self) -> int:
-        """Processed in a run, of all sequences."""
+        """Tokens processed in a run, over all sequences."""
         return self.n_prompt + self.n_gen * self.n_seq
 
 
@@ -40,18 +40,18 @@ class Result:
     side: str
     """``sparse`` or ``dense``"""
     tokens_per_s: tuple[float, ...]
-    """by repetition; all sequences together"""
+    """by repetition, over all sequences"""
     order: tuple[int, ...]
-    """when each repetition ran, counted over the whole bench"""
+    """position of each repetition among all runs of the bench"""
     tokens_sha256: str
     computed: float | None
-    """share of the CPU's neurons whose first product was computed; None where nothing was computed sparsely"""
+    """share of the CPU's neurons whose first product was computed; None if nothing was computed sparsely"""
     active: float | None
     """share that fired"""
     token_bytes: TokenBytes | None
-    """what a token has to read; None for prompts, batches, and where a device reads as well"""
+    """what a token has to read; None for prompts and batches, and if a device reads weights as well"""
     hidden: float | None = None
-    """share of the shorter side, device or CPU, during which the other was at work, too; None without hot neurons"""
+    """share of the shorter side's time (device or CPU) that overlaps the longer side's; None without hot neurons"""
 
     @property
     def mean(self) -> float:
@@ -68,7 +68,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Ratio:
-    """Speed of sparse over dense, each repetition against the one of the other side that ran next to it."""
+    """Speed of sparse over dense, one value per repetition, each from two runs that followed one another."""
 
     test: Case
     pairs: tuple[float, ...]
@@ -97,24 +97,24 @@ class BenchReport:
     environment: Environment
     model: ModelFacts
     mode: str
-    """``predicted``, ``exact``, or ``dense`` where only stock libllama ran"""
+    """``predicted``, ``exact``, or ``dense`` if only stock libllama ran"""
     tokens_from: str
     results: tuple[Result, ...]
     ratios: tuple[Ratio, ...]
     peak: dict[str, int]
     """VmHWM in bytes, by side"""
     recall: float | None
-    """of the predictor, as trained: share of the activation mass it keeps"""
+    """share of the activation mass that the predictor keeps, as measured in training"""
     candidates: float | None
-    """share of neurons it names, as trained"""
+    """share of neurons that the predictor names, as measured in training"""
     bandwidth: float
     """bytes per second"""
     others: float | None
-    """CPUs that other processes kept busy meanwhile"""
+    """CPUs that other processes kept busy during the bench"""
     notes: tuple[str, ...]
 
     def limit(self, result: Result) -> float | None:
-        """Tokens per second if reading what has to be read were all there is to do."""
+        """Tokens per second if decoding only had to read its bytes."""
         return self.bandwidth / result.token_bytes.total if result.token_bytes is not None else None
 
     def ratio(self, test: Case) -> Ratio | None:
@@ -127,7 +127,7 @@ class BenchReport:
         return self.peak[SPARSE] / self.peak[DENSE] if len(self.peak) == 2 else None
 
     def records(self) -> list[dict[str, object]]:
-        """One flat record for each test and side, with build and machine in it as llama-bench has them."""
+        """A flat record for each test and side, with build and machine in each, as in llama-bench."""
         return [self._record(result) for result in self.results]
 
     def _record(self, result: Result) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""Words for `pinfer bench` where no text is named: which neurons fire depends on what is read, so it is prose."""
+"""The built-in text of `pinfer bench`. It is prose, since the neurons that fire depend on the text."""
 
 TEXT = """\
 The ferry left the harbour a little after six, when the light on the water was still grey and the gulls had

@@ -1,7 +1,7 @@
-"""``python -m pinfer.benchmark.worker``: one side of `pinfer bench`, a worker process driven by commands.
+"""``python -m pinfer.benchmark.worker``: a worker process that measures one side of `pinfer bench`.
 
-The plugin has one configuration per process, and so has the peak of memory; hence a process for each side. Commands and
-answers are JSON objects, a line each, on stdin and stdout: ``{"ok": ...}`` or ``{"error": ..., "hint": ...}``.
+Each side has its own process, since a process has one plugin configuration and one memory peak. Commands arrive on
+stdin and answers leave on stdout, one JSON object per line: ``{"ok": ...}`` or ``{"error": ..., "hint": ...}``.
 """
 
 from __future__ import annotations
@@ -19,52 +19,26 @@ from pathlib import Path
 from typing import IO, Any
 
 from pinfer.errors import PinferError
-from pinfer.llama import plugin as native
-from pinfer.llama import rpc as remote
+from pinfer.llama.devices import list_devices, measure_bandwidth
 from pinfer.llama.engine import Engine, PluginConfig
+from pinfer.llama.ggml import load_library
+from pinfer.llama.plugin import load_plugin
+from pinfer.llama.rpc import connect
 
-N_BATCH, N_UBATCH = 2048, 512  # of a prompt; llama-bench's own
+N_BATCH, N_UBATCH = 2048, 512  # llama-bench's defaults
 _NO_VOCABULARY = 0  # enum llama_vocab_type
 
 
 class BenchEngine(Engine):
-    """An engine whose context is made anew for each test, with as many sequences as the test has."""
-
-    def __init__(self, model_path: Path, *, plugin: PluginConfig | None, n_threads: int, n_gpu_layers: int) -> None:
-        self._model_path = model_path
-        self._n_threads = n_threads
-        self._n_seq = 1
-        super().__init__(
-            model_path, plugin=plugin, n_ctx=32, n_batch=32, n_threads=n_threads, n_gpu_layers=n_gpu_layers
-        )
+    """An engine that opens a new context for each test, with the test's number of sequences."""
 
     def open_context(self, n_ctx: int, n_seq: int) -> None:
-        """A context of ``n_ctx`` tokens for each of ``n_seq`` sequences."""
-        self._close_context()
-        self._n_seq = n_seq
-        self._open(self._model_path, n_ctx * n_seq, max(n_seq, min(N_BATCH, n_ctx)), self._n_threads)
-        self.n_ctx = self._llama.llama_n_ctx(self._context)
-        self.n_batch = self._llama.llama_n_batch(self._context)
-
-    def _open(self, model_path: Path, n_ctx: int, n_batch: int, n_threads: int) -> None:
-        """Like an engine's, but with ``n_seq_max`` and batches cut as llama-bench cuts them."""
-        llama = self._llama
-        params = self._context_params()
-        params.n_ctx = n_ctx
-        params.n_batch = n_batch
-        params.n_ubatch = min(n_batch, N_UBATCH)
-        params.n_seq_max = self._n_seq
-        params.n_threads = params.n_threads_batch = n_threads
-        self._context = llama.llama_init_from_model(self._model, params)
-        if not self._context:
-            raise PinferError(
-                f"libllama cannot make a context for {self._n_seq} sequences, {n_ctx} tokens in all",
-                "try fewer sequences (-b) or tokens (-p, -n)",
-            )
-        self._batch = llama.llama_batch_init(n_batch, 0, 1)
+        """A context of ``n_ctx`` tokens for each of ``n_seq`` sequences, with llama-bench's batch sizes."""
+        n_batch = max(n_seq, min(N_BATCH, n_ctx))
+        self._open_context(n_ctx * n_seq, n_batch, min(n_batch, N_UBATCH), n_seq)
 
     def time_prompt(self, tokens: Sequence[int]) -> float:
-        """Seconds for a prompt in batches, logits of its last token only."""
+        """Seconds to process a prompt in batches, with logits for its last token only."""
         self.clear()
         begin = time.perf_counter()
         for at in range(0, len(tokens), self.n_batch):
@@ -75,7 +49,7 @@ class BenchEngine(Engine):
         return time.perf_counter() - begin
 
     def time_decoding(self, streams: Sequence[Sequence[int]]) -> float:
-        """Seconds to decode the streams side by side, a token of each at a time, with logits of all."""
+        """Seconds to decode the streams in parallel: one token of each per step, with logits for all."""
         self.clear()
         llama, context, batch = self._llama, self._context, self._batch
         batch.n_tokens = len(streams)
@@ -95,7 +69,7 @@ class BenchEngine(Engine):
         return time.perf_counter() - begin
 
     def facts(self) -> dict[str, object]:
-        """What libllama says of the model."""
+        """What libllama reports about the model."""
         text = ctypes.create_string_buffer(256)
         self._llama.llama_model_desc(self._model, text, len(text))
         return {
@@ -109,31 +83,33 @@ class BenchEngine(Engine):
 
 
 class Worker:
-    """What the commands do; one method each."""
+    """The commands, one ``do_`` method each."""
 
     def __init__(self) -> None:
         self._engine: BenchEngine | None = None
         self._sparse = False
 
     def answer(self, command: dict[str, Any]) -> object:
-        """Do one command. Raises PinferError where it cannot be done."""
+        """Run one command. Raises PinferError if it fails."""
         name = command.pop("do")
         method = getattr(self, f"do_{name}", None)
         if method is None:
-            raise PinferError(f"the worker knows no command {name!r}")
+            raise PinferError(f"unknown worker command {name!r}")
         return method(**command)
 
     def do_load(
         self, model: str, plugin: dict[str, Any] | None, n_threads: int, n_gpu_layers: int = 0, rpc: str | None = None
     ) -> dict[str, object]:
-        """Load the model, with the plugin configured so or (``None``) without it."""
+        """Load the model with this plugin configuration, or without the plugin (``None``)."""
         if rpc is not None:
-            remote.connect(rpc)
+            connect(rpc)
         config = None if plugin is None else _plugin_config(plugin)
-        self._engine = BenchEngine(Path(model), plugin=config, n_threads=n_threads, n_gpu_layers=n_gpu_layers)
+        self._engine = BenchEngine(
+            Path(model), plugin=config, n_ctx=32, n_batch=32, n_threads=n_threads, n_gpu_layers=n_gpu_layers
+        )
         self._sparse = plugin is not None
-        isa = native.load_plugin().isa() if self._sparse else None
-        return {**self._engine.facts(), "isa": isa, "ggml": _ggml_version(), "plugin_loaded": native.is_loaded()}
+        isa = load_plugin().isa() if self._sparse else ""
+        return {**self._engine.facts(), "isa": isa, "ggml": load_library("ggml-base").ggml_version().decode()}
 
     def do_tokenize(self, text: str) -> list[int]:
         return self._loaded().tokenize(text)
@@ -142,73 +118,55 @@ class Worker:
         self._loaded().open_context(n_ctx, n_seq)
 
     def do_time(self, kind: str, streams: list[list[int]]) -> dict[str, object]:
-        """Run a test once: ``pp`` is a prompt, ``tg`` is decoding; counters are of this run alone."""
+        """Run a test once (``pp``: a prompt, ``tg``: decoding) with counters that start at zero."""
         engine = self._loaded()
         if self._sparse:
-            native.load_plugin().reset_stats()
+            load_plugin().reset_stats()
         seconds = engine.time_prompt(streams[0]) if kind == "pp" else engine.time_decoding(streams)
-        stats = asdict(native.load_plugin().stats()) if self._sparse else None
+        stats = asdict(load_plugin().stats()) if self._sparse else None
         digest = hashlib.sha256(json.dumps(streams).encode()).hexdigest()
         return {"seconds": seconds, "stats": stats, "tokens_sha256": digest}
 
     def do_usage(self) -> dict[str, object]:
-        """Peak resident memory in bytes and the seconds of CPU that this process has used."""
+        """Peak resident memory in bytes and CPU time in seconds of this process."""
         return {"peak": _peak_memory(), "cpu": time.process_time()}
 
     def do_bandwidth(self, n_threads: int, n_bytes: int) -> float:
         """Bytes per second that a matrix-vector product streams on the CPU."""
-        from pinfer.llama.devices import list_devices, measure_bandwidth
-
         cpu = next(d for d in list_devices() if d.kind == "cpu")
         room = max(min(n_bytes, cpu.memory_free // 8), 8 << 20)
         return measure_bandwidth(cpu.name, n_threads, room, 0.0)
 
     def _loaded(self) -> BenchEngine:
         if self._engine is None:
-            raise PinferError("the worker has no model yet")
+            raise PinferError("the worker has not loaded a model")
         return self._engine
 
 
 def _plugin_config(values: dict[str, Any]) -> PluginConfig:
-    def file(name: str) -> Path | None:
-        return Path(values[name]) if name in values else None
-
-    return PluginConfig(
-        activation=values["activation"],
-        activation_threshold=values["activation_threshold"],
-        predictor=file("predictor"),
-        hot=[Path(path) for path in values["hot"]] or None,
-        cold=file("cold"),
-        device=values["device"],
-    )
+    """The fields of a `PluginConfig`, whose paths JSON has made strings."""
+    files = {name: Path(values[name]) for name in ("predictor", "cold") if values[name] is not None}
+    return PluginConfig(**values | files | {"hot": [Path(path) for path in values["hot"] or ()] or None})
 
 
 def _peak_memory() -> int:
-    """VmHWM: the most that was resident at once, mapped files included."""
+    """VmHWM: peak resident memory, mapped files included."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
     return 0
 
 
-def _ggml_version() -> str:
-    from pinfer.llama.ggml import load_library
-
-    base = load_library("ggml-base")
-    base.ggml_version.restype = ctypes.c_char_p
-    return str(base.ggml_version().decode())
-
-
 def _apart_from_stdout() -> IO[str]:
-    """The pipe of answers; what native code prints to stdout goes to stderr from now on."""
+    """A stream for the answers. Native code that prints to stdout writes to stderr from now on."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     return answers
 
 
 def main() -> int:
-    """Answer commands until stdin ends, which it does when the parent has gone, however it went."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both; the parent ends this process
+    """Answer commands until stdin closes, as it does when the parent ends for any reason."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both processes; the parent ends this one
     answers = _apart_from_stdout()
     worker = Worker()
     for line in sys.stdin:

@@ -1,28 +1,26 @@
-"""Which model a command works on when MODEL is left out.
+"""Chooses the model of a command if MODEL is left out.
 
 In this order: MODEL as typed, ``$PINFER_MODEL``, the model of the last command in this folder, the only GGUF here.
-The last model of a folder is remembered under ``pinfer_home()``, so that no file appears beside the user's own.
+The last model of a folder is recorded under ``pinfer_home()``, so no file is added to the user's folder.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from pinfer.artefacts.paths import pinfer_home
 from pinfer.errors import PinferError
 
-NAME_IT = "name one: pinfer COMMAND model.gguf (or set PINFER_MODEL)"
+NAME_IT = "pass one: pinfer COMMAND model.gguf (or set PINFER_MODEL)"
 _GGUF_MAGIC = b"GGUF"
-_POWERINFER_MAGIC = b"PWRI"
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w./-]+)?")
 
 
 @dataclass(frozen=True)
 class Pick:
-    """The model a command works on; ``why`` says how it was found, empty when the user typed it."""
+    """The model of a command. ``why`` tells how it was found; empty if the user typed it."""
 
     path: Path
     why: str = ""
@@ -31,8 +29,8 @@ class Pick:
 def pick_model(given: Path | None, folder: Path | None = None) -> Pick:
     """The model for a command started in ``folder`` (default: the current one).
 
-    Raises PinferError when nothing was given and the choice is not clear, or when ``$PINFER_MODEL`` names no file.
-    A path that was typed is returned as it is: opening it tells best what is wrong with it.
+    Raises PinferError if nothing was given and the choice is not clear, or if ``$PINFER_MODEL`` does not exist.
+    A path the user typed is returned unchecked: opening it gives the better error.
     """
     here = (folder or Path.cwd()).resolve()
     if given is not None:
@@ -55,11 +53,11 @@ def pick_model(given: Path | None, folder: Path | None = None) -> Pick:
 
 
 def remember(model: Path, folder: Path | None = None) -> None:
-    """Keep ``model`` as the last one of ``folder``. A convenience: where it cannot be written, nothing is kept."""
+    """Keep ``model`` as the last one of ``folder``. A convenience: if it cannot be written, nothing is kept."""
     try:
         here = (folder or Path.cwd()).resolve()
         note = _note_of(here)
-        # A link keeps its own name: in the hub's cache what it leads to is called by a hash.
+        # The name of a link, not of its target: in the hub's cache the target is named by a hash.
         text = f"{model.parent.resolve() / model.name}\n"
         if note.exists() and note.read_text(encoding="utf-8") == text:
             return
@@ -75,7 +73,7 @@ def remember(model: Path, folder: Path | None = None) -> None:
 
 
 def recall(folder: Path) -> Path | None:
-    """The model of the last command in ``folder``, None when there is none or it is gone."""
+    """The model of the last command in ``folder``; None if there is none or it is gone."""
     try:
         path = Path(_note_of(folder).read_text(encoding="utf-8").rstrip("\n"))
         return path if path.is_absolute() and path.is_file() else None
@@ -92,45 +90,12 @@ def is_gguf(path: Path) -> bool:
         return False
 
 
-def check_is_model(path: Path) -> None:
-    """Raises PinferError, with the command to type, where ``path`` is no GGUF and there is a way to one.
-
-    That is a checkpoint's folder, a PowerInfer file, the name of a repository of the hub. What else is wrong with a
-    file is told by whoever opens it.
-    """
-    try:
-        if (path / "config.json").is_file():
-            raise PinferError(f"{path} is a checkpoint's folder, not a GGUF", f"make one of it: pinfer convert {path}")
-        if path.is_file():
-            with path.open("rb") as file:
-                if file.read(len(_POWERINFER_MAGIC)) == _POWERINFER_MAGIC:
-                    raise PinferError(f"{path} is in PowerInfer's format", f"make a GGUF of it: pinfer convert {path}")
-        elif _looks_like_repo(path):
-            raise PinferError(f"{path} does not exist", f"a repository of the hub is named by an option: -hf {path}")
-    except (OSError, ValueError):
-        return
-
-
-def _looks_like_repo(path: Path) -> bool:
-    """``user/repo``, where no folder here is called ``user``."""
-    text = str(path)
-    return (
-        _HUB_NAME.fullmatch(text) is not None
-        and not text.partition(":")[0].lower().endswith(".gguf")
-        and text[0] != "."
-        and not path.exists()
-        and not path.parent.exists()
-    )
-
-
 def _note_of(folder: Path) -> Path:
-    from pinfer.artefacts.paths import pinfer_home
-
     return pinfer_home() / "last-model" / hashlib.sha256(os.fsencode(folder)).hexdigest()[:24]
 
 
 def _models_in(folder: Path) -> list[Path]:
-    """GGUF models directly in ``folder``: artefacts and the projectors of vision models are none."""
+    """GGUF models directly in ``folder``, without artefacts and the projectors of vision models."""
     if folder.suffix == ".pinfer":
         return []
     try:

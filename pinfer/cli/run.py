@@ -11,7 +11,21 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from typer.core import TyperCommand
 
-from pinfer.cli.options import ActivationOpt, Choice, HubOpt, JsonOpt, ModelArg, ModelOpt, OfflineOpt, RpcOpt
+from pinfer.cli.options import (
+    ActivationOpt,
+    ArtefactsOpt,
+    Choice,
+    DenseOpt,
+    ExactOpt,
+    HotDeviceOpt,
+    HubOpt,
+    JsonOpt,
+    ModelArg,
+    ModelOpt,
+    NoArtefactsOpt,
+    OfflineOpt,
+    RpcOpt,
+)
 
 if TYPE_CHECKING:
     from typer._click.core import Context, Parameter
@@ -31,19 +45,6 @@ _PLACES: Mapping[Program, str] = {
     "server": "pinfer serve",
 }
 
-ExactOpt = Annotated[bool, typer.Option("--exact", help="Do without the predictor: lossless.")]
-DenseOpt = Annotated[bool, typer.Option("--dense", help="Stock llama.cpp, for comparison.")]
-ArtefactsOpt = Annotated[
-    Path | None,
-    typer.Option(
-        "--artefacts", "--artifacts", metavar="FOLDER", help="Where the artefacts are. [default: where they are written]"
-    ),
-]
-NoArtefactsOpt = Annotated[bool, typer.Option("--no-artefacts", "--no-artifacts", help="Use the model alone.")]
-HotDeviceOpt = Annotated[
-    str | None,
-    typer.Option("--hot-device", metavar="NAME[,NAME]", help="Devices of the hot neurons, or none. [default: as solved]"),
-]
 HelpAllOpt = Annotated[bool, typer.Option("--help-all", help="List llama.cpp's flags.")]
 
 
@@ -125,7 +126,7 @@ def run(
 ) -> int:
     """Continue a prompt (-p TEXT), or chat. Sparse where the model allows it, with whatever artefacts there are."""
     from pinfer.execution import ExecutionOptions
-    from pinfer.run import become, choose_program, runner_command
+    from pinfer.run import become, choose_program, start
 
     if help_all:
         return _show_help_of("completion")
@@ -143,9 +144,9 @@ def run(
         no_artefacts=no_artefacts,
         device=hot_device,
     )
-    command, notes = runner_command(program, path, options, flags, rpc=rpc, as_json=as_json)
-    _say(notes)
-    become(command)
+    begin = start(program, path, options, flags, rpc=rpc, as_json=as_json)
+    _say(begin.execution.notes)
+    become(begin.command)
 
 
 def serve(
@@ -168,8 +169,9 @@ def serve(
     --host and --port choose the address, -np the number of parallel answers; --models-dir FOLDER serves many models.
     """
     from pinfer import serve as stage
+    from pinfer.cli import ui
     from pinfer.execution import ExecutionOptions
-    from pinfer.run import become
+    from pinfer.run import become, start
 
     if help_all:
         return _show_help_of("server")
@@ -191,9 +193,10 @@ def serve(
         device=hot_device,
     )
     stage.check_address(flags)
-    command, notes = stage.serve_command(path, options, flags, rpc=rpc)
-    _say(notes)
-    become(command, stage.server_environment())
+    begin = start("server", path, options, flags, rpc=rpc)
+    _say(begin.execution.notes)
+    ui.say(stage.describe(begin.execution))
+    become(begin.command, stage.server_environment())
 
 
 def _check_modes(ctx: typer.Context, exact: bool, dense: bool, artefacts: Path | None, no_artefacts: bool) -> None:

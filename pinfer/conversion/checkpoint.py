@@ -1,7 +1,7 @@
 """A Hugging Face checkpoint folder: config.json and the weights, which load one tensor at a time.
 
-Weights lie in safetensors files or in PyTorch's ``.bin`` files, whole or in shards with an index. Nothing of a
-checkpoint is ever executed: no remote code, and of a pickle only the tensors (pinfer/torch_file.py).
+Weights are safetensors files or PyTorch's ``.bin`` files, whole or in shards with an index. Nothing in a checkpoint is
+ever executed: no remote code, and from a pickle only the tensors are read (torch_file.py).
 """
 
 from __future__ import annotations
@@ -9,21 +9,48 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
+from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy)
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+
+from pinfer.conversion.hints import DOWNLOAD_AGAIN
+from pinfer.conversion.torch_file import open_torch_file
 from pinfer.errors import PinferError
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    from pinfer.conversion.torch_file import TorchFile
-
 FLOAT_TYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-_WHOLE = ("model.safetensors", "pytorch_model.bin")
-_INDEXED = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-_AGAIN = "download the checkpoint again"
+"""bytes of one value"""
+_WEIGHTS = {"model.safetensors": "*.safetensors", "pytorch_model.bin": "*.bin"}
+"""file of whole weights, and the pattern of its shards; the index is the first with .index.json"""
+
+
+def read_object(path: Path) -> dict[str, Any] | None:
+    """A JSON file that holds an object; None where there is no file. Raises PinferError if it is damaged."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise PinferError(f"{path} cannot be read: {error.strerror or error}", "check its permissions") from None
+    except (ValueError, RecursionError):
+        raise PinferError(f"{path} is damaged: it is not valid JSON", DOWNLOAD_AGAIN) from None
+    if not isinstance(found, dict):
+        raise PinferError(f"{path} is damaged: it holds {_JSON_KINDS[type(found)]}, not an object", DOWNLOAD_AGAIN)
+    return found
+
+
+_JSON_KINDS = {
+    list: "a list",
+    str: "a string",
+    int: "a number",
+    float: "a number",
+    bool: "a boolean",
+    type(None): "null",
+}
 
 
 @dataclass(frozen=True)
@@ -40,16 +67,13 @@ class CheckpointTensor:
     @property
     def n_bytes(self) -> int:
         """Bytes it takes in the checkpoint."""
-        n = FLOAT_TYPES.get(self.dtype, 0)
-        for extent in self.shape:
-            n *= extent
-        return n
+        return FLOAT_TYPES.get(self.dtype, 0) * prod(self.shape)
 
     def load(self) -> NDArray[Any]:
-        """The values in their own floating-point type, in memory. Raises PinferError for any other type."""
+        """The values in their own floating-point type. Raises PinferError for any other type."""
         if self.dtype not in FLOAT_TYPES:
             raise PinferError(
-                f"{self.name} in {self.file.name} is stored as {self.dtype}, which is no plain floating point",
+                f"{self.name} in {self.file.name} is stored as {self.dtype}, which is not plain floating point",
                 "get the F32, F16 or BF16 checkpoint of the model",
             )
         return self._read()
@@ -64,13 +88,13 @@ class Checkpoint:
 
     @property
     def model_type(self) -> str:
-        """config.json's, or by the name of its class where it has none (MiniCPM-S)."""
+        """``model_type`` of config.json; where it is missing (MiniCPM-S), from the name of the model's class."""
         named = self.config.get("model_type")
         return named if isinstance(named, str) else self.architecture.removesuffix("ForCausalLM").lower()
 
     @property
     def architecture(self) -> str:
-        """Name of the original's class, ``""`` where config.json does not say."""
+        """Name of the model's class; ``""`` where config.json has none."""
         named = self.config.get("architectures")
         return str(named[0]) if isinstance(named, list) and named else ""
 
@@ -82,33 +106,48 @@ class Checkpoint:
         """
         return _open_weights(self.folder)
 
-    def integer(self, *keys: str, default: int | None = None) -> int:
-        """A positive number of config.json under the first of these keys that is there."""
-        for key in keys:
-            value = self.config.get(key)
-            if isinstance(value, int) and not isinstance(value, bool) and 0 < value < 1 << 31:
-                return value
-            if value is not None:
-                raise PinferError(f"config.json of {self.folder} has {key} = {value!r}", _AGAIN)
-        if default is None:
-            raise PinferError(f"config.json of {self.folder} has no {keys[0]}", _AGAIN)
-        return default
+    def integer(self, *keys: str, default: int | None = None, among: Mapping[str, Any] | None = None) -> int:
+        """A positive integer below 2³¹ of config.json, under the first of ``keys`` that is there.
 
-    def number(self, *keys: str, default: float | None = None) -> float:
-        """A finite number of config.json under the first of these keys that is there."""
-        for key in keys:
-            value = self.config.get(key)
-            if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e30:
-                return float(value)
-            if value is not None:
-                raise PinferError(f"config.json of {self.folder} has {key} = {value!r}", _AGAIN)
-        if default is None:
-            raise PinferError(f"config.json of {self.folder} has no {keys[0]}", _AGAIN)
-        return default
+        ``among`` is an object inside config.json to look in instead. Raises PinferError for anything else, and where
+        there is neither a value nor a default.
+        """
+        value = self._value(keys, default, among)
+        if isinstance(value, int) and not isinstance(value, bool) and 0 < value < 1 << 31:
+            return value
+        raise self._invalid(keys[0], value)
+
+    def number(
+        self,
+        *keys: str,
+        default: float | None = None,
+        among: Mapping[str, Any] | None = None,
+        zero: bool = False,
+    ) -> float:
+        """Like ``integer``, for a finite number above 0, or from 0 on with ``zero``."""
+        value = self._value(keys, default, among)
+        if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1e30 and (zero or value):
+            return float(value)
+        raise self._invalid(keys[0], value)
 
     def flag(self, key: str, default: bool) -> bool:
-        value = self.config.get(key)
-        return default if value is None else bool(value)
+        """A boolean of config.json."""
+        value = self._value((key,), default, None)
+        if isinstance(value, bool):
+            return value
+        raise self._invalid(key, value)
+
+    def _value(self, keys: tuple[str, ...], default: object, among: Mapping[str, Any] | None) -> Any:
+        given = self.config if among is None else among
+        value = next((given[key] for key in keys if given.get(key) is not None), default)
+        if value is None:
+            raise PinferError(f"config.json of {self.folder} has no {keys[0]}", DOWNLOAD_AGAIN)
+        return value
+
+    def _invalid(self, key: str, value: object) -> PinferError:
+        return PinferError(
+            f"config.json of {self.folder} has {key} = {str(value)[:40]}, which is not valid", DOWNLOAD_AGAIN
+        )
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -117,64 +156,54 @@ def is_checkpoint(path: Path) -> bool:
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """Reads config.json. Raises PinferError where it is damaged, or says that the weights are quantised."""
-    config = _read_json(folder / "config.json")
-    if not isinstance(config, dict):
-        raise PinferError(f"{folder / 'config.json'} is no description of a model", _AGAIN)
+    """Reads config.json. Raises PinferError if it is missing or damaged, or if the weights are already quantised."""
+    config = read_object(folder / "config.json")
+    if config is None:
+        raise PinferError(f"{folder} has no config.json", "name the folder of a Hugging Face checkpoint")
     method = config.get("quantization_config") or config.get("compression_config")
     if method:
-        kind = method.get("quant_method", "some method") if isinstance(method, dict) else method
+        kind = method.get("quant_method", "unknown method") if isinstance(method, dict) else method
         raise PinferError(
             f"{folder} is already quantised ({kind})", "get the F32, F16 or BF16 checkpoint; convert quantises itself"
         )
     checkpoint = Checkpoint(folder, config)
     if not checkpoint.model_type:
-        raise PinferError(f"{folder / 'config.json'} names no model_type", _AGAIN)
+        raise PinferError(f"{folder / 'config.json'} has no model_type", DOWNLOAD_AGAIN)
     return checkpoint
 
 
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise PinferError(f"{path} does not exist", "name the folder of a checkpoint, with its config.json") from None
-    except (OSError, ValueError) as error:
-        cause = error.strerror if isinstance(error, OSError) else "it is no JSON"
-        raise PinferError(f"{path} cannot be read: {cause}", _AGAIN) from None
-
-
 def _open_weights(folder: Path) -> dict[str, CheckpointTensor]:
-    """The tensors of safetensors where there are any, else of .bin files."""
-    for whole, index in zip(_WHOLE, _INDEXED, strict=True):
-        if (folder / index).exists():
-            return _open_indexed(folder, folder / index)
+    """The tensors of safetensors files if there are any, else of .bin files."""
+    for whole, pattern in _WEIGHTS.items():
+        index = folder / f"{whole}.index.json"
+        if index.exists():
+            return _open_indexed(folder, index)
         if (folder / whole).exists():
             return _open_file(folder / whole)
-        single = sorted(folder.glob("*" + Path(whole).suffix))
-        if len(single) == 1 and single[0].suffix == ".safetensors":
-            return _open_file(single[0])
-        if any("-of-" in path.name for path in single):
-            raise PinferError(f"{folder} has shards of weights but no {index}", _AGAIN)
-    raise PinferError(f"{folder} has no weights ({' or '.join(_WHOLE)})", _AGAIN)
+        files = sorted(folder.glob(pattern))
+        if len(files) == 1 and files[0].suffix == ".safetensors":
+            return _open_file(files[0])
+        if any("-of-" in path.name for path in files):
+            raise PinferError(f"{folder} has shards of weights but no {index.name}", DOWNLOAD_AGAIN)
+    raise PinferError(f"{folder} has no weights ({' or '.join(_WEIGHTS)})", DOWNLOAD_AGAIN)
 
 
 def _open_indexed(folder: Path, index: Path) -> dict[str, CheckpointTensor]:
-    content = _read_json(index)
-    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    weight_map = (read_object(index) or {}).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise PinferError(f"{index} has no weight_map", _AGAIN)
+        raise PinferError(f"{index} has no weight_map", DOWNLOAD_AGAIN)
     files = sorted(set(weight_map.values()))
     missing = [name for name in files if Path(name).name != name or not (folder / name).is_file()]
     if missing:
         raise PinferError(
             f"{folder} lacks {len(missing)} of {len(files)} shards: {', '.join(missing[:3])}"
             f"{', …' if len(missing) > 3 else ''}",
-            _AGAIN,
+            DOWNLOAD_AGAIN,
         )
     found = {name: _open_file(folder / name) for name in files}
     for tensor, file in weight_map.items():
         if tensor not in found[file]:
-            raise PinferError(f"{folder / file} does not hold {tensor}, as {index.name} says", _AGAIN)
+            raise PinferError(f"{folder / file} does not hold {tensor}, as {index.name} says", DOWNLOAD_AGAIN)
     return {tensor: found[file][tensor] for tensor, file in weight_map.items()}
 
 
@@ -183,39 +212,27 @@ def _open_file(path: Path) -> dict[str, CheckpointTensor]:
 
 
 def _open_safetensors(path: Path) -> dict[str, CheckpointTensor]:
-    import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy)
-    from safetensors import SafetensorError, safe_open
-
-    def reader(name: str) -> Callable[[], NDArray[Any]]:
-        def read() -> NDArray[Any]:
-            with safe_open(path, "numpy") as file:  # opened anew, so that no mapping outlives its tensor
-                return file.get_tensor(name)  # type: ignore[no-any-return]
-
-        return read
+    def read(name: str) -> NDArray[Any]:
+        with safe_open(path, "numpy") as file:  # opened again each time, so that no mapping outlives its tensor
+            return file.get_tensor(name)  # type: ignore[no-any-return]
 
     try:
         with safe_open(path, "numpy") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             return {
-                name: CheckpointTensor(name, tuple(part.get_shape()), part.get_dtype(), path, reader(name))
+                name: CheckpointTensor(name, tuple(part.get_shape()), part.get_dtype(), path, partial(read, name))
                 for name, part in slices.items()
             }
     except SafetensorError as error:
         cause = "it is cut off" if "not fully covered" in str(error) else str(error).rpartition(": ")[2]
-        raise PinferError(f"{path} is damaged: {cause}", _AGAIN) from None
+        raise PinferError(f"{path} is damaged: {cause}", DOWNLOAD_AGAIN) from None
     except OSError as error:
-        raise PinferError(f"{path} cannot be read: {error.strerror or error}", _AGAIN) from None
+        raise PinferError(f"{path} cannot be read: {error.strerror or error}", DOWNLOAD_AGAIN) from None
 
 
 def _open_bin(path: Path) -> dict[str, CheckpointTensor]:
-    from pinfer.conversion.torch_file import open_torch_file
-
     file = open_torch_file(path)
-
-    def reader(file: TorchFile, name: str) -> Callable[[], NDArray[Any]]:
-        return lambda: file.read(name)
-
     return {
-        name: CheckpointTensor(name, entry.shape, entry.dtype, path, reader(file, name))
+        name: CheckpointTensor(name, entry.shape, entry.dtype, path, partial(file.read, name))
         for name, entry in file.tensors.items()
     }

@@ -1,37 +1,40 @@
 """The model families pinfer converts: what their config.json and tensor names mean, and the GGUF they become.
 
-Names of tensors come from the gguf package's own map; what stands here is where a family departs from it, and what
-libllama's graph of that architecture expects. A tensor that is not understood is an error, never left out in silence.
+Names of tensors come from the gguf package's own map. This file has what differs in a family, and what libllama's graph
+of that architecture expects. A tensor that is not understood is an error; none is left out silently.
 """
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+from gguf import MODEL_ARCH, GGUFWriter, get_tensor_name_map
+from numpy.typing import NDArray
 
 from pinfer.conversion.checkpoint import Checkpoint, CheckpointTensor
+from pinfer.conversion.hints import ANOTHER_MODEL, DOWNLOAD_AGAIN
 from pinfer.conversion.opt_model import add_opt_metadata, opt_tensors, require_expressible_opt
 from pinfer.conversion.plan import ConvertPlan, PlannedTensor
-from pinfer.conversion.rope import add_rope, partial_rotary_factor, rope_tensors
+from pinfer.conversion.rope import add_rope, rope_tensors, rotated_dims
 from pinfer.errors import PinferError
+from pinfer.model import MAX_LAYERS
 
-if TYPE_CHECKING:
-    from gguf import GGUFWriter
-    from numpy.typing import NDArray
-
-    Change = Callable[[Checkpoint, str, NDArray[Any]], NDArray[Any]]
+Change = Callable[[Checkpoint, str, NDArray[Any]], NDArray[Any]]
 
 _UNUSED = re.compile(r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$|\.masked_bias$")
-_RELU, _RELU2, _SQUARED = ("relu",), ("relu2",), ("relu2", "relu_squared", "squared_relu")
+_SQUARED = ("relu2", "relu_squared", "squared_relu")
 _SMOOTH = {
     "silu": ("silu", "swish"),
     "gelu": ("gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh"),
     "relu2": (),
 }
-"""names of the function that libllama's graph computes, where it has no exact zeros"""
+"""config.json's names of what libllama's graph computes, if that has no exact zeros"""
 
 
 @dataclass(frozen=True)
@@ -46,43 +49,65 @@ class Family:
     tensors: Callable[[Checkpoint], list[PlannedTensor]]
     require_expressible: Callable[[Checkpoint], None] = lambda checkpoint: None
     """raises PinferError for members of the family that libllama's graph cannot compute"""
+    biases: frozenset[str] | None = None
+    """tensors whose biases the graph adds (``attn_q``); None: of all"""
 
 
 # --- what most families share ----------------------------------------------------------------------------------------
 
 
-def _head_dim(checkpoint: Checkpoint) -> int:
+def _heads(checkpoint: Checkpoint) -> tuple[int, int]:
+    """Query heads, and key-value heads."""
     n_head = checkpoint.integer("num_attention_heads", "n_head")
-    return checkpoint.integer("head_dim", default=checkpoint.integer("hidden_size") // n_head)
+    return _checked_heads(checkpoint, n_head, checkpoint.integer("num_key_value_heads", default=n_head))
 
 
-def _n_head_kv(checkpoint: Checkpoint) -> int:
-    return checkpoint.integer("num_key_value_heads", default=checkpoint.integer("num_attention_heads"))
+def _checked_heads(checkpoint: Checkpoint, n_head: int, n_kv: int) -> tuple[int, int]:
+    if n_head % n_kv:
+        raise PinferError(
+            f"config.json of {checkpoint.folder} has {n_head} heads, which {n_kv} key-value heads do not divide",
+            DOWNLOAD_AGAIN,
+        )
+    return n_head, n_kv
+
+
+def _head_dim(checkpoint: Checkpoint) -> int:
+    return checkpoint.integer("head_dim", default=checkpoint.integer("hidden_size") // _heads(checkpoint)[0])
+
+
+def _window(checkpoint: Checkpoint) -> tuple[int, int]:
+    """The sliding window, and the context the model was trained for."""
+    context = checkpoint.integer("max_position_embeddings", default=2048)
+    return checkpoint.integer("sliding_window", default=context), context
 
 
 def _add_shape(checkpoint: Checkpoint, header: GGUFWriter) -> None:
-    context = checkpoint.integer("max_position_embeddings")
-    # libllama's llama graph attends to everything: beyond the window the words would no longer be the model's
-    window = checkpoint.integer("sliding_window", default=context)
-    header.add_context_length(min(context, window))
+    n_head, n_kv = _heads(checkpoint)
+    # libllama's graphs of these families attend to all tokens: beyond the window the text would not be the model's
+    header.add_context_length(min(_window(checkpoint)))
     header.add_embedding_length(checkpoint.integer("hidden_size"))
     header.add_block_count(checkpoint.integer("num_hidden_layers"))
     header.add_feed_forward_length(checkpoint.integer("intermediate_size"))
-    header.add_head_count(checkpoint.integer("num_attention_heads"))
-    header.add_head_count_kv(_n_head_kv(checkpoint))
+    header.add_head_count(n_head)
+    header.add_head_count_kv(n_kv)
     header.add_vocab_size(checkpoint.integer("vocab_size"))
+
+
+def _add_heads(checkpoint: Checkpoint, header: GGUFWriter, rotated_share: float, *, allows_part: bool = False) -> None:
+    head_dim = _head_dim(checkpoint)
+    header.add_key_length(head_dim)
+    header.add_value_length(head_dim)
+    add_rope(checkpoint, header, rotated_dims(checkpoint, head_dim, rotated_share, allows_part=allows_part))
 
 
 def _add_llama_metadata(checkpoint: Checkpoint, header: GGUFWriter) -> None:
     _add_shape(checkpoint, header)
-    header.add_layer_norm_rms_eps(checkpoint.number("rms_norm_eps", default=1e-6))
-    header.add_key_length(_head_dim(checkpoint))
-    header.add_value_length(_head_dim(checkpoint))
-    add_rope(checkpoint, header, _head_dim(checkpoint))
+    header.add_layer_norm_rms_eps(checkpoint.number("rms_norm_eps", default=1e-6, zero=True))
+    _add_heads(checkpoint, header, 1.0)
 
 
 def is_tied(checkpoint: Checkpoint, by_default: bool) -> bool:
-    """Whether the output is the embedding: as config.json says, else as the original's config class would."""
+    """Whether the output is the embedding. ``by_default`` is what the original's config class assumes."""
     return "lm_head.weight" not in checkpoint.tensors or checkpoint.flag("tie_word_embeddings", by_default)
 
 
@@ -91,25 +116,25 @@ def _unchanged(checkpoint: Checkpoint, name: str, values: NDArray[Any]) -> NDArr
 
 
 def _mapped_tensors(
-    arch: str, change: Change, tied_by_default: bool, output: str, checkpoint: Checkpoint
+    arch: str, change: Change, tied_by_default: bool, output: str, factors: tuple[str, ...], checkpoint: Checkpoint
 ) -> list[PlannedTensor]:
-    """Tensors under the gguf package's names for them. ``output``: may be tied, or must or must not be a tensor."""
-    from gguf import MODEL_ARCH, get_tensor_name_map
+    """Tensors under the gguf package's names for them.
 
+    ``output``: whether the graph's output ``maybe``, ``never`` or ``always`` is a tensor apart from the embedding.
+    ``factors``: the kinds of rope scaling by single frequencies that the graph knows.
+    """
     names = get_tensor_name_map(MODEL_ARCH[arch.upper()], checkpoint.integer("num_hidden_layers", "n_layer"))
     tied = is_tied(checkpoint, tied_by_default)
     if output == "never" and not tied:
-        raise PinferError(
-            f"{checkpoint.folder} has an output apart from its embedding, which libllama's {arch} has not"
-        )
-    planned = []
+        raise PinferError(f"{checkpoint.folder} has an output of its own, libllama's {arch} has not", ANOTHER_MODEL)
+    planned = rope_tensors(checkpoint, factors, _head_dim(checkpoint))
     for name, tensor in checkpoint.tensors.items():
         if _UNUSED.search(name) or (tied and name == "lm_head.weight"):
             continue
         mapped = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if mapped is None:
             raise PinferError(
-                f"{name} of {checkpoint.folder} is no tensor of a {checkpoint.model_type} model that libllama computes",
+                f"{name} of {checkpoint.folder} is not a tensor of {checkpoint.model_type} models that libllama knows",
                 "check that config.json belongs to these weights",
             )
         planned.append(_plan_tensor(checkpoint, tensor, mapped, change))
@@ -126,18 +151,17 @@ def _plan_tensor(checkpoint: Checkpoint, tensor: CheckpointTensor, name: str, ch
 
 
 def _mapped(
-    arch: str, change: Change = _unchanged, *, tied_by_default: bool = False, output: str = "maybe"
+    arch: str,
+    change: Change = _unchanged,
+    *,
+    tied_by_default: bool = False,
+    output: str = "maybe",
+    factors: tuple[str, ...] = (),
 ) -> Callable[[Checkpoint], list[PlannedTensor]]:
-    return partial(_mapped_tensors, arch, change, tied_by_default, output)
+    return partial(_mapped_tensors, arch, change, tied_by_default, output, factors)
 
 
-def _with_rope(
-    tensors: Callable[[Checkpoint], list[PlannedTensor]],
-) -> Callable[[Checkpoint], list[PlannedTensor]]:
-    return lambda checkpoint: [*rope_tensors(checkpoint, _head_dim(checkpoint)), *tensors(checkpoint)]
-
-
-# --- llama and its kin -----------------------------------------------------------------------------------------------
+# --- llama and its relatives -----------------------------------------------------------------------------------------
 
 
 def _interleave_rotation(checkpoint: Checkpoint, name: str, values: NDArray[Any]) -> NDArray[Any]:
@@ -145,7 +169,7 @@ def _interleave_rotation(checkpoint: Checkpoint, name: str, values: NDArray[Any]
     part = re.search(r"\.attn_([qk])\.", name)
     if part is None:
         return values
-    n_head = checkpoint.integer("num_attention_heads") if part[1] == "q" else _n_head_kv(checkpoint)
+    n_head = _heads(checkpoint)["qk".index(part[1])]
     halves = values.reshape(n_head, 2, values.shape[0] // n_head // 2, *values.shape[1:])
     return halves.swapaxes(1, 2).reshape(values.shape)
 
@@ -160,26 +184,50 @@ def _add_minicpm_metadata(checkpoint: Checkpoint, header: GGUFWriter) -> None:
 
 def _require_plain_minicpm(checkpoint: Checkpoint) -> None:
     if checkpoint.config.get("num_experts"):
-        raise PinferError(f"{checkpoint.folder} is a mixture of experts, which pinfer does not convert")
+        raise PinferError(
+            f"{checkpoint.folder} is a mixture of experts, which pinfer does not convert",
+            "use llama.cpp's convert_hf_to_gguf.py",
+        )
 
 
 # --- squared ReLU ----------------------------------------------------------------------------------------------------
 
 
-def _add_layer_norm_metadata(eps_key: str, rotated_share: float, checkpoint: Checkpoint, header: GGUFWriter) -> None:
+def _add_nemotron_metadata(checkpoint: Checkpoint, header: GGUFWriter) -> None:
     _add_shape(checkpoint, header)
-    header.add_layer_norm_eps(checkpoint.number(eps_key, default=1e-5))
-    head_dim = _head_dim(checkpoint)
-    header.add_key_length(head_dim)
-    header.add_value_length(head_dim)
-    add_rope(checkpoint, header, int(head_dim * partial_rotary_factor(checkpoint, rotated_share)))
+    header.add_layer_norm_eps(checkpoint.number("norm_eps", default=1e-5, zero=True))
+    _add_heads(checkpoint, header, 0.5, allows_part=True)
+
+
+def _require_expressible_nemotron(checkpoint: Checkpoint) -> None:
+    n_embd, n_head, head_dim = checkpoint.integer("hidden_size"), _heads(checkpoint)[0], _head_dim(checkpoint)
+    if n_head * head_dim != n_embd:
+        raise PinferError(
+            f"{checkpoint.folder} has {n_head} heads of {head_dim} dimensions, "
+            f"libllama's nemotron can only compute {n_head} x {n_embd / n_head:g} for a hidden_size of {n_embd}",
+            ANOTHER_MODEL,
+        )
 
 
 def _one_plus_norm(checkpoint: Checkpoint, name: str, values: NDArray[Any]) -> NDArray[Any]:
     """Nemotron's norms multiply by one plus their weight, libllama's by the weight."""
-    import numpy as np
-
     return values.astype(np.float32) + 1 if name.endswith("norm.weight") else values
+
+
+def _add_jais2_metadata(checkpoint: Checkpoint, header: GGUFWriter) -> None:
+    _add_shape(checkpoint, header)
+    header.add_layer_norm_eps(checkpoint.number("layer_norm_eps", default=1e-5, zero=True))
+    _add_heads(checkpoint, header, 1.0)
+
+
+def _jais2_tensors(checkpoint: Checkpoint) -> list[PlannedTensor]:
+    """Biases that the graph needs and a checkpoint lacks are zeros."""
+    planned = _mapped("jais2")(checkpoint)
+    names = {tensor.name for tensor in planned}
+    n_embd, n_ff = checkpoint.integer("hidden_size"), checkpoint.integer("intermediate_size")
+    sizes = {"attn_output": n_embd, "ffn_up": n_ff, "ffn_down": n_embd}
+    wanted = [(f"blk.{i}.{part}.bias", n) for i in range(_n_layer(checkpoint)) for part, n in sizes.items()]
+    return planned + [PlannedTensor.constant(name, n, 0.0) for name, n in wanted if name not in names]
 
 
 def _add_plm_metadata(checkpoint: Checkpoint, header: GGUFWriter) -> None:
@@ -189,47 +237,47 @@ def _add_plm_metadata(checkpoint: Checkpoint, header: GGUFWriter) -> None:
     header.add_kv_lora_rank(checkpoint.integer("kv_lora_rank"))
     header.add_key_length(checkpoint.integer("qk_nope_head_dim") + rotated)
     header.add_value_length(checkpoint.integer("v_head_dim"))
-    add_rope(checkpoint, header, rotated)
+    add_rope(checkpoint, header, rotated_dims(checkpoint, rotated, 1.0))
 
 
 def _require_expressible_plm(checkpoint: Checkpoint) -> None:
     eps = checkpoint.number("rms_norm_eps", default=1e-6)
-    if eps != 1e-6:  # the original's norm inside its attention has 1e-6 whatever the others have; libllama knows one
-        raise PinferError(f"{checkpoint.folder} has rms_norm_eps = {eps:g}, libllama can compute PLM with 1e-06 only")
+    if eps != 1e-6:  # the original's norm inside its attention always uses 1e-6; libllama has one value for all norms
+        raise PinferError(
+            f"{checkpoint.folder} has rms_norm_eps = {eps:g}, libllama can compute PLM with 1e-06 only", ANOTHER_MODEL
+        )
 
 
 # --- falcon ----------------------------------------------------------------------------------------------------------
 
 
-def _falcon_n_head_kv(checkpoint: Checkpoint) -> int:
+def _falcon_heads(checkpoint: Checkpoint) -> tuple[int, int]:
     n_head = checkpoint.integer("num_attention_heads", "n_head")
+    n_kv = 1 if checkpoint.flag("multi_query", True) else n_head
     if checkpoint.flag("new_decoder_architecture", False):
-        return checkpoint.integer("num_kv_heads", "n_head_kv", default=n_head)
-    return 1 if checkpoint.flag("multi_query", True) else n_head
+        n_kv = checkpoint.integer("num_kv_heads", "n_head_kv", default=n_head)
+    return _checked_heads(checkpoint, n_head, n_kv)
 
 
 def _add_falcon_metadata(checkpoint: Checkpoint, header: GGUFWriter) -> None:
     n_embd = checkpoint.integer("hidden_size")
-    n_head = checkpoint.integer("num_attention_heads", "n_head")
+    n_head, n_kv = _falcon_heads(checkpoint)
     header.add_context_length(checkpoint.integer("max_position_embeddings", default=2048))
     header.add_tensor_data_layout("jploski")
     header.add_embedding_length(n_embd)
     header.add_feed_forward_length(checkpoint.integer("ffn_hidden_size", default=4 * n_embd))
-    header.add_block_count(checkpoint.integer("num_hidden_layers", "n_layer"))
+    header.add_block_count(_n_layer(checkpoint))
     header.add_head_count(n_head)
-    header.add_head_count_kv(_falcon_n_head_kv(checkpoint))
-    header.add_layer_norm_eps(checkpoint.number("layer_norm_epsilon", default=1e-5))
-    add_rope(checkpoint, header, n_embd // n_head)
+    header.add_head_count_kv(n_kv)
+    header.add_layer_norm_eps(checkpoint.number("layer_norm_epsilon", default=1e-5, zero=True))
+    add_rope(checkpoint, header, rotated_dims(checkpoint, n_embd // n_head, 1.0))
 
 
 def _ungroup_heads(checkpoint: Checkpoint, name: str, values: NDArray[Any]) -> NDArray[Any]:
     """All queries, then all keys, then all values, where falcon has them group by group."""
     if ".attn_qkv." not in name:
         return values
-    import numpy as np
-
-    n_kv = _falcon_n_head_kv(checkpoint)
-    n_head = checkpoint.integer("num_attention_heads", "n_head")
+    n_head, n_kv = _falcon_heads(checkpoint)
     head_dim = checkpoint.integer("hidden_size") // n_head
     groups = values.reshape(n_kv, n_head // n_kv + 2, head_dim, -1)
     parts = (groups[:, :-2], groups[:, -2:-1], groups[:, -1:])
@@ -237,25 +285,24 @@ def _ungroup_heads(checkpoint: Checkpoint, name: str, values: NDArray[Any]) -> N
 
 
 def _require_expressible_falcon(checkpoint: Checkpoint) -> None:
-    wrong = [
-        what
-        for what, is_so in (
-            ("ALiBi positions", checkpoint.flag("alibi", False)),
-            ("biases", checkpoint.flag("bias", False)),
-            (
-                "attention before the FFN",
-                not checkpoint.flag("parallel_attn", True) and not checkpoint.flag("new_decoder_architecture", False),
-            ),
+    new = checkpoint.flag("new_decoder_architecture", False)
+    found = {
+        "ALiBi positions": checkpoint.flag("alibi", False),
+        "biases": checkpoint.flag("bias", False),
+        "attention before the FFN": not checkpoint.flag("parallel_attn", True) and not new,
+    }
+    if wrong := [what for what, is_so in found.items() if is_so]:
+        raise PinferError(
+            f"{checkpoint.folder} is a falcon with {' and '.join(wrong)}, which libllama cannot compute", ANOTHER_MODEL
         )
-        if is_so
-    ]
-    if wrong:
-        raise PinferError(f"{checkpoint.folder} is a falcon with {' and '.join(wrong)}, which libllama cannot compute")
 
 
 # --- the families ----------------------------------------------------------------------------------------------------
 
-_LLAMA = Family("llama", True, "silu", _add_llama_metadata, _with_rope(_mapped("llama", _interleave_rotation)))
+_FACTORS = ("llama3", "longrope", "su")
+_QKV = frozenset({"attn_q", "attn_k", "attn_v"})
+_NORMS = frozenset({"attn_norm", "ffn_norm", "output_norm"})
+_LLAMA = Family("llama", True, "silu", _add_llama_metadata, _mapped("llama", _interleave_rotation, factors=_FACTORS))
 _FAMILIES: dict[str, Family] = {
     "llama": _LLAMA,
     "sparsellama": _LLAMA,
@@ -267,20 +314,26 @@ _FAMILIES: dict[str, Family] = {
         True,
         "silu",
         _add_minicpm_metadata,
-        _with_rope(_mapped("minicpm", _interleave_rotation, tied_by_default=True)),
+        _mapped("minicpm", _interleave_rotation, tied_by_default=True, factors=_FACTORS),
         _require_plain_minicpm,
     ),
-    "arcee": Family("arcee", False, "relu2", _add_llama_metadata, _with_rope(_mapped("arcee", _interleave_rotation))),
+    "arcee": Family(
+        "arcee",
+        False,
+        "relu2",
+        _add_llama_metadata,
+        _mapped("arcee", _interleave_rotation, factors=("llama3",)),
+        biases=_QKV,
+    ),
     "nemotron": Family(
         "nemotron",
         False,
         "relu2",
-        partial(_add_layer_norm_metadata, "norm_eps", 0.5),
+        _add_nemotron_metadata,
         _mapped("nemotron", _one_plus_norm, output="always"),
+        _require_expressible_nemotron,
     ),
-    "jais2": Family(
-        "jais2", False, "relu2", partial(_add_layer_norm_metadata, "layer_norm_eps", 1.0), _mapped("jais2")
-    ),
+    "jais2": Family("jais2", False, "relu2", _add_jais2_metadata, _jais2_tensors),
     "plm": Family(
         "plm",
         False,
@@ -288,6 +341,7 @@ _FAMILIES: dict[str, Family] = {
         _add_plm_metadata,
         _mapped("plm", tied_by_default=True, output="never"),
         _require_expressible_plm,
+        biases=frozenset(),
     ),
     "falcon": Family(
         "falcon",
@@ -296,6 +350,7 @@ _FAMILIES: dict[str, Family] = {
         _add_falcon_metadata,
         _mapped("falcon", _ungroup_heads, tied_by_default=True),
         _require_expressible_falcon,
+        biases=_NORMS | {"attn_norm_2"},
     ),
     "opt": Family("gpt2", False, "gelu", add_opt_metadata, opt_tensors, require_expressible_opt),
 }
@@ -303,7 +358,7 @@ _FAMILIES |= {"RefinedWeb": _FAMILIES["falcon"], "RefinedWebModel": _FAMILIES["f
 
 
 def plan_checkpoint(checkpoint: Checkpoint, activation: str | None = None) -> ConvertPlan:
-    """What a checkpoint becomes, without its tokenizer; ``activation`` wins over what config.json says.
+    """What a checkpoint becomes, without its tokenizer; ``activation`` overrides config.json's.
 
     Raises PinferError for families that pinfer does not know and for members that libllama cannot compute.
     """
@@ -311,24 +366,61 @@ def plan_checkpoint(checkpoint: Checkpoint, activation: str | None = None) -> Co
     if family is None:
         known = sorted({name for name in _FAMILIES if name.islower()} - {"sparsellama", "turbosparsemistral"})
         raise PinferError(
-            f"{checkpoint.folder} has model_type {checkpoint.model_type!r}, which pinfer does not convert",
+            f"{checkpoint.folder} has model_type {checkpoint.model_type[:40]!r}, which pinfer does not convert",
             f"it converts {', '.join(known)}; for others use llama.cpp's convert_hf_to_gguf.py",
         )
     family.require_expressible(checkpoint)
+    _n_layer(checkpoint)
     found, threshold = (activation, 0.0) if activation else _activation(checkpoint, family)
+    tensors = _in_order(family.tensors(checkpoint))
+    _check_tensors(checkpoint, family, tensors)
     return ConvertPlan(
         arch=family.arch,
         activation=found,
         add_metadata=partial(family.metadata, checkpoint),
-        tensors=_in_order(family.tensors(checkpoint)),
+        tensors=tensors,
         activation_threshold=threshold,
-        names_activation=found != "other" and found != family.graph_activation,
+        names_activation=found not in ("other", family.graph_activation),
         notes=_notes(checkpoint, found, activation),
     )
 
 
+def _n_layer(checkpoint: Checkpoint) -> int:
+    """Layers by config.json. Raises PinferError for more than the weights can hold, or than libllama computes."""
+    n_layer = checkpoint.integer("num_hidden_layers", "n_layer")
+    n_tensors = len(checkpoint.tensors)
+    if n_layer > n_tensors:
+        raise PinferError(
+            f"config.json of {checkpoint.folder} names {n_layer} layers, but its weights are {n_tensors} tensors",
+            DOWNLOAD_AGAIN,
+        )
+    if n_layer > MAX_LAYERS:
+        raise PinferError(
+            f"{checkpoint.folder} has {n_layer} layers, libllama computes at most {MAX_LAYERS}", ANOTHER_MODEL
+        )
+    return n_layer
+
+
+def _check_tensors(checkpoint: Checkpoint, family: Family, tensors: Iterable[PlannedTensor]) -> None:
+    """Raises PinferError for tensors that a GGUF or libllama's graph has no place for."""
+    biased: set[str] = set()
+    names = Counter(tensor.name for tensor in tensors)
+    for tensor in tensors:
+        if not 1 <= len(tensor.shape) <= 4 or 0 in tensor.shape or names[tensor.name] > 1:
+            cause = "comes twice" if names[tensor.name] > 1 else f"has shape {list(tensor.shape[:8])}"
+            raise PinferError(f"{tensor.name} of {checkpoint.folder} {cause}", DOWNLOAD_AGAIN)
+        part = re.sub(r"^blk\.\d+\.|\.bias$", "", tensor.name)
+        if tensor.name.endswith(".bias") and family.biases is not None and part not in family.biases:
+            biased.add(part)
+    if biased:
+        raise PinferError(
+            f"{checkpoint.folder} has biases in {', '.join(sorted(biased))}, libllama's {family.arch} adds none there",
+            ANOTHER_MODEL,
+        )
+
+
 def _in_order(tensors: Iterable[PlannedTensor]) -> list[PlannedTensor]:
-    """Layer by layer, what belongs to no layer first."""
+    """Layer by layer; tensors outside the layers come first."""
 
     def place(tensor: PlannedTensor) -> tuple[int, str]:
         layer = re.match(r"blk\.(\d+)\.", tensor.name)
@@ -338,7 +430,7 @@ def _in_order(tensors: Iterable[PlannedTensor]) -> list[PlannedTensor]:
 
 
 def _is_drelu(checkpoint: Checkpoint) -> bool:
-    """Bamboo and TurboSparse apply ReLU to gate and up; their code is remote, their hidden_act says only relu."""
+    """Bamboo and TurboSparse apply ReLU to gate and up; their code is remote, their hidden_act only says relu."""
     names = f"{checkpoint.model_type} {checkpoint.architecture}".lower()
     if "bamboo" in names or "turbosparse" in names:
         return True
@@ -356,14 +448,14 @@ def _activation(checkpoint: Checkpoint, family: Family) -> tuple[str, float]:
         if named == "relu":
             return "reglu", 0.0
         if named == "fatrelu":
-            return "reglu", checkpoint.number("hidden_act_param")
-    elif named in (*_RELU, *_SQUARED):
-        return ("relu" if named in _RELU else "relu2"), 0.0
+            return "reglu", checkpoint.number("hidden_act_param", zero=True)
+    elif named == "relu" or named in _SQUARED:
+        return ("relu" if named == "relu" else "relu2"), 0.0
     if named in _SMOOTH[family.graph_activation]:
         return "other", 0.0
     raise PinferError(
-        f"{checkpoint.folder} computes {named!r} in its FFN, which libllama's {family.arch} graph does not",
-        "name what it computes if config.json is wrong: --activation relu|relu2|reglu|drelu",
+        f"{checkpoint.folder} computes {named[:40]!r} in its FFN, which libllama's {family.arch} graph does not",
+        "if config.json is wrong, pass --activation relu|relu2|reglu|drelu",
     )
 
 
@@ -372,10 +464,13 @@ def _notes(checkpoint: Checkpoint, activation: str, given: str | None) -> list[s
     if activation == "other":
         notes.append("its FFN has no exact zeros: pinfer will run it dense, as stock llama.cpp does")
         if checkpoint.model_type.lower().startswith(("falcon", "refinedweb")) and given is None:
-            notes.append("config.json names no ReLU; if its code has one all the same, say --activation relu")
+            notes.append("config.json names no ReLU; if the model's code has one, pass --activation relu")
     if checkpoint.model_type == "mistral" and activation in ("reglu", "drelu") and given is None:
-        notes.append(f"taken for {activation}; if that is wrong, --activation reglu|drelu names it")
-    window, context = (checkpoint.integer(k, default=0) for k in ("sliding_window", "max_position_embeddings"))
-    if 0 < window < context:
-        notes.append(f"it attends to the last {window} tokens, libllama to all: the context is set to {window}")
+        notes.append(f"its activation was taken to be {activation}; if that is wrong, pass --activation reglu|drelu")
+    window, context = _window(checkpoint)
+    if window < context:
+        notes.append(
+            f"it attends to the last {window} tokens only, libllama's graph to all: the context is set to {window}; "
+            "a larger -c would change the text"
+        )
     return notes

@@ -1,22 +1,22 @@
-"""OPT as a GPT-2 graph: learned positions without their two offset rows, q, k and v in one matrix, ReLU for GELU.
+"""OPT as a GPT-2 graph: learned positions without the two offset rows, q, k and v in one matrix, ReLU for GELU.
 
-OPT is GPT-2's block with another activation (Zhang et al. 2022, section 2.1). 350M alone normalises after each block.
+OPT is GPT-2's block with another activation (Zhang et al. 2022, section 2.1). Only 350M normalises after each block.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+from gguf import GGUFWriter
+from numpy.typing import NDArray
 
 from pinfer.conversion.checkpoint import Checkpoint, CheckpointTensor
+from pinfer.conversion.hints import ANOTHER_MODEL, DOWNLOAD_AGAIN
 from pinfer.conversion.plan import PlannedTensor
 from pinfer.errors import PinferError
-
-if TYPE_CHECKING:
-    import numpy as np
-    from gguf import GGUFWriter
-    from numpy.typing import NDArray
 
 _N_OFFSET = 2
 """rows of the position embedding before the first position"""
@@ -31,7 +31,7 @@ _NAMES = {"embed_tokens": "token_embd", "final_layer_norm": "output_norm"}
 
 
 def require_expressible_opt(checkpoint: Checkpoint) -> None:
-    """Raises PinferError for OPT-350M's architecture, which is not GPT-2's."""
+    """Raises PinferError for variants that are not GPT-2's block, such as OPT-350M."""
     n_embd = checkpoint.integer("hidden_size")
     if not checkpoint.flag("do_layer_norm_before", True):
         raise PinferError(
@@ -39,9 +39,9 @@ def require_expressible_opt(checkpoint: Checkpoint) -> None:
             "use another size of OPT: 125M, 1.3B, 2.7B, 6.7B, 13B, 30B, 66B or 175B",
         )
     if checkpoint.integer("word_embed_proj_dim", default=n_embd) != n_embd:
-        raise PinferError(f"{checkpoint.folder} projects its embeddings, which libllama cannot compute")
+        raise PinferError(f"{checkpoint.folder} projects its embeddings, which libllama cannot compute", ANOTHER_MODEL)
     if checkpoint.flag("_remove_final_layer_norm", False):
-        raise PinferError(f"{checkpoint.folder} has no final layer norm, which libllama's graph needs")
+        raise PinferError(f"{checkpoint.folder} has no final layer norm, which libllama's graph needs", ANOTHER_MODEL)
 
 
 def add_opt_metadata(checkpoint: Checkpoint, header: GGUFWriter) -> None:
@@ -58,7 +58,7 @@ def add_opt_metadata(checkpoint: Checkpoint, header: GGUFWriter) -> None:
 
 
 def opt_tensors(checkpoint: Checkpoint) -> list[PlannedTensor]:
-    """Tensors under libllama's names; biases and norm weights that a variant lacks are zeros and ones."""
+    """Tensors under libllama's names; missing biases become zeros, missing norm weights ones."""
     tied = checkpoint.flag("tie_word_embeddings", True)
     found: dict[str, CheckpointTensor] = {}
     for name, tensor in checkpoint.tensors.items():
@@ -68,7 +68,7 @@ def opt_tensors(checkpoint: Checkpoint) -> list[PlannedTensor]:
 
     def take(name: str) -> CheckpointTensor:
         if name not in found:
-            raise PinferError(f"{checkpoint.folder} has no tensor {name}", "download the checkpoint again")
+            raise PinferError(f"{checkpoint.folder} has no tensor {name}", DOWNLOAD_AGAIN)
         used.add(name)
         return found[name]
 
@@ -92,15 +92,19 @@ def opt_tensors(checkpoint: Checkpoint) -> list[PlannedTensor]:
             if names[0] in found:
                 planned.append(_fused(f"blk.{layer}.attn_qkv.{kind}", [take(name) for name in names]))
     if unknown := sorted(set(found) - used):
-        raise PinferError(f"{unknown[0]} of {checkpoint.folder} is no tensor of an OPT model that libllama computes")
+        raise PinferError(
+            f"{unknown[0]} of {checkpoint.folder} is not a tensor of OPT models that libllama knows",
+            "check that config.json belongs to these weights",
+        )
     return planned + _missing_constants(checkpoint, {tensor.name for tensor in planned})
 
 
 def _positions(checkpoint: Checkpoint, tensor: CheckpointTensor) -> PlannedTensor:
     n_positions = checkpoint.integer("max_position_embeddings")
-    if tensor.shape[0] != n_positions + _N_OFFSET:
+    if len(tensor.shape) != 2 or tensor.shape[0] != n_positions + _N_OFFSET:
         raise PinferError(
-            f"{tensor.name} of {checkpoint.folder} has {tensor.shape[0]} rows instead of {n_positions + _N_OFFSET}"
+            f"{tensor.name} of {checkpoint.folder} has shape {list(tensor.shape)}, not {n_positions + _N_OFFSET} rows",
+            DOWNLOAD_AGAIN,
         )
     return PlannedTensor(
         "position_embd.weight",
@@ -113,30 +117,22 @@ def _positions(checkpoint: Checkpoint, tensor: CheckpointTensor) -> PlannedTenso
 
 def _fused(name: str, parts: Sequence[CheckpointTensor]) -> PlannedTensor:
     def load() -> NDArray[Any]:
-        import numpy as np
-
         return np.concatenate([part.load() for part in parts])
 
+    shapes = {part.shape for part in parts}
+    if len(shapes) != 1 or () in shapes:
+        raise PinferError(f"{', '.join(part.name for part in parts)} differ in shape", DOWNLOAD_AGAIN)
     rows = sum(part.shape[0] for part in parts)
     return PlannedTensor(name, (*parts[0].shape[:0:-1], rows), sum(part.n_bytes for part in parts), load=load)
 
 
 def _missing_constants(checkpoint: Checkpoint, names: set[str]) -> list[PlannedTensor]:
-    """What the gpt2 graph has and ``enable_bias`` or ``layer_norm_elementwise_affine`` took out of a variant."""
+    """What the gpt2 graph needs and a variant lacks: ``enable_bias`` or ``layer_norm_elementwise_affine`` is false."""
     n_embd, n_ff = checkpoint.integer("hidden_size"), checkpoint.integer("ffn_dim")
     sizes = {"attn_norm": n_embd, "attn_qkv": 3 * n_embd, "attn_output": n_embd, "ffn_norm": n_embd}
     sizes |= {"ffn_up": n_ff, "ffn_down": n_embd}
     wanted = {f"blk.{i}.{name}": n for i in range(checkpoint.integer("num_hidden_layers")) for name, n in sizes.items()}
     wanted["output_norm"] = n_embd
-
-    def constant(name: str, n: int, value: float) -> PlannedTensor:
-        def load() -> NDArray[np.float32]:
-            import numpy as np
-
-            return np.full(n, value, dtype=np.float32)
-
-        return PlannedTensor(name, (n,), 0, load=load)
-
-    missing = [constant(f"{name}.bias", n, 0.0) for name, n in wanted.items() if f"{name}.bias" not in names]
-    norms = {name: n for name, n in wanted.items() if name.endswith("norm")}
-    return missing + [constant(f"{name}.weight", n, 1.0) for name, n in norms.items() if f"{name}.weight" not in names]
+    constants = [PlannedTensor.constant(f"{name}.bias", n, 0.0) for name, n in wanted.items()]
+    constants += [PlannedTensor.constant(f"{name}.weight", n, 1.0) for name, n in wanted.items() if "norm" in name]
+    return [tensor for tensor in constants if tensor.name not in names]

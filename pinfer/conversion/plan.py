@@ -1,15 +1,15 @@
-"""What a conversion is made of, wherever its source came from: metadata and a list of tensors that load one by one."""
+"""What every conversion is made of: metadata, and a list of tensors that load one by one."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import Any
 
-if TYPE_CHECKING:
-    import numpy as np
-    from gguf import GGUFWriter
-    from numpy.typing import NDArray
+import numpy as np
+from gguf import GGUFWriter
+from numpy.typing import NDArray
 
 __all__ = ["ConvertPlan", "PlannedTensor"]
 
@@ -18,7 +18,7 @@ __all__ = ["ConvertPlan", "PlannedTensor"]
 class PlannedTensor:
     """One tensor of the GGUF to be written.
 
-    Exactly one of ``load`` and ``raw`` is there. Both read from disk when called, and keep nothing.
+    Exactly one of ``load`` and ``raw`` is set. Both read from disk when called, and keep nothing.
     """
 
     name: str
@@ -32,7 +32,12 @@ class PlannedTensor:
     raw: Callable[[], NDArray[np.uint8]] | None = None
     """the bytes as they go into the file, of type ``type_name``"""
     type_name: str | None = None
-    """the type in the file; None: the conversion's, where ``load`` gives a matrix, else F32"""
+    """the type in the file; None: the conversion's for a matrix, F32 for a vector"""
+
+    @staticmethod
+    def constant(name: str, n: int, value: float) -> PlannedTensor:
+        """A vector ``[n]`` of one value, for what a graph needs and a checkpoint lacks."""
+        return PlannedTensor(name, (n,), 0, load=partial(np.full, n, value, np.float32), type_name="F32")
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,7 @@ class ConvertPlan:
     tensors: Sequence[PlannedTensor]
     activation_threshold: float = 0.0
     names_activation: bool = True
-    """whether the GGUF has to say ``pinfer.ffn.activation``, for stock libllama's graph computes another"""
+    """whether the GGUF needs ``pinfer.ffn.activation``, because stock libllama's graph computes another"""
     notes: Sequence[str] = field(default=())
     """what the user should know, a line each"""
     settings: Mapping[str, object] = field(default_factory=dict)

@@ -11,8 +11,12 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from gguf import GGUFWriter
+
+from pinfer.conversion.checkpoint import read_object
+from pinfer.conversion.hints import DOWNLOAD_AGAIN
 from pinfer.conversion.tokenizer_files import (
     CONTROL,
     NORMAL,
@@ -22,17 +26,13 @@ from pinfer.conversion.tokenizer_files import (
     Vocabulary,
     read_vocabulary,
 )
-from pinfer.conversion.tokenizer_original import BYTES, SPACE, JsonTokenizer, read_json
+from pinfer.conversion.tokenizer_original import BYTES, SPACE, JsonTokenizer
 from pinfer.conversion.tokenizer_probes import plain_probes, special_probes, vocabulary_probes
 from pinfer.errors import PinferError
 from pinfer.llama.vocab import LlamaVocab, VocabFile
 
-if TYPE_CHECKING:
-    from gguf import GGUFWriter
-
 __all__ = ["TokenizerReport", "add_tokenizer"]
 
-_AGAIN = "download the checkpoint again"
 # One name of each way to cut text that llama.cpp knows. Those that take a token whole when it is in the vocabulary
 # (tokenizer.json's ignore_merges) are a set of their own.
 _WHOLE_TOKEN = ("llama-bpe", "glm4", "tekken", "minicpm5", "youtu")
@@ -70,10 +70,8 @@ def add_tokenizer(folder: Path, config: Mapping[str, Any], n_vocab: int, header:
     Raises PinferError where there is no tokenizer, where it is damaged or of a kind llama.cpp does not know, and where
     libllama would give other ids than the original for an ordinary text.
     """
-    tokenizer_config = read_json(folder / "tokenizer_config.json") or {}
-    if not isinstance(tokenizer_config, dict):
-        raise PinferError(f"{folder / 'tokenizer_config.json'} is damaged: it is no object", _AGAIN)
-    vocabulary = read_vocabulary(folder, tokenizer_config)
+    tokenizer_config = read_object(folder / "tokenizer_config.json") or {}
+    vocabulary = read_vocabulary(folder, tokenizer_config, n_vocab)
     notes = _finish(vocabulary, n_vocab)
     n_tokens = sum(text is not None for text in vocabulary.tokens)
     texts = _fill_holes(vocabulary, n_vocab)
@@ -133,7 +131,7 @@ def _fill_holes(vocabulary: Vocabulary, n_vocab: int) -> list[str]:
         # libllama ends the whole process where two tokens share a text, and renames empty ones.
         if text in seen or not text:
             raise PinferError(
-                f"{vocabulary.source} has the token {text!r} twice, as {seen.get(text, id_)} and {id_}", _AGAIN
+                f"{vocabulary.source} has the token {text!r} twice, as {seen.get(text, id_)} and {id_}", DOWNLOAD_AGAIN
             )
         seen[text] = id_
     texts = []
@@ -160,8 +158,8 @@ def _special_ids(
 ) -> dict[str, int]:
     """Ids by GGUF's names. The tokenizer's own files win over the model's, and those over the vocabulary's defaults."""
     by_text = {text: id_ for id_, text in enumerate(texts)}
-    special_map = read_json(folder / "special_tokens_map.json") or {}
-    generation = read_json(folder / "generation_config.json") or {}
+    special_map = read_object(folder / "special_tokens_map.json") or {}
+    generation = read_object(folder / "generation_config.json") or {}
     found: dict[str, int] = {}
     ends: list[int] = []
     for name in _SPECIAL:
@@ -231,7 +229,7 @@ def _chat_template(folder: Path, tokenizer_config: Mapping[str, Any]) -> str | l
         if (folder / "chat_template.jinja").is_file():
             named["default"] = (folder / "chat_template.jinja").read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise PinferError(f"a chat template of {folder} cannot be read: {error}", _AGAIN) from None
+        raise PinferError(f"a chat template of {folder} cannot be read: {error}", DOWNLOAD_AGAIN) from None
     if not named:
         return None
     if set(named) == {"default"}:
@@ -282,8 +280,6 @@ def _verify(
     vocabulary: Vocabulary, texts: Sequence[str], specials: Mapping[str, int], keys: Mapping[str, bool]
 ) -> tuple[str, int, list[str]]:
     """The pre-tokenizer's name, the number of equal texts, and what libllama does otherwise."""
-    from gguf import GGUFWriter
-
     probes = _probes(vocabulary, texts)
     first: str | None = None
     with tempfile.TemporaryDirectory(prefix="pinfer-") as folder:
@@ -358,8 +354,6 @@ def _candidates(vocabulary: Vocabulary, path: Path) -> Iterator[str]:
 
 def _small(vocabulary: Vocabulary, path: Path) -> tuple[VocabFile, _Probes]:
     """The tokenizer with no more than its first merges, and what it makes of the probes."""
-    from gguf import GGUFWriter
-
     merges = vocabulary.merges[:_SMALL_MERGES]
     pairs = [tuple(merge.split(" ")) for merge in merges]
     tokens = list(dict.fromkeys([*BYTES, *(text for pair in pairs for text in (*pair, "".join(pair)))]))

@@ -1,26 +1,27 @@
-"""The tokenizer files of a checkpoint folder → a vocabulary as a GGUF holds it."""
+"""Reads the tokenizer files of a checkpoint folder into a vocabulary as a GGUF holds it."""
 
 from __future__ import annotations
 
 import json
 import struct
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from pinfer.conversion.tokenizer_original import Added, JsonTokenizer, Original, SentencePiece, read_json
+from pinfer.conversion.checkpoint import read_object
+from pinfer.conversion.hints import DOWNLOAD_AGAIN
+from pinfer.conversion.tokenizer_original import Added, JsonTokenizer, Original, SentencePiece
 from pinfer.errors import PinferError
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # enum llama_token_type
 
-_AGAIN = "download the checkpoint again"
 _KINDS = "SentencePiece BPE (tokenizer.model) and byte-level BPE (tokenizer.json, vocab.json) are supported"
 
 
 @dataclass
 class Vocabulary:
-    """A tokenizer on its way into a GGUF. ``tokens`` may have holes (None), which become unused tokens."""
+    """A tokenizer to be written into a GGUF. ``tokens`` may have holes (None), which become unused tokens."""
 
     model: str
     """``llama``: SentencePiece's BPE by scores; ``gpt2``: byte-level BPE by merges"""
@@ -36,10 +37,10 @@ class Vocabulary:
     pre_tokenizer: Mapping[str, Any] = field(default_factory=dict)
     """as tokenizer.json describes it"""
     defaults: Mapping[str, int] = field(default_factory=dict)
-    """special tokens by name (``bos``), where no other file names them"""
+    """special tokens by name (``bos``), used if no other file names them"""
 
     def put(self, id_: int, text: str, kind: int, score: float = 0.0) -> None:
-        """Sets a token, of the trained vocabulary or added to it."""
+        """Sets a token of the trained vocabulary or an added one; ``id_`` is below the embedding's rows."""
         while len(self.tokens) <= id_:
             self.tokens.append(None)
             self.types.append(UNUSED)
@@ -51,43 +52,56 @@ class Vocabulary:
             self.scores[id_] = score
 
 
-def read_vocabulary(folder: Path, tokenizer_config: Mapping[str, Any]) -> Vocabulary:
-    """The tokenizer of ``folder``. Raises PinferError where there is none, or none that can be converted."""
+def read_vocabulary(folder: Path, tokenizer_config: Mapping[str, Any], n_vocab: int) -> Vocabulary:
+    """The tokenizer of ``folder``, for an embedding of ``n_vocab`` rows.
+
+    Added tokens may have larger ids. Raises PinferError if there is no tokenizer that can be converted.
+    """
     model, whole, vocab = folder / "tokenizer.model", folder / "tokenizer.json", folder / "vocab.json"
     named = _special_texts(folder, tokenizer_config)
     added = _added_elsewhere(folder, tokenizer_config, named)
     if model.is_file() and not (whole.is_file() and not _is_sentencepiece(model)):
         return _from_sentencepiece(model, _with_json_added(whole, added))
     if whole.is_file():
-        return _from_json(whole, added, named)
+        return _from_json(whole, n_vocab, added, named)
     if vocab.is_file():
-        return _from_json(vocab, added, named, merges=folder / "merges.txt")
+        return _from_json(vocab, n_vocab, added, named, merges=folder / "merges.txt")
     raise PinferError(
         f"{folder} has no tokenizer (tokenizer.model, tokenizer.json, or vocab.json with merges.txt)",
         "put the tokenizer's files of the checkpoint into the folder",
     )
 
 
+def _added_token(id_: object, description: Mapping[str, Any]) -> Added:
+    """A token as tokenizer.json and tokenizer_config.json describe it. Raises what a wrong description makes it."""
+    plain = not (description.get("lstrip") or description.get("rstrip") or description.get("single_word"))
+    return Added(_id(id_), str(description["content"]), bool(description.get("special")), plain)
+
+
+def _id(value: object) -> int:
+    id_ = int(str(value))
+    if not 0 <= id_ < 1 << 31:
+        raise ValueError(f"id {value}")
+    return id_
+
+
 def _added_elsewhere(folder: Path, tokenizer_config: Mapping[str, Any], named: set[str]) -> list[Added]:
     """Added tokens of tokenizer_config.json and added_tokens.json, by id."""
     found: dict[int, Added] = {}
     try:
-        for text, id_ in (read_json(folder / "added_tokens.json") or {}).items():
-            found[int(id_)] = Added(int(id_), str(text), False)
+        for text, id_ in (read_object(folder / "added_tokens.json") or {}).items():
+            found[_id(id_)] = Added(_id(id_), str(text), False)
         for key, token in (tokenizer_config.get("added_tokens_decoder") or {}).items():
-            plain = not (token.get("lstrip") or token.get("rstrip") or token.get("single_word"))
-            found[int(key)] = Added(int(key), str(token["content"]), bool(token.get("special")), plain)
+            found[_id(key)] = _added_token(key, token)
     except (AttributeError, KeyError, TypeError, ValueError):
-        raise PinferError(f"the added tokens of {folder} make no sense", _AGAIN) from None
-    return [
-        Added(t.id, t.text, t.special or t.text in named, t.plain) for t in sorted(found.values(), key=lambda t: t.id)
-    ]
+        raise PinferError(f"the added tokens of {folder} are not valid", DOWNLOAD_AGAIN) from None
+    return [replace(found[id_], special=found[id_].special or found[id_].text in named) for id_ in sorted(found)]
 
 
 def _special_texts(folder: Path, tokenizer_config: Mapping[str, Any]) -> set[str]:
-    """Texts that some file of the folder calls a special token."""
+    """Texts of special tokens, from all files of the folder."""
     texts: set[str] = set()
-    for source in (tokenizer_config, read_json(folder / "special_tokens_map.json") or {}):
+    for source in (tokenizer_config, read_object(folder / "special_tokens_map.json") or {}):
         for key, value in source.items():
             if key.endswith("_token") or key in ("additional_special_tokens", "extra_special_tokens"):
                 for item in value if isinstance(value, list) else [value]:
@@ -98,11 +112,12 @@ def _special_texts(folder: Path, tokenizer_config: Mapping[str, Any]) -> set[str
 
 
 def _with_json_added(path: Path, added: Sequence[Added]) -> list[Added]:
-    """The added tokens of tokenizer.json beside those of the other files, which win."""
-    found = {}
-    for token in (read_json(path) or {}).get("added_tokens") or ():
-        plain = not (token.get("lstrip") or token.get("rstrip") or token.get("single_word"))
-        found[token["id"]] = Added(token["id"], token["content"], bool(token.get("special")), plain)
+    """``added``, and those tokens of tokenizer.json whose ids are not among them."""
+    try:
+        tokens = (read_object(path) or {}).get("added_tokens") or ()
+        found = {token.id: token for token in [_added_token(token["id"], token) for token in tokens]}
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise PinferError(f"the added tokens of {path} are not valid", DOWNLOAD_AGAIN) from None
     found |= {token.id: token for token in added}
     return [found[id_] for id_ in sorted(found)]
 
@@ -111,7 +126,7 @@ def _with_json_added(path: Path, added: Sequence[Added]) -> list[Added]:
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """The fields of a protocol buffer: their numbers, and varints as int, all else as bytes."""
+    """Number and value of each field of a protocol buffer: varints as int, all others as bytes."""
     at = 0
 
     def varint() -> int:
@@ -124,6 +139,8 @@ def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
             shift += 7
             if byte < 128:
                 return value
+            if shift > 63:
+                raise ValueError("a number of more than 64 bits")
 
     while at < len(data):
         tag = varint()
@@ -151,7 +168,7 @@ class _Piece:
 
 @dataclass(frozen=True)
 class _SentencePieceModel:
-    """What of sentencepiece_model.proto matters here; the defaults are that file's."""
+    """The fields of sentencepiece_model.proto that matter here, with its defaults."""
 
     pieces: list[_Piece]
     model_type: int = 1
@@ -202,13 +219,13 @@ def _from_sentencepiece(path: Path, added: list[Added]) -> Vocabulary:
     try:
         model = _parse_model(data)
     except (IndexError, ValueError, struct.error) as error:
-        raise PinferError(f"{path} is not a SentencePiece model or damaged: {error}", _AGAIN) from None
+        raise PinferError(f"{path} is not a SentencePiece model or damaged: {error}", DOWNLOAD_AGAIN) from None
     original = SentencePiece(path, data, added=added, add_dummy_prefix=model.add_dummy_prefix)
     if model.model_type != 2:
         kind = {1: "Unigram", 3: "Word", 4: "Char"}.get(model.model_type, f"type {model.model_type}")
         raise PinferError(f"{path} is a {kind} SentencePiece model", _KINDS)
     if model.suffix_spaces or not model.escapes_spaces:
-        raise PinferError(f"{path} treats spaces in a way that llama.cpp does not know", _KINDS)
+        raise PinferError(f"{path} treats spaces in a way that llama.cpp does not support", _KINDS)
     processor = original.processor
     ids = {"bos": processor.bos_id(), "eos": processor.eos_id(), "unk": processor.unk_id(), "pad": processor.pad_id()}
     vocabulary = Vocabulary(
@@ -223,7 +240,7 @@ def _from_sentencepiece(path: Path, added: list[Added]) -> Vocabulary:
     )
     for id_, piece in enumerate(model.pieces):
         vocabulary.put(id_, piece.text, piece.type, piece.score)
-    # Symbols that SentencePiece itself finds before anything else behave as added tokens do.
+    # Symbols that SentencePiece finds before all others behave like added tokens.
     vocabulary.added = added + [
         Added(id_, piece.text, False)
         for id_, piece in enumerate(model.pieces)
@@ -234,7 +251,7 @@ def _from_sentencepiece(path: Path, added: list[Added]) -> Vocabulary:
 
 
 def _require_bytes(path: Path, vocabulary: Vocabulary) -> None:
-    """libllama has no other way to write a character that the vocabulary lacks."""
+    """libllama needs them for characters that are not in the vocabulary."""
     present = set(vocabulary.tokens)
     if any(f"<0x{byte:02X}>" not in present for byte in range(256)):
         raise PinferError(f"{path} has no tokens for single bytes (byte_fallback)", _KINDS)
@@ -243,25 +260,30 @@ def _require_bytes(path: Path, vocabulary: Vocabulary) -> None:
 # --- tokenizer.json, or vocab.json with merges.txt -------------------------------------------------------------------
 
 
-def _from_json(path: Path, added: list[Added], named: set[str], merges: Path | None = None) -> Vocabulary:
-    data = read_json(path)
+def _from_json(path: Path, n_vocab: int, added: list[Added], named: set[str], merges: Path | None = None) -> Vocabulary:
+    data = read_object(path) or {}
     if merges is not None:
-        data = _as_tokenizer_json(path, data, merges)
-    model = data.get("model") if isinstance(data, dict) else None
+        data = _as_tokenizer_json(data, merges)
+    model = data.get("model")
     if not isinstance(model, dict) or not model.get("vocab"):
-        raise PinferError(f"{path} is damaged: it has no vocabulary", _AGAIN)
+        raise PinferError(f"{path} is damaged: it has no vocabulary", DOWNLOAD_AGAIN)
     kind = model.get("type") or ("BPE" if "merges" in model else "nameless")
     if kind != "BPE":
         raise PinferError(f"{path} is a {kind} tokenizer", _KINDS)
-    if not isinstance(model["vocab"], dict):
-        raise PinferError(f"{path} is damaged: its vocabulary is no object", _AGAIN)
+    vocab = model["vocab"]
+    if not isinstance(vocab, dict) or not all(type(id_) is int and id_ >= 0 for id_ in vocab.values()):
+        raise PinferError(f"{path} is damaged: its vocabulary is not an object of ids", DOWNLOAD_AGAIN)
+    if max(vocab.values()) >= n_vocab:
+        raise PinferError(
+            f"{path} has a token with id {max(vocab.values())}, the model's embedding has {n_vocab} rows",
+            "the tokenizer belongs to another model: get the one of this checkpoint",
+        )
     for name in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
         if model.get(name):
             raise PinferError(f"{path} is a BPE tokenizer with {name} = {model[name]!r}", _KINDS)
     original = JsonTokenizer(path, json.dumps(data))
     original.add(added)
-    # A token of the vocabulary that some file calls special is found before all else, as the listed ones are.
-    vocab = model["vocab"]
+    # A token that some file calls special is found before all others, like the added ones.
     beside = {token.text for token in original.added()}
     original.add(Added(vocab[text], text, True) for text in sorted(named - beside) if text in vocab)
     vocabulary = Vocabulary(
@@ -279,7 +301,7 @@ def _from_json(path: Path, added: list[Added], named: set[str], merges: Path | N
     except TypeError:
         pairs = [()]
     if any(len(pair) != 2 for pair in pairs):
-        raise PinferError(f"{path} is damaged: its merges are no pairs", _AGAIN)
+        raise PinferError(f"{path} is damaged: its merges are not pairs", DOWNLOAD_AGAIN)
     if vocabulary.model == "llama":
         _fill_by_scores(path, vocabulary, model, pairs)
     else:
@@ -290,14 +312,12 @@ def _from_json(path: Path, added: list[Added], named: set[str], merges: Path | N
     return vocabulary
 
 
-def _as_tokenizer_json(path: Path, vocab: Any, merges: Path) -> dict[str, Any]:
-    """What GPT-2's own tokenizer makes of its two files."""
+def _as_tokenizer_json(vocab: dict[str, Any], merges: Path) -> dict[str, Any]:
+    """GPT-2's vocab.json and merges.txt as its own tokenizer reads them."""
     try:
         lines = merges.read_text(encoding="utf-8").split("\n")
     except (OSError, ValueError) as error:
-        raise PinferError(f"{merges}, which belongs to {path.name}, cannot be read: {error}", _AGAIN) from None
-    if not isinstance(vocab, dict):
-        raise PinferError(f"{path} is damaged: it has no vocabulary", _AGAIN)
+        raise PinferError(f"{merges}, which belongs to vocab.json, cannot be read: {error}", DOWNLOAD_AGAIN) from None
     pairs = [line.rstrip("\r") for line in lines if line.strip() and not line.startswith("#version")]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     return {
@@ -314,10 +334,10 @@ def _as_tokenizer_json(path: Path, vocab: Any, merges: Path) -> dict[str, Any]:
 def _fill_by_scores(
     path: Path, vocabulary: Vocabulary, model: Mapping[str, Any], pairs: Sequence[tuple[str, ...]]
 ) -> None:
-    """SentencePiece's scores out of the order of the merges that were once made from them.
+    """Recovers SentencePiece's scores from the order of the merges that were made from them.
 
-    libllama merges whatever two neighbours make a token, the best score first. That is the same as the merges only
-    where they name every such pair of a token, and all pairs of one token together.
+    libllama merges any two neighbours that make a token, best score first. That is equal to following the merges only
+    if they list every such pair of a token, and all pairs of one token in a row.
     """
     rank: dict[str, int] = {}
     known: set[tuple[str, ...]] = set(pairs)

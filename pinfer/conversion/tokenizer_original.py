@@ -1,4 +1,4 @@
-"""A checkpoint's own tokenizer, run by the library it was made for: what a converted vocabulary has to agree with."""
+"""A checkpoint's own tokenizer, run by the library it was made for: the reference for a converted vocabulary."""
 
 from __future__ import annotations
 
@@ -9,14 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from sentencepiece import SentencePieceProcessor
+from tokenizers import AddedToken, Tokenizer
+
+from pinfer.conversion.hints import DOWNLOAD_AGAIN
 from pinfer.errors import PinferError
 
 SPACE = "\u2581"  # what SentencePiece writes for a space
-_AGAIN = "download the checkpoint again"
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's printable stand-ins for the 256 bytes: those that can be seen stand for themselves."""
+    """GPT-2's printable characters for the 256 bytes: a printable byte stands for itself."""
     seen = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(256) if byte not in seen]
     return {chr(byte): byte for byte in seen} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
@@ -27,14 +30,14 @@ BYTES = _byte_alphabet()
 
 @dataclass(frozen=True)
 class Added:
-    """A token that was put beside the trained vocabulary, found in a text before anything else is."""
+    """A token added to the trained vocabulary. It is found in a text before any other."""
 
     id: int
     text: str
     special: bool
-    """a control token: not text, but an instruction"""
+    """a control token, not text"""
     plain: bool = True
-    """it matches wherever its text stands and takes no white space with it, which is all that llama.cpp can do"""
+    """it matches anywhere and takes no white space with it; llama.cpp supports no other kind"""
 
 
 class Original(Protocol):
@@ -43,28 +46,16 @@ class Original(Protocol):
     library: str
 
     def encode(self, texts: Sequence[str], *, parse_special: bool) -> list[list[int]]:
-        """Ids of each text, nothing put around them; ``parse_special`` reads control tokens in it."""
+        """Ids of each text without BOS and EOS; with ``parse_special``, control tokens in it are read as such."""
         ...
 
     def is_changed(self, text: str) -> bool:
-        """Whether the tokenizer rewrites ``text`` before it cuts it up, in a way that libllama has no means for."""
+        """Whether the tokenizer rewrites ``text`` before splitting it, in a way that libllama cannot."""
         ...
 
     def around(self) -> tuple[list[int], list[int]]:
-        """What it puts before and after a text by itself."""
+        """Ids that it puts before and after every text."""
         ...
-
-
-def read_json(path: Path) -> Any:
-    """A JSON file; None where there is none. Raises PinferError where it is damaged."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise PinferError(f"{path} cannot be read: {error.strerror or error}", "check its permissions") from None
-    except ValueError as error:
-        raise PinferError(f"{path} is damaged: {error}", _AGAIN) from None
 
 
 class JsonTokenizer:
@@ -73,13 +64,11 @@ class JsonTokenizer:
     library = "tokenizers"
 
     def __init__(self, path: Path, text: str) -> None:
-        """``text`` is what is in ``path``, as JSON. Raises PinferError where the library refuses it."""
-        from tokenizers import Tokenizer
-
+        """``text`` is the content of ``path`` as JSON. Raises PinferError if the library refuses it."""
         try:
             self.tokenizer: Any = Tokenizer.from_str(text)
         except Exception as error:  # the library raises nothing narrower
-            raise PinferError(f"{path} is damaged: {error}", _AGAIN) from None
+            raise PinferError(f"{path} is damaged: {error}", DOWNLOAD_AGAIN) from None
         self._path, self._text = path, text
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
@@ -87,7 +76,7 @@ class JsonTokenizer:
         self._dropped: frozenset[int] = frozenset()
 
     def is_byte_level(self, vocab: Mapping[str, int]) -> None:
-        """Tells it that ``vocab`` is made of bytes. Those it lacks are dropped, here before merging, there after it."""
+        """Declares ``vocab`` byte-level. Bytes it lacks are dropped: here before merging, in libllama after it."""
         self._dropped = frozenset(byte for text, byte in BYTES.items() if text not in vocab)
 
     def with_merges(self, tokens: Sequence[str], merges: Sequence[tuple[str, ...]]) -> JsonTokenizer:
@@ -98,16 +87,14 @@ class JsonTokenizer:
         return JsonTokenizer(self._path, json.dumps(data))
 
     def add(self, tokens: Iterable[Added]) -> None:
-        """Tokens that another file of the checkpoint adds."""
-        from tokenizers import AddedToken
-
+        """Adds tokens from another file of the checkpoint."""
         for token in tokens:
             if self.tokenizer.token_to_id(token.text) in (None, token.id):
                 made = AddedToken(token.text, special=token.special, normalized=False)
                 (self.tokenizer.add_special_tokens if token.special else self.tokenizer.add_tokens)([made])
 
     def added(self) -> list[Added]:
-        """The tokens beside the trained vocabulary, by id."""
+        """The added tokens, by id."""
         found: Mapping[int, Any] = self.tokenizer.get_added_tokens_decoder()
         return [
             Added(id_, t.content, t.special, not (t.lstrip or t.rstrip or t.single_word))
@@ -123,7 +110,7 @@ class JsonTokenizer:
             return True
         if self._normalizer is not None:
             seen = str(self._normalizer.normalize_str(text))
-            # SentencePiece's way to write spaces, and one before the text, is libllama's as well.
+            # SentencePiece's way to write spaces, and a space before the text, are libllama's too.
             if seen not in (text, text.replace(" ", SPACE), SPACE + text.replace(" ", SPACE)):
                 return True
         return self._swallows_space and text[:1] in (" ", SPACE)
@@ -148,13 +135,11 @@ class SentencePiece:
     library = "sentencepiece"
 
     def __init__(self, path: Path, data: bytes, *, added: Iterable[Added], add_dummy_prefix: bool) -> None:
-        """``added`` are the tokens of the checkpoint's other files. Raises PinferError where the library refuses it."""
-        from sentencepiece import SentencePieceProcessor
-
+        """``added`` are the tokens of the checkpoint's other files. Raises PinferError if the library refuses it."""
         try:
             self.processor: Any = SentencePieceProcessor(model_proto=data)
         except Exception as error:  # RuntimeError or worse, by version
-            raise PinferError(f"{path} is not a SentencePiece model or damaged: {error}", _AGAIN) from None
+            raise PinferError(f"{path} is not a SentencePiece model or damaged: {error}", DOWNLOAD_AGAIN) from None
         self._prefix = SPACE if add_dummy_prefix else ""
         self._ids = {token.text: token.id for token in added}
         self._parsed = _alternatives(token.text for token in added)
@@ -168,7 +153,7 @@ class SentencePiece:
         if pattern is None:
             return list(self.processor.encode(text))
         ids: list[int] = []
-        # The odd pieces of such a split are the tokens themselves. What lies between is a text of its own.
+        # The odd pieces of this split are the tokens; each piece between them is a text of its own.
         for i, piece in enumerate(pattern.split(text)):
             if i % 2:
                 ids.append(self._ids[piece])
@@ -180,7 +165,7 @@ class SentencePiece:
         return bool(text) and self.processor.normalize(text) != self._prefix + text.replace(" ", SPACE)
 
     def around(self) -> tuple[list[int], list[int]]:
-        # LlamaTokenizer's default. The files of the checkpoint may say otherwise.
+        # LlamaTokenizer's default; the checkpoint's files may override it.
         bos = self.processor.bos_id()
         return ([bos] if bos >= 0 else []), []
 

@@ -1,68 +1,118 @@
-"""The tensors of a PyTorch ``.bin`` file, without PyTorch and without executing anything.
+"""The tensors of a PyTorch ``.bin`` file, without PyTorch and without running anything.
 
-Such a file is a zip archive whose ``data.pkl`` is a pickle of a state dict and whose ``data/N`` are the storages. A
-pickle is a program; the unpickler here knows the few names that a state dict is made of and refuses every other, as
-PyTorch's own weights-only loading does. The storages lie uncompressed in the archive and are mapped when a tensor is
-read.
+Such a file is a zip archive. ``data.pkl`` in it is the pickle of a state dict, and each ``data/N`` is a storage. A
+pickle is a program, so the unpickler knows only the few names that a state dict needs and refuses all others, as
+PyTorch's weights-only loading does. A pickle cannot change what it has built here, and everything is checked once the
+whole pickle has been read. Storages are not compressed; they are mapped when a tensor is read.
 """
 
 from __future__ import annotations
 
+import io
 import pickle
+import pickletools
 import zipfile
-from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any, NamedTuple
 
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from pinfer.conversion.hints import DOWNLOAD_AGAIN
 from pinfer.errors import PinferError
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-_AGAIN = "download the checkpoint again"
+_MAX_PICKLE = 1 << 28
+"""bytes; a state dict takes about 100 bytes a tensor"""
+_MAX_DIMS = 8
 _STORAGES = {
-    "DoubleStorage": ("F64", "<f8", 8),
-    "FloatStorage": ("F32", "<f4", 4),
-    "HalfStorage": ("F16", "<f2", 2),
-    "BFloat16Storage": ("BF16", "bfloat16", 2),
-    "LongStorage": ("I64", "<i8", 8),
-    "IntStorage": ("I32", "<i4", 4),
-    "ShortStorage": ("I16", "<i2", 2),
-    "CharStorage": ("I8", "i1", 1),
-    "ByteStorage": ("U8", "u1", 1),
-    "BoolStorage": ("BOOL", "u1", 1),
+    "DoubleStorage": ("F64", np.dtype("<f8")),
+    "FloatStorage": ("F32", np.dtype("<f4")),
+    "HalfStorage": ("F16", np.dtype("<f2")),
+    "BFloat16Storage": ("BF16", np.dtype(ml_dtypes.bfloat16)),
+    "LongStorage": ("I64", np.dtype("<i8")),
+    "IntStorage": ("I32", np.dtype("<i4")),
+    "ShortStorage": ("I16", np.dtype("<i2")),
+    "CharStorage": ("I8", np.dtype("i1")),
+    "ByteStorage": ("U8", np.dtype("u1")),
+    "BoolStorage": ("BOOL", np.dtype("u1")),
 }
+"""by PyTorch's class: the type as safetensors spells it, and numpy's"""
 _TENSOR_CLASSES = (("torch", "Tensor"), ("torch.nn.parameter", "Parameter"))
 _LOCAL_HEADER = 30
 """bytes of a zip's local file header before the name"""
 
 
-@dataclass(frozen=True)
-class _Storage:
-    """A run of numbers in the archive, still on disk."""
+# What a pickle builds. Named tuples, because BUILD and its relatives can rewrite a dataclass, even a frozen one.
+class _Storage(NamedTuple):
+    """A run of numbers in the archive, still on disk, as the pickle describes it: nothing is checked yet."""
 
-    kind: str
-    key: str
-    n_elements: int
+    kind: Any
+    key: Any
+
+
+class _View(NamedTuple):
+    """A strided view of a storage, as the pickle describes it: nothing is checked yet."""
+
+    storage: Any
+    offset: Any
+    shape: Any
+    strides: Any
+
+
+class _Rebuild(NamedTuple):
+    """One of PyTorch's functions that make a tensor."""
+
+    name: str
+
+    def __call__(self, *args: Any) -> Any:
+        match self.name, args:
+            case "_rebuild_parameter", (data, *_):
+                return data
+            case "_rebuild_from_type_v2", (_Rebuild() as rebuild, _, tuple(inner), *_):
+                return rebuild(*inner)
+            case "_rebuild_tensor" | "_rebuild_tensor_v2", (storage, offset, shape, strides, *_):
+                return _View(storage, offset, shape, strides)
+        raise _Damaged(f"{self.name} gets arguments it cannot use")
+
+
+class _StateDict(dict[Any, Any]):
+    """Stands for OrderedDict. PyTorch gives a state dict attributes (``_metadata``), which are dropped."""
+
+    __slots__ = ()
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+class _Refused(Exception):
+    """The pickle asks for something that no state dict is made of."""
+
+
+class _Damaged(Exception):
+    """The pickle describes something impossible."""
 
 
 @dataclass(frozen=True)
 class TorchTensor:
-    """One tensor of the state dict: a strided view of a storage."""
+    """One tensor of the state dict, known to lie whole in the file."""
 
-    storage: _Storage
-    offset: int
-    """elements"""
+    dtype: str
+    """as safetensors spells it"""
+    numpy_dtype: np.dtype[Any]
+    begin: int
+    """byte of the file at which element ``[0, ...]`` lies"""
     shape: tuple[int, ...]
     strides: tuple[int, ...]
-    """elements"""
+    """elements, none negative"""
 
     @property
-    def dtype(self) -> str:
-        """As safetensors spells it."""
-        return _STORAGES[self.storage.kind][0]
+    def n_span(self) -> int:
+        """Elements from the first to the last in the file."""
+        return 1 + sum((n - 1) * step for n, step in zip(self.shape, self.strides, strict=True))
 
 
 @dataclass(frozen=True)
@@ -71,44 +121,15 @@ class TorchFile:
 
     path: Path
     tensors: Mapping[str, TorchTensor]
-    _places: Mapping[str, tuple[int, int]]
-    """offset and size in bytes of each storage"""
 
     def read(self, name: str) -> NDArray[Any]:
-        """The tensor, of its own type, mapped from the file."""
-        import ml_dtypes
-        import numpy as np
-
+        """The tensor in its own type, mapped from the file, read-only."""
         tensor = self.tensors[name]
-        _, code, item = _STORAGES[tensor.storage.kind]
-        dtype = np.dtype(ml_dtypes.bfloat16) if code == "bfloat16" else np.dtype(code)
-        start, size = self._places[tensor.storage.key]
-        flat = np.memmap(self.path, dtype, "r", start, (size // item,))
-        strides = tuple(step * item for step in tensor.strides)
-        return np.lib.stride_tricks.as_strided(flat[tensor.offset :], tensor.shape, strides, writeable=False)
-
-
-class _Refused(Exception):
-    """The pickle asks for something that no state dict is made of."""
-
-
-def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> TorchTensor:
-    numbers = (offset, *shape, *strides)
-    if not isinstance(storage, _Storage) or len(shape) != len(strides):
-        raise _Refused("a tensor without a storage")
-    if not all(isinstance(n, int) and n >= 0 for n in numbers):
-        raise _Refused("a tensor of a shape that makes no sense")
-    return TorchTensor(storage, offset, tuple(shape), tuple(strides))
-
-
-def _rebuild_parameter(data: Any, *_: Any) -> Any:
-    return data
-
-
-def _rebuild_from_type(rebuild: Any, _type: Any, args: Any, _state: Any) -> Any:
-    if rebuild not in (_rebuild_tensor, _rebuild_parameter):
-        raise _Refused(f"{rebuild}")
-    return rebuild(*args)
+        if 0 in tensor.shape:
+            return np.empty(tensor.shape, tensor.numpy_dtype)
+        flat = np.memmap(self.path, tensor.numpy_dtype, "r", tensor.begin, (tensor.n_span,))
+        strides = tuple(step * tensor.numpy_dtype.itemsize for step in tensor.strides)
+        return np.lib.stride_tricks.as_strided(flat, tensor.shape, strides, writeable=False)
 
 
 class _Unpickler(pickle.Unpickler):
@@ -118,22 +139,25 @@ class _Unpickler(pickle.Unpickler):
         super().__init__(file, encoding="utf-8")
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("collections", "OrderedDict"):
-            return OrderedDict
-        if module == "torch._utils" and name in ("_rebuild_tensor_v2", "_rebuild_tensor"):
-            return _rebuild_tensor
-        if (module, name) == ("torch._utils", "_rebuild_parameter"):
-            return _rebuild_parameter
-        if (module, name) == ("torch._tensor", "_rebuild_from_type_v2"):
-            return _rebuild_from_type
-        if (module == "torch" and name in _STORAGES) or (module, name) in _TENSOR_CLASSES:
-            return name  # a string stands for the class: it cannot be called
+        match module, name:
+            case "collections", "OrderedDict":
+                return _StateDict
+            case ("torch._utils", "_rebuild_tensor" | "_rebuild_tensor_v2" | "_rebuild_parameter") | (
+                "torch._tensor",
+                "_rebuild_from_type_v2",
+            ):
+                return _Rebuild(name)
+            case ("torch", "Tensor") | ("torch.nn.parameter", "Parameter"):
+                return name  # a string stands for the class: it cannot be called
+            case "torch", _ if name in _STORAGES:
+                return name
         raise _Refused(f"{module}.{name}")
 
     def persistent_load(self, pid: Any) -> _Storage:
-        if not isinstance(pid, Sequence) or len(pid) != 5 or pid[0] != "storage" or pid[1] not in _STORAGES:
-            raise _Refused(f"the reference {str(pid)[:60]}")
-        return _Storage(str(pid[1]), str(pid[2]), int(pid[4]))
+        match pid:
+            case ("storage", kind, key, *_):
+                return _Storage(kind, key)
+        raise _Refused(f"the reference {str(pid)[:60]}")
 
 
 def open_torch_file(path: Path) -> TorchFile:
@@ -143,15 +167,23 @@ def open_torch_file(path: Path) -> TorchFile:
             members = {info.filename: info for info in archive.infolist()}
             index = next((name for name in members if name.endswith("/data.pkl") or name == "data.pkl"), None)
             if index is None:
-                raise PinferError(f"{path} is no PyTorch checkpoint: it holds no data.pkl", _AGAIN)
-            with archive.open(index) as pickled:
-                state = _Unpickler(pickled).load()
+                raise PinferError(f"{path} is not a PyTorch checkpoint: it has no data.pkl", DOWNLOAD_AGAIN)
+            if members[index].file_size > _MAX_PICKLE:
+                raise _Damaged("its data.pkl is too large for a state dict")
+            state = _unpickle(archive.read(index))
             prefix = index.removesuffix("data.pkl") + "data/"
             places = {
                 name.removeprefix(prefix): (_data_offset(raw, info), info.file_size)
                 for name, info in members.items()
                 if name.startswith(prefix) and info.compress_type == zipfile.ZIP_STORED
             }
+        if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+            state = state["state_dict"]
+        if not isinstance(state, dict):
+            raise PinferError(f"{path} has no state dict", DOWNLOAD_AGAIN)
+        size = path.stat().st_size
+        views = {str(name): value for name, value in state.items() if isinstance(value, _View)}
+        return TorchFile(path, {name: _checked(name, view, places, size) for name, view in views.items()})
     except PinferError:
         raise
     except _Refused as refused:
@@ -162,34 +194,54 @@ def open_torch_file(path: Path) -> TorchFile:
     except zipfile.BadZipFile:
         raise PinferError(*_not_a_zip(path)) from None
     except OSError as error:
-        raise PinferError(f"{path} cannot be read: {error.strerror or error}", _AGAIN) from None
+        raise PinferError(f"{path} cannot be read: {error.strerror or error}", DOWNLOAD_AGAIN) from None
     except Exception as error:  # whatever a damaged pickle makes the unpickler raise
-        raise PinferError(f"{path} is damaged: {str(error)[:80] or type(error).__name__}", _AGAIN) from None
-    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
-        state = state["state_dict"]
-    if not isinstance(state, dict):
-        raise PinferError(f"{path} holds no state dict", _AGAIN)
-    tensors = {str(name): value for name, value in state.items() if isinstance(value, TorchTensor)}
-    for name, tensor in tensors.items():
-        _check_inside(path, name, tensor, places)
-    return TorchFile(path, tensors, places)
+        cause = " ".join(str(error).split())[:120] or type(error).__name__
+        raise PinferError(f"{path} is damaged: {cause}", DOWNLOAD_AGAIN) from None
+
+
+def _unpickle(data: bytes) -> Any:
+    for code, argument, _ in pickletools.genops(data):
+        # The unpickler makes a table as long as the largest number, before anything is in it.
+        if code.name in ("PUT", "BINPUT", "LONG_BINPUT") and not 0 <= int(argument or 0) <= len(data):
+            raise _Damaged(f"its pickle memoises as number {argument}")
+    return _Unpickler(io.BytesIO(data)).load()
+
+
+def _checked(name: str, view: _View, places: Mapping[str, tuple[int, int]], file_size: int) -> TorchTensor:
+    """The tensor that ``view`` describes. Raises _Damaged unless all of it lies in its storage."""
+    storage, offset, shape, strides = view
+    if not isinstance(storage, _Storage) or not isinstance(storage.kind, str) or storage.kind not in _STORAGES:
+        raise _Damaged(f"{name} has no storage")
+    if not isinstance(shape, tuple) or not isinstance(strides, tuple) or not len(shape) == len(strides) <= _MAX_DIMS:
+        raise _Damaged(f"{name} has shape {str(shape)[:40]} and strides {str(strides)[:40]}")
+    numbers = (offset, *shape, *strides)
+    if not all(type(n) is int and 0 <= n < 1 << 48 for n in numbers):
+        raise _Damaged(f"{name} has an offset, a size or a stride that is negative, too large or not a number")
+    dtype, numpy_dtype = _STORAGES[storage.kind]
+    start, size = places.get(str(storage.key), (0, -1))
+    tensor = TorchTensor(dtype, numpy_dtype, start + offset * numpy_dtype.itemsize, shape, strides)
+    n_stored = size // numpy_dtype.itemsize
+    if size < 0 or start + size > file_size or offset + tensor.n_span > n_stored or prod(shape) > n_stored:
+        raise _Damaged(f"{name} does not lie in it whole")
+    return tensor
 
 
 def _not_a_zip(path: Path) -> tuple[str, str]:
     with path.open("rb") as file:
         head = file.read(64)
     if head.startswith(b"version https://git-lfs"):
-        return f"{path} is a pointer of git-lfs, not the weights", "run: git lfs pull"
+        return f"{path} is a git-lfs pointer, not the weights", "run: git lfs pull"
     if head[:1] == b"\x80":
         return (
             f"{path} is a PyTorch file of the old format or cut off",
             "get the model's safetensors, or save it again with PyTorch 1.6 or newer",
         )
-    return f"{path} is damaged: it is no PyTorch archive", _AGAIN
+    return f"{path} is damaged: it is not a PyTorch archive", DOWNLOAD_AGAIN
 
 
 def _data_offset(file: IO[bytes], info: zipfile.ZipInfo) -> int:
-    """Where a member's bytes begin: behind its local header, whose extra field the directory does not tell."""
+    """Where a member's bytes begin: after its local header, whose length the central directory does not give."""
     file.seek(info.header_offset)
     header = file.read(_LOCAL_HEADER)
     return (
@@ -198,12 +250,3 @@ def _data_offset(file: IO[bytes], info: zipfile.ZipInfo) -> int:
         + int.from_bytes(header[26:28], "little")
         + int.from_bytes(header[28:30], "little")
     )
-
-
-def _check_inside(path: Path, name: str, tensor: TorchTensor, places: Mapping[str, tuple[int, int]]) -> None:
-    item = _STORAGES[tensor.storage.kind][2]
-    start, size = places.get(tensor.storage.key, (0, -1))
-    last = tensor.offset + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.strides, strict=True))
-    is_empty = 0 in tensor.shape
-    if size < 0 or start + size > path.stat().st_size or (not is_empty and (last + 1) * item > size):
-        raise PinferError(f"{path} is damaged: {name} does not lie in it whole", _AGAIN)

@@ -1,4 +1,4 @@
-"""Text for profiling and measuring: a named data set of the Hugging Face hub, a file, or standard input."""
+"""Text for profiling and measuring: a named data set on the Hugging Face hub, a file, or standard input."""
 
 from __future__ import annotations
 
@@ -20,18 +20,21 @@ from pinfer.errors import PinferError
 from pinfer.progress import NULL_PROGRESS, Progress
 
 DOCUMENT_END = "<|endoftext|>"
-"""A line that is exactly this ends a document; every document is a sequence of its own."""
+"""A line that is exactly this ends a document. Each document is a sequence of its own."""
 
-# Documents are cut here when a text has no separators, so that a book of any size streams through a fixed amount of
-# memory. A cut costs one lost context in this many characters.
+# A text without separators is cut at an empty line after this many characters, or anywhere after twice as many, so that
+# any text streams through a fixed amount of memory. A cut loses the context of the text before it.
 _MAX_DOCUMENT_CHARS = 1 << 20
+
+_MAX_JSON_CHARS = 1 << 26
+"""in one line of JSON, which cannot be cut"""
 
 _ARTICLE_TITLE = re.compile(r"^ = [^=].* = $")
 
 
 @dataclass(frozen=True)
 class HubSource:
-    """Where a named data set lies on the hub, and how to read its lines."""
+    """Where a named data set is on the hub, and how to read it."""
 
     repo: str
     filename: str
@@ -39,8 +42,8 @@ class HubSource:
     description: str = ""
 
 
-# Both are text in containers that the standard library opens, so no data-set library and no parquet reader is needed.
-# WikiText's train split is used, never its test split, which stays good for measuring perplexity.
+# Both are text in containers that the standard library opens; no data-set library or parquet reader is needed.
+# Of WikiText only the train split is used. The test split is kept for measuring perplexity.
 HUB_SOURCES: dict[str, HubSource] = {
     "c4": HubSource(
         repo="allenai/c4",
@@ -58,7 +61,7 @@ HUB_SOURCES: dict[str, HubSource] = {
 
 @dataclass
 class Corpus:
-    """Documents read one after another, and the hash of what was read so far."""
+    """Documents that are read one by one, and the hash of those read so far."""
 
     name: str
     _lines: Iterator[str]
@@ -66,7 +69,7 @@ class Corpus:
     _digest: hashlib._Hash = field(default_factory=hashlib.sha256)
 
     def documents(self) -> Iterator[str]:
-        """Yield each document that holds more than white space. The text is read only as far as it is asked for."""
+        """Yields each document that holds more than white space, reading no further than asked."""
         for document in self._split(self._lines):
             if document.strip():
                 self._digest.update(document.encode("utf-8"))
@@ -75,15 +78,15 @@ class Corpus:
 
     @property
     def sha256(self) -> str:
-        """Hash of the documents that were yielded, each followed by a zero byte."""
+        """Hash of the documents yielded so far, each followed by a zero byte."""
         return self._digest.hexdigest()
 
 
 def open_corpus(dataset: str, progress: Progress = NULL_PROGRESS) -> Corpus:
-    """Open ``c4``, ``wikitext``, a text file (plain, ``.gz``, ``.xz``, ``.jsonl``) or ``-`` for standard input.
+    """Opens ``c4``, ``wikitext``, a text file (plain, ``.gz``, ``.xz``, ``.jsonl``) or ``-`` for standard input.
 
-    Raises PinferError when the name is unknown, the file cannot be read, or the hub cannot be reached and its cache
-    does not hold the data set.
+    Raises PinferError if the name is unknown, or if the data set is neither in the cache nor to be had from the hub.
+    A file that cannot be read raises it when the first document is asked for.
     """
     if dataset == "-":
         return Corpus("stdin", _text_lines(sys.stdin.buffer, "standard input"), _split_text)
@@ -102,14 +105,13 @@ def open_corpus(dataset: str, progress: Progress = NULL_PROGRESS) -> Corpus:
 
 def _open_file(path: Path, name: str) -> Corpus:
     is_json = any(suffix in (".jsonl", ".json") for suffix in path.suffixes)
-    lines = _file_lines(path)
-    return Corpus(name, lines, _split_json(path) if is_json else _split_text)
+    return Corpus(name, _file_lines(path, is_json), _split_json(path) if is_json else _split_text)
 
 
-def _file_lines(path: Path) -> Iterator[str]:
+def _file_lines(path: Path, is_json: bool) -> Iterator[str]:
     try:
         with _open_bytes(path) as stream:
-            yield from _text_lines(stream, str(path))
+            yield from _text_lines(stream, str(path), is_json=is_json)
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
         raise PinferError(f"cannot read {path}: {error}", "check the file, or use another text") from error
 
@@ -122,32 +124,50 @@ def _open_bytes(path: Path) -> IO[bytes] | gzip.GzipFile | lzma.LZMAFile:
     return path.open("rb")
 
 
-def _text_lines(stream: IO[bytes] | gzip.GzipFile | lzma.LZMAFile, name: str) -> Iterator[str]:
-    """Lines of UTF-8 text with their ends normalised to LF; binary data is refused rather than counted as text."""
+def _text_lines(
+    stream: IO[bytes] | gzip.GzipFile | lzma.LZMAFile, name: str, *, is_json: bool = False
+) -> Iterator[str]:
+    """Lines of UTF-8 text without their ends, LF or CRLF. Raises PinferError for binary data.
+
+    A line that is longer than any document may be comes in pieces, each of which ends a document.
+    """
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
-    pending = ""
-    while True:
-        chunk = stream.read(1 << 16)
-        try:
-            pending += decoder.decode(chunk, final=not chunk)
-        except UnicodeDecodeError as error:
-            raise PinferError(
-                f"{name} is not UTF-8 text ({error.reason})", "convert it with iconv, or use another text"
-            ) from None
-        if "\0" in pending:
-            raise PinferError(f"{name} is not a text file: it holds zero bytes", "use a text file")
-        if not chunk:
-            break
-        lines = pending.split("\n")
-        pending = lines.pop()
+    held: list[str] = []
+    n_held = 0
+    while chunk := stream.read(1 << 16):
+        *lines, rest = _decode(decoder, chunk, name).split("\n")
         for line in lines:
-            yield line.removesuffix("\r")
-    if pending:
-        yield pending.removesuffix("\r")
+            yield "".join((*held, line)).removesuffix("\r")
+            held, n_held = [], 0
+        held.append(rest)
+        n_held += len(rest)
+        if is_json and n_held > _MAX_JSON_CHARS:
+            raise PinferError(
+                f"{name} has a line of more than {_MAX_JSON_CHARS >> 20} million characters",
+                "give one JSON object a line, or a plain text file",
+            )
+        if not is_json and n_held >= 2 * _MAX_DOCUMENT_CHARS:
+            yield "".join(held)
+            held, n_held = [], 0
+    held.append(_decode(decoder, b"", name))
+    if last := "".join(held):
+        yield last.removesuffix("\r")
+
+
+def _decode(decoder: codecs.IncrementalDecoder, chunk: bytes, name: str) -> str:
+    try:
+        text = decoder.decode(chunk, final=not chunk)
+    except UnicodeDecodeError as error:
+        raise PinferError(
+            f"{name} is not UTF-8 text ({error.reason})", "convert it with iconv, or use another text"
+        ) from None
+    if "\0" in text:
+        raise PinferError(f"{name} is not a text file: it contains zero bytes", "use a text file")
+    return text
 
 
 def _split_text(lines: Iterator[str]) -> Iterator[str]:
-    """Documents of plain text: separated by DOCUMENT_END lines, or cut at an empty line when they grow too long."""
+    """Documents of plain text: separated by DOCUMENT_END lines, or cut where they grow too long."""
     held: list[str] = []
     n_chars = 0
     for line in lines:
@@ -163,7 +183,7 @@ def _split_text(lines: Iterator[str]) -> Iterator[str]:
 
 
 def _split_wikitext(lines: Iterator[str]) -> Iterator[str]:
-    """Articles of WikiText: each begins with its title between single equals signs."""
+    """Articles of WikiText. Each begins with its title between single equals signs."""
     held: list[str] = []
     for line in lines:
         if _ARTICLE_TITLE.match(line) and held:
@@ -176,7 +196,7 @@ def _split_wikitext(lines: Iterator[str]) -> Iterator[str]:
 
 
 def _split_json(path: Path) -> Callable[[Iterator[str]], Iterator[str]]:
-    """One JSON object a line, with ``text`` or with ``messages`` (``[{"role", "content"}, ...]``)."""
+    """A splitter for one JSON object a line, with ``text`` or ``messages`` (``[{"role", "content"}, ...]``)."""
 
     def split(lines: Iterator[str]) -> Iterator[str]:
         for number, line in enumerate(lines, start=1):
@@ -184,7 +204,7 @@ def _split_json(path: Path) -> Callable[[Iterator[str]], Iterator[str]]:
                 continue
             try:
                 yield _json_text(json.loads(line))
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise PinferError(
                     f"{path.name} line {number} is not a JSON object with 'text' or 'messages'",
                     "give one object a line, or a plain text file",
@@ -220,20 +240,16 @@ def _zip_lines(path: Path, member: str) -> Iterator[str]:
 
 
 def _download(name: str, source: HubSource, progress: Progress) -> Path:
-    from pinfer.hub.download import HubFile, cached_files, endpoint, fetch_files
+    from pinfer.hub.fetch import cached_files, endpoint, fetch_files
 
     progress.note(f"data set {name}: {source.description} ({source.repo} on the Hugging Face hub)")
     try:
-        return fetch_files([HubFile(source.repo, source.filename, "dataset")], f"data set {name}", progress)[0]
-    except Exception as error:  # whatever the HTTP client of the hub's library raises, the user's way out is the same
+        return fetch_files(source.repo, [source.filename], f"data set {name}", progress, repo_type="dataset")[0]
+    except Exception as error:  # whatever goes wrong, the fix is the same
         if (path := cached_files(source.repo, "dataset").get(source.filename)) is not None:
             return path
-        cause = " ".join(str(error).split()) or type(error).__name__
+        cause = " ".join(str(error).split())[:160] or type(error).__name__
         raise PinferError(
-            f"cannot get the data set {name} from {endpoint()} ({_shorten(cause)})",
+            f"cannot download the data set {name} from {endpoint()} ({cause})",
             "connect to the network and try again, or pass a text file: --dataset FILE",
         ) from error
-
-
-def _shorten(text: str, limit: int = 160) -> str:
-    return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from pinfer.errors import PinferError
-from pinfer.hub.download import HubFile, cached_files, explain, fetch_files, is_offline
+from pinfer.hub.fetch import cached_files, explain, fetch_files, is_offline
 from pinfer.progress import NULL_PROGRESS, Progress
 
 _NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?::(?P<wanted>[^:]+))?")
@@ -70,7 +70,7 @@ def fetch_gguf(name: str, progress: Progress = NULL_PROGRESS, *, offline: bool =
         return _from_cache(cached, which, error, progress)
     chosen = choose_gguf(names, which)
     try:
-        return fetch_files([HubFile(which.repo, chosen)], Path(chosen).name, progress)[0]
+        return fetch_files(which.repo, [chosen], Path(chosen).name, progress)[0]
     except Exception as error:
         if chosen in cached:
             return _from_cache({chosen: cached[chosen]}, HubName(which.repo, chosen), error, progress)
@@ -103,11 +103,11 @@ def fetch_checkpoint(repo: str, progress: Progress = NULL_PROGRESS, *, offline: 
         raise _no_checkpoint(repo, names)
     try:
         # The first file tells the commit; the others are taken from the same one.
-        config = fetch_files([HubFile(repo, "config.json")], "config.json", progress)[0]
+        config = fetch_files(repo, ["config.json"], "config.json", progress)[0]
         commit = config.parent.name
 
-        def fetch(wanted: Iterable[str], label: str) -> None:
-            fetch_files([HubFile(repo, name, revision=commit) for name in wanted], label, progress)
+        def fetch(wanted: Sequence[str], label: str) -> None:
+            fetch_files(repo, wanted, label, progress, revision=commit)
 
         index = next((name for name in _INDICES if name in names), None)
         if index is not None and not _single_file(names, index):

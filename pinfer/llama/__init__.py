@@ -1,1 +1,1 @@
-"""llama.cpp and the plugin, as Python sees them."""
+"""Python bindings of llama.cpp, ggml and the plugin."""

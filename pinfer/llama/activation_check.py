@@ -1,8 +1,9 @@
-"""Whether a model computes what it claims: its perplexity so read, next to that of stock llama.cpp's reading.
+"""Checks that a model was trained with the activation it claims, by its perplexity with that activation and with stock
+llama.cpp's.
 
-Stock llama.cpp reads SiLU or GELU where an architecture says so. A model that was trained with the activation it claims
-is read best that way; one that was not, a SiLU model marked reglu, is read best as it stands. Some models hardly tell
-the two apart (where products are large SiLU is nearly ReLU), and an untrained one not at all: those pass.
+Stock llama.cpp computes SiLU or GELU for architectures that use it. A model trained with the claimed activation has the
+lower perplexity with that one; a SiLU model wrongly marked reglu has it with SiLU. For some models the two hardly
+differ (SiLU is nearly ReLU for large products), and for an untrained model not at all. Those pass.
 """
 
 from __future__ import annotations
@@ -10,29 +11,25 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
 
 from pinfer.errors import PinferError
+from pinfer.llama.engine import Engine
 from pinfer.model import ACTIVATIONS, GATED_ACTIVATIONS, Model, describe_activation
 
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-    from pinfer.llama.engine import Engine
-
-# Tokens to read both ways, at most; and the fewest to judge by.
+# Tokens evaluated with each activation, at most; and the fewest that allow a verdict.
 MOST_TOKENS = 1024
 LEAST_TOKENS = 64
 
-# One reading is worse when its perplexity is so many times the other's, more than any quantisation of a trained model
-# or a text of another kind does to one and not to the other, and beyond chance: so many standard errors of the
-# difference, token by token.
+# One activation is worse if its perplexity is 1.5 times the other's (more than quantisation or an unusual text causes)
+# and if the mean difference per token exceeds 4 standard errors.
 _WORSE = math.log(1.5)
 _ERRORS = 4.0
-# Nats below a guess among all tokens, from which a reading shows that something was learnt.
+# Nats below uniform guessing from which a model counts as trained.
 _LEARNT = 1.0
-# Stands for a token whose loss is no number, and for any worse one.
+# Cap on the loss of a token; also stands for NaN.
 _MOST_LOSS = 100.0
 # Tokens whose logits are held at a time.
 _BATCH = 64
@@ -40,7 +37,7 @@ _BATCH = 64
 
 @dataclass(frozen=True)
 class Readings:
-    """Loss in nats of the same tokens by both readings."""
+    """Loss in nats of the same tokens with both activations."""
 
     claimed: NDArray[np.float64]
     stock: NDArray[np.float64]
@@ -48,11 +45,11 @@ class Readings:
 
     @property
     def perplexities(self) -> tuple[float, float]:
-        """As claimed, and as stock llama.cpp reads it."""
+        """With the claimed activation, and with stock llama.cpp's."""
         return math.exp(float(self.claimed.mean())), math.exp(float(self.stock.mean()))
 
     def is_worse(self, one: NDArray[np.float64], other: NDArray[np.float64]) -> bool:
-        """Whether ``one`` is clearly the worse reading of a model that has learnt something by the ``other``."""
+        """Whether the losses ``one`` are clearly worse than ``other``, which must be those of a trained model."""
         if len(one) < LEAST_TOKENS or other.mean() > math.log(self.n_vocab) - _LEARNT:
             return False
         difference = one - other
@@ -61,7 +58,7 @@ class Readings:
 
 
 def first_tokens(windows: Sequence[list[int]], n_tokens: int = MOST_TOKENS) -> list[list[int]]:
-    """The beginning of ``windows``, with ``n_tokens`` tokens to predict."""
+    """The first windows, cut to ``n_tokens`` tokens to predict."""
     some: list[list[int]] = []
     for window in windows:
         if n_tokens > 0 and len(window) > 1:
@@ -71,9 +68,7 @@ def first_tokens(windows: Sequence[list[int]], n_tokens: int = MOST_TOKENS) -> l
 
 
 def losses(engine: Engine, windows: Sequence[list[int]], advance: Callable[[int], None]) -> NDArray[np.float64]:
-    """Nats that each token but the first costs in each window."""
-    import numpy as np
-
+    """Loss in nats of each token in each window, except the first."""
     found: list[NDArray[np.float64]] = []
     for window in windows:
         engine.clear()
@@ -91,19 +86,19 @@ def losses(engine: Engine, windows: Sequence[list[int]], advance: Callable[[int]
 
 
 def judge(model: Model, readings: Readings) -> str | None:
-    """What there is to say in favour of the claim; None where the readings do not tell.
+    """The evidence for the claimed activation in one line; None if the perplexities do not decide.
 
-    Raises PinferError where they tell that the model does not compute what it claims.
+    Raises PinferError if they show that the model was trained with another activation.
     """
     claimed, stock = (_number(p) for p in readings.perplexities) if len(readings.stock) else ("", "")
     name = describe_activation(model.activation, model.activation_threshold)
-    both = f"perplexity {claimed} as {name}, {stock} as stock llama.cpp reads it"
+    both = f"perplexity {claimed} as {name}, {stock} as stock llama.cpp computes it"
     if readings.is_worse(readings.claimed, readings.stock):
         others = [a for a in ACTIVATIONS if (a in GATED_ACTIVATIONS) == model.gated and a != model.activation]
         raise PinferError(
             f"{model.name} does not look like a {name} model: {both}",
-            f"run it dense (pinfer run --dense), or name the right activation: --activation {'|'.join(others)}; "
-            "--force counts all the same",
+            f"run it dense (pinfer run --dense), or pass the right activation: --activation {'|'.join(others)}; "
+            "--force profiles it anyway",
         )
     return both if readings.is_worse(readings.stock, readings.claimed) else None
 

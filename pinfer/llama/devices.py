@@ -1,8 +1,8 @@
-"""The ggml devices of this machine and two measurements on any of them, through the ggml that libllama uses.
+"""The ggml devices of this machine, the cores and memory a process may use, and measurements on a device.
 
-A measurement is a ggml graph run on the device's own backend: a matrix-vector product over more weights than a cache
-holds gives the bandwidth that decoding gets; a tiny one, with its input sent and its output fetched, gives the cost of
-a synchronisation.
+A measurement runs a ggml graph on the device's own backend. A matrix-vector product over more weights than a cache
+holds gives the bandwidth of decoding; a tiny one, with its input sent and its output fetched, the cost of a
+synchronisation.
 """
 
 from __future__ import annotations
@@ -10,58 +10,23 @@ from __future__ import annotations
 import ctypes
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing
 from dataclasses import dataclass
-from functools import cache
+from pathlib import Path
 from typing import Any
 
-from pinfer.errors import PinferError
-from pinfer.llama.ggml import load_library
+import psutil
 
-_F32, _F16 = 0, 1
+from pinfer.errors import PinferError
+from pinfer.llama.ggml import F16, F32, InitParams, load_library
+
 _KINDS = {0: "cpu", 1: "gpu", 2: "igpu"}
 """ggml_backend_dev_type; the others (accelerators beside the CPU, combined devices) hold no weights of their own"""
 
-# Devices of one card with a driver that reports the memory of that card.
+# Backends that report the memory of their own card.
 _OWN_DRIVERS = ("CUDA", "ROCm", "MUSA")
-# Their allocations come in pieces of 2 MiB; libllama makes three, the hot part two.
+# Their drivers allocate in pieces of 2 MiB; libllama makes three allocations, the hot part two.
 _ROUNDING = 5 * 2 << 20
-
-_pointer = ctypes.c_void_p
-_int64 = ctypes.c_int64
-_size = ctypes.c_size_t
-
-
-class _InitParams(ctypes.Structure):
-    """Mirrors ``struct ggml_init_params`` of ggml.h."""
-
-    _fields_ = (("mem_size", _size), ("mem_buffer", _pointer), ("no_alloc", ctypes.c_bool))
-
-
-_SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
-    "ggml_init": (_pointer, (_InitParams,)),
-    "ggml_free": (None, (_pointer,)),
-    "ggml_tensor_overhead": (_size, ()),
-    "ggml_graph_overhead": (_size, ()),
-    "ggml_new_tensor_2d": (_pointer, (_pointer, ctypes.c_int, _int64, _int64)),
-    "ggml_mul_mat": (_pointer, (_pointer, _pointer, _pointer)),
-    "ggml_new_graph": (_pointer, (_pointer,)),
-    "ggml_build_forward_expand": (None, (_pointer, _pointer)),
-    "ggml_backend_alloc_ctx_tensors": (_pointer, (_pointer, _pointer)),
-    "ggml_backend_buffer_clear": (None, (_pointer, ctypes.c_uint8)),
-    "ggml_backend_buffer_free": (None, (_pointer,)),
-    "ggml_backend_tensor_set": (None, (_pointer, _pointer, _size, _size)),
-    "ggml_backend_tensor_get": (None, (_pointer, _pointer, _size, _size)),
-    "ggml_backend_graph_compute": (ctypes.c_int, (_pointer, _pointer)),
-    "ggml_backend_free": (None, (_pointer,)),
-    "ggml_backend_dev_init": (_pointer, (_pointer, ctypes.c_char_p)),
-    "ggml_backend_dev_name": (ctypes.c_char_p, (_pointer,)),
-    "ggml_backend_dev_description": (ctypes.c_char_p, (_pointer,)),
-    "ggml_backend_dev_type": (ctypes.c_int, (_pointer,)),
-    "ggml_backend_dev_memory": (None, (_pointer, ctypes.POINTER(_size), ctypes.POINTER(_size))),
-    "ggml_backend_dev_backend_reg": (_pointer, (_pointer,)),
-    "ggml_backend_reg_get_proc_address": (_pointer, (_pointer, ctypes.c_char_p)),
-}
 
 
 @dataclass(frozen=True)
@@ -75,60 +40,83 @@ class Device:
     memory_total: int
 
 
-@cache
-def _base() -> ctypes.CDLL:
-    library = load_library("ggml-base")
-    for name, (result, arguments) in _SIGNATURES.items():
-        function = getattr(library, name)
-        function.restype = result
-        function.argtypes = arguments
-    return library
+def physical_cores() -> int:
+    """Cores this process may use, within its CPU affinity and its container's quota. Hyper-threads count once."""
+    allowed = psutil.Process().cpu_affinity()
+    siblings = {_text(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") for cpu in allowed}
+    cores = len(siblings) if "" not in siblings else min(len(allowed), psutil.cpu_count(logical=False) or len(allowed))
+    quotas = [*_cgroup_values("cpu", "cpu.max"), *_cgroup_values("cpu", "cpu.cfs_quota_us", "cpu.cfs_period_us")]
+    return max(1, min([cores, *(quota // period for quota, period in quotas)]))
 
 
-@cache
-def _registry() -> ctypes.CDLL:
-    library = load_library("ggml")
-    library.ggml_backend_dev_count.restype = _size
-    library.ggml_backend_dev_count.argtypes = ()
-    library.ggml_backend_dev_get.restype = _pointer
-    library.ggml_backend_dev_get.argtypes = (_size,)
-    return library
+def free_memory() -> int:
+    """Bytes of main memory that this process can still allocate, within its container's limit."""
+    limits = [*_cgroup_values("memory", "memory.max"), *_cgroup_values("memory", "memory.limit_in_bytes")]
+    return min([psutil.virtual_memory().available, *(limit for (limit,) in limits)])
+
+
+def _cgroup_values(controller: str, *files: str) -> Iterator[list[int]]:
+    """The limits in these files for this process's cgroup and every cgroup above it (v1 and v2)."""
+    for line in _text("/proc/self/cgroup").splitlines():
+        _, controllers, group = line.split(":", 2)
+        root = Path("/sys/fs/cgroup", controllers)
+        if controllers and controller not in controllers.split(","):
+            continue
+        for folder in (path := root / group.lstrip("/"), *path.parents):
+            words = " ".join(_text(folder / file) for file in files).split()
+            if words and all(word.isdecimal() for word in words):
+                yield [int(word) for word in words]
+            if folder == root:
+                break
+
+
+def _text(path: str | Path) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""
 
 
 def _handles() -> dict[str, Any]:
-    ggml, registry = _base(), _registry()
+    base, registry = load_library("ggml-base"), load_library("ggml")
     handles = (registry.ggml_backend_dev_get(i) for i in range(registry.ggml_backend_dev_count()))
-    return {ggml.ggml_backend_dev_name(h).decode(): h for h in handles if ggml.ggml_backend_dev_type(h) in _KINDS}
+    return {base.ggml_backend_dev_name(h).decode(): h for h in handles if base.ggml_backend_dev_type(h) in _KINDS}
+
+
+def _memory(handle: Any) -> tuple[int, int]:
+    """Free and total bytes of a device."""
+    free, total = ctypes.c_size_t(), ctypes.c_size_t()
+    load_library("ggml-base").ggml_backend_dev_memory(handle, ctypes.byref(free), ctypes.byref(total))
+    return free.value, total.value
 
 
 def list_devices() -> tuple[Device, ...]:
     """The devices that can hold weights, GPUs and the CPU, in ggml's order."""
-    ggml = _base()
+    base = load_library("ggml-base")
     found = []
     for name, handle in _handles().items():
-        free, total = _size(), _size()
-        ggml.ggml_backend_dev_memory(handle, ctypes.byref(free), ctypes.byref(total))
-        description = ggml.ggml_backend_dev_description(handle).decode()
-        kind = _KINDS[ggml.ggml_backend_dev_type(handle)]
-        found.append(Device(name, description, kind, free.value, total.value))
+        free, total = _memory(handle)
+        description = base.ggml_backend_dev_description(handle).decode()
+        kind = _KINDS[base.ggml_backend_dev_type(handle)]
+        found.append(Device(name, description, kind, min(free, free_memory()) if kind == "cpu" else free, total))
     return tuple(found)
 
 
 class _Product:
-    """A product on a device, ``[n_rows, n_columns]`` F16 times F32 of some tokens, allocated and ready to run."""
+    """An F16 matrix ``[n_rows, n_columns]`` times F32 tokens on a device, allocated and ready to run."""
 
     def __init__(self, device: str, n_threads: int, n_columns: int, n_rows: int, n_tokens: int = 1) -> None:
-        ggml = self._ggml = _base()
+        ggml = self._ggml = load_library("ggml-base")
         handle = _handles()[device]
         self._context = self._buffer = None
         self._backend = ggml.ggml_backend_dev_init(handle, None)
         if not self._backend:
-            raise PinferError(f"device {device} cannot be used", "choose another one with --device")
+            raise PinferError(f"cannot use device {device}", "choose another one with --device")
         _set_n_threads(handle, self._backend, n_threads)
         room = 8 * ggml.ggml_tensor_overhead() + ggml.ggml_graph_overhead()
-        self._context = ggml.ggml_init(_InitParams(room, None, True))
-        weights = ggml.ggml_new_tensor_2d(self._context, _F16, n_columns, n_rows)
-        self._x = ggml.ggml_new_tensor_2d(self._context, _F32, n_columns, n_tokens)
+        self._context = ggml.ggml_init(InitParams(room, None, True))
+        weights = ggml.ggml_new_tensor_2d(self._context, F16, n_columns, n_rows)
+        self._x = ggml.ggml_new_tensor_2d(self._context, F32, n_columns, n_tokens)
         self._y = ggml.ggml_mul_mat(self._context, weights, self._x)
         self._graph = ggml.ggml_new_graph(self._context)
         ggml.ggml_build_forward_expand(self._graph, self._y)
@@ -137,12 +125,12 @@ class _Product:
         self._buffer = ggml.ggml_backend_alloc_ctx_tensors(self._context, self._backend)
         if not self._buffer:
             self.close()
-            raise PinferError(f"device {device} has no room for a measurement", "free some of its memory")
-        # Untouched pages would all be the one page of zeros, which every cache holds.
+            raise PinferError(f"device {device} has too little free memory to measure it", "free some of its memory")
+        # Untouched pages would all map to the kernel's one page of zeros, which fits into every cache.
         ggml.ggml_backend_buffer_clear(self._buffer, 0)
 
     def run(self) -> float:
-        """Sends the input, multiplies, fetches the output; returns the seconds it took."""
+        """Send the input, multiply, fetch the output. Returns the seconds this took."""
         ggml = self._ggml
         start = time.perf_counter()
         ggml.ggml_backend_tensor_set(self._x, self._input, 0, len(self._input))
@@ -153,12 +141,13 @@ class _Product:
         return time.perf_counter() - start
 
     def free_buffer(self) -> None:
-        """Gives back all that was asked for, and nothing of what the backend took for itself."""
+        """Free the tensors; what the backend allocated for itself stays."""
         if self._buffer:
             self._ggml.ggml_backend_buffer_free(self._buffer)
             self._buffer = None
 
     def close(self) -> None:
+        """Free everything."""
         self.free_buffer()
         if self._context:
             self._ggml.ggml_free(self._context)
@@ -166,34 +155,25 @@ class _Product:
 
 
 def _set_n_threads(handle: Any, backend: Any, n_threads: int) -> None:
-    ggml = _base()
+    ggml = load_library("ggml-base")
     registry = ggml.ggml_backend_dev_backend_reg(handle)
     address = ggml.ggml_backend_reg_get_proc_address(registry, b"ggml_backend_set_n_threads")
     if address:
-        ctypes.CFUNCTYPE(None, _pointer, ctypes.c_int)(address)(backend, n_threads)
-
-
-@contextmanager
-def _product(device: str, n_threads: int, n_columns: int, n_rows: int, n_tokens: int = 1) -> Iterator[_Product]:
-    product = _Product(device, n_threads, n_columns, n_rows, n_tokens)
-    try:
-        yield product
-    finally:
-        product.close()
+        ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int)(address)(backend, n_threads)
 
 
 def measure_overhead(device: Device, n_threads: int, n_embd: int) -> int:
-    """Device memory that computing takes beside the buffers asked for: code, workspaces, rounding of allocations.
+    """Device memory that computing needs beyond the buffers it asks for: code, workspaces, rounded allocations.
 
-    Once per process it is what a driver loads and keeps, so this comes before any other measurement. Devices whose
-    free memory is that of a whole machine, where others work too, are taken to need nothing.
+    A driver loads most of it once per process and keeps it, so call this before any other measurement. Returns 0 for
+    devices that share their memory with the rest of the machine, where others allocate meanwhile.
     """
     if not device.name.startswith(_OWN_DRIVERS):
         return 0
     before = _free_memory(device.name)
-    with _product(device.name, n_threads, n_embd, 4096) as one:
+    with closing(_Product(device.name, n_threads, n_embd, 4096)) as one:
         one.run()
-        with _product(device.name, n_threads, n_embd, 4096, 512) as many:
+        with closing(_Product(device.name, n_threads, n_embd, 4096, 512)) as many:
             many.run()
             one.free_buffer()
             many.free_buffer()
@@ -202,27 +182,33 @@ def measure_overhead(device: Device, n_threads: int, n_embd: int) -> int:
 
 
 def _free_memory(device: str) -> int:
-    free, total = _size(), _size()
-    _base().ggml_backend_dev_memory(_handles()[device], ctypes.byref(free), ctypes.byref(total))
-    return free.value
+    return _memory(_handles()[device])[0]
 
 
 def measure_sync(device: str, n_threads: int, n_embd: int) -> float:
-    """Seconds to send an FFN input, start a graph, wait for it and fetch the output, next to no work in between."""
-    with _product(device, n_threads, n_embd, 32) as product:
+    """Seconds to send an FFN input, run a graph that computes next to nothing, and fetch its output."""
+    with closing(_Product(device, n_threads, n_embd, 32)) as product:
         for _ in range(10):
             product.run()
-        # The median: a pause of the machine is no cost of the device.
+        # The median, since other programs interrupt some runs.
         return sorted(product.run() for _ in range(51))[25]
 
 
 def measure_bandwidth(device: str, n_threads: int, n_bytes: int, sync_seconds: float) -> float:
-    """Bytes of weights that a matrix-vector product reads per second, by the best of a few runs."""
+    """Bytes of weights per second that a matrix-vector product reads, from the best of a few runs."""
     n_columns = 4096
     n_rows = max(1, n_bytes // (2 * n_columns))
-    with _product(device, n_threads, n_columns, n_rows) as product:
+    with closing(_Product(device, n_threads, n_columns, n_rows)) as product:
         best = first = product.run()
-        # A busy machine is slow by chance, so the best counts; a slow one is not kept busy for long.
+        # Take the best, since other programs slow down some runs. A slow device gets fewer runs.
         for _ in range(5 if first < 0.1 else 2):
             best = min(best, product.run())
     return 2 * n_columns * n_rows / max(best - sync_seconds, best / 2)
+
+
+def measure_throughput(device: str, n_threads: int) -> float:
+    """Floating-point operations per second of a product with a whole batch, as prompts and profiling do them."""
+    n, n_tokens = 4096, 256
+    with closing(_Product(device, n_threads, n, n, n_tokens)) as product:
+        best = min(product.run() for _ in range(3))
+    return 2.0 * n * n * n_tokens / best

@@ -1,35 +1,35 @@
-"""One model in libllama, in this process: tokens in, logits out. Profile, eval and the tests stand on it."""
+"""A model loaded by libllama in this process: tokens in, logits out. Used by profile, eval and the tests."""
 
 from __future__ import annotations
 
 import ctypes
 import os
-from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
 
 from pinfer.errors import PinferError
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-    from pinfer.model import Model
+from pinfer.llama import log
+from pinfer.llama import plugin as native
+from pinfer.llama.devices import physical_cores
+from pinfer.llama.ggml import load_library
+from pinfer.model import Model
 
 DEVICE_NAME = b"PINFER"
 
-# DESIGN section 3, fact 3: for layers offloaded to a GPU the loader has to be told who owns the FFN.
+# The loader gives the FFN of a layer offloaded to a GPU to that GPU, unless an override names the plugin.
 _FFN_TENSORS = rb"\.ffn_(up|gate|down)\.(weight|bias)"
 
 _GPU_TYPES = (1, 2)  # of enum ggml_backend_dev_type: GPU and IGPU
 
-# Architectures whose graph in libllama aborts with flash attention, which it would choose by itself.
+# Architectures whose graph aborts with flash attention; libllama would turn it on by default.
 NO_FLASH_ATTENTION = (b"plm",)
 
-# Dense from the first token on, and sparse whatever the size of the batch: see pinfer_params.n_batch_dense.
+# Values of pinfer_params.n_batch_dense that compute every batch densely, or none.
 ALWAYS_DENSE = 1
 NEVER_DENSE = 2**31 - 1
 
@@ -57,25 +57,12 @@ class PluginConfig:
         return PluginConfig(activation=model.activation, activation_threshold=model.activation_threshold)
 
 
-def physical_cores() -> int:
-    """Cores this process may run on, hyper-threads not counted twice."""
-    allowed = os.sched_getaffinity(0)
-    cores = set()
-    for cpu in allowed:
-        topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-        try:
-            cores.add(topology.read_text())
-        except OSError:
-            return max(1, len(allowed))
-    return max(1, len(cores))
-
-
 class Engine:
-    """A loaded model with one context and one sequence. Use it as a context manager: it frees both at the end.
+    """A loaded model with one context and one sequence; a context manager that frees both at the end.
 
-    ``plugin=None`` is stock libllama, also in a process where the plugin has been loaded before. Engines of several models may
-    be alive at the same time, each with its own plugin settings. Two of one model need the same settings, or the second is
-    refused.
+    ``plugin=None`` gives stock libllama, even in a process that has loaded the plugin. Engines of several models may be
+    open at the same time, each with its own plugin settings. Two engines of one model need the same settings; a second one
+    with others is refused.
     """
 
     def __init__(
@@ -90,28 +77,28 @@ class Engine:
         f32_attention: bool = False,
         repack: bool = True,
     ) -> None:
-        """Load ``model_path``. ``n_ctx`` 0 is the context the model was trained with.
+        """Load ``model_path``. ``n_ctx=0`` uses the model's training context.
 
-        ``f32_attention`` keeps keys and values in F32 and leaves flash attention out, which rounds them to F16. Without
-        ``repack`` no weights are copied into the layouts that are fastest: they stay where the file is mapped.
+        ``f32_attention`` keeps keys and values in F32 and turns off flash attention, which rounds them to F16.
+        ``repack=False`` uses the weights where the file is mapped, instead of copies in faster layouts.
 
-        Raises PinferError with libllama's last words when it refuses the model or the context.
+        Raises PinferError with libllama's last log lines if it cannot load the model or create the context.
         """
         self._model: Any = None
         self._context: Any = None
         self._batch: Any = None
         self._f32_attention = f32_attention
+        self._n_threads = n_threads or physical_cores()
         self._hot_devices = plugin.device if plugin is not None and plugin.hot else None
         _configure_plugin(model_path, plugin)
         self._configured: Path | None = model_path
         from llama_cpp import llama_cpp as llama
 
         self._llama = llama
-        _quieten(llama)
         llama.llama_backend_init()
         try:
             self._load(model_path, n_gpu_layers, repack, with_plugin=plugin is not None)
-            self._open(model_path, n_ctx, n_batch, n_threads or physical_cores())
+            self._open_context(n_ctx, n_batch)
         except BaseException:
             self.close()
             raise
@@ -119,9 +106,7 @@ class Engine:
         self.n_vocab: int = llama.llama_vocab_n_tokens(self._vocab)
         self.n_layer: int = llama.llama_model_n_layer(self._model)
         self.n_embd: int = llama.llama_model_n_embd(self._model)
-        self.n_ctx: int = llama.llama_n_ctx(self._context)
-        self.n_batch: int = llama.llama_n_batch(self._context)
-        # Put before a text only where the vocabulary asks for it, as llama.cpp does.
+        # As in llama.cpp, only vocabularies that ask for it get one.
         self.bos: int | None = (
             llama.llama_vocab_bos(self._vocab) if llama.llama_vocab_get_add_bos(self._vocab) else None
         )
@@ -133,21 +118,29 @@ class Engine:
         params.use_extra_bufts = repack
         overrides = None
         if with_plugin and n_gpu_layers != 0:
-            overrides = _ffn_overrides()
+            overrides = ffn_overrides()
             params.tensor_buft_overrides = ctypes.addressof(overrides)
         devices = None
         if self._hot_devices is not None:
             devices = _dense_devices(self._hot_devices)
             params.devices = ctypes.addressof(devices)
-        _LOG.clear()
+        log.capture()
         self._model = self._llama.llama_model_load_from_file(os.fsencode(model_path), params)
         if not self._model:
-            raise PinferError(f"libllama cannot load {model_path}: {_last_words()}", "check that the file is a model")
+            raise PinferError(
+                f"libllama cannot load {model_path}: {log.last_words()}", "check that the file is a model"
+            )
 
-    def _context_params(self) -> Any:
-        """``llama_context_params`` with what all contexts of this model have in common."""
+    def _open_context(self, n_ctx: int, n_batch: int, n_ubatch: int | None = None, n_seq: int = 1) -> None:
+        """A context of ``n_ctx`` tokens, shared by ``n_seq`` sequences, in place of the open one."""
+        self._close_context()
         llama = self._llama
         params = llama.llama_context_default_params()
+        params.n_ctx = n_ctx
+        params.n_batch = n_batch
+        params.n_ubatch = n_ubatch or n_batch
+        params.n_seq_max = n_seq
+        params.n_threads = params.n_threads_batch = self._n_threads
         params.no_perf = True
         arch = ctypes.create_string_buffer(64)
         llama.llama_model_meta_val_str(self._model, b"general.architecture", arch, len(arch))
@@ -155,29 +148,22 @@ class Engine:
             params.type_k = params.type_v = llama.GGML_TYPE_F32
         if self._f32_attention or arch.value in NO_FLASH_ATTENTION:
             params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        return params
-
-    def _open(self, model_path: Path, n_ctx: int, n_batch: int, n_threads: int) -> None:
-        llama = self._llama
-        params = self._context_params()
-        params.n_ctx = n_ctx
-        params.n_batch = params.n_ubatch = n_batch
-        params.n_seq_max = 1
-        params.n_threads = params.n_threads_batch = n_threads
-        _LOG.clear()
+        log.capture()
         self._context = llama.llama_init_from_model(self._model, params)
         if not self._context:
             raise PinferError(
-                f"libllama cannot make a context of {n_ctx or 'the default number of'} tokens for {model_path}: "
-                f"{_last_words()}",
-                "try a smaller context",
+                f"libllama cannot create a context of {n_ctx or 'the default number of'} tokens for {n_seq} "
+                f"sequence{'s' if n_seq > 1 else ''}: {log.last_words()}",
+                "try a smaller context" + (" or fewer sequences" if n_seq > 1 else ""),
             )
         self._batch = llama.llama_batch_init(n_batch, 0, 1)
+        self.n_ctx: int = llama.llama_n_ctx(self._context)
+        self.n_batch: int = llama.llama_n_batch(self._context)
 
     def tokenize(self, text: str, *, bos: bool = True, special: bool = False) -> list[int]:
-        """Token ids of ``text``; with ``bos`` the vocabulary's own beginning is put before it where it has one.
+        """Token ids of ``text``, with the vocabulary's BOS in front if it has one and ``bos`` is set.
 
-        ``special`` reads control tokens written in the text as such; text that comes from a file never should.
+        ``special`` parses control tokens in the text. Never set it for text from a file.
         """
         data = text.encode("utf-8")
         room = len(data) + 8
@@ -202,7 +188,7 @@ class Engine:
             room = -n
 
     def is_end(self, token: int) -> bool:
-        """Whether ``token`` ends an answer."""
+        """Whether ``token`` ends the generation."""
         return bool(self._llama.llama_vocab_is_eog(self._vocab, token))
 
     def clear(self) -> None:
@@ -215,8 +201,6 @@ class Engine:
 
         ``logits=True``: of every token, ``[len(tokens), n_vocab]``; else of the last one, ``[1, n_vocab]``.
         """
-        import numpy as np
-
         if not len(tokens):
             raise ValueError("no tokens to decode")
         n_rows = len(tokens) if logits else 1
@@ -234,10 +218,10 @@ class Engine:
         return out
 
     def feed(self, tokens: Sequence[int]) -> None:
-        """Append ``tokens`` and throw the logits away, but compute every layer for every token.
+        """Append ``tokens`` and compute every layer for each of them, without returning logits.
 
-        libllama drops the tokens without output before the last layer's FFN, so a count of that layer needs outputs
-        for all of them.
+        libllama drops tokens without an output before the last layer's FFN. Counting activations in that layer
+        therefore needs outputs for all tokens.
         """
         for begin in range(0, len(tokens), self.n_batch):
             self._decode_batch(tokens[begin : begin + self.n_batch], 0)
@@ -252,7 +236,7 @@ class Engine:
             batch.n_seq_id[i] = 1
             batch.seq_id[i][0] = 0
             batch.logits[i] = i >= first_output
-        _LOG.clear()
+        log.capture()
         status = self._llama.llama_decode(self._context, batch)
         if status == 1:
             raise PinferError(f"the context of {self.n_ctx} tokens is full", "use a larger context (-c)")
@@ -260,8 +244,45 @@ class Engine:
             raise PinferError(_why_not_decoded(status))
         self.n_past += len(tokens)
 
+    def piece(self, token: int) -> bytes:
+        """The bytes of one token, which may end in the middle of a character."""
+        text = ctypes.create_string_buffer(256)
+        n = self._llama.llama_token_to_piece(self._vocab, token, text, len(text), 0, False)
+        return text.raw[: max(n, 0)]
+
+    def sample(self, tokens: Sequence[int], n_tokens: int, *, temperature: float = 0.0, seed: int = 0) -> Iterator[int]:
+        """Continue ``tokens`` from an empty sequence: at most ``n_tokens`` ids, without the end token.
+
+        Temperature 0 is greedy; above it, llama.cpp's default top-k, top-p and min-p apply.
+        """
+        llama = self._llama
+        chain = llama.llama_sampler_chain_init(llama.llama_sampler_chain_default_params())
+        try:
+            samplers = [llama.llama_sampler_init_greedy()]
+            if temperature > 0:
+                samplers = [
+                    llama.llama_sampler_init_top_k(40),
+                    llama.llama_sampler_init_top_p(0.95, 1),
+                    llama.llama_sampler_init_min_p(0.05, 1),
+                    llama.llama_sampler_init_temp(temperature),
+                    llama.llama_sampler_init_dist(seed),
+                ]
+            for sampler in samplers:
+                llama.llama_sampler_chain_add(chain, sampler)
+            self.clear()
+            step = list(tokens)
+            for _ in range(n_tokens):
+                self.decode(step)
+                token = int(llama.llama_sampler_sample(chain, self._context, -1))
+                if self.is_end(token):
+                    return
+                yield token
+                step = [token]
+        finally:
+            llama.llama_sampler_free(chain)
+
     def generate(self, tokens: Sequence[int], n_tokens: int) -> list[int]:
-        """Greedy continuation of ``tokens`` from an empty sequence: ``n_tokens`` ids, or fewer where an answer ends."""
+        """Greedy continuation of ``tokens`` from an empty sequence: at most ``n_tokens`` ids, up to the end token."""
         self.clear()
         answer: list[int] = []
         step = list(tokens)
@@ -283,8 +304,6 @@ class Engine:
 
     def close(self) -> None:
         """Free the context, the model, and its part of the plugin: its counters are gone. Safe to call twice."""
-        from pinfer.llama import plugin as native
-
         self._close_context()
         if self._model:
             self._llama.llama_model_free(self._model)
@@ -296,34 +315,29 @@ class Engine:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
 def require_loadable(path: Path) -> None:
-    """Raises PinferError with libllama's last words where it refuses the header of a GGUF or misses a tensor.
+    """Raises PinferError with libllama's last log lines if it rejects a GGUF's header or misses a tensor.
 
-    Weights are neither read nor given memory.
+    No weights are read or allocated.
     """
     from llama_cpp import llama_cpp as llama
 
-    _quieten(llama)
     llama.llama_backend_init()
     params = llama.llama_model_default_params()
     params.no_alloc = True
-    params.load_mode = llama.LLAMA_LOAD_MODE_NONE  # libllama maps no file that it will not read
-    _LOG.clear()
+    params.load_mode = llama.LLAMA_LOAD_MODE_NONE  # there are no weights to map
+    log.capture()
     model = llama.llama_model_load_from_file(os.fsencode(path), params)
     if not model:
-        raise PinferError(f"libllama would refuse the model: {_last_words()}")
+        raise PinferError(f"libllama cannot load the model: {log.last_words()}")
     llama.llama_model_free(model)
 
 
 def _configure_plugin(model_path: Path, config: PluginConfig | None) -> None:
-    from pinfer.llama import plugin as native
-
     if config is None:
         # Once loaded, the plugin's device stays in the process: it has to be told to keep out of this model's way.
         if native.is_loaded():
@@ -347,71 +361,24 @@ class _BufferOverride(ctypes.Structure):
     _fields_ = (("pattern", ctypes.c_char_p), ("buffer_type", ctypes.c_void_p))
 
 
-def _ffn_overrides() -> ctypes.Array[_BufferOverride]:
-    """The FFN's tensors to the plugin's buffer type, ended by a null entry as libllama wants it."""
-    from pinfer.llama.ggml import load_library
-
-    registry, base = load_library("ggml"), load_library("ggml-base")
-    registry.ggml_backend_dev_by_name.restype = ctypes.c_void_p
-    registry.ggml_backend_dev_by_name.argtypes = (ctypes.c_char_p,)
-    base.ggml_backend_dev_buffer_type.restype = ctypes.c_void_p
-    base.ggml_backend_dev_buffer_type.argtypes = (ctypes.c_void_p,)
-    device = registry.ggml_backend_dev_by_name(DEVICE_NAME)
+def ffn_overrides() -> ctypes.Array[_BufferOverride]:
+    """Overrides that put the FFN tensors into the plugin's buffer type, terminated by a null entry."""
+    device = load_library("ggml").ggml_backend_dev_by_name(DEVICE_NAME)
     if not device:
         raise PinferError("the pinfer plugin is not registered with libggml", "build it again: make build")
     overrides = (_BufferOverride * 2)()
-    overrides[0] = _BufferOverride(_FFN_TENSORS, base.ggml_backend_dev_buffer_type(device))
+    overrides[0] = _BufferOverride(_FFN_TENSORS, load_library("ggml-base").ggml_backend_dev_buffer_type(device))
     return overrides
 
 
 def _dense_devices(hot_devices: str) -> ctypes.Array[ctypes.c_void_p]:
-    """Where libllama may put dense layers beside hot neurons: on the first of their devices that is a GPU, if any."""
-    from pinfer.llama.ggml import load_library
-
+    """Where libllama may put dense layers beside hot neurons: on the first of ``hot_devices`` that is a GPU, if any."""
     registry, base = load_library("ggml"), load_library("ggml-base")
-    registry.ggml_backend_dev_by_name.restype = ctypes.c_void_p
-    registry.ggml_backend_dev_by_name.argtypes = (ctypes.c_char_p,)
-    base.ggml_backend_dev_type.restype = ctypes.c_int
-    base.ggml_backend_dev_type.argtypes = (ctypes.c_void_p,)
     found = (registry.ggml_backend_dev_by_name(name.encode()) for name in hot_devices.split(","))
     gpus = (device for device in found if device and base.ggml_backend_dev_type(device) in _GPU_TYPES)
     return (ctypes.c_void_p * 2)(next(gpus, None), None)
 
 
-# libllama's log is one per process, and so is this; it is read only when something fails.
-_LOG: deque[tuple[int, str]] = deque(maxlen=200)
-_LOG_WARN, _LOG_ERROR, _LOG_CONTINUE = 3, 4, 5  # enum ggml_log_level
-
-
-def _keep_log(level: int, text: bytes, _user_data: object) -> None:
-    if level == _LOG_CONTINUE and _LOG:
-        before, held = _LOG.pop()
-        _LOG.append((before, held + text.decode("utf-8", errors="replace")))
-    else:
-        _LOG.append((level, text.decode("utf-8", errors="replace")))
-
-
-_CALLBACKS: list[Any] = []  # ctypes callbacks must outlive the library that calls them
-
-
-def _quieten(llama: Any) -> None:
-    if not _CALLBACKS:
-        _CALLBACKS.append(llama.llama_log_callback(_keep_log))
-    # Set again each time: another user of llama_cpp in this process may have set its own.
-    llama.llama_log_set(_CALLBACKS[0], None)
-
-
 def _why_not_decoded(status: int) -> str:
-    from pinfer.llama import plugin as native
-
     failure = native.load_plugin().last_failure() if native.is_loaded() else None
-    return failure or f"libllama cannot decode (status {status}): {_last_words()}"
-
-
-def _last_words(n: int = 2) -> str:
-    """The last errors in libllama's log, else its last warnings, as one line."""
-    for level in (_LOG_ERROR, _LOG_WARN):
-        lines = [" ".join(text.split()) for kind, text in _LOG if kind == level and text.strip()]
-        if lines:
-            return "; ".join(lines[-n:])
-    return "it gave no reason"
+    return failure or f"libllama cannot decode (status {status}): {log.last_words()}"

@@ -1,12 +1,13 @@
-"""A whole GGUF model in another type, by libllama's own quantiser, in a process of its own.
+"""Converts a GGUF model to another type with libllama's quantiser, in a child process.
 
-libllama's quantiser can neither be interrupted nor say how far it is, and ends the process on some errors: as a child
-it can be killed, watched by the size of what it wrote, and die alone. That child is
+libllama's quantiser cannot be interrupted, reports no progress and aborts the process on some errors. A child process
+can be killed, its progress shows in the size of its output, and an abort does not end the caller. The child is
 ``python -m pinfer.llama.quantise IN OUT TYPE THREADS``.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import time
 from pathlib import Path
 
 from pinfer.errors import PinferError
+from pinfer.llama import log
 from pinfer.progress import Progress
 
 TYPES = {
@@ -21,22 +23,19 @@ TYPES = {
     "q4_0": ("LLAMA_FTYPE_MOSTLY_Q4_0", 4.6),
     "q4_k_m": ("LLAMA_FTYPE_MOSTLY_Q4_K_M", 4.9),
 }
-"""type: libllama's constant, and about how many bits a weight takes"""
-_POLL = 0.1
-"""seconds"""
-_LOG_ERROR = 4
-"""enum ggml_log_level"""
+"""type: libllama's constant and the approximate bits per weight"""
+_POLL_SECONDS = 0.1
 
 
 def estimated_bytes(n_weights: int, type_: str) -> int:
-    """About how large a model of that many weights becomes."""
+    """Approximate size of a model with ``n_weights`` weights."""
     return int(n_weights * TYPES[type_][1] / 8)
 
 
 def quantise(source: Path, out: Path, type_: str, n_weights: int, n_threads: int, progress: Progress) -> None:
-    """Writes ``out`` and flushes it to the disk. Raises PinferError with libllama's last word where it fails.
+    """Write ``out`` and flush it to disk. Raises PinferError with libllama's last log line on failure.
 
-    Ctrl-C ends the child; whatever it wrote is the caller's to remove.
+    Ctrl-C ends the child. The caller removes what it wrote.
     """
     command = [sys.executable, "-m", "pinfer.llama.quantise", str(source.resolve()), str(out.resolve())]
     command += [type_, str(n_threads)]
@@ -54,7 +53,7 @@ def quantise(source: Path, out: Path, type_: str, n_weights: int, n_threads: int
         with progress.task(f"quantising to {type_}", total, "bytes") as advance:
             done = 0
             while child.poll() is None:
-                time.sleep(_POLL)
+                time.sleep(_POLL_SECONDS)
                 size = min(out.stat().st_size if out.exists() else 0, total)
                 advance(size - done)
                 done = size
@@ -66,30 +65,21 @@ def quantise(source: Path, out: Path, type_: str, n_weights: int, n_threads: int
             child.wait()
     if child.returncode != 0:
         lines = [line.strip() for line in said.splitlines() if line.strip()]
-        raise PinferError(f"libllama could not quantise to {type_}: {lines[-1] if lines else 'it died'}")
+        raise PinferError(f"libllama could not quantise to {type_}: {lines[-1] if lines else 'it gave no reason'}")
     with out.open("rb") as file:
         os.fsync(file.fileno())
 
 
 def _child(source: str, out: str, type_: str, n_threads: str) -> int:
-    import ctypes
-
     import llama_cpp
 
-    errors: list[str] = []
-
-    def keep(level: int, text: bytes, _: ctypes.c_void_p) -> None:
-        if level == _LOG_ERROR:
-            errors.append(text.decode("utf-8", "replace").strip())
-
-    log = llama_cpp.llama_log_callback(keep)  # has to outlive the calls below
-    llama_cpp.llama_log_set(log, ctypes.c_void_p(0))
+    log.capture()
     params = llama_cpp.llama_model_quantize_default_params()
     params.nthread = int(n_threads)
     params.ftype = getattr(llama_cpp, TYPES[type_][0])
     failed = llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(out), ctypes.byref(params))
     if failed:
-        print(errors[-1] if errors else "it gives no reason", file=sys.stderr)
+        print(log.last_words(1), file=sys.stderr)
     return 1 if failed else 0
 
 

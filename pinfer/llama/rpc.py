@@ -1,4 +1,4 @@
-"""ggml's RPC servers as devices of this process; the work is done by the plugin (native/include/pinfer_remote.h)."""
+"""Registers ggml's RPC servers as devices of this process, through the plugin (native/include/pinfer_remote.h)."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _CALLBACKS: list[Any] = []  # ctypes callbacks must outlive the library that cal
 
 
 def connect(servers: str) -> None:
-    """Register the devices of ``host:port[,host:port]``, as RPC0, RPC1, ... in the order of the list.
+    """Register the devices of ``host:port[,host:port]`` as RPC0, RPC1, ... in the order of the list.
 
-    They stay for the life of the process; another one can use these servers after that. Raises PinferError for the
-    first server that is not there, does not answer, or is of another version.
+    They stay registered until the process ends; only then can another process use these servers. Raises PinferError
+    for the first server that is missing, does not answer, or speaks another protocol version.
     """
     library = _library()
     _speak_when_ggml_aborts(library)
@@ -40,7 +40,7 @@ def _library() -> ctypes.CDLL:
 
 
 def _speak_when_ggml_aborts(library: ctypes.CDLL) -> None:
-    """One line instead of ggml's backtrace: when a server goes, its client can only end the process."""
+    """Print one line instead of ggml's backtrace. When a server goes away, its client can only abort the process."""
     if _CALLBACKS or os.environ.get("PINFER_DEBUG"):
         return
 
@@ -51,7 +51,7 @@ def _speak_when_ggml_aborts(library: ctypes.CDLL) -> None:
         else:
             last = message.decode("utf-8", errors="replace").rpartition("/")[2]
             text = f"libggml stopped: {' '.join(last.split())}; rerun with PINFER_DEBUG=1 for the backtrace"
-        # A progress bar has hidden the cursor, and stands where the line has to go.
+        # A progress bar occupies this line and has hidden the cursor.
         clear = "\r\x1b[2K\x1b[?25h" if sys.stderr.isatty() else ""
         os.write(2, f"{clear}pinfer: {text}\n".encode())
         os._exit(1)

@@ -1,4 +1,4 @@
-"""A tokenizer inside libllama, without a model around it: what a converted vocabulary is checked with."""
+"""libllama's tokenizer for a GGUF that holds only a vocabulary; used to check converted vocabularies."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ import ctypes
 import os
 import struct
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from pinfer.errors import PinferError
-from pinfer.llama.engine import _last_words, _quieten
+from pinfer.llama import log
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -21,28 +20,28 @@ _N_KV_OFFSET = 16  # magic, version and the number of tensors come before it
 
 
 class LlamaVocab:
-    """The vocabulary of a GGUF, loaded by libllama. Use it as a context manager: it frees it at the end."""
+    """The vocabulary of a GGUF, loaded by libllama; a context manager that frees it at the end."""
 
     def __init__(self, path: Path) -> None:
-        """Raises PinferError with libllama's last words when it refuses the file."""
+        """Raises PinferError with libllama's last log lines if it rejects the file."""
         from llama_cpp import llama_cpp as llama
 
         self._llama: Any = llama
         self._model: Any = None
-        _quieten(llama)
+        log.capture()
         llama.llama_backend_init()
         params = llama.llama_model_default_params()
         params.vocab_only = True
         self._model = llama.llama_model_load_from_file(os.fsencode(path), params)
         if not self._model:
-            raise PinferError(f"libllama refuses the tokenizer: {_last_words()}", "check the checkpoint's files")
+            raise PinferError(f"libllama rejects the tokenizer: {log.last_words()}", "check the checkpoint's files")
         self._vocab = llama.llama_model_get_vocab(self._model)
         self.n_tokens: int = llama.llama_vocab_n_tokens(self._vocab)
         self._room = 256
         self._ids: Any = (llama.llama_token * self._room)()
 
     def tokenize(self, text: str, *, parse_special: bool = False, add_special: bool = False) -> list[int]:
-        """Ids of ``text``; ``parse_special`` reads control tokens in it, ``add_special`` puts BOS and EOS around it."""
+        """Ids of ``text``. ``parse_special`` parses control tokens in it, ``add_special`` adds BOS and EOS."""
         data = text.encode("utf-8")
         while True:
             n = self._llama.llama_tokenize(
@@ -54,7 +53,7 @@ class LlamaVocab:
             self._ids = (self._llama.llama_token * self._room)()
 
     def piece(self, token: int) -> bytes:
-        """The bytes that ``token`` stands for in a text; control tokens by their name."""
+        """The bytes that ``token`` stands for; for control tokens, their name."""
         room = 64
         while True:
             buffer = ctypes.create_string_buffer(room)
@@ -72,17 +71,15 @@ class LlamaVocab:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
 class VocabFile:
-    """A GGUF of nothing but a tokenizer, whose pre-tokenizer's name can be changed without writing the rest again."""
+    """A GGUF that holds only a tokenizer. Its pre-tokenizer can be changed without rewriting the rest."""
 
     def __init__(self, path: Path, header: GGUFWriter) -> None:
-        """Writes the keys of ``header``, which has to be without ``tokenizer.ggml.pre``."""
+        """Write the keys of ``header``, which must not contain ``tokenizer.ggml.pre``."""
         self.path = path
         header.write_header_to_file(path)
         header.write_kv_data_to_file()
@@ -95,7 +92,7 @@ class VocabFile:
             self._end = file.seek(0, os.SEEK_END)
 
     def set_pre(self, name: str) -> None:
-        """Makes ``name`` the pre-tokenizer."""
+        """Make ``name`` the pre-tokenizer."""
         value = name.encode()
         with open(self.path, "rb+") as file:
             file.truncate(self._end)

@@ -9,13 +9,12 @@ from __future__ import annotations
 import ctypes
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from pinfer.errors import PinferError
-from pinfer.llama.engine import PluginConfig, _configure_plugin, _ffn_overrides, _quieten
+from pinfer.llama import log
+from pinfer.llama.engine import PluginConfig, _configure_plugin, ffn_overrides
 from pinfer.llama.ggml import load_library
 from pinfer.model import Model
 
@@ -44,31 +43,31 @@ def count_compute_bytes(model: Model, device: str, layout: Layout) -> int:
 
     _configure_plugin(model.path, PluginConfig.of(model))
     llama.llama_backend_init()
-    said: list[str] = []
-    with _log(llama, said):
-        handle = _device(device)
-        devices = (ctypes.c_void_p * 2)(handle, None)
-        overrides = _ffn_overrides()
-        params = llama.llama_model_default_params()
-        params.no_alloc = True
-        params.load_mode = llama.LLAMA_LOAD_MODE_NONE
-        params.n_gpu_layers = layout.n_gpu_layers
-        params.devices = ctypes.addressof(devices)
-        params.tensor_buft_overrides = ctypes.addressof(overrides)
-        loaded = llama.llama_model_load_from_file(os.fsencode(model.path), params)
-        if not loaded:
-            raise PinferError(f"libllama refuses {model.path}: {_end(said)}", "check that the file is a model")
-        try:
-            context = llama.llama_init_from_model(loaded, _context_params(llama, layout))
-            if not context:
-                raise PinferError(
-                    f"libllama makes no context of {layout.n_ctx} tokens: {_end(said)}", "try a smaller one with -c"
-                )
-            llama.llama_free(context)
-        finally:
-            llama.llama_model_free(loaded)
+    log.capture()
+    handle = _device(device)
+    devices = (ctypes.c_void_p * 2)(handle, None)
+    overrides = ffn_overrides()
+    params = llama.llama_model_default_params()
+    params.no_alloc = True
+    params.load_mode = llama.LLAMA_LOAD_MODE_NONE
+    params.n_gpu_layers = layout.n_gpu_layers
+    params.devices = ctypes.addressof(devices)
+    params.tensor_buft_overrides = ctypes.addressof(overrides)
+    loaded = llama.llama_model_load_from_file(os.fsencode(model.path), params)
+    if not loaded:
+        raise PinferError(f"libllama refuses {model.path}: {log.last_words()}", "check that the file is a model")
+    log.capture()
+    try:
+        context = llama.llama_init_from_model(loaded, _context_params(llama, layout))
+        if not context:
+            raise PinferError(
+                f"libllama makes no context of {layout.n_ctx} tokens: {log.last_words()}", "try a smaller one with -c"
+            )
+        llama.llama_free(context)
+    finally:
+        llama.llama_model_free(loaded)
     name = _buffer_type(handle)
-    found = [float(size) for at, size in _LINE.findall("".join(said)) if at == name]
+    found = [float(size) for at, size in _LINE.findall(log.captured()) if at == name]
     return int(found[-1] * 2**20 + _STEP) + 1 if found else 0
 
 
@@ -99,19 +98,3 @@ def _buffer_type(handle: int) -> str:
     base.ggml_backend_buft_name.restype = ctypes.c_char_p
     base.ggml_backend_buft_name.argtypes = (ctypes.c_void_p,)
     return str(base.ggml_backend_buft_name(base.ggml_backend_dev_buffer_type(handle)).decode())
-
-
-@contextmanager
-def _log(llama: Any, said: list[str]) -> Iterator[None]:
-    """Collects what libllama says; afterwards it is quiet again."""
-    callback = llama.llama_log_callback(lambda _level, text, _data: said.append(text.decode("utf-8", "replace")))
-    llama.llama_log_set(callback, None)
-    try:
-        yield
-    finally:
-        _quieten(llama)
-
-
-def _end(said: list[str]) -> str:
-    """The last thing it said, as one line."""
-    return " ".join("".join(said).strip().rsplit("\n", 1)[-1].split()) or "it gave no reason"

@@ -94,7 +94,7 @@ def probe(chosen: Sequence[Device], n_embd: int, row_bytes: int) -> Machine:
 
     ``row_bytes`` is the size of one neuron in memory.
     """
-    from pinfer.llama.engine import physical_cores
+    from pinfer.llama.devices import physical_cores
 
     n_threads = physical_cores()
     cpu = next(d for d in list_devices() if d.kind == "cpu")

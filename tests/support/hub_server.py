@@ -1,4 +1,4 @@
-"""A local server that plays the Hugging Face hub: lists repositories, hands out files, refuses, breaks off."""
+"""A local mock of the Hugging Face hub: lists repositories, serves files, refuses requests, drops connections."""
 
 from __future__ import annotations
 
@@ -18,36 +18,38 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @dataclass
 class Hub:
-    """What the stand-in serves, how it behaves, and what it was asked."""
+    """What the mock serves, how it behaves, and the requests it got."""
 
     files: dict[str, bytes] = field(default_factory=dict)
     """by ``user/repo/name``, data sets by ``datasets/user/repo/name``"""
     url: str = ""
     commit: str = COMMIT
     token: str = ""
-    """what a request must bring; empty: nothing"""
+    """the token a request must carry; empty: none is needed"""
     gated: set[str] = field(default_factory=set)
-    """repositories whose files are refused, although they are listed"""
+    """repositories that are listed but whose files are refused"""
     status: int = 0
     """answer everything with this"""
     cut: int = 0
-    """end so many downloads in their middle"""
-    stall: bool = False
-    """send the first half of a file, and nothing more until ``go_on`` is set"""
+    """drop the connection halfway through this many downloads"""
+    ignores_range: bool = False
+    """answer a request for the rest of a file with 200 and the whole file"""
+    stall: str = ""
+    """name of a file of which only the first half is sent until ``go_on`` is set"""
     stalled: threading.Event = field(default_factory=threading.Event)
     go_on: threading.Event = field(default_factory=threading.Event)
     ranges: list[str | None] = field(default_factory=list)
-    """of each GET of a file"""
+    """Range header of each GET of a file"""
     tokens: set[str | None] = field(default_factory=set)
-    """that requests came with"""
+    """tokens that requests carried"""
 
     def add(self, repo: str, files: Mapping[str, bytes]) -> None:
         self.files |= {f"{repo}/{name}": data for name, data in files.items()}
 
     def environment(self, cache: Path, *, offline: bool = False) -> dict[str, str]:
-        """Variables, laid over ``clean_environment``, for a process that is to use this hub.
+        """Variables to add to ``clean_environment`` for a process that uses this hub.
 
-        The hub's library reads them when it is imported.
+        huggingface_hub reads them when it is imported.
         """
         return {
             "HF_HOME": str(cache),
@@ -59,7 +61,7 @@ class Hub:
 
 
 def clean_environment() -> dict[str, str]:
-    """This process's environment without the user's own settings of the hub."""
+    """This process's environment without the user's own hub settings."""
     return {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
 
 
@@ -98,7 +100,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, *, with_body: bool) -> None:
         hub = self.state
         path = unquote(urlsplit(self.path).path).strip("/")
-        if path.startswith("api/") and not path.startswith("api/models/"):  # the library's own affairs
+        if path.startswith("api/") and not path.startswith("api/models/"):  # requests huggingface_hub makes for itself
             self._refuse(404, "")
             return
         token = (self.headers.get("Authorization") or "").removeprefix("Bearer ") or None
@@ -146,20 +148,21 @@ class _Handler(BaseHTTPRequestHandler):
             self._refuse(403, "GatedRepo")
             return
         asked = self.headers.get("Range")
-        begin = int(asked.removeprefix("bytes=").split("-")[0]) if asked else 0
-        self.send_response(206 if asked else 200)
+        obeys = asked is not None and not hub.ignores_range
+        begin = int(asked.removeprefix("bytes=").split("-")[0]) if asked and obeys else 0
+        self.send_response(206 if obeys else 200)
         self.send_header("ETag", f'"{hashlib.sha256(data).hexdigest()}"')
         self.send_header("X-Repo-Commit", hub.commit)
         self.send_header("Accept-Ranges", "bytes")
         self.send_header("Content-Length", str(len(data) - begin))
-        if asked:
+        if obeys:
             self.send_header("Content-Range", f"bytes {begin}-{len(data) - 1}/{len(data)}")
         self.end_headers()
         if with_body:
             hub.ranges.append(asked)
-            self._send(data, begin)
+            self._send(name, data, begin)
 
-    def _send(self, data: bytes, begin: int) -> None:
+    def _send(self, name: str, data: bytes, begin: int) -> None:
         hub = self.state
         middle = max(begin, len(data) // 2)
         if hub.cut > 0:
@@ -167,7 +170,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(data[begin:middle])
             self.close_connection = True
             return
-        if hub.stall:
+        if hub.stall == name:
             self.wfile.write(data[begin:middle])
             hub.stalled.set()
             hub.go_on.wait(60)

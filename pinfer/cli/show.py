@@ -1,34 +1,69 @@
-"""The report of `pinfer show` in words: rows of text for the tables that `ui.py` prints."""
+"""``pinfer show``: flags and report."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
-from pinfer.cli.ui import format_bytes, percent
-from pinfer.model import ACTIVATION_KEY
-from pinfer.show import ABSENT, FITS, ArtefactState, ShowReport
+from pinfer.cli import ui
+from pinfer.cli.formats import format_bytes, percent
+from pinfer.cli.options import ActivationOpt, Choice, JsonOpt, settings, with_model
+
+if TYPE_CHECKING:
+    from pinfer.show import ArtefactState, ShowReport
 
 _PART_NAMES = {"ffn": "FFN", "dense": "attention, norms, other", "embeddings": "embeddings, output"}
 
 
-def facts(report: ShowReport) -> list[tuple[str, str]]:
-    """Names and values of what the model is."""
-    source = {ACTIVATION_KEY: f"the file's {ACTIVATION_KEY}", "architecture": f"as {report.arch} has it"}
+@with_model
+def show(choice: Choice, activation: ActivationOpt = None, as_json: JsonOpt = False) -> None:
+    """Describe a model, its artefacts and how pinfer runs it."""
+    from pinfer import show as stage
+
+    report = stage.show(choice.path(), settings(stage.ShowOptions, locals()))
+    ui.print_json(report.to_json()) if as_json else print_show(report)
+    choice.say_next(report.next)
+
+
+def print_show(report: ShowReport) -> None:
+    """Print the model, its artefacts and how it will run."""
+    ui.print_facts(_facts(report))
+    print()
+    ui.print_table("", ("part", "size", "share", "types"), _parts(report), left=(0, 3))
+    print()
+    if rows := _artefacts(report):
+        ui.print_table(
+            f"artefacts in {report.artefact_folder}", ("artefact", "size", "state", ""), rows, left=(0, 2, 3)
+        )
+    else:
+        print("no artefacts yet")
+    print()
+    print(f"{report.plan[0].upper()}{report.plan[1:]}.")
+    for artefact in report.artefacts:
+        if artefact.problem:
+            ui.say(f"{artefact.problem}; make it again: {artefact.mend}")
+
+
+def _facts(report: ShowReport) -> list[tuple[str, str]]:
+    """Names and values that describe the model."""
+    from pinfer.model import ACTIVATION_KEY
+
+    source = {ACTIVATION_KEY: f"the file's {ACTIVATION_KEY}", "architecture": f"default of {report.arch}"}
     activation = f"{report.activation} ({source.get(report.activation_source, report.activation_source)})"
     if report.activation_threshold:
         activation += f", above a threshold of {report.activation_threshold:g}"
-    neurons = f"{report.n_ff:,} a layer, {report.n_neurons:,} in all, {'gated' if report.gated else 'not gated'}"
+    neurons = f"{report.n_ff:,} per layer, {report.n_neurons:,} in total, {'gated' if report.gated else 'not gated'}"
     if report.n_expert:
-        neurons = f"{report.n_neurons:,} in all, {report.n_expert} experts"
+        neurons = f"{report.n_neurons:,} in total, {report.n_expert} experts"
     return [
         ("model", str(report.model)),
         ("size", f"{format_bytes(report.size)}, {report.n_params / 1e6:,.1f} M parameters"),
         ("architecture", report.arch),
         ("activation", activation),
-        ("layers", f"{report.n_layer}, {report.n_embd:,} wide"),
+        ("layers", f"{report.n_layer}, width {report.n_embd:,}"),
         ("heads", _heads(report)),
         ("neurons", neurons),
-        ("context", f"{report.n_ctx_train:,} tokens in training" if report.n_ctx_train else "not said"),
+        ("context", f"{report.n_ctx_train:,} tokens in training" if report.n_ctx_train else "unknown"),
         ("vocabulary", f"{report.n_vocab:,} tokens"),
     ]
 
@@ -37,17 +72,17 @@ def _heads(report: ShowReport) -> str:
     q, kv = _span(report.n_head), _span(report.n_head_kv)
     width = f"{report.head_dim_k}" + ("" if report.head_dim_k == report.head_dim_v else f" and {report.head_dim_v}")
     if report.n_head == report.n_head_kv:
-        return f"{q}, {width} wide"
-    return f"{q}, and {kv} of keys and values (GQA), {width} wide"
+        return f"{q}, width {width}"
+    return f"{q}, {kv} for keys and values (GQA), width {width}"
 
 
 def _span(values: Sequence[int]) -> str:
-    """``8``, or ``4 to 8`` where layers differ."""
+    """``8``, or ``4 to 8`` if layers differ."""
     low, high = min(values, default=0), max(values, default=0)
     return f"{low}" if low == high else f"{low} to {high}"
 
 
-def parts(report: ShowReport) -> list[tuple[str, str, str, str]]:
+def _parts(report: ShowReport) -> list[tuple[str, str, str, str]]:
     """Rows of the table of sizes: part, size, share of the file, types."""
     rows = [
         (
@@ -66,21 +101,25 @@ def parts(report: ShowReport) -> list[tuple[str, str, str, str]]:
 
 
 def _types(sizes: Mapping[str, int]) -> str:
-    """Types, with the bytes of each where there are several."""
+    """Types, with the size of each if there are several."""
     if len(sizes) < 2:
         return "".join(sizes)
     return ", ".join(f"{name} {format_bytes(n)}" for name, n in sizes.items())
 
 
-def artefacts(report: ShowReport) -> list[tuple[str, str, str, str]]:
-    """Rows of the table of artefacts; none where there are none yet."""
+def _artefacts(report: ShowReport) -> list[tuple[str, str, str, str]]:
+    """Rows of the table of artefacts; empty if there are none."""
+    from pinfer.show import ABSENT
+
     if all(a.state == ABSENT for a in report.artefacts):
         return []
     return [(a.kind, format_bytes(a.bytes) if a.bytes else "", a.state, _about(a)) for a in report.artefacts]
 
 
 def _about(artefact: ArtefactState) -> str:
-    """What an artefact carries, or the command that makes it."""
+    """The contents of an artefact, or the command that makes it."""
+    from pinfer.show import ABSENT, FITS
+
     if artefact.state == ABSENT:
         return artefact.mend
     if artefact.state != FITS:
