@@ -11,7 +11,21 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-VERBS = ("profile", "train", "solve", "split", "run", "serve", "eval", "bench", "show", "convert", "demo")
+VERBS = [
+    "profile",
+    "train",
+    "solve",
+    "split",
+    "prepare",
+    "run",
+    "serve",
+    "eval",
+    "bench",
+    "show",
+    "library",
+    "convert",
+    "demo",
+]
 # From the ground up. A module belongs to the layer that names it, or else to that of its package.
 LAYERS = (
     ("pinfer", "pinfer.errors", "pinfer.progress", "pinfer.interrupt"),
@@ -22,7 +36,7 @@ LAYERS = (
     ("pinfer.artefacts",),
     ("pinfer.predictors", "pinfer.placement", "pinfer.benchmark", "pinfer.conversion"),
     ("pinfer.execution",),
-    tuple(f"pinfer.{verb}" for verb in VERBS),
+    (*(f"pinfer.{verb}" for verb in VERBS), "pinfer.demo"),
     ("pinfer.cli",),
     ("pinfer.__main__",),
 )

@@ -142,7 +142,9 @@ def test_it_says_what_it_serves(server: Server, folder: Path) -> None:
     environment = Path(f"/proc/{server.process.pid}/environ").read_bytes().split(b"\0")
     assert b"OMP_WAIT_POLICY=passive" in environment
     sockets = [line.split()[1] for line in Path("/proc/net/tcp").read_text().splitlines()[1:] if " 0A " in line]
-    assert [address for address in sockets if address.endswith(f":{server.port:04X}")] == [f"0100007F:{server.port:04X}"]
+    assert [address for address in sockets if address.endswith(f":{server.port:04X}")] == [
+        f"0100007F:{server.port:04X}"
+    ]
 
 
 def test_the_wait_policy_of_the_user_stays(monkeypatch: pytest.MonkeyPatch) -> None:
