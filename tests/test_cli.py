@@ -404,7 +404,7 @@ def _options_of(monkeypatch: pytest.MonkeyPatch, name: str, *flags: str) -> Any:
     def catch(*arguments: object, **_: object) -> NoReturn:
         raise _Caught(next(each for each in arguments if dataclasses.is_dataclass(each)))
 
-    monkeypatch.setattr(stage, {"eval": "evaluate", "run": "runner_command"}.get(name, name), catch)
+    monkeypatch.setattr(stage, {"eval": "evaluate", "run": "start"}.get(name, name), catch)
     caught: list[object] = []
 
     def keep(text: str) -> int:
