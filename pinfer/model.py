@@ -38,6 +38,9 @@ __all__ = [
     "open_model",
 ]
 
+MAX_LAYERS = 512
+"""LLAMA_MAX_LAYERS; libllama aborts above it"""
+
 
 @dataclass(frozen=True)
 class FfnTensors:
@@ -206,6 +209,9 @@ def _describe(path: Path, gguf: GgufFile, activation: str | None) -> Model:
             "merge the parts first: llama-gguf-split --merge FIRST_PART whole.gguf",
         )
     n_layer = _integer(gguf, f"{arch}.block_count")
+    if n_layer > min(len(gguf.tensors), MAX_LAYERS):
+        n_tensors = len(gguf.tensors)
+        raise GgufError(f"it has {n_layer} layers in {n_tensors} tensors; libllama allows {MAX_LAYERS} layers")
     n_embd = _integer(gguf, f"{arch}.embedding_length")
     ffn = tuple(_ffn(gguf, layer) for layer in range(n_layer))
     n_ff = _n_ff(gguf, arch, ffn, n_embd)

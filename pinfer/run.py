@@ -150,6 +150,8 @@ def start(
     )
     execution = decide(open_model(model, activation=options.activation), options)
     command = [str(runner_path()), program, *_plugin_flags(execution)]
+    if execution.plugin is not None and not execution.plugin.hot and options.device not in (None, NO_DEVICE):
+        command += ["--pinfer-device", options.device]  # nothing lies there, but a wrong name is an error
     draft = flags.value(program, _DRAFT)
     if draft is not None and not options.dense:
         beside = decide(open_model(Path(draft)), replace(options, activation=None, artefacts=None, device=None))

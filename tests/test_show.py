@@ -275,7 +275,7 @@ def test_it_predicts_what_run_does(command: CommandLine, tiny_reglu: Path) -> No
         "solve": ("--device", "CPU", "--vram", "4M"),
         "split": (),
     }
-    run = ("run", "-p", "One day", "-n", "4", "--temp", "0", "--device", "CPU")
+    run = ("run", "-p", "One day", "-n", "4", "--temp", "0", "--hot-device", "CPU")
     hot = ""
     report = _json(command, "show", tiny_reglu)
     for name, flags in stages.items():

@@ -6,9 +6,10 @@ import errno
 import signal
 import sys
 from types import FrameType
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
+from typer.core import TyperGroup
 
 from pinfer import __version__
 from pinfer.cli.bench import bench
@@ -25,12 +26,37 @@ from pinfer.cli.split import split
 from pinfer.cli.train import train
 from pinfer.errors import PinferError
 
+if TYPE_CHECKING:
+    from typer._click import Context, HelpFormatter
+
+_GROUPS = {
+    "Use a model": ("run", "serve", "show"),
+    "Prepare it": ("convert", "prepare", "profile", "train", "solve", "split"),
+    "Measure it": ("eval", "bench"),
+    "Clean up": ("list", "rm"),
+}
+
+
+class _GroupedCommands(TyperGroup):
+    """The list of commands in ``--help``, by what they are for."""
+
+    def format_commands(self, ctx: Context, formatter: HelpFormatter) -> None:
+        limit = formatter.width - 6 - max(map(len, self.commands))
+        grouped = {name for names in _GROUPS.values() for name in names}
+        others = tuple(name for name in self.commands if name not in grouped)
+        for title, names in {**_GROUPS, "Other": others}.items():
+            rows = [(name, self.commands[name].get_short_help_str(limit)) for name in names if name in self.commands]
+            if rows:
+                with formatter.section(title):
+                    formatter.write_dl(rows, col_max=10)
+
+
 app = typer.Typer(
     name="pinfer",
+    cls=_GroupedCommands,
     help="Run ReLU language models on stock llama.cpp, computing only the active neurons.",
     epilog="Pipeline: profile → train → solve → split → run. Results go to stdout; progress and messages go to stderr.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},

@@ -25,7 +25,7 @@ from pinfer.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from pinfer.prepare import PrepareReport
+    from pinfer.preparation import PrepareReport
 
 
 @with_model
@@ -50,7 +50,7 @@ def prepare(
     as_json: JsonOpt = False,
 ) -> None:
     """Profile, train, solve and split in one go. Fresh artefacts are kept; Ctrl-C and start again to resume."""
-    from pinfer import prepare as stage
+    from pinfer import preparation as stage
 
     sizes = parse_sizes(vram, "--vram") if vram is not None else None
     path = choice.path()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -241,6 +241,43 @@ class Engine:
         if status != 0:
             raise PinferError(_why_not_decoded(status))
         self.n_past += len(tokens)
+
+    def piece(self, token: int) -> bytes:
+        """The bytes of one token, which may end in the middle of a character."""
+        text = ctypes.create_string_buffer(256)
+        n = self._llama.llama_token_to_piece(self._vocab, token, text, len(text), 0, False)
+        return text.raw[: max(n, 0)]
+
+    def sample(self, tokens: Sequence[int], n_tokens: int, *, temperature: float = 0.0, seed: int = 0) -> Iterator[int]:
+        """Continue ``tokens`` from an empty sequence: at most ``n_tokens`` ids, without the end token.
+
+        Temperature 0 is greedy; above it, llama.cpp's default top-k, top-p and min-p apply.
+        """
+        llama = self._llama
+        chain = llama.llama_sampler_chain_init(llama.llama_sampler_chain_default_params())
+        try:
+            samplers = [llama.llama_sampler_init_greedy()]
+            if temperature > 0:
+                samplers = [
+                    llama.llama_sampler_init_top_k(40),
+                    llama.llama_sampler_init_top_p(0.95, 1),
+                    llama.llama_sampler_init_min_p(0.05, 1),
+                    llama.llama_sampler_init_temp(temperature),
+                    llama.llama_sampler_init_dist(seed),
+                ]
+            for sampler in samplers:
+                llama.llama_sampler_chain_add(chain, sampler)
+            self.clear()
+            step = list(tokens)
+            for _ in range(n_tokens):
+                self.decode(step)
+                token = int(llama.llama_sampler_sample(chain, self._context, -1))
+                if self.is_end(token):
+                    return
+                yield token
+                step = [token]
+        finally:
+            llama.llama_sampler_free(chain)
 
     def generate(self, tokens: Sequence[int], n_tokens: int) -> list[int]:
         """Greedy continuation of ``tokens`` from an empty sequence: at most ``n_tokens`` ids, up to the end token."""

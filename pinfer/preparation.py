@@ -1,4 +1,4 @@
-"""`profile`, `train`, `solve` and `split` in one go; stages whose results are fresh are skipped."""
+"""`pinfer prepare`: profile, train, solve and split in one go, without repeating a stage whose result is fresh."""
 
 from __future__ import annotations
 
@@ -59,6 +59,9 @@ class PrepareOptions:
     """make everything again"""
 
 
+_DEFAULTS = PrepareOptions()
+
+
 @dataclass(frozen=True)
 class Estimate:
     """What preparing will take, before it starts."""
@@ -97,14 +100,16 @@ class PrepareReport:
         return {**asdict(self), "model": str(self.model), "folder": str(self.folder)}
 
 
-def prepare(model_path: Path, options: PrepareOptions, progress: Progress = NULL_PROGRESS) -> PrepareReport:
+def prepare(
+    model_path: str | Path, options: PrepareOptions = _DEFAULTS, progress: Progress = NULL_PROGRESS
+) -> PrepareReport:
     """Make every artefact of a model that is missing, damaged, or made with other settings than these.
 
     What an interrupted run finished is kept and skipped the next time. Raises PinferError as the stages do, and for a
     model with nothing to skip or a disk that is too small.
     """
     begin = time.monotonic()
-    model = open_model(model_path, options.activation)
+    model = open_model(Path(model_path), options.activation)
     model.require_sparse()
     folder = paths.artefact_dir(model.path, model.fingerprint, for_writing=True)
     open_stages = _stages(model, folder, options)
