@@ -42,7 +42,7 @@ def solve(
     ] = None,
     time_limit: Annotated[
         float, typer.Option("--time-limit", min=0.1, metavar="SECONDS", help="Time limit of the solver.")
-    ] = 60.0,
+    ] = 10.0,
     cache_type: Annotated[str, typer.Option("--cache-type", metavar="TYPE", help="Type of the KV cache.")] = "f16",
     activation: ActivationOpt = None,
     as_json: JsonOpt = False,
