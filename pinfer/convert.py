@@ -327,7 +327,7 @@ def _quantise_in_place(
     """Replaces the finished temporary file of ``writer`` by its quantised form."""
     from pinfer.llama.devices import physical_cores
 
-    smaller = writer.temporary.with_name(f".{writer.path.name}.{type_}.{os.getpid()}.tmp")
+    smaller = writer.temporary.with_suffix(f".{type_}.tmp")
     try:
         quantise(writer.temporary, smaller, type_, n_weights, n_threads or physical_cores(), progress)
         os.replace(smaller, writer.temporary)

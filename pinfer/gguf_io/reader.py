@@ -7,17 +7,17 @@ arrays only when asked, and knows one failure: `GgufError` with a cause in half 
 
 from __future__ import annotations
 
+import math
 import mmap
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
+import numpy as np
+from numpy.typing import NDArray
 
 MAGIC = b"GGUF"
 MAX_DIMS = 4
@@ -66,10 +66,7 @@ class Tensor:
 
     @property
     def n_rows(self) -> int:
-        rows = 1
-        for n in self.shape[1:]:
-            rows *= n
-        return rows
+        return math.prod(self.shape[1:])
 
     @property
     def row_bytes(self) -> int:
@@ -104,6 +101,21 @@ def type_size(ggml_type: int) -> tuple[int, int]:
         return GGML_QUANT_SIZES[GGMLQuantizationType(ggml_type)]
     except (KeyError, ValueError):
         raise GgufError(f"tensor type {ggml_type} is unknown") from None
+
+
+def type_number(name: str) -> int:
+    """Number of a ggml type, from the gguf package's name for it in any case."""
+    from gguf.constants import GGMLQuantizationType
+
+    return int(GGMLQuantizationType[name.upper()])
+
+
+def row_bytes(ggml_type: int | str, length: int) -> int:
+    """Bytes of a row of a ggml type, given by number or name; GgufError where its blocks do not divide the row."""
+    block, size = type_size(type_number(ggml_type) if isinstance(ggml_type, str) else ggml_type)
+    if length % block:
+        raise GgufError(f"rows of {length} elements are not a multiple of {block}")
+    return length // block * size
 
 
 def type_name(ggml_type: int) -> str:
@@ -155,6 +167,10 @@ class GgufFile:
         value = self._values.get(key)
         return value.count if isinstance(value, _Array) else 0
 
+    def array_offset(self, key: str) -> int:
+        """Bytes from the start of the file to the first item of an array."""
+        return int(self._values[key].offset)
+
     @cached_property
     def _map(self) -> mmap.mmap:
         with open(self.path, "rb") as file:
@@ -162,8 +178,6 @@ class GgufFile:
 
     @cached_property
     def _bytes(self) -> NDArray[np.uint8]:
-        import numpy as np
-
         return np.frombuffer(self._map, dtype=np.uint8)
 
     def raw(self, tensor: Tensor) -> NDArray[np.uint8]:
@@ -173,8 +187,6 @@ class GgufFile:
 
     def array(self, tensor: Tensor) -> NDArray[Any]:
         """A tensor of plain numbers where it lies, in numpy's axis order (the reverse of GGUF's), read-only."""
-        import numpy as np
-
         plain = {"F32": "<f4", "F16": "<f2", "F64": "<f8", "I8": "i1", "I16": "<i2", "I32": "<i4", "I64": "<i8"}
         if tensor.type_name not in plain:
             raise GgufError(f"tensor {tensor.name} is of type {tensor.type_name}, not plain numbers")
@@ -267,14 +279,13 @@ def _read_tensor(cursor: _Cursor) -> Tensor:
         raise GgufError(f"tensor {name!r} has {n_dims} dimensions")
     shape = tuple(cursor.scalar("Q") for _ in range(n_dims))
     kind, offset = cursor.scalar("I"), cursor.scalar("Q")
-    block, n_bytes = type_size(kind)
-    if shape[0] % block:
-        raise GgufError(f"rows of tensor {name!r} have {shape[0]} elements, not a multiple of {block}")
     if 0 in shape:
         raise GgufError(f"tensor {name!r} is empty")
-    for n in shape[1:]:
-        n_bytes *= n
-    return Tensor(name, kind, type_name(kind), shape, offset, n_bytes * (shape[0] // block))
+    try:
+        n_bytes = row_bytes(kind, shape[0]) * math.prod(shape[1:])
+    except GgufError as error:
+        raise GgufError(f"tensor {name!r}: {error}") from None
+    return Tensor(name, kind, type_name(kind), shape, offset, n_bytes)
 
 
 def _read(path: Path, data: mmap.mmap) -> GgufFile:

@@ -6,30 +6,36 @@ A file is written under a temporary name, fsynced and renamed, so that an interr
 from __future__ import annotations
 
 import contextlib
-import errno
+import fcntl
+import glob
+import math
 import os
+import secrets
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO, Self
 
-from pinfer.errors import PinferError
-from pinfer.gguf_io.reader import type_size
+import numpy as np
+from numpy.typing import NDArray
+
+from pinfer.errors import NO_SPACE, PinferError
+from pinfer.gguf_io.reader import read_gguf, row_bytes, type_number
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
-    from numpy.typing import NDArray
-
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+CHECKSUMS = "pinfer.checksums"
+"""key of the checksums of all tensors, in the order of the file"""
 
 
 def _remove_leftovers(path: Path) -> None:
-    """Removes the temporary files of commands that were killed; those of living processes stay."""
-    for leftover in path.parent.glob(f".{path.name}.*.tmp"):
-        pid = leftover.name.removesuffix(".tmp").rpartition(".")[2]
-        if not pid.isdigit() or not Path("/proc", pid).exists():
-            leftover.unlink(missing_ok=True)
+    """Removes the temporary files of commands that were killed. A running command holds a lock on its own."""
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 8}.tmp"):
+        with contextlib.suppress(OSError), open(leftover, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for part in path.parent.glob(glob.escape(leftover.stem) + ".*"):
+                part.unlink()
 
 
 class GgufFileWriter:
@@ -38,16 +44,26 @@ class GgufFileWriter:
     ``with GgufFileWriter(path, "llama") as out`` puts the file in place when the block is left without an exception,
     and removes every trace of it otherwise. Several files that belong together are put in place by
     ``replace_together`` at the end of the block. ``elsewhere`` tells a user with a full disk how to write to another
-    one. Raises PinferError when the disk is full or cannot be written.
+    one. ``checksum`` of each tensor's bytes goes into the header under ``CHECKSUMS``. Raises PinferError when the disk
+    is full or cannot be written.
     """
 
-    def __init__(self, path: Path, arch: str, *, alignment: int = 32, elsewhere: str = "name another folder") -> None:
+    def __init__(
+        self,
+        path: Path,
+        arch: str,
+        *,
+        alignment: int = 32,
+        elsewhere: str = "name another folder",
+        checksum: Callable[[NDArray[Any]], int] | None = None,
+    ) -> None:
         from gguf import GGUFWriter
 
         self.path = path
         self._alignment = alignment
         self._elsewhere = elsewhere
-        self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        self._checksum = checksum
+        self._temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
         self._file: BinaryIO | None = None
         self._finished = False
         self._in_place = False
@@ -66,23 +82,16 @@ class GgufFileWriter:
 
         ``shape`` is GGUF's order; the type is ggml's number or a name (``"I8"``).
         """
-        import numpy as np
         from gguf import GGMLQuantizationType
 
-        kind = GGMLQuantizationType[ggml_type] if isinstance(ggml_type, str) else GGMLQuantizationType(ggml_type)
-        block, n_bytes = type_size(kind)
-        if shape[0] % block:
-            raise ValueError(f"{name}: rows of {shape[0]} do not fit {kind.name}")
-        n_bytes *= shape[0] // block
-        for n in shape[1:]:
-            n_bytes *= n
+        number = type_number(ggml_type) if isinstance(ggml_type, str) else ggml_type
+        n_bytes = row_bytes(number, shape[0]) * math.prod(shape[1:])
+        kind = GGMLQuantizationType(number)
         self.header.add_tensor_info(name, tuple(shape)[::-1], np.dtype(np.int8), n_bytes, raw_dtype=kind)
         self._sizes[name] = n_bytes
 
     def add_array(self, name: str, array: NDArray[Any]) -> None:
         """A small tensor of plain numbers, declared and kept until its turn to be written comes."""
-        import numpy as np
-
         names = {"f4": "F32", "f2": "F16", "f8": "F64", "i1": "I8", "i2": "I16", "i4": "I32", "i8": "I64"}
         self.declare(name, array.shape[::-1], names[array.dtype.str[1:]])
         self._small[name] = np.ascontiguousarray(array)
@@ -105,6 +114,8 @@ class GgufFileWriter:
 
         ``also`` are bytes that another file of the same command will take.
         """
+        from gguf import GGUFValueType
+
         if self._file is not None:
             return
         try:
@@ -117,9 +128,14 @@ class GgufFileWriter:
                     f"{self.path.name} needs {needed / 1e6:.1f} MB, {self.path.parent} has {free / 1e6:.1f} MB free",
                     f"free some space, or {self._elsewhere}",
                 )
+            if self._checksum and self._sizes:
+                zeros = [0] * len(self._sizes)
+                self.header.add_key_value(CHECKSUMS, zeros, GGUFValueType.ARRAY, sub_type=GGUFValueType.UINT64)
             self.header.write_header_to_file(self._temporary)
             assert self.header.fout is not None
             self._file = self.header.fout[0]
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self.header.write_kv_data_to_file()
             self.header.write_ti_data_to_file()
             self._pad()
@@ -128,6 +144,16 @@ class GgufFileWriter:
         self._queue = list(self._sizes)
         self._left = self._sizes[self._queue[0]] if self._queue else 0
         self._write_small()
+
+    def _write_checksums(self, checksum: Callable[[NDArray[Any]], int]) -> None:
+        """Reads the tensors back, mostly from the page cache, and replaces the zeros in the header."""
+        assert self._file is not None
+        written = read_gguf(self._temporary)
+        self._file.seek(written.array_offset(CHECKSUMS))
+        for tensor in written.tensors.values():
+            self._file.write(checksum(written.raw(tensor)).to_bytes(8, "little"))
+            written.release()
+        self._file.flush()
 
     def reserve(self) -> None:
         """Gives the temporary file its final length: readers find every tensor inside it before it is filled."""
@@ -153,8 +179,6 @@ class GgufFileWriter:
         self._write_small()
 
     def _append(self, name: str, data: NDArray[Any] | bytes) -> None:
-        import numpy as np
-
         piece = memoryview(data if isinstance(data, bytes) else np.ascontiguousarray(data).data).cast("B")
         if piece.nbytes > self._left:
             raise ValueError(f"{name} gets {piece.nbytes - self._left} bytes too many")
@@ -170,7 +194,7 @@ class GgufFileWriter:
             raise self._error(error) from error
 
     def _error(self, error: OSError) -> PinferError:
-        if error.errno in _NO_SPACE:
+        if error.errno in NO_SPACE:
             return PinferError(
                 f"no space left while writing {self.path}; what was there before is untouched",
                 f"free some space, or {self._elsewhere}",
@@ -182,7 +206,7 @@ class GgufFileWriter:
         self._file.write(bytes(-self._file.tell() % self._alignment))
 
     def finish(self) -> None:
-        """Everything is written: flush it to the disk. The file keeps its temporary name."""
+        """Everything is written: flush it to the disk. The file keeps its temporary name and its lock."""
         if self._finished:
             return
         self.begin()
@@ -191,8 +215,9 @@ class GgufFileWriter:
         assert self._file is not None
         try:
             self._file.flush()
+            if self._checksum and self._sizes:
+                self._write_checksums(self._checksum)
             os.fsync(self._file.fileno())
-            self._file.close()
         except OSError as error:
             raise self._error(error) from error
         self._finished = True
@@ -205,6 +230,8 @@ class GgufFileWriter:
         try:
             os.replace(self._temporary, self.path)
             self._in_place = True
+            assert self._file is not None
+            self._file.close()
             folder = os.open(self.path.parent, os.O_RDONLY)
             try:
                 os.fsync(folder)
@@ -217,7 +244,7 @@ class GgufFileWriter:
         """Removes the temporary file; the old file stays."""
         if self._in_place:
             return
-        if self._file is not None and not self._finished:
+        if self._file is not None:
             # A full disk makes closing fail as well, for buffered bytes are written then; they are not wanted.
             with contextlib.suppress(OSError):
                 self._file.close()
