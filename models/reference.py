@@ -132,6 +132,7 @@ class Reference:
     def ffn(self, blk: str, x: Array) -> tuple[Array, Array]:
         """Output [n, n_embd] and neurons [n, n_ff] of the FFN of ``blk.N`` for its inputs x [n, n_embd]."""
         up = self._linear(f"{blk}.ffn_up", x)
+        neurons: Array
         if self.activation in ("reglu", "drelu"):
             gate = self._relu(self._linear(f"{blk}.ffn_gate", x))
             neurons = gate * (self._relu(up) if self.activation == "drelu" else up)

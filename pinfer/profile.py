@@ -158,12 +158,21 @@ def _check(options: ProfileOptions) -> None:
         raise PinferError("the number of samples cannot be negative")
 
 
+def sample_bytes(model: Model) -> int:
+    """Bytes of one sample: the FFN input of every layer in F16, and one bit a neuron."""
+    return model.n_layer * (2 * model.n_embd + -(-model.n_ff // 8))
+
+
+def sample_count(model: Model) -> int:
+    """Samples that are kept unless the user names another number."""
+    return min(MAX_SAMPLES, SAMPLE_BYTES // sample_bytes(model))
+
+
 def _n_samples(options: ProfileOptions, model: Model, n_tokens: int) -> int:
     """Samples to keep of ``n_tokens`` tokens. Raises PinferError for more than memory has room for."""
-    sample_bytes = model.n_layer * (2 * model.n_embd + -(-model.n_ff // 8))
     if options.n_samples is None:
-        return min(n_tokens, MAX_SAMPLES, SAMPLE_BYTES // sample_bytes)
-    n_samples, room = min(n_tokens, options.n_samples), free_memory() // sample_bytes
+        return min(n_tokens, sample_count(model))
+    n_samples, room = min(n_tokens, options.n_samples), free_memory() // sample_bytes(model)
     if n_samples > room:
         raise PinferError(f"memory has room for {room:,} samples, not {n_samples:,}", f"use --samples {room} or fewer")
     return n_samples

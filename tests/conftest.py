@@ -1,4 +1,4 @@
-"""What the tests share: a folder of their own to work in, and models whose artefacts cannot land in the repository."""
+"""Fixtures of all tests: a working folder for each test, and copies of the models outside the repository."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-# Threads that wait for each other by spinning are quick on a quiet machine and ten times too slow on a shared one;
-# numpy's BLAS does so too. Both libraries read this once, when they are loaded.
+# OpenMP threads that spin while they wait are fast on a quiet machine and ten times slower on a shared one. So are
+# those of numpy's BLAS. Both libraries read these variables once, when they are loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 from models.synth import SynthOptions, write_model
 
-# How long an example takes says more about the machine than about the code.
+# The time of an example depends more on the machine than on the code.
 settings.register_profile("pinfer", deadline=None)
 settings.load_profile("pinfer")
 
-# A shell that starts the tests in the background has them ignore Ctrl-C, and what they start would inherit that.
+# A shell that starts the tests in the background makes them ignore Ctrl-C, which child processes would inherit.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,11 +44,12 @@ def isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("NO_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # of the processes that a test starts
 
 
 @pytest.fixture
 def copy_model(tmp_path: Path) -> Callable[[str], Path]:
-    """Copies a shipped model to a folder of the test. A link would not do: artefacts lie beside the file it names."""
+    """Copies a shipped model to the test's folder. Artefacts are written beside the file that a link points to."""
 
     def copy(name: str) -> Path:
         folder = tmp_path / "models"
@@ -60,7 +61,7 @@ def copy_model(tmp_path: Path) -> Callable[[str], Path]:
 
 @pytest.fixture
 def tiny_relu2(copy_model: Callable[[str], Path]) -> Path:
-    """A copy of models/tiny-relu2.gguf: arcee, relu² without a gate; stock libllama computes it as it is meant."""
+    """A copy of models/tiny-relu2.gguf: arcee, relu² without a gate; stock libllama computes it correctly."""
     return copy_model("tiny-relu2.gguf")
 
 

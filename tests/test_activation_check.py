@@ -1,4 +1,4 @@
-"""A model that claims an activation it does not have is found out before it is profiled; no other is accused."""
+"""A model with a wrongly stated activation is detected before it is profiled; other models are not."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ BOTH = r"perplexity ([\d,.]+) as (\w+), ([\d,.e+]+) as stock llama\.cpp computes
 
 
 class Notes:
-    """A progress that keeps what was said."""
+    """A progress that records its messages."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
@@ -64,8 +64,8 @@ def test_a_wrong_claim_is_refused_before_anything_is_written(
     assert _said(path, claimed, force=True) == []
 
 
-def test_the_readings_are_said_where_they_tell_for_the_claim(tiny_reglu: Path, tmp_path: Path) -> None:
-    """relu(g / s) · s u is relu(g) · u, so the model stays what it is; SiLU of a small g is half of g."""
+def test_readings_that_support_the_claim_are_printed(tiny_reglu: Path, tmp_path: Path) -> None:
+    """relu(g / s) · s u is relu(g) · u, so the model stays the same; SiLU of a small g is half of g."""
     path = quantise(tiny_reglu, "F32", tmp_path / "scaled.gguf")
     for tensor in gguf.GGUFReader(path, "r+").tensors:
         if tensor.name.endswith(("ffn_gate.weight", "ffn_up.weight")):
@@ -78,7 +78,7 @@ def test_the_readings_are_said_where_they_tell_for_the_claim(tiny_reglu: Path, t
     assert 1.5 * float(found[1]) < float(found[3].replace(",", ""))
 
 
-def test_readings_that_hardly_differ_are_no_news(tiny_reglu: Path) -> None:
+def test_readings_that_hardly_differ_are_not_printed(tiny_reglu: Path) -> None:
     """Its products are so large that SiLU is nearly ReLU."""
     assert _said(tiny_reglu) == []
 
@@ -105,7 +105,7 @@ def test_losses_are_those_of_whole_windows(tiny_relu2: Path) -> None:
             engine.clear()
             logits = engine.decode(window[:-1], logits=True).astype(np.float64)
             expected += list(np.log(np.exp(logits).sum(1)) - logits[np.arange(len(window) - 1), window[1:]])
-    # Other batches are rounded otherwise.
+    # Other batch sizes round differently.
     np.testing.assert_allclose(found, expected, rtol=0.01, atol=0.01)
 
 
@@ -137,7 +137,7 @@ def test_the_rule(readings: Readings, verdict: str, tiny_reglu: Path) -> None:
         assert (judge(model, readings) is not None) == (verdict == "praised")
 
 
-def test_logits_that_are_no_numbers_are_the_worst(tiny_relu2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nan_logits_are_the_worst_reading(tiny_relu2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decode = Engine.decode
 
     def broken(self: Engine, tokens: list[int], *, logits: bool = False) -> object:

@@ -1,8 +1,7 @@
-"""FATReLU: what a ReLU lets through has to exceed the model's threshold, in every stage and wherever it is computed."""
+"""FATReLU: values pass a ReLU only above the model's threshold, in every stage and on every device."""
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import subprocess
@@ -16,6 +15,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from support.random_model import N_FF, N_VOCAB, RandomModel, write_random_model
+from support.runs import run
 from support.shards import nmse, write_shards
 from support.small_model import Shape, write_small_model
 
@@ -26,7 +26,7 @@ from pinfer.artefacts.profile import ProfileFile, SamplesFile
 from pinfer.errors import PinferError
 from pinfer.eval import EvalOptions, evaluate
 from pinfer.llama.engine import Engine, PluginConfig
-from pinfer.llama.plugin import load_plugin, plugin_path, runner_path
+from pinfer.llama.plugin import load_plugin, plugin_path
 from pinfer.model import THRESHOLD_KEY, open_model
 from pinfer.profile import ProfileOptions, profile
 from pinfer.train import TrainOptions, train
@@ -112,7 +112,7 @@ def test_profile_and_predictor_follow_the_threshold(options: RandomModel, tmp_pa
 
 
 def _with_key(path: Path, value: object, kind: gguf.GGUFValueType) -> Path:
-    """A small model whose threshold is anything."""
+    """A small model with any value as its threshold."""
     write_small_model(path, Shape(n_layer=1))
     reader = gguf.GGUFReader(path)
     out = gguf.GGUFWriter(path.with_name("changed.gguf"), "llama")
@@ -141,18 +141,14 @@ def _with_key(path: Path, value: object, kind: gguf.GGUFValueType) -> Path:
         ("0.5", gguf.GGUFValueType.STRING),
     ],
 )
-def test_a_threshold_that_makes_no_sense_is_one_error(value: object, kind: gguf.GGUFValueType, tmp_path: Path) -> None:
+def test_an_invalid_threshold_is_one_error(value: object, kind: gguf.GGUFValueType, tmp_path: Path) -> None:
     path = _with_key(tmp_path / "model.gguf", value, kind)
-    with pytest.raises(PinferError, match=f"{THRESHOLD_KEY} is no number of 0 or more") as caught:
+    with pytest.raises(PinferError, match=f"{THRESHOLD_KEY} must be 0 or more") as caught:
         open_model(path)
     assert "\n" not in str(caught.value)
-    done = subprocess.run([str(runner_path()), "-m", str(path), "-p", "a"], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (1, "")
-    assert f"{THRESHOLD_KEY} is no number of 0 or more" in done.stderr
-    assert done.stderr.count("\n") == 1
 
 
-def test_the_plugin_refuses_one_that_makes_no_sense() -> None:
+def test_the_plugin_refuses_an_invalid_threshold() -> None:
     plugin = load_plugin()
     for bad in (-1.0, math.nan, math.inf):
         with pytest.raises(PinferError, match="threshold must be 0 or more"):
@@ -186,7 +182,7 @@ def test_artefacts_of_another_threshold_are_refused(tmp_path: Path) -> None:
             Engine(path, plugin=replace(config, cold=shards.cold), n_ctx=32)
 
 
-def test_artefacts_without_the_key_are_of_no_threshold(tmp_path: Path) -> None:
+def test_artefacts_without_the_key_have_no_threshold(tmp_path: Path) -> None:
     path = write_random_model(tmp_path / "model.gguf", RandomModel("llama", "reglu"))
     shards = write_shards(path, 0.0)
     old = shards.cold.read_bytes()
@@ -200,39 +196,24 @@ def test_artefacts_without_the_key_are_of_no_threshold(tmp_path: Path) -> None:
 
 
 def test_runner_computes_by_the_threshold(tmp_path: Path) -> None:
-    """What is active falls with it; with artefacts of another one the runner says so in a line."""
+    """A threshold lowers the active share; artefacts with another threshold are reported in one line."""
     shares = {}
     for threshold in (0.0, 1.0):
         path = write_random_model(tmp_path / f"{threshold}.gguf", RandomModel("llama", "reglu", threshold))
-        command = [
-            str(runner_path()),
-            "-m",
-            str(path),
-            "-p",
-            "abcd",
-            "-n",
-            "8",
-            "--temp",
-            "0",
-            "--json",
-            "--ignore-eos",
-        ]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        shares[threshold] = json.loads(done.stdout)["active"]
-    # normal products of deviation 1 or so
+        words = ("-p", "abcd", "-n", 8, "--temp", 0, "--ignore-eos")
+        shares[threshold] = run(path, *words, as_json=True).json["active"]
+    # the products are normal with a deviation of about 1
     assert 0.4 < shares[0.0] < 0.6
     assert 0.05 < shares[1.0] < 0.25
     write_shards(path, 0.0)
-    assert subprocess.run(command, capture_output=True, check=False).returncode == 0
+    assert run(path, *words).code == 0
     artefacts = paths.artefact_dir(path, open_model(path).fingerprint, for_writing=False)
     changed = (artefacts / paths.COLD).read_bytes()
     at = changed.index(b"pinfer.activation_threshold") + len(b"pinfer.activation_threshold") + 4
     assert changed[at : at + 4] == np.float32(1).tobytes()
     (artefacts / paths.COLD).write_bytes(changed[:at] + np.float32(0.5).tobytes() + changed[at + 4 :])
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert "was made for activation reglu above 0.5" in done.stderr
-    assert done.stderr.count("\n") == 1
+    with pytest.raises(PinferError, match=r"was made for activation reglu above 0\.5"):
+        run(path, *words)
 
 
 _LOGITS_OF_ANOTHER_PROGRAM = """
@@ -248,8 +229,8 @@ with engine.Engine(sys.argv[2], n_ctx=32, n_threads=1, f32_attention=True) as e:
 """
 
 
-def test_other_programs_say_it_in_the_environment(tmp_path: Path) -> None:
-    """As llama.cpp's own programs load it: by GGML_BACKEND_PATH, told what to do by variables."""
+def test_other_programs_set_it_in_the_environment(tmp_path: Path) -> None:
+    """Loaded as llama.cpp's own programs do it: by GGML_BACKEND_PATH, configured by variables."""
     path = write_random_model(tmp_path / "model.gguf", RandomModel("llama", "reglu", THRESHOLD))
     out = tmp_path / "logits.npy"
     command = [sys.executable, "-c", _LOGITS_OF_ANOTHER_PROGRAM, str(plugin_path()), str(path), str(out)]

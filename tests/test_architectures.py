@@ -1,11 +1,10 @@
-"""The FFN graphs that libllama builds for each architecture are found and computed sparsely, by the model's own rule.
+"""The FFN graphs that libllama builds for each architecture are recognised and computed with the model's activation.
 
 Where stock libllama computes another function, the reference is the numpy forward pass of models/reference.py.
 """
 
 from __future__ import annotations
 
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,18 +12,20 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from support.random_model import N_FF, N_VOCAB, RandomModel, write_random_model
+from support.runs import run
 from support.shards import nmse, write_shards
 
 from models.reference import Reference
+from pinfer.errors import PinferError
 from pinfer.llama.engine import Engine, PluginConfig
-from pinfer.llama.plugin import load_plugin, runner_path
+from pinfer.llama.plugin import load_plugin
 from pinfer.model import open_model
 
 TOKENS = np.random.default_rng(0).integers(1, N_VOCAB, 100).tolist()
 # Everything is in F32, the KV cache too.
 TOLERANCE = 1e-8
 
-# Every graph whose FFN stock libllama knows as it is ...
+# Architectures whose activation stock libllama applies itself ...
 NATIVE = [
     RandomModel("arcee"),
     RandomModel("arcee", tied=False),
@@ -34,7 +35,7 @@ NATIVE = [
     RandomModel("jais2"),
     RandomModel("jais2", n_head_kv=4, tied=False),
 ]
-# ... and those where the file says what it is.
+# ... and those whose activation is stated in the file.
 NAMED = [
     RandomModel("gpt2", "relu"),
     RandomModel("gpt2", "relu2", tied=False),
@@ -64,7 +65,7 @@ def _expected(path: Path, options: RandomModel) -> NDArray[np.float64]:
 
 
 def _decoded(path: Path, config: PluginConfig, n_layer: int) -> tuple[NDArray[np.float32], ...]:
-    """Logits token by token, in batches of 7, and in one batch; every FFN has to be the plugin's."""
+    """Logits token by token, in batches of 7, and in one batch. The plugin has to compute every FFN."""
     plugin = load_plugin()
     found = []
     with Engine(path, plugin=config, n_ctx=128, n_threads=2, f32_attention=True) as engine:
@@ -100,7 +101,7 @@ def test_every_ffn_is_computed_by_the_plugin(options: RandomModel, tmp_path: Pat
 
 
 def test_a_rule_makes_a_difference(tmp_path: Path) -> None:
-    """What the tests above could not see otherwise: stock libllama, or another rule, is far off."""
+    """Stock libllama, or another activation, gives very different logits; else the tests above would prove nothing."""
     options = RandomModel("llama", "reglu")
     path = write_random_model(tmp_path / "model.gguf", options)
     expected = _expected(path, options)
@@ -122,11 +123,12 @@ def test_neurons_are_counted(tmp_path: Path) -> None:
 
 
 def test_plm_is_run_without_flash_attention(tmp_path: Path) -> None:
-    """libllama's graph of it would abort with flash attention, which it chooses where it may."""
+    """With flash attention, which libllama chooses by default, its graph of PLM would abort."""
     path = write_random_model(tmp_path / "model.gguf", RandomModel("plm"))
-    command = [str(runner_path()), "-m", str(path), "-p", "abcd", "-n", "4", "--temp", "0", "--ignore-eos"]
-    for flags in ((), ("--dense",), ("-fa", "off")):
-        assert subprocess.run([*command, *flags], capture_output=True, check=False).returncode == 0, flags
-    done = subprocess.run([*command, "-fa", "on"], capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert done.stderr == "error: libllama has no flash attention for plm models; leave out -fa\n"
+    words = ("-p", "abcd", "-n", 4, "--temp", 0, "--ignore-eos")
+    assert run(path, *words).code == 0
+    assert run(path, *words, dense=True).code == 0
+    assert run(path, *words, "-fa", "off").code == 0
+    for choice in ("on", "auto"):
+        with pytest.raises(PinferError, match="no flash attention for plm models; leave out -fa"):
+            run(path, *words, "-fa", choice)

@@ -1,4 +1,4 @@
-"""Whatever is wrong with the files, the disk or the request: one clear line, a non-zero exit, and nothing lost."""
+"""Bad files, full disks and impossible requests: one clear line, a non-zero exit code, and nothing lost."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pytest
 from support.command_line import MODELS, ROOT, CommandLine, Outcome
+from support.runs import run_command
 
 from pinfer.artefacts import paths
 from pinfer.artefacts.placement import PlacementFile
@@ -28,7 +29,7 @@ from pinfer.artefacts.profile import ProfileFile, SamplesFile
 from pinfer.artefacts.shards import ShardFile
 from pinfer.errors import PinferError
 from pinfer.gguf_io.reader import read_gguf
-from pinfer.llama.plugin import load_plugin, runner_path
+from pinfer.llama.plugin import load_plugin
 from pinfer.model import Model, open_model
 
 COMMANDS: dict[str, tuple[str, ...]] = {
@@ -55,7 +56,7 @@ MADE_BY = {
     "hot": "split",
     "cold": "split",
 }
-# Solving for a machine that is described saves measuring this one every time.
+# With a given description of the machine, solve does not have to measure it every time.
 MACHINE = {
     "name": "test",
     "n_threads": 2,
@@ -76,7 +77,7 @@ MODEL = "tiny-relu2.gguf"
 
 
 def complains(outcome: Outcome, *words: str, after_progress: bool = False) -> None:
-    """The command failed with exactly one line, which says each of ``words``."""
+    """Checks that the command failed with exactly one line that contains each of ``words``."""
     assert outcome.code == 1, f"exit code {outcome.code}\n{outcome.out}\n{outcome.err}"
     assert outcome.out == ""
     lines = outcome.err_lines
@@ -91,7 +92,7 @@ def complains(outcome: Outcome, *words: str, after_progress: bool = False) -> No
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> CommandLine:
-    """A folder where the whole pipeline has run once. Tests work on copies of it."""
+    """A folder in which the whole pipeline has run. Tests work on copies of it."""
     folder = tmp_path_factory.mktemp("finished")
     work = folder / "work"
     work.mkdir()
@@ -112,7 +113,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> CommandLine:
 
 @pytest.fixture
 def command(finished: CommandLine, tmp_path: Path) -> CommandLine:
-    """A copy of the finished folder of which a test may break anything."""
+    """A copy of the finished folder that a test may damage."""
     work = tmp_path / "copy"
     shutil.copytree(finished.folder, work)
     return CommandLine(work, tmp_path / "home")
@@ -141,7 +142,7 @@ def set_format_version(path: Path, version: int) -> None:
     path.write_bytes(data)
 
 
-# --- files that are no models ---------------------------------------------------------------------------------------
+# --- files that are not models --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -171,12 +172,12 @@ def test_not_a_gguf(command: CommandLine, name: str, content: str) -> None:
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_a_folder_is_no_model(command: CommandLine, name: str) -> None:
+def test_a_folder_is_not_a_model(command: CommandLine, name: str) -> None:
     complains(command(name, artefacts_of(command), *COMMANDS[name]), "folder")
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_an_artefact_is_no_model(command: CommandLine, name: str) -> None:
+def test_an_artefact_is_not_a_model(command: CommandLine, name: str) -> None:
     complains(command(name, artefacts_of(command) / paths.COLD, *COMMANDS[name]), paths.COLD)
 
 
@@ -184,12 +185,12 @@ def test_an_artefact_is_no_model(command: CommandLine, name: str) -> None:
 
 
 def _places(path: Path, number: int, seed: int) -> list[int]:
-    """Where to cut, from the end to the beginning, so that one copy can be cut again and again.
+    """Where to cut, from the end to the beginning, so that one copy can be cut repeatedly.
 
     Half of the places lie in the first 64 KiB, where the header is.
     """
     gguf = read_gguf(path)
-    end = max(tensor.offset + tensor.n_bytes for tensor in gguf.tensors.values())  # padding behind it is no loss
+    end = max(tensor.offset + tensor.n_bytes for tensor in gguf.tensors.values())  # padding at the end may be missing
     rng = random.Random(seed)
     inside = {rng.randrange(min(end, 64 << 10) if i % 2 else end) for i in range(number - 2)}
     return sorted(inside | {0, end - 1}, reverse=True)
@@ -205,10 +206,11 @@ def test_a_model_truncated_anywhere_is_refused(tiny_relu2: Path) -> None:
 
 
 def test_the_runner_refuses_a_truncated_model(tiny_relu2: Path) -> None:
+    start = run_command(tiny_relu2, "-p", "One", "-n", 1)
     for place in _places(tiny_relu2, 30, seed=2):
         os.truncate(tiny_relu2, place)
         done = subprocess.run(
-            [runner_path(), "-m", tiny_relu2, "-p", "One", "-n", "1"],
+            start,
             capture_output=True,
             text=True,
             timeout=60,
@@ -268,14 +270,14 @@ def test_a_damaged_header_never_ends_in_a_traceback(tiny_relu2: Path) -> None:
             file.seek(at)
             file.write(bytes([rng.randrange(256)]))
             file.flush()
-            # A changed letter in a name may well be harmless.
+            # A changed letter in a name can be harmless.
             with contextlib.suppress(PinferError):
                 open_model(tiny_relu2)
             file.seek(at)
             file.write(whole[at : at + 1])
 
 
-# --- artefacts that do not belong -----------------------------------------------------------------------------------
+# --- artefacts that do not match ------------------------------------------------------------------------------------
 
 
 READS = {
@@ -326,7 +328,7 @@ def test_a_damaged_artefact(command: CommandLine, kind: str, name: str) -> None:
 
 @pytest.mark.parametrize("missing", ["ffn_up.weight", "ffn_down_t.weight"])
 def test_a_cold_shard_without_its_rows(command: CommandLine, missing: str) -> None:
-    """Neurons that are named and rows that lie there under another name: what a reader of another layout leaves."""
+    """The neurons are listed, but their rows are stored under another name, as in another layout."""
     path = artefacts_of(command) / paths.COLD
     data, name, other = path.read_bytes(), f"blk.1.{missing}".encode(), f"blk.1.{missing[::-1]}".encode()
     assert data.count(name) == 1
@@ -361,7 +363,7 @@ WRITERS: dict[str, tuple[str, ...]] = {
 
 
 def _without_override() -> None:
-    """Root may write anywhere; without this capability it obeys a folder's mode like everyone else."""
+    """Root may write anywhere; without this capability it is subject to a folder's mode like other users."""
     pr_capbset_drop, cap_dac_override = 24, 1
     if os.geteuid() == 0 and ctypes.CDLL(None, use_errno=True).prctl(pr_capbset_drop, cap_dac_override, 0, 0, 0) != 0:
         os._exit(99)
@@ -385,7 +387,7 @@ def test_a_read_only_folder(command: CommandLine, name: str) -> None:
     assert not any(command.home.iterdir())
 
 
-def test_a_read_only_folder_is_no_obstacle_with_a_home(command: CommandLine) -> None:
+def test_a_read_only_folder_works_with_a_writable_home(command: CommandLine) -> None:
     folder = artefacts_of(command)
     shutil.rmtree(folder)
     command.folder.chmod(0o555)
@@ -417,8 +419,8 @@ def test_a_disk_that_fills_up_while_writing(command: CommandLine, name: str) -> 
 
 @pytest.fixture
 def small_disk(finished: CommandLine, tmp_path: Path) -> Iterator[CommandLine]:
-    """The finished folder on a file system with hardly any space left; where mounting is not allowed, a limit on the
-    size of a file stands in for it."""
+    """The finished folder on a file system with hardly any space left. If mounting is not allowed, a limit on file
+    sizes replaces it."""
     disk = tmp_path / "disk"
     disk.mkdir()
     size = sum(path.stat().st_size for path in finished.folder.rglob("*") if path.is_file())
@@ -478,7 +480,7 @@ def test_a_killed_split_loses_nothing(command: CommandLine, signum: signal.Signa
     assert {name: left[name] for name in before} == before
     if signum != signal.SIGKILL:
         assert left == before, "an interrupted command removes its temporary files"
-    # The run and the next split go on as if nothing had happened, and what was left is cleared away.
+    # The run and the next split work as if nothing had happened, and leftover files are removed.
     ran = command("run", MODEL, *COMMANDS["run"])
     assert ran.code == 0, ran.err
     again = command("split", MODEL, "--verify")
@@ -509,18 +511,26 @@ def test_vram_too_small_for_anything(command: CommandLine) -> None:
         ("solve", "--cache-type", "q1"),
         ("split", "--down-type", "Q1_9"),
         ("run", "-f", "nowhere.txt"),
-        ("run", "-p", "One", "--device", "GPU99"),
-        ("run", "-p", "One", "--grammar", "root ::= ("),
+        ("run", "-p", "One", "--hot-device", "GPU99"),
         ("eval", "--text", "nowhere.txt"),
     ],
 )
-def test_what_does_not_exist(command: CommandLine, words: tuple[str, ...]) -> None:
+def test_missing_things_are_named(command: CommandLine, words: tuple[str, ...]) -> None:
     before = fingerprints(command.folder)
     complains(command(words[0], MODEL, *words[1:]))
     assert fingerprints(command.folder) == before
 
 
-def test_an_unknown_dataset_says_which_there_are(command: CommandLine) -> None:
+def test_a_grammar_with_a_mistake(command: CommandLine) -> None:
+    """llama.cpp's parser shows the place first."""
+    done = command("run", MODEL, "-p", "One", "--grammar", "root ::= (")
+    assert (done.code, done.out) == (1, "")
+    assert "expecting ')'" in done.err
+    assert done.err_lines[-1].startswith("pinfer: ")
+    assert "failed to parse grammar" in done.err_lines[-1]
+
+
+def test_an_unknown_dataset_lists_the_known_ones(command: CommandLine) -> None:
     complains(command("profile", MODEL, "--dataset", "c5"), "c5", "c4", "wikitext", "file")
 
 

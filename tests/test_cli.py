@@ -36,7 +36,7 @@ def command(tmp_path: Path) -> CommandLine:
 
 @pytest.fixture
 def state(tmp_path: Path) -> Path:
-    """The empty folder in which this process works, its home beside it."""
+    """The empty working folder of this process, with its PINFER_HOME beside it."""
     return tmp_path / "work"
 
 
@@ -44,7 +44,7 @@ def state(tmp_path: Path) -> Path:
 
 
 def test_help_names_every_command_and_is_quick(command: CommandLine) -> None:
-    # Processor time, the best of five: other programs on the machine must not decide this.
+    # CPU time, the best of five runs: other programs on the machine must not decide this.
     seconds = []
     for _ in range(5):
         begin = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -112,7 +112,7 @@ def test_stale_docs_are_noticed(tmp_path: Path, capsys: pytest.CaptureFixture[st
         (["split", "a.gguf", "-m", "b.gguf"], "b.gguf"),
     ],
 )
-def test_wrong_usage_is_one_line_and_exit_code_2(command: CommandLine, words: list[str], names: str) -> None:
+def test_usage_errors_are_one_line_and_exit_code_2(command: CommandLine, words: list[str], names: str) -> None:
     shown = command(*words)
     assert shown.code == 2
     assert shown.out == ""
@@ -121,7 +121,7 @@ def test_wrong_usage_is_one_line_and_exit_code_2(command: CommandLine, words: li
     assert "--help" in shown.err
 
 
-def test_no_command_shows_the_help_and_is_wrong_usage(command: CommandLine) -> None:
+def test_no_command_prints_the_help_and_is_a_usage_error(command: CommandLine) -> None:
     shown = command()
     assert shown.code == 2
     assert "Usage: pinfer" in shown.err
@@ -151,13 +151,13 @@ def test_sizes(text: str, size: int) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "G", "-1G", "1E", "24 G B", "1iB", "1e9", "0x10", "1,5G", "nan", "24Gi B", "٣G"])
-def test_what_is_no_size(text: str) -> None:
+def test_invalid_sizes(text: str) -> None:
     with pytest.raises(typer.BadParameter, match="24G"):
         cli_options.parse_size(text)
 
 
 @given(st.integers(0, 1 << 60))
-def test_plain_bytes_keep_every_digit(size: int) -> None:
+def test_sizes_in_bytes_are_exact(size: int) -> None:
     assert cli_options.parse_size(str(size)) == size
 
 
@@ -189,7 +189,7 @@ def _gguf(path: Path) -> Path:
     return path
 
 
-def test_a_typed_model_is_taken_as_it_is(state: Path) -> None:
+def test_a_given_model_is_used_unchanged(state: Path) -> None:
     assert pick.pick_model(Path("x.gguf"), state) == pick.Pick(Path("x.gguf"))
 
 
@@ -202,7 +202,7 @@ def test_the_only_gguf_here(state: Path) -> None:
     assert "only" in picked.why
 
 
-def test_none_and_several_are_errors_that_tell_how_to_name_one(state: Path) -> None:
+def test_no_model_or_several_are_errors_that_explain_how_to_name_one(state: Path) -> None:
     with pytest.raises(PinferError) as none:
         pick.pick_model(None, state)
     for name in "abcdef":
@@ -216,7 +216,7 @@ def test_none_and_several_are_errors_that_tell_how_to_name_one(state: Path) -> N
     assert "a.gguf" in several.value.message
 
 
-def test_artefacts_are_no_models(state: Path) -> None:
+def test_artefacts_are_not_taken_for_models(state: Path) -> None:
     folder = state / "a.gguf.pinfer"
     folder.mkdir()
     _gguf(folder / "cold.gguf")
@@ -248,14 +248,14 @@ def test_the_variable_comes_before_the_last_model(state: Path, monkeypatch: pyte
         pick.pick_model(None, state)
 
 
-def test_a_home_that_cannot_be_written_is_no_error(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_read_only_home_is_not_an_error(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (state / "file").write_text("")
     monkeypatch.setenv("PINFER_HOME", str(state / "file" / "home"))
     pick.remember(_gguf(state / "a.gguf"), state)
     assert pick.recall(state) is None
 
 
-def test_a_damaged_note_is_no_error(state: Path) -> None:
+def test_a_damaged_note_is_not_an_error(state: Path) -> None:
     pick.remember(_gguf(state / "a.gguf"), state)
     (note,) = (state.parent / "home" / "last-model").iterdir()
     for text in (b"", b"\xff\xfe\n", b"relative.gguf\n", b"/nowhere/at/all.gguf\n", b"\0\n"):
@@ -317,7 +317,7 @@ def test_a_closed_pipe_is_quiet(command: CommandLine) -> None:
         check=False,
     )
     assert done.stderr == ""
-    assert done.returncode in (0, 1)  # 0 where the help was written before the reader had gone
+    assert done.returncode in (0, 1)  # 0 if the help was written before the reader closed the pipe
 
 
 # --- progress and tables --------------------------------------------------------------------------------------------
@@ -365,7 +365,7 @@ def test_progress_on_a_terminal_is_a_bar_on_stderr(
     assert capsys.readouterr().out == ""
 
 
-def test_tables_are_not_folded_in_a_pipe(capsys: pytest.CaptureFixture[str]) -> None:
+def test_tables_are_not_wrapped_in_a_pipe(capsys: pytest.CaptureFixture[str]) -> None:
     ui.print_table("title", ("layer", *(f"a rather long column {i}" for i in range(6))), [("1", *["[x]"] * 6)])
     shown = capsys.readouterr().out
     assert "a rather long column 5" in shown
@@ -381,7 +381,7 @@ def test_json_has_no_nan(capsys: pytest.CaptureFixture[str]) -> None:
         ui.print_json({"x": float("nan")})
 
 
-# --- flags reach the stages, and their defaults are the stages' own ------------------------------------------------
+# --- flags reach the stages, and their defaults are the stages' own -------------------------------------------------
 
 
 STAGES = {
@@ -394,7 +394,7 @@ STAGES = {
 
 
 class _Caught(Exception):
-    """Carries the options a stage was called with."""
+    """Raised in place of a stage, with the options it was called with."""
 
 
 def _options_of(monkeypatch: pytest.MonkeyPatch, name: str, *flags: str) -> Any:
@@ -418,7 +418,7 @@ def _options_of(monkeypatch: pytest.MonkeyPatch, name: str, *flags: str) -> Any:
 
 
 def _left_at_default(options: Any) -> list[str]:
-    """Fields that have the value they have when nothing was asked for."""
+    """The names of the fields that have their default value."""
     default = type(options)()
     names = [field.name for field in dataclasses.fields(options)]
     return [name for name in names if getattr(options, name) == getattr(default, name)]
@@ -481,7 +481,7 @@ def test_every_flag_of_the_other_commands_arrives(monkeypatch: pytest.MonkeyPatc
     assert (given.vram_list, given.device_names) == ((8 << 30, 4 << 30), ("A", "B"))
 
 
-# --- the whole way once ---------------------------------------------------------------------------------------------
+# --- the whole pipeline ---------------------------------------------------------------------------------------------
 
 WAY = {
     "profile": ("--dataset", "text.txt", "--tokens", "2048"),
@@ -496,7 +496,7 @@ NEXT = {"profile": "train", "train": "solve", "solve": "split", "split": "run", 
 
 @dataclasses.dataclass(frozen=True)
 class Way:
-    """What every command printed, once as tables and once as JSON."""
+    """The output of every command, as tables and as JSON."""
 
     command: CommandLine
     tables: dict[str, Outcome]
@@ -542,20 +542,20 @@ def test_stdout_is_one_json_object(way: Way, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NEXT)
-def test_the_next_command_is_said_on_stderr(way: Way, name: str) -> None:
+def test_the_next_command_is_suggested_on_stderr(way: Way, name: str) -> None:
     for outcome in (way.tables[name], way.jsons[name]):
         assert outcome.err_lines[-1].startswith(f"next: pinfer {NEXT[name]}")
         assert "next:" not in outcome.out
 
 
-def test_the_next_command_can_be_typed(way: Way) -> None:
+def test_the_suggested_command_is_valid(way: Way) -> None:
     words = shlex.split(way.tables["split"].err_lines[-1].removeprefix("next: pinfer "))
     outcome = way.command(*words, "-n", "4")
     assert outcome.code == 0, outcome.err
     assert outcome.out.startswith("Once upon a time")
 
 
-def test_profile_shows_the_table_that_matters(way: Way) -> None:
+def test_profile_prints_its_table(way: Way) -> None:
     shown = way.tables["profile"].out
     assert "2,048 tokens of text.txt" in shown
     assert "make 80 %" in shown
@@ -575,7 +575,7 @@ def test_train_reports_recall_and_cost(way: Way) -> None:
     assert "recall" in way.tables["train"].out
 
 
-def test_solve_keeps_the_budget_and_says_how_good_it_is(way: Way) -> None:
+def test_solve_keeps_the_budget_and_reports_the_gap(way: Way) -> None:
     report = json.loads(way.jsons["solve"].out)
     assert report["vram"] == 4 << 20
     assert sum(report["n_bytes"].values()) <= report["vram"]
@@ -584,7 +584,7 @@ def test_solve_keeps_the_budget_and_says_how_good_it_is(way: Way) -> None:
         assert word in way.tables["solve"].out
 
 
-def test_split_wrote_what_was_solved_and_proved_it(way: Way) -> None:
+def test_split_writes_the_placement_and_verifies_it(way: Way) -> None:
     solved = json.loads(way.jsons["solve"].out)
     report = json.loads(way.jsons["split"].out)
     assert report["verified"] is True
@@ -593,12 +593,12 @@ def test_split_wrote_what_was_solved_and_proved_it(way: Way) -> None:
     assert "verified" in way.tables["split"].out
 
 
-def test_run_streams_text_alone_to_stdout(way: Way) -> None:
+def test_run_writes_only_text_to_stdout(way: Way) -> None:
     shown, report = way.tables["run"], json.loads(way.jsons["run"].out)
     assert shown.out == f"One day{report['text']}\n"
     assert shown.err_lines[-1].startswith("[ Prompt: ")
     assert report["mode"] == "predicted"
-    # The hot neurons run on the device they were solved for, without naming it again.
+    # The hot neurons run on the device they were solved for, although it is not named again.
     assert 0.3 < report["on_device"] < 1
 
 
@@ -612,7 +612,7 @@ def test_no_temporary_file_is_left(way: Way) -> None:
 
 
 def test_ctrl_c_keeps_what_was_counted(way: Way, tmp_path: Path) -> None:
-    # More text than any machine gets through before the first line of progress.
+    # More text than any machine reads before the first line of progress.
     long = tmp_path / "long.txt"
     long.write_text((way.command.folder / "text.txt").read_text(encoding="utf-8") * 200, encoding="utf-8")
     process = subprocess.Popen(
@@ -625,7 +625,7 @@ def test_ctrl_c_keeps_what_was_counted(way: Way, tmp_path: Path) -> None:
     )
     assert process.stderr is not None
     assert process.stdout is not None
-    # The first line of progress says that counting has begun.
+    # The first line of progress shows that counting has begun.
     for line in process.stderr:
         if line.startswith("profile: ") and "ETA" in line:
             break

@@ -6,6 +6,7 @@ A reader must end with its own error or with a description that lies inside the 
 from __future__ import annotations
 
 import struct
+import time
 import zipfile
 from collections.abc import Callable
 from functools import cache
@@ -21,6 +22,7 @@ from pinfer.conversion.torch_file import open_torch_file
 from pinfer.errors import PinferError
 from pinfer.gguf_io.reader import GgufError, read_gguf
 from pinfer.gguf_io.writer import GgufFileWriter
+from pinfer.model import open_model
 
 # --- pickles, opcode by opcode ------------------------------------------------------------------------------------
 
@@ -299,3 +301,17 @@ def test_a_gguf_whose_header_never_ends(count: int, tmp_path: Path) -> None:
             file.truncate(8 << 30)
         with pytest.raises(GgufError):
             read_gguf(path)
+
+
+@pytest.mark.parametrize(("n_layer", "n_tensors"), [((1 << 31) - 1, 3), (3_000_000, 600), (513, 600), (5, 4)])
+def test_a_gguf_with_more_layers_than_it_can_hold(n_layer: int, n_tensors: int, tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    with GgufFileWriter(path, "llama") as out:
+        out.header.add_block_count(n_layer)
+        out.header.add_embedding_length(32)
+        for i in range(n_tensors):
+            out.add_array(f"t{i}", np.ones(1, np.float32))
+    begin = time.monotonic()
+    with pytest.raises(PinferError, match=f"{n_layer} layers in {n_tensors} tensors; libllama allows 512"):
+        open_model(path)
+    assert time.monotonic() - begin < 5

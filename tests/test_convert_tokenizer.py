@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -227,6 +228,38 @@ def test_damaged_files(tmp_path: Path) -> None:
     for data in (model[: len(model) // 2], b"", b"\xff" * 100):
         (tmp_path / "tokenizer.model").write_bytes(data)
         assert "tokenizer.model" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("id_", [N_VOCAB, 10**12, 2**70, -1, 1.5, "7", None, True])
+def test_a_vocabulary_with_impossible_ids(id_: object, tmp_path: Path) -> None:
+    """10^12 once made as many unused tokens."""
+    vocab = json.loads(byte_level("opt").to_str())["model"]["vocab"]
+    edited(tmp_path, vocab=vocab | {"strange": id_})
+    assert "tokenizer.json" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("added_tokens.json", {"<x>": 10**12}),
+        ("added_tokens.json", {"<x>": -1}),
+        ("added_tokens.json", {"<x>": "many"}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"-5": {"content": "<x>"}}}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"5": "<x>"}}),
+        ("tokenizer_config.json", {"added_tokens_decoder": [1]}),
+    ],
+)
+def test_impossible_added_tokens(name: str, content: object, tmp_path: Path) -> None:
+    write_byte_level(tmp_path, "opt", byte_level("opt"))
+    write_json(tmp_path / name, content)
+    assert "added tokens" in refusal(tmp_path)
+
+
+def test_a_sentencepiece_model_with_an_endless_number(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(b"\x80" * 4_000_000)
+    begin = time.monotonic()
+    assert "more than 64 bits" in refusal(tmp_path)
+    assert time.monotonic() - begin < 5
 
 
 def test_gpt2_files_without_merges(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Hot neurons on devices: this machine's CPU as one, RPC servers, and the devices that PINFER_TEST_DEVICES names.
+"""Hot neurons on devices: this machine's CPU, RPC servers, and the devices named in PINFER_TEST_DEVICES.
 
 On every device, whatever share of the neurons lies there and however long the batches are, the tokens are the dense
 model's. A budget is kept where the device itself keeps account; and a device that goes leaves one line behind.
@@ -26,10 +26,10 @@ from support.command_line import CommandLine
 from support.quantised import quantise
 from support.rpc_gate import RpcGate
 from support.rpc_server import RpcServer
+from support.runs import run, run_command
 from support.shards import nmse, write_shards
 
 from pinfer.llama.engine import ALWAYS_DENSE, NEVER_DENSE, Engine, PluginConfig
-from pinfer.llama.plugin import runner_path
 from pinfer.model import open_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,7 +48,7 @@ Logits = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Shards:
-    """The model and its shards with a share of hot neurons, on so many devices."""
+    """The model and its shards with a share of hot neurons, on a number of devices."""
 
     share: float
     model: Path
@@ -58,7 +58,7 @@ class Shards:
 
 @dataclass(frozen=True)
 class Case:
-    """A model of one type, its shards, and what dense computation makes of it."""
+    """A model of one type, its shards, and its results in dense computation."""
 
     name: str
     type_name: str
@@ -78,7 +78,7 @@ class Case:
         ]
 
     def check(self, got: Logits, device: str, what: str) -> None:
-        """The logits of all pieces are the dense ones, and so is every token that a greedy choice takes.
+        """Checks that the logits of all pieces, and every greedily chosen token, are those of the dense model.
 
         F16 knows no exception where the same kernels compute it; where Q4_0 or another device's F16 rounds otherwise,
         the choice may fall between tokens that are as good.
@@ -94,7 +94,7 @@ class Case:
             error = nmse(logits, want)
             assert error <= tolerance, f"{label}: NMSE {error:.2g}"
             gap = want.max(1) - want[np.arange(len(tokens)), logits.argmax(1)]
-            # stories go on surely; the held-out text has positions where two tokens are as likely
+            # stories continue clearly; the held-out text has positions where two tokens are equally likely
             near = 0.0 if same_kernels and tokens is self.continuation else 4 * np.sqrt(tolerance * (want**2).mean())
             assert gap.max() <= near, f"{label}: token {gap.argmax()} is {gap.max():.3g} below the dense choice"
         assert not len(got)
@@ -148,7 +148,7 @@ def run_worker(folder: Path, rpc: str | None, models: list[dict[str, Any]]) -> t
         input=json.dumps({"rpc": rpc, "models": models}),
         capture_output=True,
         text=True,
-        timeout=900,  # a software driver compiles its shaders for minutes
+        timeout=900,  # a software driver takes minutes to compile its shaders
         check=False,
         env=environment,
     )
@@ -191,7 +191,7 @@ def pinfer(tmp_path: Path) -> CommandLine:
 def test_a_budget_is_kept_as_the_device_itself_counts(
     tiny_relu2: Path, server: RpcServer, tmp_path: Path, pinfer: CommandLine
 ) -> None:
-    """Dense layers alone, hot neurons beside all of them; then the same on a device that is too small by now."""
+    """Dense layers alone, then with hot neurons; then the same on a device that has become too small."""
     text = tmp_path / "text.txt"
     text.write_text(TEXT)
     assert pinfer("profile", tiny_relu2, "--dataset", text, "--tokens", "256", "--samples", "0").code == 0
@@ -206,7 +206,7 @@ def test_a_budget_is_kept_as_the_device_itself_counts(
             done = pinfer("run", tiny_relu2, "--rpc", gate.endpoint, *words)
         assert done.code == 0, done.err
         report = json.loads(done.out)
-        assert report["n_prompt"] > 128  # the largest batch has been
+        assert report["n_prompt"] > 128  # so the largest batch has been used
         assert 0 < gate.peak <= budget << 20
         assert abs(report["vram_used"] - gate.peak) <= gate.peak / 100
         assert report["vram_limit"] == budget << 20
@@ -216,26 +216,25 @@ def test_a_budget_is_kept_as_the_device_itself_counts(
     assert "RPC0 has 2 MiB" in done.err
 
 
-# --- servers that are none --------------------------------------------------------------------------------------------
+# --- not an RPC server ------------------------------------------------------------------------------------------------
 
 
-def runner(model: Path, *args: str, timeout: float = 60) -> tuple[int, list[str], float]:
+def runner(model: Path, *args: str, timeout: float = 60, **options: str) -> tuple[int, list[str], float]:
     """Exit code, lines on stderr, seconds."""
     begin = time.monotonic()
-    command = [str(runner_path()), "-m", str(model), "-p", PROMPT, "-n", "4", "--temp", "0", *args]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
-    return done.returncode, done.stderr.splitlines(), time.monotonic() - begin
+    done = run(model, "-p", PROMPT, "-n", 4, "--temp", 0, *args, timeout=timeout, **options)
+    return done.code, done.err.splitlines(), time.monotonic() - begin
 
 
 def answering(reply: bytes | None) -> str:
-    """The endpoint of a socket that gives this answer to the first words, and closes; None: it says nothing."""
+    """The endpoint of a socket that sends this answer to the first request and closes; None: it never answers."""
     listener = socket.create_server(("127.0.0.1", 0))
 
     def serve() -> None:
         client, _ = listener.accept()
         if reply is None:
             client.recv(1 << 16)
-            client.recv(1)  # until the other side has had enough
+            client.recv(1)  # until the other side gives up
         else:
             client.recv(33)
             client.sendall(reply)
@@ -256,7 +255,7 @@ def closed_port() -> str:
         return f"127.0.0.1:{free.getsockname()[1]}"
 
 
-def test_what_is_no_server_is_one_line(tiny_relu2: Path) -> None:
+def test_not_a_server_is_a_one_line_error(tiny_relu2: Path) -> None:
     cases = [
         (closed_port(), "there is no RPC server at"),
         (answering(b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n" * 2), "is no RPC server"),
@@ -268,10 +267,10 @@ def test_what_is_no_server_is_one_line(tiny_relu2: Path) -> None:
         ("127.0.0.1", "is no RPC server; write host:port"),
     ]
     for endpoint, says in cases:
-        code, lines, seconds = runner(tiny_relu2, "--rpc", endpoint)
+        code, lines, seconds = runner(tiny_relu2, rpc=endpoint)
         assert code == 1, endpoint
         assert len(lines) == 1, lines
-        assert lines[0].startswith("error: ")
+        assert lines[0].startswith("pinfer: ")
         assert says in lines[0]
         assert endpoint.partition(":")[0] in lines[0]
         assert seconds < 20, endpoint
@@ -279,15 +278,15 @@ def test_what_is_no_server_is_one_line(tiny_relu2: Path) -> None:
 
 def test_the_first_server_that_fails_is_named(tiny_relu2: Path, server: RpcServer) -> None:
     missing = closed_port()
-    code, lines, _ = runner(tiny_relu2, "--rpc", f"{server.endpoint},{missing}")
+    code, lines, _ = runner(tiny_relu2, rpc=f"{server.endpoint},{missing}")
     assert (code, len(lines)) == (1, 1)
     assert missing in lines[0]
     assert server.endpoint not in lines[0]
-    code, lines, _ = runner(tiny_relu2, "--rpc", server.endpoint)  # it was left as it was
+    code, lines, _ = runner(tiny_relu2, rpc=server.endpoint)  # the server still works
     assert code == 0, lines
 
 
-def test_python_commands_say_the_same(tiny_relu2: Path, tmp_path: Path, pinfer: CommandLine) -> None:
+def test_python_commands_print_the_same_error(tiny_relu2: Path, tmp_path: Path, pinfer: CommandLine) -> None:
     missing = closed_port()
     text = tmp_path / "text.txt"
     text.write_text(TEXT)
@@ -297,14 +296,14 @@ def test_python_commands_say_the_same(tiny_relu2: Path, tmp_path: Path, pinfer: 
         assert len(done.err_lines) == 1
         assert f"there is no RPC server at {missing}" in done.err
     done = pinfer("run", tiny_relu2, "-p", "a", env={"PINFER_RPC": missing})
-    assert (done.code, done.err_lines[0].startswith("error: there is no RPC server at")) == (1, True)
+    assert (done.code, done.err_lines[0].startswith("pinfer: there is no RPC server at")) == (1, True)
     for words in (("run", "--rpc", "nonsense"), ("solve", "--rpc", "a:1,b:0"), ("bench", "--rpc", missing)):
         done = pinfer(words[0], tiny_relu2, *words[1:])
         assert (done.code, len(done.err_lines)) == (2, 1), done.err
         assert "--rpc" in done.err
 
 
-# --- a device that goes -----------------------------------------------------------------------------------------------
+# --- a device that fails ----------------------------------------------------------------------------------------------
 
 
 def hot_half(model: Path) -> Path:
@@ -312,39 +311,42 @@ def hot_half(model: Path) -> Path:
     return model
 
 
-def generate_for_ever(model: Path, server: RpcServer, *args: str) -> subprocess.Popen[bytes]:
-    command = [str(runner_path()), "-m", str(model), "-p", PROMPT, "--ignore-eos", "-c", "65536", "--temp", "0"]
-    pipe = subprocess.PIPE
-    return subprocess.Popen([*command, "--rpc", server.endpoint, *args], stdout=pipe, stderr=pipe)
+def generate_for_ever(model: Path, server: RpcServer, *args: str, **options: Any) -> subprocess.Popen[bytes]:
+    endless = ("--ignore-eos", "-c", "65536", "--override-kv", "arcee.context_length=int:65536", "--temp", "0")
+    command = run_command(model, "-p", PROMPT, *endless, *args, rpc=server.endpoint, **options)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
-@pytest.mark.parametrize("args", [("--device", "RPC0"), ("--device", "RPC0", "-ngl", "3"), ("--dense", "-ngl", "all")])
+@pytest.mark.parametrize(
+    ("args", "options"),
+    [((), {"device": "RPC0"}), (("-ngl", "3"), {"device": "RPC0"}), (("-ngl", "all"), {"dense": True})],
+)
 def test_a_server_that_is_killed_ends_a_run_with_one_line(
-    tiny_relu2: Path, server: RpcServer, args: tuple[str, ...]
+    tiny_relu2: Path, server: RpcServer, args: tuple[str, ...], options: dict[str, Any]
 ) -> None:
-    with generate_for_ever(hot_half(tiny_relu2), server, *args) as process:
+    with generate_for_ever(hot_half(tiny_relu2), server, *args, **options) as process:
         assert process.stdout is not None
-        assert len(process.stdout.read(200)) == 200  # at work
+        assert len(process.stdout.read(200)) == 200  # it is running
         begin = time.monotonic()
         server.kill()
         _, err = process.communicate(timeout=30)
         assert time.monotonic() - begin < 5
     assert process.returncode == 1
     (line,) = err.decode().splitlines()
-    assert line.startswith(f"error: the connection to the RPC server {server.endpoint} broke off")
+    assert line.startswith(f"pinfer: the connection to the RPC server {server.endpoint} broke off")
 
 
 @pytest.mark.parametrize("after", [200, 20_000, 1_000_000])
-def test_a_server_that_goes_while_the_model_is_loaded(tiny_relu2: Path, server: RpcServer, after: int) -> None:
-    """After the first questions, among the buffers and weights, in the middle of them."""
+def test_a_server_that_fails_while_the_model_is_loaded(tiny_relu2: Path, server: RpcServer, after: int) -> None:
+    """After the first requests, while buffers are allocated, and in the middle of the weights."""
     with RpcGate(server.endpoint, cut_after=after) as gate:
-        code, lines, seconds = runner(hot_half(tiny_relu2), "--rpc", gate.endpoint, "--device", "RPC0", "-ngl", "all")
+        code, lines, seconds = runner(hot_half(tiny_relu2), "-ngl", "all", rpc=gate.endpoint, device="RPC0")
     assert (code, len(lines)) == (1, 1), lines
-    assert lines[0].startswith(f"error: the connection to the RPC server {gate.endpoint} broke off")
+    assert lines[0].startswith(f"pinfer: the connection to the RPC server {gate.endpoint} broke off")
     assert seconds < 20
 
 
-def test_a_server_that_goes_during_the_python_commands(
+def test_a_server_that_fails_during_the_python_commands(
     tiny_relu2: Path, server: RpcServer, tmp_path: Path, pinfer: CommandLine
 ) -> None:
     text = tmp_path / "text.txt"

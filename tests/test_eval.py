@@ -29,8 +29,8 @@ REFERENCE = {"tiny-relu2.gguf": "libllama", "tiny-reglu.gguf": "pinfer"}
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_predicted_mode_keeps_the_model(name: str, copy_model: Callable[[str], Path]) -> None:
-    """The bounds of the proof: KL to dense at most 0.02, the same next token in 97 of 100 places."""
+def test_predicted_mode_stays_close_to_the_model(name: str, copy_model: Callable[[str], Path]) -> None:
+    """KL divergence from dense at most 0.02, and the same next token in 97 of 100 positions."""
     path = copy_model(name)
     profile(path, ProfileOptions(str(PROFILED), 16384, n_threads=2))
     learnt = train(path, TrainOptions())
@@ -43,7 +43,7 @@ def test_predicted_mode_keeps_the_model(name: str, copy_model: Callable[[str], P
     assert report.kl_mean <= 0.02
     assert report.top1_agreement >= 0.97
     assert report.active <= report.computed < 1
-    # The share computed on new text is what training promised.
+    # The share computed on new text is the one that training reported.
     assert report.computed == pytest.approx(learnt.candidates, abs=0.05)
     assert report.perplexity_sparse == pytest.approx(report.perplexity_dense, rel=0.02)
 
@@ -62,7 +62,7 @@ def test_exact_mode_is_dense_and_perplexity_is_that_of_an_independent_pass(
     assert (report.mode, report.reference) == ("exact", REFERENCE[name])
     assert report.kl_mean < 1e-5
     assert report.kl_p99 < 1e-4
-    assert report.top1_agreement >= 0.99  # two tokens may be equally likely to rounding
+    assert report.top1_agreement >= 0.99  # two tokens may be equally likely up to rounding
     assert report.computed == 1.0
     assert 0 < report.active < 1
 
@@ -106,7 +106,7 @@ def test_short_text_is_used_whole(tiny_relu2: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "options", "message"),
     [
-        ("", {}, "holds no text to predict"),
+        ("", {}, "has no text to predict"),
         ("Some text.", {"n_tokens": 0}, "nothing to predict"),
         ("Some text.", {"n_ctx": 1}, "nothing to predict"),
         (None, {}, "no such file"),

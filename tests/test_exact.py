@@ -32,7 +32,7 @@ TEXT = (ROOT / "tests" / "data" / "heldout.txt").read_text(encoding="utf-8")[:40
 
 
 def tolerance(type_name: str) -> float:
-    """Largest NMSE of logits that rounding explains.
+    """The largest NMSE of logits that rounding can cause.
 
     llama.cpp keeps KV in F16 and rounds the x and h of F16 matrices to 11 bits, of BF16 to 8 bits, of quantised ones to
     blocks of 8 bits with one scale: 32 values for most types, where a value is off by 0.7 % (5e-5 a product), but
@@ -46,7 +46,7 @@ def tolerance(type_name: str) -> float:
 
 @dataclass(frozen=True)
 class Case:
-    """A model file of one type, and what dense computation makes of it."""
+    """A model file of one type, and its results in dense computation."""
 
     path: Path
     prompt: list[int]
@@ -93,8 +93,8 @@ class Dense:
     """Dense logits after the prompt and its continuation, and of the text."""
 
     tokens: list[int]  # prompt and greedy continuation
-    greedy: Logits  # [N_PREDICT, n_vocab]: the logits the continuation was chosen from
-    text: Logits  # [512, n_vocab], of which batches of 7 look at the first 126
+    greedy: Logits  # [N_PREDICT, n_vocab]: the logits from which the continuation was chosen
+    text: Logits  # [512, n_vocab]; batches of 7 use the first 126
 
 
 def dense_libllama(case: Case) -> Dense:
@@ -114,13 +114,13 @@ def forward(case: Case, tokens: list[int], down: list[NDArray[np.float32]] | Non
 def dense_reference(
     case: Case, tokens: list[int], down: list[NDArray[np.float32]] | None, text: Logits | None
 ) -> Dense:
-    """The reference along ``tokens``; ``text`` where the logits of the text are known already."""
+    """The reference for ``tokens``; ``text`` gives the logits of the text if they are known already."""
     greedy = forward(case, tokens, down)[len(case.prompt) - 1 : -1]
     return Dense(tokens, greedy, forward(case, case.text, down) if text is None else text)
 
 
 def continue_greedily(engine: Engine, prompt: list[int]) -> tuple[list[int], Logits]:
-    """N_PREDICT greedy tokens, past any end, and the logits each was chosen from."""
+    """N_PREDICT greedy tokens, ignoring end tokens, and the logits each was chosen from."""
     engine.clear()
     tokens: list[int] = []
     rows = []
@@ -152,12 +152,12 @@ def check_greedy(name: str, type_name: str, got: tuple[list[int], Logits], dense
 
 @dataclass(frozen=True)
 class Configuration:
-    """A way to run the plugin, and the weights it then computes with."""
+    """A way to run the plugin, and the weights that it uses."""
 
     label: str
     plugin: PluginConfig
     down: list[NDArray[np.float32]] | None  # of the shards; None: the model's own
-    all_cold: bool = False  # long batches, too, take what is in the shards then
+    all_cold: bool = False  # then long batches use the shards too
 
 
 def configurations(path: Path) -> Iterator[Configuration]:
@@ -177,7 +177,7 @@ def test_exact_is_dense(model_name: str, type_name: str, tmp_path: Path) -> None
     # dense products are the model's where neurons are hot, whatever the shards hold
     model_text = stock.text if stock is not None else forward(case, case.text, None)
     for configuration in configurations(case.path):
-        # Where down is requantised, and for SiLU graphs, libllama is no reference: see the top.
+        # libllama is not a reference if down is requantised, nor for SiLU graphs: see the top.
         use_stock = stock is not None and (type_name in ("F32", "F16", "BF16") or configuration.down is None)
         want = stock if use_stock else None
         # a batch of 512 is computed densely by default; the second round computes it sparsely
@@ -189,7 +189,7 @@ def test_exact_is_dense(model_name: str, type_name: str, tmp_path: Path) -> None
                 batches = {n: in_pieces(engine, case.text[:length], n) for n, length in ((7, 126), (512, 512))}
             tokens = case.prompt + got[0]
             if want is None or want.tokens != tokens:
-                # stock rounds the x of F16 matrices: at a near-tie the reference, which does not, has to say the same
+                # stock rounds the x of F16 matrices; the reference does not, so it has to agree at near-ties
                 assert not (use_stock and type_name == "F32"), f"{name}: other tokens than stock libllama"
                 known = model_text if configuration.down is None else None
                 if want is not None:

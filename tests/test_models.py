@@ -1,4 +1,4 @@
-"""The shipped models and the synthetic ones: what they are, and that what they compute is what they are said to."""
+"""The shipped models and the synthetic ones: their properties, and that they compute what they claim."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from models.reference import Reference  # noqa: E402
 from models.synth import SynthOptions  # noqa: E402
 
 SHIPPED = {"tiny-relu2": ("arcee", "relu2"), "tiny-reglu": ("llama", "reglu")}
-STOCK = {"llama": "swiglu", "arcee": "relu2", "falcon": "gelu", "gpt2": "gelu"}  # what libllama computes by itself
+STOCK = {"llama": "swiglu", "arcee": "relu2", "falcon": "gelu", "gpt2": "gelu"}  # the activation that libllama applies
 PARAMETERS = {
     "afm-4.5b": 4.5e9,
     "llama-7b": 6.74e9,
@@ -50,7 +50,7 @@ PARAMETERS = {
 @settings(max_examples=15, deadline=None)
 def test_frequencies_follow_the_wanted_law(n_ff: int, active: float, hot_share: float) -> None:
     if active / 0.95 > hot_share / 0.8 * 0.9:
-        return  # the hot neurons would have to fire more often than always
+        return  # the hot neurons would need a frequency above 1
     p = synth.frequency_profile(n_ff, active, hot_share)
     assert np.all(np.diff(p) <= 0)
     assert p.max() <= 0.95
@@ -70,7 +70,7 @@ def test_frequencies_follow_the_wanted_law(n_ff: int, active: float, hot_share: 
         ("gpt2", "relu"),
     ],
 )
-def test_planted_frequencies_come_back_in_every_layer(arch: str, activation: str, tmp_path: Path) -> None:
+def test_planted_frequencies_are_measured_in_every_layer(arch: str, activation: str, tmp_path: Path) -> None:
     options = SynthOptions(arch=arch, activation=activation, n_ff=512, n_layer=5, n_vocab=4096, n_threads=2)
     path = tmp_path / "synth.gguf"
     synth.write_model(path, options)
@@ -104,7 +104,7 @@ def test_active_fraction_and_hot_share_can_be_set(tmp_path: Path) -> None:
     assert not np.array_equal(p, falling), "neurons must not lie in the order of their frequency"
 
 
-def test_the_seed_alone_decides_the_bytes(tmp_path: Path) -> None:
+def test_the_file_depends_only_on_the_seed(tmp_path: Path) -> None:
     def digest(name: str, **changes: Any) -> str:
         path = tmp_path / "same-name.gguf"
         synth.write_model(path, dataclasses.replace(SynthOptions(type="Q4_0", n_vocab=512), **changes))
@@ -231,7 +231,7 @@ def reference(shipped: str) -> Reference:
     return Reference(ROOT / "models" / f"{shipped}.gguf")
 
 
-def test_shipped_models_are_what_they_are_said_to_be(shipped: str) -> None:
+def test_shipped_models_have_the_documented_properties(shipped: str) -> None:
     path = ROOT / "models" / f"{shipped}.gguf"
     arch, activation = SHIPPED[shipped]
     fields = GGUFReader(str(path)).fields
@@ -271,7 +271,7 @@ def test_activity_on_held_out_text(reference: Reference, vectors: dict[str, NDAr
         result = reference.forward(window)
         counts += np.stack([result.fired(layer).sum(0) for layer in range(reference.n_layer)]).astype(counts.dtype)
     n_tokens = vectors["text_lengths"].sum()
-    # A neuron at the edge may fall on either side in other arithmetic, a handful of times in all.
+    # With other rounding, a few neurons near zero may fall on the other side.
     assert np.abs(counts - vectors["counts"]).sum() <= 1e-5 * n_tokens * counts.size + 5
     assert counts.mean() / n_tokens <= 0.15
 

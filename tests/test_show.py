@@ -1,4 +1,4 @@
-"""What `pinfer show` tells of a model, its artefacts, and what will be done with it."""
+"""What `pinfer show` reports about a model, its artefacts, and how it will be run."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _show(path: Path, activation: str | None = None) -> ShowReport:
 
 
 def _write(path: Path, arch: str, tensors: dict[str, tuple[int, ...]], **keys: object) -> Path:
-    """A model of zeros: shapes are numpy's, keys go in with the types their values have."""
+    """A model with zeros as weights. Shapes are numpy's; the types of the keys are those of their values."""
     out = gguf.GGUFWriter(path, arch)
     out.add_block_count(1)
     out.add_embedding_length(64)
@@ -92,7 +92,7 @@ def test_shape_and_sizes_are_those_of_the_file(tiny_relu2: Path) -> None:
     assert report.kv_bytes_per_1k == 1024 * 2 * sum(report.n_head_kv) * per_head
 
 
-def test_where_the_activation_was_read(tmp_path: Path) -> None:
+def test_source_of_the_activation(tmp_path: Path) -> None:
     native = _write(tmp_path / "native.gguf", "arcee", UNGATED)
     report = _show(native)
     assert (report.activation, report.activation_source, report.gated) == ("relu2", "architecture", False)
@@ -104,7 +104,7 @@ def test_where_the_activation_was_read(tmp_path: Path) -> None:
     assert report.activation_threshold == 0
 
 
-def test_a_threshold_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_threshold_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     keys = {"pinfer__ffn__activation": "reglu", "pinfer__ffn__activation_threshold": 0.01}
     report = _show(_write(tmp_path / "m.gguf", "llama", GATED, **keys))
     assert report.activation_threshold == pytest.approx(0.01)
@@ -137,7 +137,7 @@ def test_a_mixture_of_experts(tmp_path: Path, keys: dict[str, object], capsys: p
     assert report.parts["ffn"].bytes == 4 * (3 * 8 * 48 * 64 + 32 * 64)
     assert report.parts["dense"].bytes == 4 * 8 * 64, "the router is no neuron"
     print_show(report)
-    assert "416 in all, 8 experts" in capsys.readouterr().out
+    assert "416 in total, 8 experts" in capsys.readouterr().out
 
 
 def test_heads_that_differ_by_layer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -158,7 +158,7 @@ def test_heads_that_differ_by_layer(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert (report.n_head, report.n_head_kv) == ((4, 8), (2, 1))
     assert report.kv_bytes_per_1k == 1024 * 2 * 3 * (16 + 8)
     print_show(report)
-    assert "4 to 8, and 1 to 2 of keys and values (GQA), 16 and 8 wide" in capsys.readouterr().out
+    assert "4 to 8, 1 to 2 for keys and values (GQA), width 16 and 8" in capsys.readouterr().out
 
 
 # --- artefacts ------------------------------------------------------------------------------------------------------
@@ -179,7 +179,7 @@ def _folder(model: Path) -> Path:
 
 
 def _split(path: Path, placement_id: str) -> None:
-    """Places 64 neurons of each layer on the device and cuts the model accordingly."""
+    """Places 64 neurons of each layer on the device and splits the model accordingly."""
     model = open_model(path)
     order = tuple(np.arange(model.n_ff, dtype=np.int32) for _ in range(model.n_layer))
     n_hot = (64,) * model.n_layer
@@ -189,7 +189,7 @@ def _split(path: Path, placement_id: str) -> None:
     split(path, SplitOptions())
 
 
-def test_nothing_yet(small: Path) -> None:
+def test_no_artefacts_yet(small: Path) -> None:
     report = _show(small)
     assert _states(report) == dict.fromkeys(KINDS, "absent")
     assert (report.mode, report.next) == ("exact", "profile")
@@ -198,7 +198,7 @@ def test_nothing_yet(small: Path) -> None:
     assert not report.artefact_folder.exists(), "looking makes nothing"
 
 
-def test_a_profile_tells_what_it_counted(small: Path) -> None:
+def test_a_profile_is_summarised(small: Path) -> None:
     profile = write_profile(_folder(small) / paths.PROFILE, open_model(small))
     report = _show(small)
     assert _states(report)["profile"] == "fits"
@@ -212,7 +212,9 @@ def test_a_profile_tells_what_it_counted(small: Path) -> None:
     assert f"({100 * (1 - facts['active']):.1f} %)" in report.plan
 
 
-def test_artefacts_that_do_not_fit_are_told_and_no_error(small: Path, command: CommandLine, tmp_path: Path) -> None:
+def test_artefacts_of_another_model_are_reported_without_an_error(
+    small: Path, command: CommandLine, tmp_path: Path
+) -> None:
     folder = _folder(small)
     other = write_small_model(tmp_path / "other.gguf", Shape(seed=1))
     write_profile(folder / paths.PROFILE, open_model(other))
@@ -225,7 +227,7 @@ def test_artefacts_that_do_not_fit_are_told_and_no_error(small: Path, command: C
     assert "made from another model (other.gguf)" in shown.err
     assert f"predictor.gguf is damaged: the header ends too early; make it again: pinfer train {small}" in shown.err
     assert shown.out.count("unusable") == 4
-    assert "Run refuses artefacts that do not fit" in shown.out
+    assert "Run cannot use these artefacts" in shown.out
     report = json.loads(command("show", small, "--json").out)
     assert report["mode"] == "refused"
     problems = {a["kind"]: a["problem"] for a in report["artefacts"]}
@@ -250,10 +252,10 @@ def test_shards_that_do_not_belong_together(small: Path) -> None:
     (folder / paths.COLD).unlink()
     report = _show(small)
     assert (_states(report)["hot"], report.mode) == ("unusable", "refused")
-    assert "no cold.gguf beside it" in report.artefacts[4].problem
+    assert "exists without cold.gguf" in report.artefacts[4].problem
 
 
-# --- the command, and what really happens -----------------------------------------------------------------------------
+# --- the command, and what run does ---------------------------------------------------------------------------------
 
 
 def _json(command: CommandLine, *words: str | Path) -> dict[str, Any]:
@@ -264,7 +266,7 @@ def _json(command: CommandLine, *words: str | Path) -> dict[str, Any]:
     return result
 
 
-def test_it_tells_what_run_then_does(command: CommandLine, tiny_reglu: Path) -> None:
+def test_it_predicts_what_run_does(command: CommandLine, tiny_reglu: Path) -> None:
     text = command.folder / "text.txt"
     text.write_text((ROOT / "docs" / "formats.md").read_text(encoding="utf-8"), encoding="utf-8")
     stages: dict[str, tuple[str | Path, ...]] = {
@@ -273,7 +275,7 @@ def test_it_tells_what_run_then_does(command: CommandLine, tiny_reglu: Path) -> 
         "solve": ("--device", "CPU", "--vram", "4M"),
         "split": (),
     }
-    run = ("run", "-p", "One day", "-n", "4", "--temp", "0", "--device", "CPU")
+    run = ("run", "-p", "One day", "-n", "4", "--temp", "0", "--hot-device", "CPU")
     hot = ""
     report = _json(command, "show", tiny_reglu)
     for name, flags in stages.items():
@@ -306,7 +308,7 @@ def _states_of(report: dict[str, Any]) -> dict[str, str]:
     return {artefact["kind"]: artefact["state"] for artefact in report["artefacts"]}
 
 
-def test_the_command_in_words(command: CommandLine, tiny_relu2: Path) -> None:
+def test_the_printed_report(command: CommandLine, tiny_relu2: Path) -> None:
     shutil.copy(tiny_relu2, command.folder / "m.gguf")
     shown = command("show")
     assert shown.code == 0
@@ -315,8 +317,8 @@ def test_the_command_in_words(command: CommandLine, tiny_relu2: Path) -> None:
         "size          8.5 MiB, 4.4 M parameters",
         "architecture  arcee",
         "activation    relu2 (the file's pinfer.ffn.activation)",
-        "heads         4, and 2 of keys and values (GQA), 64 wide",
-        "neurons       1,024 a layer, 5,120 in all, not gated",
+        "heads         4, 2 for keys and values (GQA), width 64",
+        "neurons       1,024 per layer, 5,120 in total, not gated",
         "no artefacts yet",
     ):
         assert line in shown.out.splitlines()
@@ -332,7 +334,7 @@ def test_the_command_in_words(command: CommandLine, tiny_relu2: Path) -> None:
         ("config.json", b"{}", "pinfer convert ."),
     ],
 )
-def test_what_is_no_model(command: CommandLine, name: str, data: bytes, words: str) -> None:
+def test_other_files_are_errors(command: CommandLine, name: str, data: bytes, words: str) -> None:
     (command.folder / name).write_bytes(data)
     shown = command("show", "." if name == "config.json" else name)
     assert shown.code == 1

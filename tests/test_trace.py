@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.runs import run_command
 from support.shards import write_shards
 
 from pinfer.llama import plugin as native
@@ -18,9 +19,8 @@ from pinfer.model import open_model
 
 
 def runner(model: Path, trace: Path, n_tokens: int) -> subprocess.Popen[str]:
-    command = [str(native.runner_path()), "-m", str(model), "-p", "Once upon a time", "-n", str(n_tokens)]
     return subprocess.Popen(
-        [*command, "--ignore-eos", "--temp", "0", "-t", "1"],
+        run_command(model, "-p", "Once upon a time", "-n", n_tokens, "--ignore-eos", "--temp", 0, "-t", 1),
         env={**os.environ, "PINFER_TRACE": str(trace)},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,

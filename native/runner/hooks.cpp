@@ -4,6 +4,7 @@
 #include "leave.h"
 #include "plugin_setup.h"
 #include "report.h"
+#include "speculative.h"
 #include "run.h"
 
 #include <atomic>
@@ -129,6 +130,12 @@ bool pinfer_params_parse(int argc, char ** argv, common_params & params, llama_e
     }
     if (!isatty(STDOUT_FILENO)) {
         params.simple_io = true;
+    }
+    // llama.cpp loads a draft model and lets it idle unless --spec-type is given, or the draft's file says what it is for.
+    auto & speculative = params.speculative;
+    if (speculative.types == std::vector{ COMMON_SPECULATIVE_TYPE_NONE } && !speculative.draft.mparams.path.empty() &&
+        common_speculative_types_from_gguf(speculative.draft.mparams.path).empty()) {
+        speculative.types = { COMMON_SPECULATIVE_TYPE_DRAFT_SIMPLE };
     }
     if (run->options.models.empty()) {
         return true;

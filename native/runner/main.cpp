@@ -9,6 +9,7 @@
 #include <csignal>
 #include <cstdio>
 #include <cstdlib>
+#include <exception>
 #include <unistd.h>
 
 int llama_completion(int argc, char ** argv);
@@ -107,7 +108,12 @@ int main(int argc, char ** argv) {
         return PINFER_EXIT_ERROR;
     }
     pinfer_report_start(run.options);
-    const int code = program_run();
+    int code = 1;
+    try {
+        code = program_run();
+    } catch (const std::exception & e) {
+        run.error = run.error.empty() ? e.what() : run.error;
+    }
     if (code == 0) {
         pinfer_run_end(run, nullptr);
         return 0;

@@ -1,4 +1,4 @@
-"""The command line: one command a file beside this one; here they are registered, and errors become exit codes."""
+"""Registers the commands, one for each file of this package, and turns errors into exit codes."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from pinfer.cli.bench import bench
 from pinfer.cli.convert import convert
 from pinfer.cli.eval import evaluate
 from pinfer.cli.exits import describe_os_error, fail, mute, wrong_usage
+from pinfer.cli.library import list_models, remove
+from pinfer.cli.prepare import prepare
 from pinfer.cli.profile import profile
 from pinfer.cli.run import register as register_run
 from pinfer.cli.show import show
@@ -25,7 +27,7 @@ from pinfer.errors import PinferError
 
 app = typer.Typer(
     name="pinfer",
-    help="Run ReLU language models by their active neurons, on stock llama.cpp.",
+    help="Run ReLU language models on stock llama.cpp, computing only the active neurons.",
     epilog="Pipeline: profile → train → solve → split → run. Results go to stdout; progress and messages go to stderr.",
     no_args_is_help=True,
     add_completion=False,
@@ -50,12 +52,14 @@ def _root(
     pass
 
 
-for _command in (convert, profile, train, solve, split):
+for _command in (convert, prepare, profile, train, solve, split):
     app.command()(_command)
 register_run(app)
 app.command("eval")(evaluate)
 for _command in (bench, show):
     app.command()(_command)
+app.command("list")(list_models)
+app.command("rm")(remove)
 
 
 def run_cli(args: list[str]) -> int:
@@ -67,7 +71,7 @@ def run_cli(args: list[str]) -> int:
     except typer.TyperException as error:
         return wrong_usage(error)
     except typer.Abort:
-        return fail("input ended")
+        return fail("unexpected end of input")
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
@@ -80,13 +84,13 @@ def run_cli(args: list[str]) -> int:
         return fail(f"a Python package is missing or broken ({error}); install pinfer again: pip install .")
     except OSError as error:
         return mute() if error.errno == errno.EPIPE else fail(describe_os_error(error))
-    except Exception as error:  # the last resort: one line for the user; the traceback on demand
+    except Exception as error:  # the last resort: one line for the user, the traceback on request
         return fail(f"internal error: {type(error).__name__}: {error}; rerun with PINFER_DEBUG=1 for the traceback")
 
 
 def main() -> NoReturn:
     """Entry point of the ``pinfer`` command."""
-    # SIGTERM unwinds like an exception, so that temporary files are removed.
+    # Turn signals into an exception, so that temporary files are removed.
     for signum in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(signum, _leave)
     sys.exit(run_cli(sys.argv[1:]))

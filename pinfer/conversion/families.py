@@ -23,6 +23,7 @@ from pinfer.conversion.opt_model import add_opt_metadata, opt_tensors, require_e
 from pinfer.conversion.plan import ConvertPlan, PlannedTensor
 from pinfer.conversion.rope import add_rope, rope_tensors, rotated_dims
 from pinfer.errors import PinferError
+from pinfer.model import MAX_LAYERS
 
 Change = Callable[[Checkpoint, str, NDArray[Any]], NDArray[Any]]
 
@@ -34,8 +35,6 @@ _SMOOTH = {
     "relu2": (),
 }
 """config.json's names of what libllama's graph computes, if that has no exact zeros"""
-_MAX_LAYERS = 512
-"""LLAMA_MAX_LAYERS; libllama aborts above it"""
 
 
 @dataclass(frozen=True)
@@ -370,8 +369,8 @@ def plan_checkpoint(checkpoint: Checkpoint, activation: str | None = None) -> Co
             f"{checkpoint.folder} has model_type {checkpoint.model_type[:40]!r}, which pinfer does not convert",
             f"it converts {', '.join(known)}; for others use llama.cpp's convert_hf_to_gguf.py",
         )
-    _n_layer(checkpoint)
     family.require_expressible(checkpoint)
+    _n_layer(checkpoint)
     found, threshold = (activation, 0.0) if activation else _activation(checkpoint, family)
     tensors = _in_order(family.tensors(checkpoint))
     _check_tensors(checkpoint, family, tensors)
@@ -395,9 +394,9 @@ def _n_layer(checkpoint: Checkpoint) -> int:
             f"config.json of {checkpoint.folder} names {n_layer} layers, but its weights are {n_tensors} tensors",
             DOWNLOAD_AGAIN,
         )
-    if n_layer > _MAX_LAYERS:
+    if n_layer > MAX_LAYERS:
         raise PinferError(
-            f"{checkpoint.folder} has {n_layer} layers, libllama computes at most {_MAX_LAYERS}", ANOTHER_MODEL
+            f"{checkpoint.folder} has {n_layer} layers, libllama computes at most {MAX_LAYERS}", ANOTHER_MODEL
         )
     return n_layer
 

@@ -178,10 +178,8 @@ def _machine(found: Any) -> Machine:
 
 
 def _hot_devices(found: Mapping[str, Any]) -> tuple[HotDevice, ...]:
-    if "devices" in found:
-        devices = found["devices"]
-    else:
-        devices = [] if found["device"] is None else [found["device"]]
+    alone = None if "devices" in found else found["device"]
+    devices = found.get("devices", [alone] if alone is not None else [])
     if not isinstance(devices, list) or not all(isinstance(device, Mapping) for device in devices):
         raise ValueError("devices is not a list of objects")
     hot = tuple(_hot_device(device) for device in devices)

@@ -1,1 +1,1 @@
-"""What the tests share and is no test: the command line, servers, writers of models and checkpoints."""
+"""Support for the tests: the command line, servers, writers of models and checkpoints."""

@@ -1,4 +1,4 @@
-"""Runs the `pinfer` command as a user would: another process, a folder of its own, stdout and stderr apart."""
+"""Runs the `pinfer` command as a user would, in its own process and folder, with stdout and stderr separate."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MODELS = ROOT / "models"
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a command left: exit code and both streams."""
+    """The result of a command: its exit code and both streams."""
 
     code: int
     out: str
@@ -28,7 +28,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class CommandLine:
-    """The command in a working folder, with nothing of the user's own environment in the way."""
+    """The command in a working folder, without the user's own settings in the environment."""
 
     folder: Path
     home: Path
@@ -39,7 +39,7 @@ class CommandLine:
         clean = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
         if native := os.environ.get("PINFER_NATIVE_DIR"):
             clean["PINFER_NATIVE_DIR"] = native
-        # This tree's package before any other; the rest of the path may hold what it needs.
+        # This tree's package comes first; the rest of the path may hold its dependencies.
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         clean |= {"PINFER_HOME": str(self.home), "PYTHONPATH": path, "COLUMNS": "100", "HF_HUB_OFFLINE": "1"}
         return clean | dict(env or {})

@@ -1,4 +1,4 @@
-"""``python device_worker.py``: runs models on devices in a process of its own, for tests/test_devices.py.
+"""``python device_worker.py``: runs models on devices in its own process, for tests/test_devices.py.
 
 A device that was registered stays for the life of its process, and may end it: nothing for the tests' own. stdin is
 JSON: {"rpc": endpoints or null, "models": [{"path", "activation", "hot": [paths], "cold", "device", "pieces": [[tokens,

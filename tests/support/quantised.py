@@ -25,7 +25,7 @@ FTYPES = {
     "IQ4_XS": 30,
 }
 
-_CALLBACKS: list[object] = []  # libllama and ggml call it for as long as the process lives
+_CALLBACKS: list[object] = []  # kept: libllama and ggml call them until the process ends
 
 
 def quantise(model: Path, type_name: str, out: Path) -> Path:

@@ -21,18 +21,18 @@ FUSED_QKV = ("gpt2", "falcon")
 
 @dataclass(frozen=True)
 class RandomModel:
-    """What is written; weights follow from the seed and the name of their tensor, whatever the architecture."""
+    """The options of a model. Weights depend only on the seed and the tensor's name."""
 
     arch: str = "llama"
     activation: str | None = None
-    """None: no key, what the architecture says"""
+    """None: no key, the architecture's own activation."""
     threshold: float | None = None
     n_layer: int = 2
     n_head_kv: int = 2
     biases: bool = False
-    """of the FFN, where they are optional"""
+    """Biases of the FFN, where they are optional."""
     two_norms: bool = False
-    """falcon: one for attention, one for the FFN"""
+    """falcon: one norm for attention and one for the FFN."""
     tied: bool = True
     seed: int = 0
 
@@ -52,7 +52,7 @@ class _Writer:
         self.file.add_tensor(name, values)
 
     def matrix(self, name: str, n_rows: int, n: int, *, bias: bool = False) -> None:
-        """Products of inputs of deviation 1 have that deviation again."""
+        """A matrix whose products with inputs of deviation 1 have deviation 1."""
         self.add(f"{name}.weight", (n_rows, n), 0, n**-0.5)
         if bias:
             self.add(f"{name}.bias", (n_rows,), 0, 0.3)

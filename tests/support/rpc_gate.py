@@ -1,4 +1,4 @@
-"""A gate in front of an RPC server: it passes everything on, and plays what a server on loopback is not by itself.
+"""A gate in front of an RPC server: it forwards everything, and simulates what a server on loopback does not do.
 
 It is a GPU of ``memory`` bytes: it keeps account of the buffers that lie there, tells the client of the rest as a GPU
 would, and refuses what does not fit. And it can break off the connection in the middle of something.
@@ -16,20 +16,20 @@ from typing import Self
 
 _ALLOC, _FREE, _MEMORY = 0, 4, 11
 _WITH_ANSWER = frozenset((_ALLOC, 1, 2, 3, 7, 8, 9, _MEMORY, 13, 14, 15))
-"""commands of ggml's RPC protocol, version 7, that the server answers; all others it takes in silence"""
+"""Commands of ggml's RPC protocol, version 7, that the server answers. It does not answer the others."""
 
 
 class RpcGate:
     """Listens on ``endpoint``. Use it as a context manager; connections end with it."""
 
     def __init__(self, server: str, memory: int = 1 << 30, cut_after: int | None = None) -> None:
-        """``cut_after``: the connection is broken off once the client has sent so many bytes."""
+        """``cut_after``: the connection is cut once the client has sent this many bytes."""
         self._server = server
         self._memory = memory
         self._cut_after = cut_after
         self._buffers: dict[int, int] = {}
         self.peak = 0
-        """the most bytes that lay on the device at once"""
+        """The largest number of bytes on the device at any time."""
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.endpoint = f"127.0.0.1:{self._listener.getsockname()[1]}"
         threading.Thread(target=self._accept, daemon=True).start()
@@ -45,7 +45,7 @@ class RpcGate:
                 self._serve(client)
 
     def _serve(self, client: socket.socket) -> None:
-        """One client at a time, as the server itself does it; its buffers end with it."""
+        """Serves one client at a time, as the server does. A client's buffers are freed when it disconnects."""
         host, _, port = self._server.partition(":")
         server = socket.create_connection((host, int(port)))
         for end in (client, server):
@@ -94,7 +94,7 @@ class RpcGate:
 
     def _allocate(self, _device: int, _wanted: int, pointer: int, size: int) -> bytes:
         if self.used + size > self._memory:
-            return struct.pack("<QQ", 0, 0)  # the server has it all the same, until the client goes
+            return struct.pack("<QQ", 0, 0)  # the server keeps the buffer until the client disconnects
         self._buffers[pointer] = size
         self.peak = max(self.peak, self.used)
         return struct.pack("<QQ", pointer, size)

@@ -22,7 +22,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 class RpcServer:
-    """A server process; ``n_threads`` of the CPU compute for it."""
+    """A server process that computes with ``n_threads`` threads."""
 
     def __init__(self, n_threads: int = 1) -> None:
         with socket.socket() as free:
@@ -38,7 +38,7 @@ class RpcServer:
         )
 
     def wait_until_it_listens(self, seconds: float = 60) -> None:
-        """Looks at the kernel's table: a connection of ours would be a client to the server."""
+        """Reads the kernel's table of sockets, because the server would take a connection for its client."""
         port = int(self.endpoint.rpartition(":")[2])
         listening = f":{port:04X} 00000000:0000 0A"
         deadline = time.monotonic() + seconds
@@ -48,12 +48,12 @@ class RpcServer:
             time.sleep(0.02)
 
     def kill(self) -> None:
-        """kill -9, as if its machine were gone; safe to call twice."""
+        """kill -9, as if its machine had failed; safe to call twice."""
         self._process.kill()
         self._process.wait()
 
     def pause(self) -> None:
-        """It stays there and says nothing more."""
+        """The server stays alive but no longer answers."""
         self._process.send_signal(signal.SIGSTOP)
 
     def _output(self) -> str:
@@ -77,7 +77,7 @@ class RpcServer:
 
 
 def has_rpc() -> bool:
-    """Whether the libggml under test can be a server at all."""
+    """Whether the libggml under test has an RPC server."""
     return _start_server() is not None
 
 
