@@ -28,7 +28,7 @@ from pinfer.conversion.powerinfer_file import is_powerinfer, plan_powerinfer
 from pinfer.conversion.powerinfer_predictor import ImportOptions, ImportReport, has_predictor, import_predictor
 from pinfer.conversion.tokenizer import TokenizerReport, add_tokenizer
 from pinfer.errors import PinferError
-from pinfer.gguf_io.writer import GgufFileWriter
+from pinfer.gguf_io.writer import GgufFileWriter, temporary_file
 from pinfer.hub.corpus import HUB_SOURCES, open_corpus
 from pinfer.llama.devices import physical_cores
 from pinfer.llama.engine import require_loadable
@@ -355,9 +355,6 @@ def _quantise_in_place(
     writer: GgufFileWriter, type_: str, n_weights: int, n_threads: int | None, progress: Progress
 ) -> None:
     """Replaces the finished temporary file of ``writer`` with a quantised one."""
-    smaller = writer.temporary.with_suffix(f".{type_}.tmp")
-    try:
+    with temporary_file(writer.path, f"{type_}.") as smaller:
         quantise(writer.temporary, smaller, type_, n_weights, n_threads or physical_cores(), progress)
         os.replace(smaller, writer.temporary)
-    finally:
-        smaller.unlink(missing_ok=True)

@@ -97,7 +97,7 @@ def test_misuse_is_noticed(tmp_path: Path, model: Model) -> None:
     with pytest.raises(ValueError, match="too many"):
         out.write("a", np.zeros(5, np.int8))
     out.write("a", np.zeros(4, np.int8))
-    with pytest.raises(ValueError, match="b was declared and not written"):
+    with pytest.raises(ValueError, match="b was declared but not written"):
         out.finish()
     out.discard()
     assert list(tmp_path.glob(".*")) == []
@@ -127,22 +127,32 @@ def test_files_that_belong_together_are_replaced_together(tmp_path: Path, model:
     before = hot.read_bytes(), cold.read_bytes()
     first, second = (ArtefactWriter(p, "profile", model, {}) for p in (hot, cold))
     second.declare("a", (4,), "I8")
-    with pytest.raises(ValueError, match="a was declared and not written"), first, second:
+    with pytest.raises(ValueError, match="a was declared but not written"), first, second:
         replace_together((first, second))
     assert (hot.read_bytes(), cold.read_bytes()) == before
     assert sorted(p.name for p in tmp_path.glob(".*.tmp")) == []
 
 
 def test_leftovers_of_killed_commands_go_and_those_of_living_ones_stay(tmp_path: Path, model: Model) -> None:
-    ended = subprocess.Popen([sys.executable, "-c", ""])
-    ended.wait()
-    dead = tmp_path / f".profile.gguf.{ended.pid}.tmp"
-    alive = tmp_path / f".profile.gguf.{os.getppid()}.tmp"
+    """By their locks: the number of a process says nothing in another container."""
+    dead = tmp_path / f".profile.gguf.{os.getppid()}.tmp"
     dead.touch()
-    alive.touch()
+    script = (
+        "import sys; from pathlib import Path; from pinfer.gguf_io.writer import temporary_file\n"
+        "with temporary_file(Path(sys.argv[1])) as path: print(path, flush=True); input()"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "profile.gguf")]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, text=True) as other:
+        assert other.stdout is not None
+        alive = Path(other.stdout.readline().strip())
+        _write(tmp_path / "profile.gguf", model)
+        assert not dead.exists()
+        assert alive.exists()
+        other.kill()
     _write(tmp_path / "profile.gguf", model)
-    assert not dead.exists()
-    assert alive.exists()
+    assert not alive.exists()
 
 
 def test_free_space_is_checked_before_anything_is_written(

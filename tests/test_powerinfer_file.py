@@ -48,7 +48,7 @@ FAMILIES = {
 
 
 def convert(source: Path, out: Path) -> Path:
-    """What is written for ``source`` where no other type is asked for."""
+    """The GGUF of ``source`` in its own types."""
     plan = plan_powerinfer(source)
     with GgufFileWriter(out, plan.arch) as writer:
         plan.add_metadata(writer.header)
@@ -57,8 +57,9 @@ def convert(source: Path, out: Path) -> Path:
             assert tensor.type_name is not None
             writer.declare(tensor.name, tensor.shape, tensor.type_name)
         for tensor in plan.tensors:
-            assert tensor.raw is not None
-            writer.write(tensor.name, tensor.raw())
+            read = tensor.raw or tensor.load
+            assert read is not None
+            writer.write(tensor.name, read())
     return out
 
 
