@@ -10,11 +10,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from pinfer.artefacts import paths
-from pinfer.artefacts.artefact import open_artefact
 from pinfer.artefacts.placement import GROUP, PlacementFile, new_placement_id
+from pinfer.artefacts.predictor import PredictorFile
+from pinfer.artefacts.profile import ProfileFile
 from pinfer.artefacts.shards import DownTypes, cold_neuron_bytes, down_types, hot_neuron_bytes
 from pinfer.model import Model, open_model
 from pinfer.placement.budget import Budget, SolveOptions, make_budget
@@ -23,10 +27,6 @@ from pinfer.placement.integer_program import Counts, Layer, Placed, place, place
 from pinfer.placement.machine import Machine
 from pinfer.placement.model_bytes import cache_type_bytes, kv_bytes, layer_bytes, output_bytes
 from pinfer.progress import NULL_PROGRESS, Progress
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
 
 __all__ = ["SolveOptions", "SolveReport", "solve"]
 
@@ -111,7 +111,11 @@ def solve(model_path: Path, options: SolveOptions, progress: Progress = NULL_PRO
     model = open_model(model_path, options.activation)
     model.require_sparse()
     cache_type_bytes(options.cache_type)
-    folder = paths.artefact_dir(model.path, model.fingerprint, for_writing=True)
+    with paths.writing_to(model, progress) as folder:
+        return _solve(model, folder, options, progress)
+
+
+def _solve(model: Model, folder: Path, options: SolveOptions, progress: Progress) -> SolveReport:
     types = tuple(down_types(model, layer, None) for layer in range(model.n_layer))
     budget = make_budget(model, cold_neuron_bytes(model, 0, types[0]), options, progress)
     order, frequency = _ranked(model, folder, budget.vram, progress)
@@ -159,10 +163,6 @@ def _ranked(
     model: Model, folder: Path, vram: int, progress: Progress
 ) -> tuple[tuple[NDArray[np.int32], ...], tuple[NDArray[np.float64], ...]]:
     """Neurons by falling impact, and how often each fires per token, in that order."""
-    import numpy as np
-
-    from pinfer.artefacts.profile import ProfileFile
-
     path = folder / paths.PROFILE
     if not path.exists() and vram == 0:
         progress.note("no profile (pinfer profile makes one): neurons stay in the order of the model")
@@ -181,14 +181,12 @@ def _predictors(model: Model, folder: Path) -> list[PredictorCost | None]:
     path = folder / paths.PREDICTOR
     if not path.exists():
         return [None] * model.n_layer
-    file = open_artefact(path, "predictor", model)
-    kinds = file.get_list("pinfer.predictor.kind", model.n_layer)
-    candidates = file.get_list("pinfer.predictor.candidates", model.n_layer)
+    file = PredictorFile.read(path, model)
     costs: list[PredictorCost | None] = []
-    for layer, kind in enumerate(kinds):
+    for layer, kind in enumerate(file.kind):
         names = [f"blk.{layer}.pred_{part}" for part in "abt"]
-        n_bytes = sum(file.tensor(name).n_bytes for name in names if file.has(name))
-        costs.append(None if kind == "none" else PredictorCost(n_bytes, float(candidates[layer])))
+        n_bytes = sum(file.artefact.tensor(name).n_bytes for name in names if file.artefact.has(name))
+        costs.append(None if kind == "none" else PredictorCost(n_bytes, file.candidates[layer]))
     return costs
 
 
@@ -213,8 +211,6 @@ def _problem(
 def _program_layer(
     model: Model, layer: int, types: DownTypes, frequency: NDArray[np.float64], cost: LayerCost, machine: Machine
 ) -> Layer:
-    import numpy as np
-
     impact = np.add.reduceat(frequency, np.arange(0, model.n_ff, GROUP))
     least, most, alone = [], [], []
     for index, (device, n) in enumerate(zip(machine.devices, cost.most_groups(), strict=True)):

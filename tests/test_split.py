@@ -413,9 +413,9 @@ import resource, sys
 from pathlib import Path
 from pinfer.split import SplitOptions, split
 from pinfer import split as stage
-from pinfer.artefacts import verify
+from pinfer.artefacts import shards
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-stage._PIECE = verify._PIECE = stage._FLOATS = 1 << 20
+shards.PIECE_BYTES = stage._COLUMN_BYTES = 1 << 20
 stage._BAND = 4 << 20
 split(Path(sys.argv[1]), SplitOptions(verify=True))
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)

@@ -27,10 +27,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pinfer.artefacts import paths
-from pinfer.artefacts.predictor import LayerPredictor, PredictorWriter, quantised, row_bytes
+from pinfer.artefacts.predictor import LayerPredictor, PredictorWriter, quantised
 from pinfer.artefacts.profile import SamplesFile
 from pinfer.conversion.powerinfer_file import PowerInferFile, open_powerinfer
 from pinfer.errors import PinferError
+from pinfer.gguf_io.reader import row_bytes
 from pinfer.interrupt import interruptible
 from pinfer.model import Model, dequantize, open_model
 from pinfer.predictors.data import HeldBack, LayerData, parts
@@ -162,10 +163,13 @@ def import_predictor(
     file, model = open_powerinfer(source), open_model(model_path)
     _check(file, model)
     samples, corpus = _samples(model, options, progress)
-    path = paths.artefact_dir(model.path, model.fingerprint, for_writing=True) / paths.PREDICTOR
     train = TrainOptions(recall=options.recall, type="f16" if model.n_embd % _BLOCK else "q4_0")
     layers: list[ImportedLayer] = []
-    with PredictorWriter(path, train.type) as writer, progress.task("predictor", model.n_layer, "layers") as advance:
+    with (
+        paths.writing_to(model, progress) as folder,
+        PredictorWriter(folder / paths.PREDICTOR, train.type) as writer,
+        progress.task("predictor", model.n_layer, "layers") as advance,
+    ):
         for layer in range(model.n_layer):
             work = partial(_import_layer, file, model, layer, samples, train, options.keep)
             predictor, report = interruptible(work)
@@ -174,7 +178,7 @@ def import_predictor(
             advance(1)
         settings = {**asdict(options), "command": "convert", "source": source.name, "n_samples": samples.n_samples}
         n_bytes = writer.finish(model, settings)
-    return _report(path, file, corpus, samples.n_samples, n_bytes, layers)
+    return _report(folder / paths.PREDICTOR, file, corpus, samples.n_samples, n_bytes, layers)
 
 
 def _check(file: PowerInferFile, model: Model) -> None:
@@ -365,8 +369,8 @@ def _fit(rebased: Rebased, data: LayerData, held: HeldBack, recall: float) -> Fi
     """The predictor with the thresholds that keep ``recall`` on ``held``, and with the best mean."""
     n_ff, n_embd = data.weight.shape
     rank = len(rebased.a)
-    n_bytes = rank * row_bytes(n_embd, rebased.types[0])
-    n_bytes += n_ff * (row_bytes(rank, rebased.types[1]) + _THRESHOLD_BYTES)
+    n_bytes = rank * row_bytes(rebased.types[0], n_embd)
+    n_bytes += n_ff * (row_bytes(rebased.types[1], rank) + _THRESHOLD_BYTES)
 
     def fit(mean: float, b: Matrix, part: LayerData, on: HeldBack) -> Fitted:
         a = rebased.first(mean)

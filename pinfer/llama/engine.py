@@ -89,7 +89,7 @@ class Engine:
         self._f32_attention = f32_attention
         self._n_threads = n_threads or physical_cores()
         self._hot_devices = plugin.device if plugin is not None and plugin.hot else None
-        _configure_plugin(model_path, plugin)
+        configure_plugin(model_path, plugin)
         from llama_cpp import llama_cpp as llama
 
         self._llama = llama
@@ -332,7 +332,7 @@ def require_loadable(path: Path) -> None:
     llama.llama_model_free(model)
 
 
-def _configure_plugin(model_path: Path, config: PluginConfig | None) -> None:
+def configure_plugin(model_path: Path, config: PluginConfig | None) -> None:
     if config is None:
         # Once loaded, the plugin's device stays in the process: it has to be told to keep out of the way.
         if native.is_loaded():

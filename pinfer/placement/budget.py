@@ -19,6 +19,7 @@ _DEFAULT_CTX = 4096
 # Left free where no --vram is given: what drivers and other programs take between now and the run.
 _MARGIN_BYTES = 256 << 20
 _MARGIN_SHARE = 0.04
+_MOST_BYTES = 1 << 60
 # A card assumed where --vram is given on a machine without one; only a prediction hangs on it.
 _ASSUMED_BANDWIDTH = 5e11
 _ASSUMED_SYNC = 5e-5
@@ -146,6 +147,8 @@ def _machine_and_vram(
         progress.note("no GPU here: every neuron stays on the CPU")
         return machine, (), False
     vram = _shares(machine.devices, options.vram_list)
+    if max(vram) >= _MOST_BYTES:
+        raise PinferError(f"--vram asks for {max(vram) / 2**30:.3g} GiB", "give the size in bytes, or like 24G")
     for device, asked in zip(machine.devices, vram, strict=True):
         if device.own_memory and device.memory_total and asked > device.memory_total:
             has = f"{device.name} has {device.memory_total / 2**30:.1f} GiB"
