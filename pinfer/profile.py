@@ -140,9 +140,9 @@ def _profile(model: Model, folder: Path, options: ProfileOptions, progress: Prog
         plugin = load_plugin()
         n_samples = _n_samples(options, model, n_tokens)
         with hold_interrupt() as held:
-            plugin.observer_start(n_samples=n_samples, stride=_stride(n_tokens, n_samples, n_ctx))
+            plugin.observer_start(model.path, n_samples=n_samples, stride=_stride(n_tokens, n_samples, n_ctx))
             seconds = _count(engine, windows, n_tokens, held, progress)
-            plugin.observer_stop()
+            plugin.observer_stop(model.path)
             report = _write(plugin, model, folder, corpus, options, seconds, held.seen, progress)
         return replace(report, interrupted=held.seen)
 
@@ -267,7 +267,7 @@ def _write(
     interrupted: bool,
     progress: Progress,
 ) -> ProfileReport:
-    seen = [plugin.observer_layer(layer) for layer in range(model.n_layer)]
+    seen = [plugin.observer_layer(model.path, layer) for layer in range(model.n_layer)]
     layers = [layer for layer in seen if layer is not None]
     tokens = min((layer.n_tokens for layer in layers), default=0)
     if tokens == 0 and interrupted:

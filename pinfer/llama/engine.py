@@ -60,8 +60,9 @@ class PluginConfig:
 class Engine:
     """A loaded model with one context and one sequence; a context manager that frees both at the end.
 
-    ``plugin=None`` gives stock libllama, even in a process that has loaded the plugin. The plugin has one configuration
-    per process, so keep one engine open at a time.
+    ``plugin=None`` gives stock libllama, even in a process that has loaded the plugin. Engines of several models may be
+    open at the same time, each with its own plugin settings. Two engines of one model need the same settings; a second one
+    with others is refused.
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class Engine:
         self._n_threads = n_threads or physical_cores()
         self._hot_devices = plugin.device if plugin is not None and plugin.hot else None
         configure_plugin(model_path, plugin)
+        self._configured: Path | None = model_path
         from llama_cpp import llama_cpp as llama
 
         self._llama = llama
@@ -301,11 +303,14 @@ class Engine:
             self._context = None
 
     def close(self) -> None:
-        """Free the context and the model. Safe to call twice."""
+        """Free the context, the model, and its part of the plugin: its counters are gone. Safe to call twice."""
         self._close_context()
         if self._model:
             self._llama.llama_model_free(self._model)
             self._model = None
+        if self._configured is not None and native.is_loaded():
+            native.load_plugin().release(self._configured)
+        self._configured = None
 
     def __enter__(self) -> Self:
         return self
@@ -334,12 +339,12 @@ def require_loadable(path: Path) -> None:
 
 def configure_plugin(model_path: Path, config: PluginConfig | None) -> None:
     if config is None:
-        # Once loaded, the plugin's device stays in the process: it has to be told to keep out of the way.
+        # Once loaded, the plugin's device stays in the process: it has to be told to keep out of this model's way.
         if native.is_loaded():
-            native.load_plugin().configure(activation="other")
+            native.load_plugin().configure(model_path, activation="other")
         return
     native.load_plugin().configure(
-        model=model_path,
+        model_path,
         predictor=config.predictor,
         hot=config.hot,
         cold=config.cold,
