@@ -281,8 +281,8 @@ def test_each_refusal_is_one_line_with_a_fix(hub: Hub, cache: Path) -> None:
     cases = {
         "u/gated": ("u/gated is gated", "HF_TOKEN"),
         "u/none": ("there is no u/none at http://127.0.0.1", "HF_TOKEN"),
-        "u/checkpoint": ("no GGUF but a checkpoint", "pinfer convert -hf u/checkpoint"),
-        "u": ("'u' names no model of the hub", "-hf user/repo"),
+        "u/checkpoint": ("has a checkpoint, not a GGUF", "pinfer convert -hf u/checkpoint"),
+        "u": ("'u' is not the name of a model on the hub", "-hf user/repo"),
     }
     for got, (message, hint) in zip(_fetch(hub, cache, *cases), cases.values(), strict=True):
         assert message in got["message"]

@@ -17,7 +17,6 @@ than it saves at the wanted recall gets what `pinfer train` would give it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -38,7 +37,18 @@ from pinfer.predictors.data import HeldBack, LayerData, parts
 from pinfer.predictors.thresholds import calibrate, one_threshold
 from pinfer.profile import ProfileOptions, profile
 from pinfer.progress import NULL_PROGRESS, Progress
-from pinfer.train import MIN_SAMPLES, Fitted, LayerReport, TrainOptions, exact_cost, fit_layer, scores, tested
+from pinfer.train import (
+    MIN_SAMPLES,
+    Fitted,
+    LayerReport,
+    TrainOptions,
+    TrainReport,
+    exact_cost,
+    fit_layer,
+    scores,
+    summary,
+    tested,
+)
 
 if TYPE_CHECKING:
     from pinfer.predictors.data import Matrix
@@ -76,59 +86,41 @@ class ImportOptions:
 
 
 @dataclass(frozen=True)
-class ImportedLayer:
-    """What became of one layer's predictor. Recalls and candidates are shares."""
+class ImportedLayer(LayerReport):
+    """What became of one layer's predictor, with recalls as shares."""
 
-    layer: int
     imported: bool
     """False: the file has none or it costs more than it saves, and this is what `pinfer train` makes"""
-    kind: str
-    rank: int
-    recall: float
-    """of the activation mass"""
     recall_active: float
-    """of the neurons that fire"""
-    candidates: float
-    active: float
+    """of the active neurons; ``recall`` is of the activation mass"""
     sign_recall: float | None
-    """of the activation mass at threshold 0, PowerInfer's own rule; None: the file has no predictor for this layer"""
+    """``recall`` at threshold 0, PowerInfer's own rule; None: the file has no predictor for this layer"""
     sign_recall_active: float | None
     sign_candidates: float | None
-    predictor_bytes: int
-    expected_bytes: float
-    exact_bytes: float
 
 
 @dataclass(frozen=True)
-class ImportReport:
+class ImportReport(TrainReport):
     """What was imported and where it was written. Shares are means over the layers."""
 
-    path: Path
+    layers: tuple[ImportedLayer, ...]
     source: Path
     corpus: str
     """the text it was measured on"""
-    n_samples: int
     n_test: int
     """tokens that the recalls and candidates were measured on, kept apart from those of the thresholds"""
     n_imported: int
     """layers that kept the file's predictor"""
     sparse_threshold: float
-    """the score from which on PowerInfer computes a neuron, in its own units"""
-    predictor_bytes: int
-    recall: float
+    """PowerInfer computes a neuron if its score exceeds this"""
     recall_active: float
-    candidates: float
-    active: float
     sign_recall: float | None
     sign_recall_active: float | None
     sign_candidates: float | None
-    expected_bytes: float
-    exact_bytes: float
-    layers: tuple[ImportedLayer, ...]
 
     def to_json(self) -> dict[str, object]:
         """The report as plain JSON values."""
-        return {**asdict(self), "path": str(self.path), "source": str(self.source)}
+        return {**super().to_json(), "source": str(self.source)}
 
     def notes(self) -> list[str]:
         """How many layers were imported, and how much text the measured recall rests on; a line each."""
@@ -227,7 +219,14 @@ def _import_layer(
     held = HeldBack.of(data, test)
     predictor, report = tested(data, layer, fitted, held) if fitted and pays else fit_layer(data, layer, options)
     by_sign = scores(fitted.a, fitted.b, held.x, "mlp") > 0 if fitted else None
-    return predictor, _layer_report(report, pays, _recall_active(held, _named(predictor, held)), held, by_sign)
+    return predictor, ImportedLayer(
+        **vars(report),
+        imported=pays,
+        recall_active=_recall_active(held, _named(predictor, held)),
+        sign_recall=None if by_sign is None else held.recall(by_sign),
+        sign_recall_active=None if by_sign is None else _recall_active(held, by_sign),
+        sign_candidates=None if by_sign is None else float(by_sign.mean()),
+    )
 
 
 def _named(predictor: LayerPredictor, held: HeldBack) -> NDArray[np.bool_]:
@@ -235,27 +234,6 @@ def _named(predictor: LayerPredictor, held: HeldBack) -> NDArray[np.bool_]:
     if predictor.b is None or predictor.t is None:
         return np.ones(held.mass.shape, dtype=bool)
     return scores(predictor.a, predictor.b, held.x, predictor.kind) > predictor.t
-
-
-def _layer_report(
-    report: LayerReport, imported: bool, recall_active: float, held: HeldBack, by_sign: NDArray[np.bool_] | None
-) -> ImportedLayer:
-    return ImportedLayer(
-        layer=report.layer,
-        imported=imported,
-        kind=report.kind,
-        rank=report.rank,
-        recall=report.recall,
-        recall_active=recall_active,
-        candidates=report.candidates,
-        active=report.active,
-        sign_recall=None if by_sign is None else held.recall(by_sign),
-        sign_recall_active=None if by_sign is None else _recall_active(held, by_sign),
-        sign_candidates=None if by_sign is None else float(by_sign.mean()),
-        predictor_bytes=report.predictor_bytes,
-        expected_bytes=report.expected_bytes,
-        exact_bytes=report.exact_bytes,
-    )
 
 
 def _recall_active(held: HeldBack, named: NDArray[np.bool_]) -> float:
@@ -268,29 +246,21 @@ def _recall_active(held: HeldBack, named: NDArray[np.bool_]) -> float:
 def _report(
     path: Path, file: PowerInferFile, corpus: str, n_samples: int, n_bytes: int, layers: list[ImportedLayer]
 ) -> ImportReport:
-    def mean(values: Iterator[float | None]) -> float:
-        known = [value for value in values if value is not None]
+    def mean(name: str) -> float:
+        known = [value for layer in layers if (value := getattr(layer, name)) is not None]
         return math.fsum(known) / len(known)
 
     return ImportReport(
-        path=path,
+        **vars(summary(path, n_samples, n_bytes, list(layers))),
         source=file.path,
         corpus=corpus,
-        n_samples=n_samples,
         n_test=len(range(*parts(n_samples)[2].indices(n_samples))),
         n_imported=sum(layer.imported for layer in layers),
         sparse_threshold=file.sparse_threshold,
-        predictor_bytes=n_bytes,
-        recall=mean(layer.recall for layer in layers),
-        recall_active=mean(layer.recall_active for layer in layers),
-        candidates=mean(layer.candidates for layer in layers),
-        active=mean(layer.active for layer in layers),
-        sign_recall=mean(layer.sign_recall for layer in layers),
-        sign_recall_active=mean(layer.sign_recall_active for layer in layers),
-        sign_candidates=mean(layer.sign_candidates for layer in layers),
-        expected_bytes=math.fsum(layer.expected_bytes for layer in layers),
-        exact_bytes=math.fsum(layer.exact_bytes for layer in layers),
-        layers=tuple(layers),
+        recall_active=mean("recall_active"),
+        sign_recall=mean("sign_recall"),
+        sign_recall_active=mean("sign_recall_active"),
+        sign_candidates=mean("sign_candidates"),
     )
 
 
