@@ -458,7 +458,7 @@ def test_interrupted_training_leaves_the_old_predictor(tmp_path: Path, monkeypat
         train(path, TrainOptions(recall=0.9))
     assert calls == [0, 1]
     assert predictor.read_bytes() == before
-    assert sorted(p.name for p in predictor.parent.iterdir()) == [paths.PREDICTOR, "samples"]
+    assert sorted(p.name for p in predictor.parent.iterdir()) == [".lock", paths.PREDICTOR, "samples"]
 
 
 def _damage(name: str) -> Callable[[bytes], bytes]:

@@ -26,14 +26,14 @@ def verify_shards(model: Model, hot_paths: Sequence[Path], cold_path: Path, prog
     cold = ShardFile.read(cold_path, "cold", model)
     if len({shard.placement_id for shard in (*hot, cold)}) > 1:
         raise _failed(model, "the hot and the cold shards are of different placements")
-    for shard in (*hot, cold):
-        shard.artefact.verify(progress)
     with progress.task("verify", sum(shard.artefact.gguf.size for shard in (*hot, cold)), "bytes") as advance:
         for layer in range(model.n_layer):
             try:
                 _check_layer(_Layer(model, layer, hot, cold, advance))
             except (_Difference, GgufError) as difference:
                 raise _failed(model, f"layer {layer}: {difference}") from None
+    for shard in (*hot, cold):
+        shard.artefact.verify()
 
 
 class _Difference(Exception):

@@ -168,12 +168,13 @@ def read_machine(path: Path) -> Machine:
 def _machine(found: Any) -> Machine:
     if not isinstance(found, Mapping):
         raise ValueError("it is not an object")
+    devices = _hot_devices(found)
     return Machine(
         name=str(found.get("name", "")),
         n_threads=int(_number(found, "n_threads", 1)),
         cpu_bandwidth=_number(found, "cpu_bandwidth"),
         scattered=_number(found, "scattered", most=1),
-        devices=_hot_devices(found),
+        devices=devices,
     )
 
 
