@@ -115,11 +115,9 @@ def prepare(
     open_stages = _stages(model, folder, options)
     if open_stages:
         _announce(model, estimate(model, options), open_stages, folder, progress)
-    with progress.task("prepare", 4, "stages") as advance:
-        advance(4 - len(open_stages))
-        for stage in open_stages.values():
-            stage(progress)
-            advance(1)
+    for number, (name, stage) in enumerate(open_stages.items(), start=1):
+        progress.note(f"[{number}/{len(open_stages)}] {name}")
+        stage(progress)
     return _report(model, folder, tuple(open_stages), time.monotonic() - begin)
 
 

@@ -61,8 +61,7 @@ class Engine:
     """A loaded model with one context and one sequence; a context manager that frees both at the end.
 
     ``plugin=None`` gives stock libllama, even in a process that has loaded the plugin. Engines of several models may be
-    open at the same time, each with its own plugin settings. Two engines of one model need the same settings; a second one
-    with others is refused.
+    open at the same time, each with its own plugin settings. Two engines of one model must have the same settings.
     """
 
     def __init__(
