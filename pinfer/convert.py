@@ -212,6 +212,9 @@ def _import_predictor(
         if missing_text is not None:
             raise missing_text
         report = import_predictor(source, out, ImportOptions(options.dataset, n_threads=options.n_threads), progress)
+    except KeyboardInterrupt:
+        progress.note(f"{out} is complete; its predictor was not imported")
+        raise
     except PinferError as error:
         another = shlex.quote(str(out))
         return None, [f"its predictor was left out: {error}", f"pinfer profile {another}; pinfer train {another}"]

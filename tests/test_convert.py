@@ -616,6 +616,47 @@ def test_without_the_hub_the_model_alone_is_made_and_that_is_said_first(command:
     assert open_model(command.folder / "again.gguf").is_sparse
 
 
+@pytest.mark.parametrize(
+    ("patch", "marker"),
+    [
+        ("p.ImportOptions.__init__.__defaults__ = ('wikitext', 10**7, 0.995, None, False); ", "converting: "),
+        ("p._fit = lambda *_: (print('fitting', file=sys.stderr, flush=True), time.sleep(60)); ", "fitting"),
+    ],
+    ids=["profile", "fit"],
+)
+def test_ctrl_c_while_the_predictor_is_imported(patch: str, marker: str, command: CommandLine) -> None:
+    """It ends the whole command, not only the counting; the model is complete and stays."""
+    source = powerinfer(command.folder)
+    text = command.folder / "text.txt"
+    text.write_text((ROOT / "tests" / "data" / "profile.txt").read_text(encoding="utf-8") * 20, encoding="utf-8")
+    script = f"import sys, time; from pinfer.conversion import powerinfer_predictor as p; {patch}"
+    script += "from pinfer.cli.app import main; sys.argv[0] = 'pinfer'; sys.exit(main())"
+    child = subprocess.Popen(
+        [sys.executable, "-c", script, "convert", source.name, "-o", "out.gguf", "--dataset", str(text)],
+        cwd=command.folder,
+        env=command.environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert child.stderr is not None
+    said = ""
+    while marker not in said:
+        line = child.stderr.readline()
+        assert line, said
+        said += line
+    time.sleep(2)
+    begin = time.monotonic()
+    child.send_signal(signal.SIGINT)
+    _, err = child.communicate(timeout=60)
+    assert time.monotonic() - begin < 5
+    assert child.returncode == 130, err
+    assert "out.gguf is complete; its predictor was not imported" in err
+    assert open_model(command.folder / "out.gguf").is_sparse
+    assert not list(command.folder.glob("**/predictor.gguf"))
+    assert not list(command.folder.glob("**/.*.tmp"))
+
+
 def test_ctrl_c_is_obeyed_in_a_long_calculation() -> None:
     script = (
         "import time, numpy as np; from pinfer.interrupt import interruptible; "

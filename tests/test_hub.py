@@ -397,4 +397,4 @@ def test_a_path_is_not_taken_for_a_repository(command: CommandLine, name: str) -
 def test_a_model_and_a_repository_exclude_each_other(command: CommandLine) -> None:
     shown = command("show", "a.gguf", "-hf", "u/r")
     assert shown.code == 2
-    assert "two models named, a.gguf and u/r" in shown.err
+    assert "two models were given, a.gguf and u/r" in shown.err

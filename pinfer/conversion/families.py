@@ -108,20 +108,23 @@ def _add_shape(checkpoint: Checkpoint, header: GGUFWriter) -> None:
     header.add_vocab_size(checkpoint.integer("vocab_size"))
 
 
-def _add_heads(checkpoint: Checkpoint, header: GGUFWriter, rotated_share: float, *, allows_part: bool = False) -> None:
+def _add_metadata(
+    checkpoint: Checkpoint, header: GGUFWriter, *, eps: str = "rms_norm_eps", share: float = 1.0, all_dims: bool = True
+) -> None:
+    """Keys of a family with one kind of norm, whose epsilon is ``eps`` in config.json.
+
+    ``share`` of a head's dimensions are rotated if config.json does not say; ``all_dims``: the graph rotates no less.
+    """
+    _add_shape(checkpoint, header)
+    add_eps = header.add_layer_norm_rms_eps if eps == "rms_norm_eps" else header.add_layer_norm_eps
+    add_eps(checkpoint.number(eps, default=1e-6 if eps == "rms_norm_eps" else 1e-5, zero=True))
     head_dim = _head_dim(checkpoint)
     header.add_key_length(head_dim)
     header.add_value_length(head_dim)
-    add_rope(checkpoint, header, rotated_dims(checkpoint, head_dim, rotated_share, allows_part=allows_part))
+    add_rope(checkpoint, header, rotated_dims(checkpoint, head_dim, share, allows_part=not all_dims))
 
 
-def _add_llama_metadata(checkpoint: Checkpoint, header: GGUFWriter) -> None:
-    _add_shape(checkpoint, header)
-    header.add_layer_norm_rms_eps(checkpoint.number("rms_norm_eps", default=1e-6, zero=True))
-    _add_heads(checkpoint, header, 1.0)
-
-
-def is_tied(checkpoint: Checkpoint, by_default: bool) -> bool:
+def _is_tied(checkpoint: Checkpoint, by_default: bool) -> bool:
     """Whether the output is the embedding. ``by_default`` is what the original's config class assumes."""
     return "lm_head.weight" not in checkpoint.tensors or checkpoint.flag("tie_word_embeddings", by_default)
 
@@ -129,7 +132,7 @@ def is_tied(checkpoint: Checkpoint, by_default: bool) -> bool:
 def _mapped_tensors(family: Family, checkpoint: Checkpoint) -> list[PlannedTensor]:
     """Tensors under the gguf package's names for them."""
     names = get_tensor_name_map(MODEL_ARCH[family.arch.upper()], _n_layer(checkpoint))
-    tied = is_tied(checkpoint, family.tied_by_default)
+    tied = _is_tied(checkpoint, family.tied_by_default)
     if family.output == "never" and not tied:
         raise PinferError(
             f"{checkpoint.folder} has an output of its own, libllama's {family.arch} has not", ANOTHER_MODEL
@@ -169,7 +172,7 @@ def _interleave_rotation(checkpoint: Checkpoint, name: str, values: NDArray[Any]
 
 
 def _add_minicpm_metadata(checkpoint: Checkpoint, header: GGUFWriter) -> None:
-    _add_llama_metadata(checkpoint, header)
+    _add_metadata(checkpoint, header)
     n_embd, n_layer = checkpoint.integer("hidden_size"), checkpoint.integer("num_hidden_layers")
     header.add_embedding_scale(checkpoint.number("scale_emb", default=1.0))
     header.add_residual_scale(checkpoint.number("scale_depth", default=1.0) / n_layer**0.5)
@@ -187,12 +190,6 @@ def _require_plain_minicpm(checkpoint: Checkpoint) -> None:
 # --- squared ReLU ----------------------------------------------------------------------------------------------------
 
 
-def _add_nemotron_metadata(checkpoint: Checkpoint, header: GGUFWriter) -> None:
-    _add_shape(checkpoint, header)
-    header.add_layer_norm_eps(checkpoint.number("norm_eps", default=1e-5, zero=True))
-    _add_heads(checkpoint, header, 0.5, allows_part=True)
-
-
 def _require_expressible_nemotron(checkpoint: Checkpoint) -> None:
     n_embd, n_head, head_dim = checkpoint.integer("hidden_size"), _heads(checkpoint)[0], _head_dim(checkpoint)
     if n_head * head_dim != n_embd:
@@ -206,12 +203,6 @@ def _require_expressible_nemotron(checkpoint: Checkpoint) -> None:
 def _one_plus_norm(checkpoint: Checkpoint, name: str, values: NDArray[Any]) -> NDArray[Any]:
     """Nemotron's norms multiply by one plus their weight, libllama's by the weight."""
     return values.astype(np.float32) + 1 if name.endswith("norm.weight") else values
-
-
-def _add_jais2_metadata(checkpoint: Checkpoint, header: GGUFWriter) -> None:
-    _add_shape(checkpoint, header)
-    header.add_layer_norm_eps(checkpoint.number("layer_norm_eps", default=1e-5, zero=True))
-    _add_heads(checkpoint, header, 1.0)
 
 
 def _jais2_biases(checkpoint: Checkpoint, names: Container[str]) -> list[PlannedTensor]:
@@ -296,7 +287,7 @@ _LLAMA = Family(
     "llama",
     True,
     "silu",
-    _add_llama_metadata,
+    _add_metadata,
     _interleave_rotation,
     rope_factors=("llama3", "longrope", "su"),
 )
@@ -314,18 +305,20 @@ _FAMILIES: dict[str, Family] = {
         require_expressible=_require_plain_minicpm,
     ),
     "arcee": Family(
-        "arcee", False, "relu2", _add_llama_metadata, _interleave_rotation, biases=_QKV, rope_factors=("llama3",)
+        "arcee", False, "relu2", _add_metadata, _interleave_rotation, biases=_QKV, rope_factors=("llama3",)
     ),
     "nemotron": Family(
         "nemotron",
         False,
         "relu2",
-        _add_nemotron_metadata,
+        partial(_add_metadata, eps="norm_eps", share=0.5, all_dims=False),
         _one_plus_norm,
         output="always",
         require_expressible=_require_expressible_nemotron,
     ),
-    "jais2": Family("jais2", False, "relu2", _add_jais2_metadata, missing_tensors=_jais2_biases),
+    "jais2": Family(
+        "jais2", False, "relu2", partial(_add_metadata, eps="layer_norm_eps"), missing_tensors=_jais2_biases
+    ),
     "plm": Family(
         "plm",
         False,

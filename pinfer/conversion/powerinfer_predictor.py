@@ -195,6 +195,8 @@ def _samples(model: Model, options: ImportOptions, progress: Progress) -> tuple[
     # PowerInfer computes only ReLU, so the activation of its models need not be checked.
     settings = ProfileOptions(options.dataset, options.n_tokens, n_threads=options.n_threads, force=True)
     profiled = profile(model.path, settings, progress)
+    if profiled.interrupted:  # alone it keeps what was counted; here Ctrl-C is meant for the whole command
+        raise KeyboardInterrupt
     if profiled.n_samples < MIN_SAMPLES or profiled.samples_path is None:
         raise PinferError(
             f"{profiled.corpus} gave {profiled.n_samples} samples, too few to measure a predictor on",

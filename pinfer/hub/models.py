@@ -66,20 +66,23 @@ def fetch_gguf(name: str, progress: Progress = NULL_PROGRESS, *, offline: bool =
     With ``offline``, or if the hub cannot be reached, the cache is used. Raises PinferError.
     """
     which = parse_name(name)
+    cause: PinferError | None = None
+    if not (offline or is_offline()):
+        try:
+            chosen = choose_gguf(_list_files(which.repo), which)
+            return fetch_files(which.repo, [chosen], Path(chosen).name, progress)[0]
+        except PinferError:
+            raise
+        except Exception as error:  # depends on the HTTP client
+            cause = explain(error, which.repo)
     cached = cached_files(which.repo)
-    if offline or is_offline():
-        return cached[choose_gguf(_require_cached(which.repo, cached), which)]
     try:
-        names = _list_files(which.repo)
-    except Exception as error:  # depends on the HTTP client
-        return _from_cache(cached, which, error, progress)
-    chosen = choose_gguf(names, which)
-    try:
-        return fetch_files(which.repo, [chosen], Path(chosen).name, progress)[0]
-    except Exception as error:
-        if chosen in cached:
-            return _from_cache({chosen: cached[chosen]}, HubName(which.repo, chosen), error, progress)
-        raise explain(error, which.repo, chosen) from error
+        path = cached[choose_gguf(_require_cached(which.repo, cached), which)]
+    except PinferError as error:
+        raise cause or error from None
+    if cause is not None:
+        progress.note(f"{cause.message}; taking {path.name} from the cache")
+    return path
 
 
 def fetch_checkpoint(repo: str, progress: Progress = NULL_PROGRESS, *, offline: bool = False) -> Path:
@@ -172,17 +175,6 @@ def _require_cached(repo: str, cached: Mapping[str, Path]) -> Mapping[str, Path]
     if not cached:
         raise PinferError(f"the cache has nothing of {repo}", "run the command once without --offline (HF_HUB_OFFLINE)")
     return cached
-
-
-def _from_cache(cached: Mapping[str, Path], which: HubName, error: Exception, progress: Progress) -> Path:
-    """The file in the cache, after the hub failed with ``error``, which is raised if there is none."""
-    cause = explain(error, which.repo)
-    try:
-        path = cached[choose_gguf(cached, which)]
-    except PinferError:
-        raise cause from error
-    progress.note(f"{cause.message}; taking {path.name} from the cache")
-    return path
 
 
 def _list_files(repo: str) -> list[str]:
