@@ -1,7 +1,7 @@
-"""What takes device memory beside the hot neurons: dense weights, KV cache and buffers.
+"""Device memory besides the hot neurons: dense weights, KV cache and buffers.
 
-llama.cpp's ``n_gpu_layers`` counts from the output: 1 is the output matrix, 2 adds the last layer, and so on. Of an
-offloaded layer everything goes to the device but the matrices of its FFN, which pinfer owns.
+llama.cpp's ``n_gpu_layers`` counts from the output: 1 is the output matrix, 2 adds the last layer, and so on. An
+offloaded layer goes to the device except for the matrices of its FFN, which belong to pinfer.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from pinfer.errors import PinferError
 from pinfer.gguf_io.reader import type_number, type_size
 from pinfer.model import Model
 
-# Buffers start at multiples of this on every device ggml knows; rows of some CUDA types are padded to as much.
+# Buffers start at multiples of this on all of ggml's devices; CUDA pads rows of some types to it.
 _ALIGNMENT = 512
-# llama.cpp cuts its cache in steps of this many tokens.
+# llama.cpp rounds the size of its cache up to a multiple of this many tokens.
 _CACHE_STEP = 256
 # Tokens that a hot device computes at once (PINFER_HOT_TOKENS of the plugin).
 _HOT_TOKENS = 256
-# Widths of attention heads for which ggml's GPU backends have a flash attention, which needs no matrix of scores.
+# Head sizes with flash attention in ggml's GPU backends, which needs no matrix of scores.
 _FLASH_WIDTHS = (64, 80, 96, 112, 128, 256)
-# Ends of tensors, and holes between them that none fits into.
+# Alignment of tensors and fragmentation.
 _SLACK = 1.05
 _CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
 _FFN_MATRIX = re.compile(r"blk\.\d+\.ffn_(up|gate|down)\.(weight|bias)")
@@ -30,7 +30,7 @@ _FFN_MATRIX = re.compile(r"blk\.\d+\.ffn_(up|gate|down)\.(weight|bias)")
 
 @dataclass(frozen=True)
 class DensePart:
-    """The part of a model that runs densely, by where it lies; bytes."""
+    """The dense part of a model on the device, in bytes."""
 
     n_gpu_layers: int
     dense_weights: int
@@ -63,7 +63,7 @@ def output_bytes(model: Model) -> int:
 
 
 def layer_bytes(model: Model, layer: int) -> int:
-    """Everything of a layer but the matrices of its FFN."""
+    """A layer without the matrices of its FFN."""
     prefix = f"blk.{layer}."
     return sum(
         _aligned(t.n_bytes) for t in model.tensors if t.name.startswith(prefix) and not _FFN_MATRIX.fullmatch(t.name)
@@ -77,13 +77,13 @@ def kv_bytes(model: Model, layer: int, n_ctx: int, cache_type: str) -> int:
 
 
 def compute_bytes(model: Model, n_ctx: int, n_batch: int) -> int:
-    """An upper estimate of llama.cpp's compute buffers on a device that is not here to be asked."""
+    """An upper bound of llama.cpp's compute buffers on a device that is not in this machine."""
     n_head = max(model.n_head, default=1)
     n_head_kv = max(model.n_head_kv, default=1)
     heads = n_head * model.head_dim_k + n_head_kv * (model.head_dim_k + model.head_dim_v) + n_head * model.head_dim_v
     n_ctx = -(-n_ctx // _CACHE_STEP) * _CACHE_STEP
-    # Per token, of 4 bytes: in a layer the residual stream, what is made of it, the heads, and the mask in 16 bits. The
-    # logits, at the end, are those of one token; they are never there at the same time.
+    # Values of 4 bytes per token: residual stream, normalised copy, heads, and the mask in 16 bits. The logits of one
+    # token follow at the end, when the layers' buffers are free again.
     layer = 2 * model.n_embd + heads + n_ctx // 2
     if not {model.head_dim_k, model.head_dim_v} <= set(_FLASH_WIDTHS):
         layer += 2 * n_head * n_ctx
@@ -92,10 +92,10 @@ def compute_bytes(model: Model, n_ctx: int, n_batch: int) -> int:
 
 
 def hot_buffers(model: Model, n_hot: int) -> int:
-    """Device memory that the hot part takes beside its neurons, when no layer has more than ``n_hot`` of them there.
+    """Device memory of the hot part besides its neurons, with at most ``n_hot`` of them in a layer.
 
-    The activations of as many tokens as it is given at once (``pinfer_hot_compute_bytes`` of the plugin), what products
-    of 16 bits convert, and the ends of buffers and of quantised rows.
+    Activations of one batch of tokens (``pinfer_hot_compute_bytes`` of the plugin), operands converted to 16 bits, and
+    the padding of buffers and of quantised rows.
     """
     if n_hot == 0:
         return 0
@@ -106,7 +106,7 @@ def hot_buffers(model: Model, n_hot: int) -> int:
 
 
 def fit_dense(model: Model, room: int, n_ctx: int, cache_type: str, compute: Callable[[int], int]) -> DensePart:
-    """As many dense layers as fit into ``room`` bytes, their KV cache and compute buffers included; perhaps none.
+    """The most dense layers that fit into ``room`` bytes with their KV cache and compute buffers; possibly none.
 
     ``compute`` gives the bytes of the compute buffers for a number of layers (``n_gpu_layers``).
     """
@@ -117,7 +117,7 @@ def fit_dense(model: Model, room: int, n_ctx: int, cache_type: str, compute: Cal
         cache = last.kv_cache + kv_bytes(model, layer, n_ctx, cache_type)
         parts.append(DensePart(last.n_gpu_layers + 1, weights, cache, 0))
     fitting = [part for part in parts if part.total <= room]
-    # Buffers hardly hang on the number of layers, so what they take now is a good guess of what they will.
+    # The buffers hardly depend on the number of layers, so the last size is a good guess for the next.
     buffers = 0
     while fitting:
         part = fitting[-1]
