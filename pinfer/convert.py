@@ -1,38 +1,44 @@
 """``pinfer convert``: a checkpoint folder or a PowerInfer file becomes a GGUF that stock llama.cpp opens.
 
-Tensors stream from the source into the file one after the other. Types below F16 are made by libllama's own quantiser
-from a file of the source's precision, which is removed again.
+Tensors are streamed from the source into the file one by one. Types below F16 are made by libllama's own quantiser
+from a temporary file in the source's precision.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import shlex
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+from gguf import GGMLQuantizationType, GGUFWriter
+from gguf.quants import quantize
+from numpy.typing import NDArray
 
 from pinfer.conversion.checkpoint import Checkpoint, is_checkpoint, open_checkpoint
+from pinfer.conversion.families import plan_checkpoint
 from pinfer.conversion.plan import ConvertPlan, PlannedTensor
+from pinfer.conversion.powerinfer_file import is_powerinfer, plan_powerinfer
+from pinfer.conversion.powerinfer_predictor import ImportOptions, ImportReport, has_predictor, import_predictor
+from pinfer.conversion.tokenizer import TokenizerReport, add_tokenizer
 from pinfer.errors import PinferError
-from pinfer.gguf_io.writer import GgufFileWriter
+from pinfer.gguf_io.writer import GgufFileWriter, temporary_file
+from pinfer.hub.corpus import HUB_SOURCES, open_corpus
+from pinfer.llama.devices import physical_cores
 from pinfer.llama.engine import require_loadable
 from pinfer.llama.quantise import estimated_bytes, quantise
 from pinfer.model import ACTIVATION_KEY, ACTIVATIONS, THRESHOLD_KEY, open_model
 from pinfer.progress import Progress
 
-if TYPE_CHECKING:
-    from gguf import GGUFWriter
-    from numpy.typing import NDArray
-
-    from pinfer.conversion.powerinfer_predictor import ImportReport
-    from pinfer.conversion.tokenizer import TokenizerReport
-
 PLAIN = ("f32", "f16", "bf16")
 _FILE_TYPES = {"f32": 0, "f16": 1, "bf16": 32, "q4_0": 2}
-"""GGUF's number of a file whose matrices are of that type"""
+"""``general.file_type`` by the type of the matrices"""
 _CHUNK = 1 << 24
 """values converted at a time"""
 _F16_MAX = 65504.0
@@ -49,12 +55,12 @@ class ConvertOptions:
     dataset: str = "wikitext"
     """text on which a PowerInfer file's predictor is calibrated and its recall measured"""
     activation: str | None = None
-    """wins over what the source says"""
+    """overrides the source's"""
     force: bool = False
-    """replace a file that is there"""
+    """replace an existing file"""
     n_threads: int | None = None
     name: str | None = None
-    """of the model; None: the source's"""
+    """the model's name; None: the source's"""
 
 
 @dataclass(frozen=True)
@@ -76,28 +82,20 @@ class ConvertReport:
     """of a PowerInfer file"""
     notes: tuple[str, ...] = field(default=())
 
+    @property
+    def next_command(self) -> str:
+        """What to type next: an imported predictor comes with a profile, so only the placement is missing."""
+        return f"pinfer {'solve' if self.predictor else 'profile'} {shlex.quote(str(self.path))}"
+
     def to_json(self) -> dict[str, object]:
-        """For ``--json``."""
-        return {
-            "model": str(self.path),
-            "source": str(self.source),
-            "architecture": self.arch,
-            "activation": self.activation,
-            "activation_threshold": self.activation_threshold,
-            "type": self.type,
-            "n_tensors": self.n_tensors,
-            "n_weights": self.n_weights,
-            "n_bytes": self.n_bytes,
-            "seconds": self.seconds,
-            "tokenizer": asdict(self.tokenizer) if self.tokenizer else None,
-            "predictor": self.predictor.to_json() if self.predictor else None,
-            "notes": list(self.notes),
-        }
+        """The report as plain JSON values."""
+        values = asdict(self) | {"source": str(self.source), "predictor": self.predictor and self.predictor.to_json()}
+        return {"model": str(values.pop("path")), "architecture": values.pop("arch"), **values}
 
 
 @dataclass(frozen=True)
 class _Source:
-    """A source that has been read so far that nothing but its weights is left to read."""
+    """A source of which everything but the weights has been read."""
 
     plan: ConvertPlan
     precision: str
@@ -107,16 +105,20 @@ class _Source:
 
 
 def convert(source: Path, options: ConvertOptions, progress: Progress) -> ConvertReport:
-    """Writes the GGUF. Raises PinferError before anything is written where the source cannot be converted."""
+    """Writes the GGUF, and predictor.gguf where a PowerInfer file has one.
+
+    Raises PinferError before anything is written if the source cannot be converted or the text does not exist.
+    """
     started = time.monotonic()
     opened = _open(source, options.activation)
     type_ = options.type or opened.default_type
     name = options.name or _stem(source)
     out = options.out or Path(f"{name}-{type_.upper()}.gguf")
     _require_free_name(out, source, options.force)
-    n_weights = sum(_n_values(tensor) for tensor in opened.plan.tensors)
+    missing_text = _missing_text(source, options, progress)
+    n_weights = sum(prod(tensor.shape) for tensor in opened.plan.tensors)
     tokenizer = _write_file(source, opened, out, name, type_, n_weights, options.n_threads, progress)
-    predictor, notes = _import_predictor(source, out, options, progress)
+    predictor, notes = _import_predictor(source, out, options, missing_text, progress)
     model = open_model(out)
     return ConvertReport(
         path=out,
@@ -145,7 +147,7 @@ def _write_file(
     n_threads: int | None,
     progress: Progress,
 ) -> TokenizerReport | None:
-    """Writes the GGUF as it is stored or plain, then quantises it where that is asked for."""
+    """Writes the GGUF as stored or in a plain type, then quantises it if that was asked for."""
     plan = opened.plan
     written = type_ if type_ in PLAIN and opened.default_type in PLAIN else opened.precision
     quantises = type_ != written
@@ -157,7 +159,12 @@ def _write_file(
         _add_own_keys(plan, written, name, writer.header)
         for tensor in plan.tensors:
             writer.declare(tensor.name, tensor.shape, _type_in_file(tensor, written))
-        writer.begin(also=estimated_bytes(n_weights, type_) if quantises else 0)
+        quantised = estimated_bytes(n_weights, type_) if quantises else 0
+        progress.note(
+            f"writing {out}: {_gigabytes(quantised or writer.n_bytes)}"
+            + (f", and {_gigabytes(writer.n_bytes)} for a temporary file" if quantises else "")
+        )
+        writer.begin(also=quantised)
         writer.reserve()
         _require_loadable(writer.temporary, source)
         _write_tensors(plan, written, writer, progress)
@@ -167,23 +174,55 @@ def _write_file(
     return tokenizer
 
 
+def _gigabytes(n: int) -> str:
+    return f"{n / 1e9:.2f} GB" if n >= 5e6 else f"{n / 1e6:.2f} MB"
+
+
+def _brings_predictor(source: Path) -> bool:
+    return is_powerinfer(source) and has_predictor(source)
+
+
+def _missing_text(source: Path, options: ConvertOptions, progress: Progress) -> PinferError | None:
+    """Makes sure, before hours of work, that there is a text to measure the predictor on.
+
+    Raises PinferError for a file that cannot be read. Returns it for a hub that cannot be reached: the model can be
+    converted without its predictor.
+    """
+    if not _brings_predictor(source) or options.dataset == "-":
+        return None
+    try:
+        corpus = open_corpus(options.dataset, progress)
+    except PinferError as error:
+        if options.dataset not in HUB_SOURCES:
+            raise
+        progress.note(f"the model will be converted without its predictor: {error}")
+        return error
+    if next(corpus.documents(), None) is None:
+        raise PinferError(f"{options.dataset} has no text", "use another one: --dataset c4|wikitext|FILE")
+    return None
+
+
 def _import_predictor(
-    source: Path, out: Path, options: ConvertOptions, progress: Progress
+    source: Path, out: Path, options: ConvertOptions, missing_text: PinferError | None, progress: Progress
 ) -> tuple[ImportReport | None, list[str]]:
     """The predictor of a PowerInfer file beside the model, or why there is none: the model is whole without it."""
-    from pinfer.conversion.powerinfer_file import is_powerinfer
-    from pinfer.conversion.powerinfer_predictor import ImportOptions, has_predictor, import_predictor
-
-    if not is_powerinfer(source) or not has_predictor(source):
+    if not _brings_predictor(source):
         return None, []
     try:
-        return import_predictor(source, out, ImportOptions(options.dataset, n_threads=options.n_threads), progress), []
+        if missing_text is not None:
+            raise missing_text
+        report = import_predictor(source, out, ImportOptions(options.dataset, n_threads=options.n_threads), progress)
+    except KeyboardInterrupt:
+        progress.note(f"{out} is complete; its predictor was not imported")
+        raise
     except PinferError as error:
-        return None, [f"its predictor was left out: {error}", f"pinfer profile {out} and pinfer train make another"]
+        another = shlex.quote(str(out))
+        return None, [f"its predictor was left out: {error}", f"pinfer profile {another}; pinfer train {another}"]
+    return report, report.notes()
 
 
 def _require_loadable(written: Path, source: Path) -> None:
-    """libllama reads the header, so that nothing of a model's weights is written in vain."""
+    """libllama reads the header before any weights are written."""
     try:
         require_loadable(written)
     except PinferError as error:
@@ -199,9 +238,7 @@ def _open(source: Path, activation: str | None) -> _Source:
     if source.is_dir():
         raise PinferError(f"{source} has no config.json", "name the folder of a Hugging Face checkpoint")
     if not source.exists():
-        raise PinferError(f"{source} does not exist", "name a checkpoint folder, or one of the hub: -hf USER/REPO")
-    from pinfer.conversion.powerinfer_file import is_powerinfer
-
+        raise PinferError(f"{source} does not exist", "name a checkpoint folder, or one on the hub: -hf USER/REPO")
     if is_powerinfer(source):
         return _open_powerinfer(source, activation)
     raise PinferError(
@@ -211,15 +248,12 @@ def _open(source: Path, activation: str | None) -> _Source:
 
 
 def _open_checkpoint(checkpoint: Checkpoint, activation: str | None) -> _Source:
-    from pinfer.conversion.families import plan_checkpoint
-    from pinfer.conversion.tokenizer import add_tokenizer
-
     plan = plan_checkpoint(checkpoint, activation)
     dtypes = {tensor.dtype for tensor in checkpoint.tensors.values()}
     precision = {"F16": "f16", "BF16": "bf16"}.get(dtypes.pop(), "f32") if len(dtypes) == 1 else "f32"
     n_vocab = next((tensor.shape[1] for tensor in plan.tensors if tensor.name == "token_embd.weight"), 0)
     if not n_vocab:
-        raise PinferError(f"{checkpoint.folder} has no embedding of tokens", "download the checkpoint again")
+        raise PinferError(f"{checkpoint.folder} has no token embedding", "download the checkpoint again")
 
     def tokenizer(header: GGUFWriter) -> TokenizerReport:
         return add_tokenizer(checkpoint.folder, checkpoint.config, n_vocab, header)
@@ -228,9 +262,7 @@ def _open_checkpoint(checkpoint: Checkpoint, activation: str | None) -> _Source:
 
 
 def _open_powerinfer(source: Path, activation: str | None) -> _Source:
-    """Its tensors go into the GGUF as they are stored, its tokenizer is part of the plan's metadata."""
-    from pinfer.conversion.powerinfer_file import plan_powerinfer
-
+    """Its tensors go into the GGUF as they are stored; its tokenizer is part of the plan's metadata."""
     plan = plan_powerinfer(source)
     if activation is not None:
         plan = replace(plan, activation=activation)
@@ -266,15 +298,8 @@ def _add_own_keys(plan: ConvertPlan, type_: str, name: str, header: GGUFWriter) 
         header.add_float32(THRESHOLD_KEY, plan.activation_threshold)
 
 
-def _n_values(tensor: PlannedTensor) -> int:
-    n = 1
-    for extent in tensor.shape:
-        n *= extent
-    return n
-
-
 def _type_in_file(tensor: PlannedTensor, plain: str) -> str:
-    """As llama.cpp has it: vectors in F32, matrices in the type asked for."""
+    """As in llama.cpp: vectors in F32, matrices in the type asked for."""
     if tensor.type_name is not None:
         return tensor.type_name
     return plain.upper() if len(tensor.shape) > 1 else "F32"
@@ -292,7 +317,7 @@ def _write_tensors(plan: ConvertPlan, plain: str, writer: GgufFileWriter, progre
 
 
 def _write_values(tensor: PlannedTensor, type_name: str, writer: GgufFileWriter) -> None:
-    """Values of one tensor, converted piece by piece."""
+    """One tensor, converted piece by piece."""
     assert tensor.load is not None
     values = tensor.load()
     if values.shape != tensor.shape[::-1]:
@@ -303,33 +328,23 @@ def _write_values(tensor: PlannedTensor, type_name: str, writer: GgufFileWriter)
 
 
 def _encode(name: str, values: NDArray[Any], type_name: str) -> NDArray[Any]:
-    import numpy as np
-
     plain = values.astype(np.float32)
     largest = float(np.abs(plain).max(initial=0.0))  # NaN if there is one
     if not np.isfinite(largest):
-        raise PinferError(f"{name} holds NaN or infinity", "download the checkpoint again")
+        raise PinferError(f"{name} contains NaN or infinity", "download the checkpoint again")
     if type_name == "F16" and largest > _F16_MAX:
-        raise PinferError(f"{name} holds {largest:g}, which F16 cannot", "convert to another type: --type bf16")
+        raise PinferError(f"{name} contains {largest:g}, too large for F16", "convert to another type: --type bf16")
     if type_name == "F32":
         return plain
     if type_name == "F16":
         return plain.astype(np.float16)
-    from gguf import GGMLQuantizationType
-    from gguf.quants import quantize
-
     return quantize(plain, GGMLQuantizationType[type_name])
 
 
 def _quantise_in_place(
     writer: GgufFileWriter, type_: str, n_weights: int, n_threads: int | None, progress: Progress
 ) -> None:
-    """Replaces the finished temporary file of ``writer`` by its quantised form."""
-    from pinfer.llama.devices import physical_cores
-
-    smaller = writer.temporary.with_name(f".{writer.path.name}.{type_}.{os.getpid()}.tmp")
-    try:
+    """Replaces the finished temporary file of ``writer`` with a quantised one."""
+    with temporary_file(writer.path, f"{type_}.") as smaller:
         quantise(writer.temporary, smaller, type_, n_weights, n_threads or physical_cores(), progress)
         os.replace(smaller, writer.temporary)
-    finally:
-        smaller.unlink(missing_ok=True)

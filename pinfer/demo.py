@@ -1,4 +1,4 @@
-"""`make demo`: the main job on a shipped model, command by command, then the same prompt next to stock llama.cpp."""
+"""`make demo`: runs the pipeline on a shipped model, then compares its speed and tokens with stock llama.cpp's."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PIPELINE: tuple[tuple[str, ...], ...] = (
     ("eval", str(MODEL), "--text", str(HELDOUT), "--tokens", "1k"),
     ("run", str(MODEL), "-p", PROMPT, "-n", str(N_PREDICT), "--temp", "0"),
 )
-# What the table compares; predicted mode is what `pinfer run` does once there is a predictor.
+# The rows of the table. Predicted mode is the default of `pinfer run` once there is a predictor.
 MODES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("stock llama.cpp", ("--dense",)),
     ("pinfer, exact", ("--exact",)),
@@ -72,11 +72,11 @@ def _compare() -> None:
     from rich.table import Table
 
     runs: dict[str, list[Run]] = {name: [] for name, _ in MODES}
-    for _ in range(ROUNDS):  # in turn, so that a busy moment hits all of them
+    for _ in range(ROUNDS):  # alternately, so that a busy moment affects all modes
         for name, flags in MODES:
             runs[name].append(_generate(flags))
     stock = runs[MODES[0][0]]
-    table = Table(title=f"\n{N_PREDICT} tokens at temperature 0, medians of {ROUNDS} runs in turn")
+    table = Table(title=f"\n{N_PREDICT} tokens at temperature 0, medians of {ROUNDS} alternating runs")
     for heading in ("", "tokens/s", "ratio to stock", "FFN neurons computed", "same tokens as stock"):
         table.add_column(heading, justify="left" if not heading else "right")
     for name, mine in runs.items():
@@ -93,9 +93,9 @@ def _compare() -> None:
     console = Console(width=110)
     console.print(table)
     console.print(
-        "This model is so small (a token takes a fraction of a millisecond) that fixed costs per layer decide its "
-        "speed. It shows that the words are right: exactly in exact mode, and as closely as eval says above behind a "
-        "predictor, where one near-tie decided otherwise changes what follows.",
+        "This model is so small (a token takes a fraction of a millisecond) that fixed costs per layer dominate its "
+        "speed. The demo shows that the output is right: identical in exact mode, and in predicted mode as close as "
+        "eval reports above. There, one near-tie that is decided differently changes all tokens after it.",
         highlight=False,
     )
 
@@ -107,7 +107,7 @@ def main() -> int:
             _show(words)
         _compare()
     except subprocess.CalledProcessError as error:
-        print(f"pinfer: the demo stopped: {shlex.join(error.cmd)} left with code {error.returncode}", file=sys.stderr)
+        print(f"pinfer: the demo stopped: {shlex.join(error.cmd)} exited with code {error.returncode}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

@@ -1,12 +1,17 @@
-"""The one exception that reaches a user: a cause and the command that mends it."""
+"""The exception that users see: what happened, and the command that fixes it."""
 
 from __future__ import annotations
 
+import errno
+
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""what the system says where a disk, a quota or the largest size of a file is used up"""
+
 
 class PinferError(Exception):
-    """What went wrong, in one line, and what to type next.
+    """What happened, in one line, and what to type next.
 
-    The command line prints ``message`` and ``hint`` on one line to stderr and leaves with exit code 1.
+    The command line prints ``message`` and ``hint`` on one line to stderr and exits with code 1.
     """
 
     def __init__(self, message: str, hint: str = "") -> None:

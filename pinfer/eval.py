@@ -1,4 +1,4 @@
-"""What sparse computation costs in quality: perplexity, KL divergence to dense, agreement on the next token."""
+"""Measures the quality loss of sparse computation: perplexity, KL divergence from dense, top-1 agreement."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pinfer.model import Model, open_model
 from pinfer.profile import MAX_CONTEXT, windows_of
 from pinfer.progress import NULL_PROGRESS, Progress
 
-# Log-probabilities of the dense side that wait in memory for the sparse side; then the engines change places.
+# Memory for log-probabilities of the dense side. When it is full, the sparse side catches up.
 _KEPT_BYTES = 1 << 30
 _BLOCK_ROWS = 32
 
@@ -31,19 +31,19 @@ class EvalOptions(ExecutionOptions):
     text: Path
     n_tokens: int = 4096
     n_ctx: int = 0
-    """0: the model's own, at most MAX_CONTEXT"""
+    """0: the model's, at most MAX_CONTEXT"""
 
 
 @dataclass(frozen=True)
 class EvalReport:
-    """Sparse against dense on the same tokens, each predicted from the ones before it in its window."""
+    """Sparse compared with dense on the same tokens, each predicted from the preceding ones in its window."""
 
     mode: str
     """``predicted`` or ``exact``"""
     reference: str
-    """what dense is: ``libllama``, or ``pinfer`` where stock libllama would compute another activation"""
+    """the dense side: ``libllama``, or ``pinfer`` if stock libllama computes another activation"""
     tokens: int
-    """that were predicted"""
+    """predicted"""
     tokens_wanted: int
     perplexity_dense: float
     perplexity_sparse: float
@@ -52,9 +52,9 @@ class EvalReport:
     kl_p99: float
     top1_agreement: float
     computed: float
-    """share of neurons whose first product was computed, those of the hot device included"""
+    """share of neurons whose first product was computed, including the hot ones on a device"""
     active: float
-    """share of the CPU's neurons that fired; what fires on a device is not known"""
+    """share of the CPU's neurons that fired; devices do not report theirs"""
 
     def to_json(self) -> dict[str, object]:
         """The report as plain JSON values."""
@@ -62,16 +62,16 @@ class EvalReport:
 
 
 def evaluate(model_path: Path, options: EvalOptions, progress: Progress = NULL_PROGRESS) -> EvalReport:
-    """Measure the model as ``pinfer run`` would compute it, token by token, against dense.
+    """Compare the model as ``pinfer run`` computes it, token by token, with dense.
 
-    Uses the predictor (unless ``exact``) and the shards that are there. Raises PinferError for a model that has nothing
-    to leave out, a text without tokens, or artefacts that do not fit.
+    Uses the predictor (unless ``exact``) and the shards if they exist. Raises PinferError for a model without exact
+    zeros, a text without tokens, or artefacts that do not match.
     """
     model = open_model(model_path, options.activation)
     model.require_sparse()
     if options.n_tokens < 1 or options.n_ctx < 0 or options.n_ctx == 1:
-        raise PinferError("there is nothing to predict", "use at least --tokens 1, and a context of 2 or more")
-    execution = decide(model, replace(options, dense=False))  # dense is what it is compared with
+        raise PinferError("nothing to predict", "use --tokens 1 or more and a context of 2 or more")
+    execution = decide(model, replace(options, dense=False))  # the reference is dense anyway
     assert execution.plugin is not None, "the model is sparse"
     for note in execution.notes:
         progress.note(note)
@@ -87,7 +87,7 @@ def evaluate(model_path: Path, options: EvalOptions, progress: Progress = NULL_P
         row_bytes = 4 * engine.n_vocab
     n_targets = sum(len(window) - 1 for window in windows)
     if n_targets < options.n_tokens:
-        progress.note(f"{options.text.name} has {n_targets:,} tokens, fewer than the {options.n_tokens:,} asked for")
+        progress.note(f"{options.text.name} has only {n_targets:,} of the {options.n_tokens:,} tokens asked for")
     totals = _Totals()
     with progress.task("eval", 2 * n_targets, "tokens") as advance:
         for chunk in _chunks(windows, row_bytes):
@@ -107,7 +107,7 @@ def _dense_config(model: Model) -> tuple[PluginConfig | None, str]:
 
 
 def _windows(engine: Engine, options: EvalOptions, n_ctx: int) -> list[list[int]]:
-    """Windows that hold ``options.n_tokens`` tokens to predict, or all there are."""
+    """Windows with ``options.n_tokens`` tokens to predict, or fewer if the text is short."""
     corpus = open_corpus(str(options.text))
     windows: list[list[int]] = []
     left = options.n_tokens
@@ -118,12 +118,12 @@ def _windows(engine: Engine, options: EvalOptions, n_ctx: int) -> list[list[int]
         if left == 0:
             break
     if not windows:
-        raise PinferError(f"{options.text} holds no text to predict", "use a longer text")
+        raise PinferError(f"{options.text} has no text to predict", "use a longer text")
     return windows
 
 
 def _chunks(windows: Sequence[list[int]], row_bytes: int) -> Iterator[list[list[int]]]:
-    """Windows whose log-probabilities fit into _KEPT_BYTES together, one at least."""
+    """Groups of windows whose log-probabilities fit into _KEPT_BYTES, with at least one window each."""
     chunk: list[list[int]] = []
     n_bytes = 0
     for window in windows:
@@ -136,7 +136,7 @@ def _chunks(windows: Sequence[list[int]], row_bytes: int) -> Iterator[list[list[
 
 
 def _whole(engine: Engine, window: list[int], advance: Callable[[int], None]) -> NDArray[np.float32]:
-    """Logits ``[len(window) - 1, n_vocab]``, in batches."""
+    """Logits ``[len(window) - 1, n_vocab]``, computed in batches."""
     engine.clear()
     logits = engine.decode(window[:-1], logits=True)
     advance(len(window) - 1)
@@ -144,7 +144,7 @@ def _whole(engine: Engine, window: list[int], advance: Callable[[int], None]) ->
 
 
 def _stepwise(engine: Engine, window: list[int], advance: Callable[[int], None]) -> NDArray[np.float32]:
-    """The same token by token, as generation goes: tokens in a batch would lend each other their candidates."""
+    """The same token by token, as in generation: tokens in one batch would share their candidates."""
     engine.clear()
     logits = np.empty((len(window) - 1, engine.n_vocab), dtype=np.float32)
     for i, token in enumerate(window[:-1]):
@@ -162,7 +162,7 @@ def _log_probabilities(logits: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def _blocks(rows: NDArray[np.float32]) -> Iterator[NDArray[np.float32]]:
-    """Views of a few rows at a time, so that temporary copies stay small whatever the vocabulary."""
+    """Views of a few rows at a time, so that temporary copies stay small for any vocabulary."""
     for begin in range(0, len(rows), _BLOCK_ROWS):
         yield rows[begin : begin + _BLOCK_ROWS]
 
@@ -172,7 +172,7 @@ def _divergence(dense: NDArray[np.float32], sparse: NDArray[np.float32]) -> NDAr
     kl: list[NDArray[np.float64]] = []
     for p, q in zip(_blocks(dense), _blocks(sparse), strict=True):
         kl.append(np.einsum("ij,ij->i", np.exp(p, dtype=np.float64), (p - q).astype(np.float64)))
-    return np.concatenate(kl).clip(min=0)  # rounding alone makes it negative
+    return np.concatenate(kl).clip(min=0)  # only rounding makes it negative
 
 
 @dataclass
@@ -189,7 +189,7 @@ class _Totals:
     n_hot: int = 0
 
     def add(self, dense: NDArray[np.float32], sparse: NDArray[np.float32], targets: Sequence[int]) -> None:
-        """One window: log-probabilities ``[n, n_vocab]`` of both sides, and the ``n`` tokens that came."""
+        """Add a window: log-probabilities ``[n, n_vocab]`` of both sides and the ``n`` tokens to predict."""
         rows = np.arange(len(targets))
         self.loss_dense -= float(dense[rows, targets].sum(dtype=np.float64))
         self.loss_sparse -= float(sparse[rows, targets].sum(dtype=np.float64))
@@ -197,7 +197,7 @@ class _Totals:
         self.divergence.append(_divergence(dense, sparse))
 
     def add_stats(self) -> None:
-        """What the plugin counted since this engine was configured."""
+        """Add the plugin's counters since this engine was configured."""
         stats = load_plugin().stats()
         self.n_neurons += stats.n_neurons
         self.n_candidates += stats.n_candidates
@@ -208,7 +208,7 @@ class _Totals:
         """The means."""
         kl = np.concatenate(self.divergence)
         if not self.n_neurons:
-            raise PinferError("the plugin computed no FFN sparsely: the model's graph is not one that pinfer knows")
+            raise PinferError("the plugin computed no FFN sparsely: it does not recognise the model's graph")
         return EvalReport(
             mode=mode,
             reference=reference,

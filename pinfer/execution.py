@@ -1,4 +1,4 @@
-"""What a run uses: mode, artefacts, devices, layers, context, threads. `run`, `eval`, `bench` and `show` ask here."""
+"""Decides which mode, artefacts, devices, layers, context and threads a run, an eval, a bench or `show` uses."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from pinfer.llama.engine import PluginConfig
 from pinfer.model import ACTIVATIONS, Model
 
 MAX_DEFAULT_CONTEXT = 4096
-"""Tokens of context, unless the user or the placement names another number; the model's own if that is smaller."""
+"""Context in tokens if neither the user nor the placement sets one and the model's is not smaller."""
 
 NO_DEVICE = "none"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExecutionOptions:
-    """What the user asked for; every default leaves the choice to `decide`."""
+    """What the user asked for. Every default leaves the choice to `decide`."""
 
     activation: str | None = None
     exact: bool = False
@@ -32,7 +32,7 @@ class ExecutionOptions:
     dense: bool = False
     """stock libllama"""
     artefacts: Path | None = None
-    """their folder; None: where the other commands write"""
+    """their folder; None: where pinfer writes them"""
     no_artefacts: bool = False
     device: str | None = None
     """ggml devices of the hot neurons, comma-separated, or ``none``; None: those of the placement"""
@@ -45,7 +45,7 @@ class ExecutionOptions:
 
 @dataclass(frozen=True)
 class Execution:
-    """How one model will be computed."""
+    """How a model will be run."""
 
     model: Model
     plugin: PluginConfig | None
@@ -53,15 +53,15 @@ class Execution:
     folder: Path | None
     """the artefacts' folder; None: no artefact is used"""
     n_gpu_layers: int
-    """layers whose attention lies on the first device"""
+    """layers whose attention is on the first device"""
     n_ctx: int
     n_threads: int
     vram: int
     """the placement's budget in bytes, 0 without a placement"""
     vram_needed: tuple[int, ...]
-    """bytes that must be free on each device of ``plugin.device``; empty where that is not known"""
+    """bytes that must be free on each device of ``plugin.device``; empty if unknown"""
     notes: tuple[str, ...]
-    """what the user should know, a line each"""
+    """what the user should know, one line each"""
 
     @property
     def mode(self) -> Literal["dense", "exact", "predicted"]:
@@ -71,10 +71,10 @@ class Execution:
 
 
 def decide(model: Model, options: ExecutionOptions) -> Execution:
-    """Choose. Nothing is loaded, and no device is asked for anything: who loads the model checks its memory.
+    """Decide, without loading the model or querying a device. The caller checks free memory when it loads the model.
 
-    Raises PinferError, with the command that fixes it, for an artefact that would be used and is damaged, made from
-    another model, or missing its other half.
+    Raises PinferError, with the command that fixes it, if an artefact to be used is damaged, was made from another
+    model, or lacks its other half.
     """
     notes: list[str] = []
     plugin, found = None, _Found()
@@ -108,18 +108,16 @@ def decide(model: Model, options: ExecutionOptions) -> Execution:
 
 
 def _why_dense(model: Model, options: ExecutionOptions) -> list[str]:
-    """Why no neuron is skipped, and a warning where stock libllama computes another model than this."""
+    """Why no neuron is skipped, and a warning if stock libllama computes another activation."""
     if options.dense:
         why = []
     elif model.activation not in ACTIVATIONS:
-        why = [
-            f"running dense: the FFN of a {model.arch} model has no exact zeros (a ReLU model? name its --activation)"
-        ]
+        why = [f"running dense: {model.arch} models have no exact zeros (if this one uses ReLU, pass its --activation)"]
     else:
         why = ["running dense: the model has layers without a plain FFN (a mixture of experts?)"]
     if model.activation in ACTIVATIONS and not model.stock_computes_it:
-        hint = "; leave out --dense" if options.dense and model.is_sparse else ""
-        why.append(f"stock libllama does not compute {model.activation} for this model: its text will be wrong{hint}")
+        hint = "; run it without --dense" if options.dense and model.is_sparse else ""
+        why.append(f"stock libllama does not compute {model.activation} for this model: the output is wrong{hint}")
     return why
 
 
@@ -135,12 +133,12 @@ class _Found:
 
 
 def _find(model: Model, options: ExecutionOptions, notes: list[str]) -> _Found:
-    """What lies in the artefacts' folder, each file checked against the model."""
+    """The artefacts in the folder, each checked against the model."""
     if options.no_artefacts:
         return _Found()
     if options.artefacts is not None and not options.artefacts.is_dir():
         raise PinferError(
-            f"there is no folder {options.artefacts}", f"leave out --artefacts, or run: pinfer profile {model.path}"
+            f"{options.artefacts} is not a folder", f"leave out --artefacts, or run: pinfer profile {model.path}"
         )
     folder = options.artefacts or paths.artefact_dir(model.path, model.fingerprint, for_writing=False)
     predictor = _existing(folder / paths.PREDICTOR)
@@ -154,7 +152,7 @@ def _find(model: Model, options: ExecutionOptions, notes: list[str]) -> _Found:
     if placement is not None and any(placement.n_hot) and placement.id != placement_id:
         notes.append(f"the placement has not been split yet; run: pinfer split {model.path}")
     if options.device == NO_DEVICE and hot:
-        # The shards are two halves of one model: without the hot half the neurons are read from the model itself.
+        # The cold shard lacks the hot neurons, so without a device all neurons are read from the model itself.
         cold, hot = None, ()
     return _Found(folder, predictor, cold, hot, placement)
 
@@ -164,13 +162,13 @@ def _existing(path: Path) -> Path | None:
 
 
 def _shards(folder: Path, model: Model) -> tuple[Path | None, tuple[Path, ...], str]:
-    """The cold shard, the hot ones unless all are empty, and the placement they were split by."""
+    """The cold shard, the hot shards unless all are empty, and the id of the placement they were split by."""
     cold = _existing(folder / paths.COLD)
     hot = tuple(takewhile(Path.is_file, (folder / hot_name(i) for i in count())))
-    again = f"make both again: pinfer split {model.path}"
+    again = f"make them again: pinfer split {model.path}"
     if cold is None:
         if hot:
-            raise PinferError(f"{hot[0]} has no {paths.COLD} beside it", again)
+            raise PinferError(f"{hot[0]} exists without {paths.COLD}", again)
         return None, (), ""
     placement_id = ShardFile.read(cold, "cold", model).placement_id
     shards = [ShardFile.read(path, "hot", model) for path in hot]

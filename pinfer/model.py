@@ -1,4 +1,4 @@
-"""What pinfer knows about a model: its shape, its FFN tensors and what its FFN computes, all read from the GGUF."""
+"""A model as its GGUF describes it: its shape, its FFN tensors and the activation of its FFN."""
 
 from __future__ import annotations
 
@@ -38,10 +38,13 @@ __all__ = [
     "open_model",
 ]
 
+MAX_LAYERS = 512
+"""LLAMA_MAX_LAYERS; libllama aborts above it"""
+
 
 @dataclass(frozen=True)
 class FfnTensors:
-    """The FFN of one layer, shapes in GGUF's order: gate and up ``[n_embd, n_ff]``, down ``[n_ff, n_embd]``."""
+    """The FFN of one layer. Shapes in GGUF's order: gate and up ``[n_embd, n_ff]``, down ``[n_ff, n_embd]``."""
 
     gate: Tensor | None
     up: Tensor | None
@@ -53,14 +56,14 @@ class FfnTensors:
 
 @dataclass(frozen=True)
 class Model:
-    """A GGUF model. Layers that are no plain FFN (mixture of experts) have ``None`` for their tensors."""
+    """A GGUF model. Layers without a plain FFN (mixture of experts) have ``None`` for their tensors."""
 
     path: Path
     fingerprint: str
     """32 hex digits"""
     arch: str
     name: str
-    """the file's name, which artefacts carry and messages show"""
+    """the file's name, as stored in artefacts and shown in messages"""
     n_layer: int
     n_embd: int
     n_ff: int
@@ -69,13 +72,13 @@ class Model:
     n_head: tuple[int, ...]
     """per layer"""
     n_head_kv: tuple[int, ...]
-    """per layer; 0 where a layer has no KV cache"""
+    """per layer; 0 for a layer without KV cache"""
     head_dim_k: int
     head_dim_v: int
     activation: str
     """``relu``, ``relu2``, ``reglu``, ``drelu`` or ``other``"""
     activation_threshold: float
-    """a float32: what a ReLU lets through has to exceed it, 0 but for FATReLU"""
+    """a float32 value; the ReLU zeroes inputs up to it. 0 except for FATReLU"""
     gated: bool
     ffn: tuple[FfnTensors, ...] = field(repr=False)
     gguf: GgufFile = field(repr=False, compare=False)
@@ -87,33 +90,34 @@ class Model:
 
     @property
     def is_sparse(self) -> bool:
-        """Whether the FFN has exact zeros that pinfer can make use of."""
+        """Whether the FFN has exact zeros that pinfer can skip."""
         return self.activation in ACTIVATIONS and _is_plain(self.ffn, self.n_embd, self.n_ff)
 
     @property
     def stock_computes_it(self) -> bool:
-        """Whether stock llama.cpp computes this FFN as it is meant."""
+        """Whether stock llama.cpp computes this model's activation."""
         return load_plugin().arch_activation(self.arch) == self.activation and self.activation_threshold == 0
 
     def require_sparse(self) -> None:
-        """Raises PinferError where there is nothing for pinfer to do."""
+        """Raises PinferError if pinfer cannot skip any neurons of this model."""
         if self.is_sparse:
             return
         if self.activation in ACTIVATIONS:
-            cause = "has layers without a plain FFN (a mixture of experts?)"
-        else:
-            cause = f"(architecture {self.arch}) is not known to have a ReLU-family FFN"
+            raise PinferError(
+                f"{self.name} has layers without a plain FFN (a mixture of experts?)",
+                "run it dense: pinfer run --dense",
+            )
         raise PinferError(
-            f"{self.name} {cause}",
-            f"name the activation if you know better: --activation {'|'.join(ACTIVATIONS)}",
+            f"{self.name} (architecture {self.arch}) is not known to have a ReLU-family FFN",
+            f"if it has one, name its activation: --activation {'|'.join(ACTIVATIONS)}",
         )
 
     def raw(self, tensor: Tensor) -> NDArray[np.uint8]:
-        """The tensor's bytes where they lie, ``[n_rows, row_bytes]``, read-only."""
+        """The tensor's bytes in the mapped file, ``[n_rows, row_bytes]``, read-only."""
         return self.gguf.raw(tensor)
 
     def kv_bytes_per_token(self, layer: int, bytes_per_value: float) -> float:
-        """Bytes that one token takes in the KV cache of a layer."""
+        """Bytes of one token in the KV cache of a layer."""
         return self.n_head_kv[layer] * (self.head_dim_k + self.head_dim_v) * bytes_per_value
 
 
@@ -122,17 +126,15 @@ def dequantize(
 ) -> NDArray[np.float32]:
     """Rows of a tensor of any type as float32, ``[len(rows), row_length]``."""
     if not ggml.can_dequantise(tensor.type):
-        raise PinferError(
-            f"{tensor.name} of {model.name} is of type {tensor.type_name}, which cannot be read as numbers"
-        )
+        raise PinferError(f"cannot dequantise {tensor.name} of {model.name}: its type is {tensor.type_name}")
     return ggml.dequantise(model.raw(tensor)[rows], tensor.type, tensor.row_length)
 
 
 def open_model(path: Path, activation: str | None = None) -> Model:
-    """Reads and checks a model's header; nothing of its weights is read.
+    """Read and check a model's header, without its weights.
 
-    ``activation`` (from ``--activation``) wins over the file's ``pinfer.ffn.activation``, which wins over the
-    architecture's own. Raises PinferError for anything that is not a whole, single GGUF of a language model.
+    ``activation`` (from ``--activation``) overrides the file's ``pinfer.ffn.activation``, which overrides the
+    architecture's own. Raises PinferError for anything but a complete, single-file GGUF of a language model.
     """
     path = Path(path)
     if activation is not None and activation not in ACTIVATIONS:
@@ -141,14 +143,14 @@ def open_model(path: Path, activation: str | None = None) -> Model:
     try:
         return _describe(path, gguf, activation)
     except GgufError as error:
-        raise PinferError(f"{path} cannot be used: {error}", "get or convert the model again") from None
+        raise _unusable(path, error) from None
 
 
 def check_is_model(path: Path) -> None:
-    """Raises PinferError, with the command to type, for things that can become a GGUF but are not one.
+    """Raises PinferError for what can be turned into a GGUF, with the command that does it.
 
-    These are a checkpoint's folder, a PowerInfer file, and the name of a hub repository. Everything else is checked
-    when the file is opened.
+    This covers checkpoint folders, PowerInfer files and names of hub repositories. Everything else is checked when the
+    file is opened.
     """
     try:
         if (path / "config.json").is_file():
@@ -158,13 +160,13 @@ def check_is_model(path: Path) -> None:
                 if file.read(len(_POWERINFER_MAGIC)) == _POWERINFER_MAGIC:
                     raise PinferError(f"{path} is in PowerInfer's format", f"convert it: pinfer convert {path}")
         elif _looks_like_repo(path):
-            raise PinferError(f"{path} does not exist", f"to download it from the hub: -hf {path}")
+            raise PinferError(f"{path} does not exist", f"download it from the hub: -hf {path}")
     except (OSError, ValueError):
         return
 
 
 def _looks_like_repo(path: Path) -> bool:
-    """``user/repo``, if no folder here is called ``user``."""
+    """``user/repo``, unless there is a folder ``user``."""
     text = str(path)
     return (
         _HUB_NAME.fullmatch(text) is not None
@@ -180,15 +182,19 @@ def _read(path: Path) -> GgufFile:
     try:
         return read_gguf(path)
     except GgufError as error:
-        raise PinferError(f"{path} cannot be used: {error}", "get or convert the model again") from None
+        raise _unusable(path, error) from None
     except FileNotFoundError:
         raise PinferError(f"{path} does not exist", "check the path of the model") from None
     except IsADirectoryError:
         raise PinferError(f"{path} is a folder", "name the GGUF file in it") from None
     except OSError as error:
         raise PinferError(
-            f"{path} cannot be read: {error.strerror or error}", "check the path and its permissions"
+            f"cannot read {path}: {error.strerror or error}", "check the path and its permissions"
         ) from None
+
+
+def _unusable(path: Path, error: GgufError) -> PinferError:
+    return PinferError(f"cannot use {path}: {error}", "download or convert the model again")
 
 
 def _describe(path: Path, gguf: GgufFile, activation: str | None) -> Model:
@@ -196,13 +202,16 @@ def _describe(path: Path, gguf: GgufFile, activation: str | None) -> Model:
     if not isinstance(arch, str):
         raise GgufError("it has no general.architecture")
     if arch == "pinfer":
-        raise PinferError(f"{path} is an artefact of pinfer, not a model", "name the model it was made from")
+        raise PinferError(f"{path} is an artefact of pinfer, not a model", "pass the model it was made from")
     if (gguf.get("split.count") or 0) > 1:
         raise PinferError(
             f"{path.name} is one part of {gguf.get('split.count')}",
-            "join the parts first: llama-gguf-split --merge FIRST_PART whole.gguf",
+            "merge the parts first: llama-gguf-split --merge FIRST_PART whole.gguf",
         )
     n_layer = _integer(gguf, f"{arch}.block_count")
+    if n_layer > min(len(gguf.tensors), MAX_LAYERS):
+        n_tensors = len(gguf.tensors)
+        raise GgufError(f"it has {n_layer} layers in {n_tensors} tensors; libllama allows {MAX_LAYERS} layers")
     n_embd = _integer(gguf, f"{arch}.embedding_length")
     ffn = tuple(_ffn(gguf, layer) for layer in range(n_layer))
     n_ff = _n_ff(gguf, arch, ffn, n_embd)
@@ -241,18 +250,18 @@ def _integer(gguf: GgufFile, key: str, default: int | None = None) -> int:
     if value is None and default is not None:
         return default
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 31:
-        raise GgufError(f"its {key} is {'missing' if value is None else 'no number that makes sense'}")
+        raise GgufError(f"its {key} is {'missing' if value is None else f'{value!r}, not a valid number'}")
     return value
 
 
 def _per_layer(gguf: GgufFile, key: str, n_layer: int, default: int | None) -> tuple[int, ...]:
-    """A value that a GGUF gives once for all layers or once for each."""
+    """A value that a GGUF stores once for all layers or once for each."""
     value = gguf.get(key)
     if value is None:
         return () if default is None else (default,) * n_layer
     values = value if isinstance(value, list) else [value] * n_layer
     if len(values) < n_layer or not all(isinstance(v, int) and v >= 0 for v in values):
-        raise GgufError(f"its {key} makes no sense")
+        raise GgufError(f"its {key} is not valid")
     return tuple(values[:n_layer])
 
 
@@ -271,7 +280,7 @@ def _ffn(gguf: GgufFile, layer: int) -> FfnTensors:
 
 
 def _n_ff(gguf: GgufFile, arch: str, ffn: Sequence[FfnTensors], n_embd: int) -> int:
-    """The one n_ff of all layers by their tensors; the header's (largest) one for models without plain FFNs."""
+    """The tensors' n_ff if all layers have the same; the header's largest for models without plain FFNs."""
     sizes = {f.up.n_rows for f in ffn if f.up is not None}
     if len(sizes) == 1 and _is_plain(ffn, n_embd, min(sizes)):
         return min(sizes)
@@ -279,7 +288,7 @@ def _n_ff(gguf: GgufFile, arch: str, ffn: Sequence[FfnTensors], n_embd: int) -> 
 
 
 def _is_plain(ffn: Sequence[FfnTensors], n_embd: int, n_ff: int) -> bool:
-    """Whether every layer is an FFN as pinfer computes it: no fused matrices, no experts, one width."""
+    """Whether pinfer can compute every layer's FFN: no fused matrices, no experts, the same width everywhere."""
     for f in ffn:
         if f.up is None or f.down is None:
             return False
@@ -305,15 +314,15 @@ def _threshold(path: Path, gguf: GgufFile) -> float:
     value = gguf.get(THRESHOLD_KEY)
     if value is None:
         return 0.0
-    # as the file has it, the plugin and the artefacts: in float32
+    # float32, as in the file, the plugin and the artefacts
     threshold = ctypes.c_float(value).value if isinstance(value, float) else math.nan
     if not math.isfinite(threshold) or threshold < 0:
-        raise PinferError(f"{path}: {THRESHOLD_KEY} is no number of 0 or more: {value!r}", "convert the model again")
+        raise PinferError(f"{path}: {THRESHOLD_KEY} must be 0 or more, not {value!r}", "convert the model again")
     return threshold
 
 
 def describe_activation(activation: object, threshold: object) -> str:
-    """``reglu``, or ``reglu above 0.01`` where there is a threshold."""
+    """``reglu``, or ``reglu above 0.01`` with a threshold."""
     return f"{activation} above {threshold:g}" if isinstance(threshold, float) and threshold > 0 else str(activation)
 
 
@@ -322,7 +331,7 @@ def _check_gate(path: Path, ffn: Sequence[FfnTensors], activation: str) -> None:
     for layer, f in enumerate(ffn):
         if f.up is not None and (f.gate is not None) != wants_gate:
             raise PinferError(
-                f"activation {activation} {'needs' if wants_gate else 'has no'} ffn_gate tensors, "
-                f"layer {layer} of {path.name} has {'none' if wants_gate else 'one'}",
+                f"activation {activation} {'needs' if wants_gate else 'does not use'} ffn_gate tensors, "
+                f"but layer {layer} of {path.name} has {'none' if wants_gate else 'one'}",
                 f"pass another --activation {'|'.join(ACTIVATIONS)}",
             )

@@ -1,4 +1,4 @@
-"""Progress of long work, as the stages see it; `ui.py` draws it, tests pass `NULL_PROGRESS`."""
+"""How the stages report progress. `pinfer.cli.ui` draws it; tests pass `NULL_PROGRESS`."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Protocol
 
 
 class Progress(Protocol):
-    """Something that can show one running task: ``with progress.task(...) as advance: advance(512)``."""
+    """Shows running tasks: ``with progress.task(...) as advance: advance(512)``."""
 
     def task(self, label: str, total: int, unit: str) -> AbstractContextManager[Callable[[int], None]]:
-        """Open a task of ``total`` units (``unit`` is ``"tokens"``, ``"bytes"`` or ``"layers"``)."""
+        """Start a task of ``total`` units (``"tokens"``, ``"bytes"``, ``"layers"``, ...)."""
         ...
 
     def note(self, text: str) -> None:
-        """Say one line on stderr without disturbing the bar."""
+        """Print one line on stderr without disturbing the bar."""
         ...
 
 

@@ -28,6 +28,17 @@ _CONTEXT = ("-c", "--ctx-size")
 _LAYERS = ("-ngl", "--gpu-layers", "--n-gpu-layers")
 _FLASH_ATTENTION = ("-fa", "--flash-attn")
 _DEVICE = ("-dev", "--device")
+_FILES = (
+    "-f",
+    "--file",
+    "-bf",
+    "--binary-file",
+    "-sysf",
+    "--system-prompt-file",
+    "--grammar-file",
+    "--chat-template-file",
+)
+_KEY_FILE = ("--api-key-file",)
 _DRAFT = ("-md", "--model-draft", "--spec-draft-model")
 
 _NO_FLASH_ATTENTION = frozenset({"plm"})
@@ -86,6 +97,16 @@ class LlamaFlags:
         left_out = set(names)
         return LlamaFlags(tuple(flag for flag in self.flags if flag[0] not in left_out))
 
+    def check_files(self) -> None:
+        """Raises PinferError where a file cannot be read: llama.cpp would answer with its whole usage."""
+        for name, *values in self.flags:
+            if name in (*_FILES, *_KEY_FILE) and values and values[-1] != "-":
+                try:
+                    Path(values[-1]).open("rb").close()
+                except (OSError, ValueError) as error:
+                    cause = getattr(error, "strerror", None) or error
+                    raise PinferError(f"{name} {values[-1]}: {cause}", "name a file that can be read") from error
+
     def words(self) -> list[str]:
         """For a command line; stdin, which llama.cpp's programs have no word for, is named by its file."""
         flags = (("-f", "/dev/stdin") if flag in (("-f", "-"), ("--file", "-")) else flag for flag in self.flags)
@@ -120,6 +141,7 @@ def start(
 
     Raises PinferError for a model or artefacts that cannot be used.
     """
+    flags.check_files()
     options = replace(
         options,
         n_threads=_number(flags.value(program, _THREADS), least=1),
@@ -128,6 +150,8 @@ def start(
     )
     execution = decide(open_model(model, activation=options.activation), options)
     command = [str(runner_path()), program, *_plugin_flags(execution)]
+    if execution.plugin is not None and not execution.plugin.hot and options.device not in (None, NO_DEVICE):
+        command += ["--pinfer-device", options.device]  # nothing lies there, but a wrong name is an error
     draft = flags.value(program, _DRAFT)
     if draft is not None and not options.dense:
         beside = decide(open_model(Path(draft)), replace(options, activation=None, artefacts=None, device=None))

@@ -1,4 +1,4 @@
-"""What a model is, what was prepared for it, and how pinfer will run it. Reads headers, no weights."""
+"""Describes a model, its artefacts and how pinfer will run it. Reads headers, not weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from pinfer.artefacts import paths
-from pinfer.artefacts.artefact import mending_command
+from pinfer.artefacts.artefact import made_by
 from pinfer.artefacts.placement import PlacementFile
 from pinfer.artefacts.predictor import PredictorFile
 from pinfer.artefacts.profile import ProfileFile, SamplesFile
@@ -38,7 +38,7 @@ _USED = ("predictor", "placement", "hot", "cold")
 
 @dataclass(frozen=True, kw_only=True)
 class ShowOptions(ExecutionOptions):
-    """Settings of ``pinfer show``: what a run would be asked for."""
+    """Settings of ``pinfer show``, the same as those of a run."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Part:
 
     bytes: int
     types: Mapping[str, int]
-    """bytes by type, the most first"""
+    """bytes by type, largest first"""
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class ShowReport:
     plan: str
     """how pinfer will run the model, one sentence"""
     next: str
-    """the command that comes next"""
+    """the command to run next"""
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain JSON values."""
@@ -119,7 +119,7 @@ def show(model_path: Path, options: ShowOptions) -> ShowReport:
     """Describe a model and its artefacts. Raises PinferError if it is not a model; bad artefacts are reported."""
     model = open_model(model_path, options.activation)
     folder = paths.artefact_dir(model.path, model.fingerprint, for_writing=False)
-    artefacts = _artefacts(model, folder)
+    artefacts = artefact_states(model, folder)
     mode, plan = _plan(model, artefacts, options)
     return ShowReport(
         model=model.path,
@@ -194,7 +194,8 @@ def _parts(tensors: Sequence[Tensor]) -> dict[str, Part]:
 # --- artefacts --------------------------------------------------------------------------------------------------------
 
 
-def _artefacts(model: Model, folder: Path) -> tuple[ArtefactState, ...]:
+def artefact_states(model: Model, folder: Path) -> tuple[ArtefactState, ...]:
+    """Every kind of artefact in ``folder``: whether it exists, fits the model and belongs to the others."""
     readers: list[tuple[str, str, Callable[[Path, Model], Mapping[str, Any]]]] = [
         ("profile", paths.PROFILE, _profile_facts),
         ("samples", paths.SAMPLES, _samples_facts),
@@ -210,7 +211,7 @@ def _checked_together(found: dict[str, ArtefactState]) -> tuple[ArtefactState, .
     """The shards must belong together, and to the placement."""
     placement, hot, cold = found["placement"], found["hot"], found["cold"]
     if hot.state == FITS and cold.state == ABSENT:
-        found["hot"] = replace(hot, state=UNUSABLE, problem=f"{hot.path} has no {cold.path.name} beside it")
+        found["hot"] = replace(hot, state=UNUSABLE, problem=f"{hot.path} exists without {cold.path.name}")
     halves = [shard for shard in (hot, cold) if shard.state == FITS]
     ids = {shard.facts["placement_id"] for shard in halves}
     for shard in halves:
@@ -223,7 +224,7 @@ def _checked_together(found: dict[str, ArtefactState]) -> tuple[ArtefactState, .
 
 
 def _state(model: Model, kind: str, path: Path, read: Callable[[Path, Model], Mapping[str, Any]]) -> ArtefactState:
-    mend = mending_command(kind, model)
+    mend = made_by(kind, model)
     try:
         size = path.stat().st_size
     except OSError:
@@ -290,13 +291,13 @@ def _shard_facts(path: Path, kind: str, model: Model) -> dict[str, Any]:
 
 
 def _plan(model: Model, artefacts: Sequence[ArtefactState], options: ShowOptions) -> tuple[str, str]:
-    """Mode and a sentence: what ``pinfer run`` does with the model and these artefacts."""
+    """Mode and a sentence on what ``pinfer run`` does with the model and these artefacts."""
     try:
         mode = decide(model, options).mode
     except PinferError as error:
         bad = dict.fromkeys(a.mend for a in artefacts if a.kind in _USED and a.state == UNUSABLE)
         again = " and ".join(bad) or str(error)
-        return "refused", f"run refuses artefacts that do not fit: make them again ({again}), or run --no-artefacts"
+        return "refused", f"run cannot use these artefacts: make them again ({again}), or pass --no-artefacts"
     if mode == "dense" and model.activation not in ACTIVATIONS:
         return mode, f"no exact zeros (SiLU, GELU or similar in {model.arch}): runs dense on stock libllama"
     if mode == "dense":
@@ -326,7 +327,7 @@ def _exact(model: Model, active: float | None, is_split: bool) -> str:
         return f"exact mode: skips the {saved} of {inactive}"
     if model.gated:
         return f"exact mode: skips the up projection of {inactive}, and the down projection after `pinfer split`"
-    return f"exact mode: skips the down projection of {inactive} after `pinfer split`, and nothing before it"
+    return f"exact mode: skips the down projection of {inactive} only after `pinfer split`"
 
 
 def _next(model: Model, artefacts: Sequence[ArtefactState]) -> str:

@@ -10,28 +10,26 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from pinfer.artefacts import paths
-from pinfer.artefacts.artefact import open_artefact
 from pinfer.artefacts.placement import GROUP, PlacementFile, new_placement_id
+from pinfer.artefacts.predictor import PredictorFile
+from pinfer.artefacts.profile import ProfileFile
 from pinfer.artefacts.shards import DownTypes, cold_neuron_bytes, down_types, hot_neuron_bytes
 from pinfer.model import Model, open_model
 from pinfer.placement.budget import Budget, SolveOptions, make_budget
 from pinfer.placement.cost_model import LayerCost, PredictorCost, dense_seconds, layer_cost
-from pinfer.placement.integer_program import Counts, Layer, Placed, place, place_greedily, top_up
+from pinfer.placement.integer_program import Counts, Layer, Placed, place, place_greedily
 from pinfer.placement.machine import Machine
 from pinfer.placement.model_bytes import cache_type_bytes, kv_bytes, layer_bytes, output_bytes
 from pinfer.progress import NULL_PROGRESS, Progress
 
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
 __all__ = ["SolveOptions", "SolveReport", "solve"]
 
-# Shares of a layer that are tried as the most that a device may get of any: buffers grow with the largest one.
-_CAPS = (1.0, 1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 64)
 # By how much another use of the memory has to be faster before it is worth a word.
 _WORTH_SAYING = 1.05
 
@@ -102,34 +100,10 @@ class _Problem:
     layers: tuple[Layer, ...]
     costs: tuple[LayerCost, ...]
 
-    def capped(self, groups: Sequence[int]) -> tuple[Layer, ...]:
-        """The layers when no device may get more than so many groups of any."""
-        return tuple(_capped(layer, groups) for layer in self.layers)
-
-    def capped_alone(self, groups: Sequence[int]) -> tuple[Layer, ...]:
-        """The same when each device may do as much of a layer as if the others had nothing of it."""
-        layers = []
-        for layer, cost in zip(self.layers, self.costs, strict=True):
-            alone = [
-                max(most, cost.most_alone(d)) if device.device.own_memory else most
-                for d, (device, most) in enumerate(zip(self.budget.devices, layer.most, strict=True))
-            ]
-            layers.append(_capped(replace(layer, most=tuple(alone)), groups))
-        return tuple(layers)
-
-    def left(self, groups: Sequence[int]) -> list[int]:
-        """Bytes for hot neurons on each device when no layer gets more than so many groups there."""
-        caps = (min(n * GROUP, self.model.n_ff) for n in groups)
-        return [device.left(self.model, cap) for device, cap in zip(self.budget.devices, caps, strict=True)]
-
     def seconds(self, counts: Counts) -> float:
         """Seconds per token."""
         ffn = sum(cost.seconds(n) for cost, n in zip(self.costs, counts, strict=True))
         return _dense_seconds(self.model, self.budget) + ffn
-
-
-def _capped(layer: Layer, groups: Sequence[int]) -> Layer:
-    return replace(layer, most=tuple(min(most, cap) for most, cap in zip(layer.most, groups, strict=True)))
 
 
 def solve(model_path: Path, options: SolveOptions, progress: Progress = NULL_PROGRESS) -> SolveReport:
@@ -137,12 +111,16 @@ def solve(model_path: Path, options: SolveOptions, progress: Progress = NULL_PRO
     model = open_model(model_path, options.activation)
     model.require_sparse()
     cache_type_bytes(options.cache_type)
-    folder = paths.artefact_dir(model.path, model.fingerprint, for_writing=True)
+    with paths.writing_to(model, progress) as folder:
+        return _solve(model, folder, options, progress)
+
+
+def _solve(model: Model, folder: Path, options: SolveOptions, progress: Progress) -> SolveReport:
     types = tuple(down_types(model, layer, None) for layer in range(model.n_layer))
     budget = make_budget(model, cold_neuron_bytes(model, 0, types[0]), options, progress)
     order, frequency = _ranked(model, folder, budget.vram, progress)
     problem = _problem(model, types, frequency, _predictors(model, folder), budget)
-    placed = _place(problem, options.time_limit)
+    placed = place(problem.layers, budget.rooms(model, GROUP), options.time_limit)
     report = _report(problem, folder / paths.PLACEMENT, placed)
     _say_what_else(problem, report, progress)
     PlacementFile(
@@ -185,10 +163,6 @@ def _ranked(
     model: Model, folder: Path, vram: int, progress: Progress
 ) -> tuple[tuple[NDArray[np.int32], ...], tuple[NDArray[np.float64], ...]]:
     """Neurons by falling impact, and how often each fires per token, in that order."""
-    import numpy as np
-
-    from pinfer.artefacts.profile import ProfileFile
-
     path = folder / paths.PROFILE
     if not path.exists() and vram == 0:
         progress.note("no profile (pinfer profile makes one): neurons stay in the order of the model")
@@ -207,14 +181,12 @@ def _predictors(model: Model, folder: Path) -> list[PredictorCost | None]:
     path = folder / paths.PREDICTOR
     if not path.exists():
         return [None] * model.n_layer
-    file = open_artefact(path, "predictor", model)
-    kinds = file.get_list("pinfer.predictor.kind", model.n_layer)
-    candidates = file.get_list("pinfer.predictor.candidates", model.n_layer)
+    file = PredictorFile.read(path, model)
     costs: list[PredictorCost | None] = []
-    for layer, kind in enumerate(kinds):
+    for layer, kind in enumerate(file.kind):
         names = [f"blk.{layer}.pred_{part}" for part in "abt"]
-        n_bytes = sum(file.tensor(name).n_bytes for name in names if file.has(name))
-        costs.append(None if kind == "none" else PredictorCost(n_bytes, float(candidates[layer])))
+        n_bytes = sum(file.artefact.tensor(name).n_bytes for name in names if file.artefact.has(name))
+        costs.append(None if kind == "none" else PredictorCost(n_bytes, file.candidates[layer]))
     return costs
 
 
@@ -239,49 +211,20 @@ def _problem(
 def _program_layer(
     model: Model, layer: int, types: DownTypes, frequency: NDArray[np.float64], cost: LayerCost, machine: Machine
 ) -> Layer:
-    import numpy as np
-
     impact = np.add.reduceat(frequency, np.arange(0, model.n_ff, GROUP))
-    least, most = [], []
+    least, most, alone = [], [], []
     for index, (device, n) in enumerate(zip(machine.devices, cost.most_groups(), strict=True)):
         if device.own_memory:
             # No count pays: a least count beyond all groups keeps the layer off the device.
             least.append(cost.least_groups(index) or len(impact) + 1)
             most.append(max(least[-1], n))
+            alone.append(max(least[-1], cost.most_alone(index)))
         else:
             # A CPU device shares the memory and the cores of the cold side: no speed to weigh, only the budget.
             least.append(1)
             most.append(len(impact))
-    return Layer(impact, hot_neuron_bytes(model, layer, types) * GROUP, tuple(least), tuple(most))
-
-
-def _place(problem: _Problem, time_limit: float) -> Placed:
-    """Runs the integer program, for the best of some limits to the largest layer of a device."""
-    n_groups = max(len(layer.impact) for layer in problem.layers)
-    n_devices = len(problem.budget.devices)
-
-    def impact(caps: list[int]) -> float:
-        layers = problem.capped(caps)
-        counts = place_greedily(layers, problem.left(caps))
-        return sum(float(layer.impact[: sum(n)].sum()) for layer, n in zip(layers, counts, strict=True))
-
-    # The caps of a device hang on its budget alone, so each is found on its own.
-    caps = [n_groups] * n_devices
-    for d in range(n_devices):
-        tried = [[*caps[:d], max(1, round(n_groups * share)), *caps[d + 1 :]] for share in _CAPS]
-        caps = max(tried, key=impact)
-    placed = place(problem.capped(caps), problem.left(caps), time_limit)
-    # Room was kept for the buffers of larger layers than came out of it, and for devices whose memory is full others do
-    # more than their share: what is left is used group by group.
-    for d in range(n_devices):
-        before = -1.0
-        while placed.objective > before:
-            before = placed.objective
-            caps = [max(n[i] for n in placed.n_groups) for i in range(n_devices)]
-            for more in (0, 1):
-                caps[d] += more
-                placed = top_up(placed, problem.capped_alone(caps), problem.left(caps))
-    return placed
+            alone.append(len(impact))
+    return Layer(impact, hot_neuron_bytes(model, layer, types) * GROUP, tuple(least), tuple(most), tuple(alone))
 
 
 def _neurons(problem: _Problem, counts: Counts, device: int) -> tuple[int, ...]:
@@ -338,8 +281,7 @@ def _report(problem: _Problem, path: Path, placed: Placed) -> SolveReport:
 def _hot_first(problem: _Problem) -> float:
     """Tokens per second without dense layers on a device, where a layer's largest share is not limited."""
     bare = replace(problem, budget=problem.budget.without_dense())
-    largest = [max(len(layer.impact) for layer in bare.layers)] * len(bare.budget.devices)
-    return 1 / bare.seconds(place_greedily(bare.layers, bare.left(largest)))
+    return 1 / bare.seconds(place_greedily(bare.layers, bare.budget.rooms(bare.model, GROUP)))
 
 
 def _dense_seconds(model: Model, budget: Budget) -> float:
@@ -362,7 +304,7 @@ def _fits_whole(problem: _Problem) -> bool:
     if not model.stock_computes_it:
         return False
     all_layers = problem.budget.n_gpu_layers == model.n_layer + 1
-    return bool(devices) and all_layers and devices[0].left(model, 0) >= _ffn_bytes(model)
+    return bool(devices) and all_layers and devices[0].room >= _ffn_bytes(model)
 
 
 def _dense_ffn_seconds(model: Model, budget: Budget) -> float:
@@ -371,7 +313,7 @@ def _dense_ffn_seconds(model: Model, budget: Budget) -> float:
     seconds = 0.0
     for device in budget.devices:
         if device.device.own_memory:
-            there = min(rest, device.left(model, 0))
+            there = min(rest, device.room)
             seconds += there / device.device.bandwidth
             rest -= there
     return seconds + rest / budget.machine.cpu_bandwidth

@@ -14,9 +14,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from pinfer.artefacts.predictor import FACTOR_TYPES, FEW_BITS, LayerPredictor, PredictorWriter, quantised, row_bytes
+import numpy as np
+from numpy.typing import NDArray
+
+from pinfer.artefacts import paths
+from pinfer.artefacts.predictor import FACTOR_TYPES, FEW_BITS, LayerPredictor, PredictorWriter, quantised
 from pinfer.artefacts.profile import SamplesFile
 from pinfer.errors import PinferError
+from pinfer.gguf_io.reader import row_bytes
 from pinfer.model import open_model
 from pinfer.predictors.data import HeldBack, LayerData, parts
 from pinfer.predictors.few_bits import few_bits
@@ -25,9 +30,6 @@ from pinfer.predictors.thresholds import calibrate
 from pinfer.progress import NULL_PROGRESS, Progress
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
     from pinfer.predictors.data import Matrix
 
 MIN_SAMPLES = 64
@@ -103,8 +105,6 @@ def train(model_path: Path, options: TrainOptions, progress: Progress = NULL_PRO
 
     Raises PinferError when there are no samples, too few of them, or the model has nothing to predict.
     """
-    from pinfer.artefacts import paths
-
     _check(options)
     model = open_model(model_path, options.activation)
     model.require_sparse()
@@ -119,9 +119,12 @@ def train(model_path: Path, options: TrainOptions, progress: Progress = NULL_PRO
             f"{samples.artefact.path} holds {samples.n_samples} samples, too few to learn from",
             f"profile more text: pinfer profile {model.path} --tokens 131072",
         )
-    path = paths.artefact_dir(model.path, model.fingerprint, for_writing=True) / paths.PREDICTOR
     reports = []
-    with PredictorWriter(path, options.type) as writer, progress.task("train", model.n_layer, "layers") as advance:
+    with (
+        paths.writing_to(model, progress) as folder,
+        PredictorWriter(folder / paths.PREDICTOR, options.type) as writer,
+        progress.task("train", model.n_layer, "layers") as advance,
+    ):
         for layer in range(model.n_layer):
             data = LayerData.read(model, layer, samples)
             predictor, report = fit_layer(data, layer, options)
@@ -130,7 +133,7 @@ def train(model_path: Path, options: TrainOptions, progress: Progress = NULL_PRO
             advance(1)
         settings = {**asdict(options), "command": "train", "n_samples": samples.n_samples}
         n_bytes = writer.finish(model, settings)
-    return summary(path, samples.n_samples, n_bytes, reports)
+    return summary(folder / paths.PREDICTOR, samples.n_samples, n_bytes, reports)
 
 
 def _check(options: TrainOptions) -> None:
@@ -251,7 +254,7 @@ class _LowRank:
     def n_bytes(self, rank: int) -> int:
         """Bytes of both factors and the thresholds."""
         n_ff, n_embd = len(self._data.weight), self._data.x.shape[1]
-        return rank * row_bytes(n_embd, self._types[0]) + n_ff * (row_bytes(rank, self._types[1]) + _THRESHOLD_BYTES)
+        return rank * row_bytes(self._types[0], n_embd) + n_ff * (row_bytes(self._types[1], rank) + _THRESHOLD_BYTES)
 
 
 class _FewBits:
@@ -302,8 +305,6 @@ class Fitted:
 
     def row_bytes(self, data: LayerData, held: HeldBack, named: NDArray[np.bool_]) -> float:
         """Bytes of a token's rows: the first one of each candidate, the others of those that fire."""
-        import numpy as np
-
         n_active = int(np.count_nonzero(named & (held.mass > 0)))
         return (int(np.count_nonzero(named)) * data.first_bytes + n_active * data.rest_bytes) / len(held.x)
 
@@ -314,16 +315,12 @@ class Fitted:
 
 def scores(a: Matrix | None, b: Matrix, x: Matrix, kind: str = "low_rank") -> Matrix:
     """What a predictor of this kind computes for ``x`` ``[n, n_embd]``: ``[n, n_ff]``."""
-    import numpy as np
-
     hidden: Matrix = x if a is None else x @ a.T
     return (np.maximum(hidden, 0) if kind == "mlp" else hidden) @ b.T
 
 
 def exact_cost(data: LayerData, held: HeldBack) -> float:
     """What a token costs without a predictor: the first matrix is streamed."""
-    import numpy as np
-
     n_active = int(np.count_nonzero(held.mass)) / len(held.x)
     return len(data.weight) * data.first_bytes + SCATTERED_COST * n_active * data.rest_bytes
 

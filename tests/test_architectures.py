@@ -5,7 +5,6 @@ Where stock libllama computes another function, the reference is the numpy forwa
 
 from __future__ import annotations
 
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,11 +12,13 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from support.random_model import N_FF, N_VOCAB, RandomModel, write_random_model
+from support.runs import run
 from support.shards import nmse, write_shards
 
 from models.reference import Reference
+from pinfer.errors import PinferError
 from pinfer.llama.engine import Engine, PluginConfig
-from pinfer.llama.plugin import load_plugin, runner_path
+from pinfer.llama.plugin import load_plugin
 from pinfer.model import open_model
 
 TOKENS = np.random.default_rng(0).integers(1, N_VOCAB, 100).tolist()
@@ -124,9 +125,10 @@ def test_neurons_are_counted(tmp_path: Path) -> None:
 def test_plm_is_run_without_flash_attention(tmp_path: Path) -> None:
     """With flash attention, which libllama chooses by default, its graph of PLM would abort."""
     path = write_random_model(tmp_path / "model.gguf", RandomModel("plm"))
-    command = [str(runner_path()), "-m", str(path), "-p", "abcd", "-n", "4", "--temp", "0", "--ignore-eos"]
-    for flags in ((), ("--dense",), ("-fa", "off")):
-        assert subprocess.run([*command, *flags], capture_output=True, check=False).returncode == 0, flags
-    done = subprocess.run([*command, "-fa", "on"], capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert done.stderr == "error: libllama has no flash attention for plm models; leave out -fa\n"
+    words = ("-p", "abcd", "-n", 4, "--temp", 0, "--ignore-eos")
+    assert run(path, *words).code == 0
+    assert run(path, *words, dense=True).code == 0
+    assert run(path, *words, "-fa", "off").code == 0
+    for choice in ("on", "auto"):
+        with pytest.raises(PinferError, match="no flash attention for plm models; leave out -fa"):
+            run(path, *words, "-fa", choice)

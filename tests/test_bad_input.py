@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pytest
 from support.command_line import MODELS, ROOT, CommandLine, Outcome
+from support.runs import run_command
 
 from pinfer.artefacts import paths
 from pinfer.artefacts.placement import PlacementFile
@@ -28,7 +29,7 @@ from pinfer.artefacts.profile import ProfileFile, SamplesFile
 from pinfer.artefacts.shards import ShardFile
 from pinfer.errors import PinferError
 from pinfer.gguf_io.reader import read_gguf
-from pinfer.llama.plugin import load_plugin, runner_path
+from pinfer.llama.plugin import load_plugin
 from pinfer.model import Model, open_model
 
 COMMANDS: dict[str, tuple[str, ...]] = {
@@ -205,10 +206,11 @@ def test_a_model_truncated_anywhere_is_refused(tiny_relu2: Path) -> None:
 
 
 def test_the_runner_refuses_a_truncated_model(tiny_relu2: Path) -> None:
+    start = run_command(tiny_relu2, "-p", "One", "-n", 1)
     for place in _places(tiny_relu2, 30, seed=2):
         os.truncate(tiny_relu2, place)
         done = subprocess.run(
-            [runner_path(), "-m", tiny_relu2, "-p", "One", "-n", "1"],
+            start,
             capture_output=True,
             text=True,
             timeout=60,
@@ -509,8 +511,7 @@ def test_vram_too_small_for_anything(command: CommandLine) -> None:
         ("solve", "--cache-type", "q1"),
         ("split", "--down-type", "Q1_9"),
         ("run", "-f", "nowhere.txt"),
-        ("run", "-p", "One", "--device", "GPU99"),
-        ("run", "-p", "One", "--grammar", "root ::= ("),
+        ("run", "-p", "One", "--hot-device", "GPU99"),
         ("eval", "--text", "nowhere.txt"),
     ],
 )
@@ -518,6 +519,15 @@ def test_missing_things_are_named(command: CommandLine, words: tuple[str, ...]) 
     before = fingerprints(command.folder)
     complains(command(words[0], MODEL, *words[1:]))
     assert fingerprints(command.folder) == before
+
+
+def test_a_grammar_with_a_mistake(command: CommandLine) -> None:
+    """llama.cpp's parser shows the place first."""
+    done = command("run", MODEL, "-p", "One", "--grammar", "root ::= (")
+    assert (done.code, done.out) == (1, "")
+    assert "expecting ')'" in done.err
+    assert done.err_lines[-1].startswith("pinfer: ")
+    assert "failed to parse grammar" in done.err_lines[-1]
 
 
 def test_an_unknown_dataset_lists_the_known_ones(command: CommandLine) -> None:

@@ -25,6 +25,7 @@ from pinfer import __version__, train
 from pinfer.cli import app, docs, formats, pick, ui
 from pinfer.cli import options as cli_options
 from pinfer.errors import PinferError
+from pinfer.execution import ExecutionOptions
 
 COMMANDS = ("profile", "train", "solve", "split", "run", "eval", "bench", "show")
 
@@ -105,9 +106,7 @@ def test_stale_docs_are_noticed(tmp_path: Path, capsys: pytest.CaptureFixture[st
         (["solve", "--vram", ""], "24G"),
         (["profile", "--tokens", "many"], "128k"),
         (["profile", "--activation", "gelu"], "relu2"),
-        (["run", "-n", "ten"], "-n"),
-        (["run", "-ngl", "some"], "-ngl"),
-        (["run", "-ngl"], "-ngl"),
+        (["eval", "--text", "t", "-ngl", "some"], "-ngl"),
         (["split", "a.gguf", "b.gguf"], "b.gguf"),
         (["split", "a.gguf", "-m", "b.gguf"], "b.gguf"),
     ],
@@ -389,7 +388,6 @@ STAGES = {
     "train": "TrainOptions",
     "solve": "SolveOptions",
     "split": "SplitOptions",
-    "run": "RunOptions",
 }
 
 
@@ -400,10 +398,10 @@ class _Caught(Exception):
 def _options_of(monkeypatch: pytest.MonkeyPatch, name: str, *flags: str) -> Any:
     stage = importlib.import_module(f"pinfer.{name}")
 
-    def catch(path: Path, options: object, *rest: object) -> NoReturn:
-        raise _Caught(options)
+    def catch(*arguments: object, **_: object) -> NoReturn:
+        raise _Caught(next(each for each in arguments if dataclasses.is_dataclass(each)))
 
-    monkeypatch.setattr(stage, "evaluate" if name == "eval" else name, catch)
+    monkeypatch.setattr(stage, {"eval": "evaluate", "run": "start"}.get(name, name), catch)
     caught: list[object] = []
 
     def keep(text: str) -> int:
@@ -440,31 +438,48 @@ def test_flags_of_eval_arrive(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-def test_every_flag_of_run_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
-    words = (
-        "-p a -n 5 -cnv -sys s --no-escape --no-display-prompt -c 7 -b 8 -ub 9 --n-batch-dense 10 -t 11 -tb 12 -ngl 13 "
-        "-fa on -ctk q8_0 -ctv q4_0 --mlock --no-mmap -s 14 --temp 0.5 --top-k 15 --top-p 0.25 --min-p 0.75 "
-        "--repeat-penalty 1.5 --repeat-last-n 16 --presence-penalty 2.5 --frequency-penalty 3.5 --grammar g "
-        "--grammar-file h --ignore-eos --exact --dense --artefacts d --no-artefacts --device CPU --rpc h:1 "
-        "--activation relu -v --json"
-    )
-    given = _options_of(monkeypatch, "run", *words.split(), "-f", "file.txt")
-    default = type(given)()
-    same = [
-        field.name for field in dataclasses.fields(given) if getattr(given, field.name) == getattr(default, field.name)
-    ]
-    assert same == [], "flags that did not arrive"
-    assert (given.n_threads, given.n_threads_batch, given.n_gpu_layers, given.n_predict) == (11, 12, 13, 5)
-    assert (given.n_ctx, given.n_batch, given.n_ubatch, given.n_batch_dense) == (7, 8, 9, 10)
-    assert (given.cache_type_k, given.cache_type_v, given.flash_attn) == ("q8_0", "q4_0", "on")
+@pytest.mark.parametrize("name", ["run", "serve"])
+def test_flags_of_run_and_serve_arrive(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str) -> None:
+    """Ours become options of the execution; llama.cpp's are kept as they are, whatever stands between them."""
+    import pinfer.run as stage
+
+    model = tmp_path / "x.gguf"
+    model.write_bytes(b"GGUF")
+
+    def catch(*words: object, **settings: object) -> NoReturn:
+        raise _Caught((*words, settings))
+
+    monkeypatch.setattr(stage, "start", catch)
+    caught: list[object] = []
+
+    def keep(text: str) -> int:
+        caught.append(sys.exc_info()[1])
+        return 1
+
+    monkeypatch.setattr(app, "fail", keep)
+    port = ("--port", "0") if name == "serve" else ()
+    words = (*port, "-c", "7", "--exact", str(model), "--temp", "0", "--artifacts", "d", "--ignore-eos")
+    more = ("--hot-device", "CPU", "--rpc", "h:1", "--activation", "relu", "-ngl", "all", "-fa", "on")
+    assert app.run_cli([name, *words, *more]) == 1
+    (error,) = caught
+    assert isinstance(error, _Caught), error
+    program, path, options, flags, settings = error.args[0]
+    assert (program, path) == ("server" if name == "serve" else "cli", model)
+    assert options == ExecutionOptions(exact=True, artefacts=Path("d"), device="CPU", activation="relu")
+    assert settings["rpc"] == "h:1"
+    forwarded = (("-c", "7"), ("--temp", "0"), ("--ignore-eos",), ("-ngl", "all"), ("-fa", "on"))
+    assert flags.flags == ((port,) if port else ()) + forwarded
 
 
-def test_spellings_that_llama_cpp_has(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert _options_of(monkeypatch, "run", "-ngl", "all").n_gpu_layers >= 999
-    assert _options_of(monkeypatch, "run", "-fa").flash_attn == "on"
-    assert _options_of(monkeypatch, "run", "-fa", "-n", "-1").n_predict == -1
-    assert _options_of(monkeypatch, "run", "-no-cnv", "--gpu-layers", "2").conversation is False
-    assert _options_of(monkeypatch, "run", "--flash-attn", "off").flash_attn == "off"
+def test_all_layers_go_to_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    for flag in ("-ngl", "--gpu-layers"):
+        assert _options_of(monkeypatch, "bench", flag, "all").n_gpu_layers == cli_options.ALL_LAYERS
+
+
+@pytest.mark.parametrize("words", [("eval", "--text", "a.txt"), ("bench",)], ids=lambda w: w[0])
+def test_american_spelling_is_accepted(monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]) -> None:
+    assert _options_of(monkeypatch, *words, "--artifacts", "d").artefacts == Path("d")
+    assert _options_of(monkeypatch, *words, "--no-artifacts").no_artefacts
 
 
 def test_every_flag_of_the_other_commands_arrives(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,6 +29,7 @@ from test_powerinfer_predictor import exact
 from pinfer.conversion.checkpoint import open_checkpoint
 from pinfer.convert import ConvertOptions, convert
 from pinfer.errors import PinferError
+from pinfer.interrupt import interruptible
 from pinfer.llama import ggml
 from pinfer.llama.engine import Engine, PluginConfig
 from pinfer.model import Model, dequantize, open_model
@@ -73,6 +74,17 @@ def refused(outcome: Outcome, folder: Path, *words: str) -> None:
     assert not list(folder.glob(".*.tmp"))
 
 
+def error_of(folder: Path) -> PinferError:
+    """The error of converting ``folder``: one line with a fix, and no file left. `refused` checks the command."""
+    with pytest.raises(PinferError) as caught:
+        convert(folder, ConvertOptions(out=folder.parent / "out.gguf"), NULL_PROGRESS)
+    assert caught.value.hint
+    assert "\n" not in str(caught.value)
+    assert not list(folder.parent.glob("*.gguf"))
+    assert not list(folder.parent.glob(".*.tmp"))
+    return caught.value
+
+
 # --- what is written ----------------------------------------------------------------------------------------------
 
 
@@ -82,7 +94,7 @@ def tensors_of(model: Model) -> dict[str, NDArray[np.float32]]:
 
 @pytest.mark.parametrize("type_", ["f32", "f16", "bf16", "q8_0", "q4_0", "q4_k_m"])
 def test_types(type_: str, command: CommandLine) -> None:
-    """Every type opens in libllama, and each matrix is what ggml makes of the F32 one."""
+    """libllama opens every type, and each matrix equals the F32 one quantised by ggml."""
     outcome = command("convert", CHECKPOINTS / "arcee", "--type", type_, "--json")
     assert outcome.code == 0, outcome.err
     report = json.loads(outcome.out)
@@ -102,7 +114,7 @@ def test_types(type_: str, command: CommandLine) -> None:
 
 
 def test_pickled_and_safetensors_are_the_same(tmp_path: Path) -> None:
-    """The same weights in torch's format and in safetensors, sharded and whole, give the same file."""
+    """The same weights in PyTorch's format and in safetensors, sharded and whole, give the same file."""
     pickled = open_checkpoint(CHECKPOINTS / PICKLED)
     assert any(tensor.file.suffix == ".bin" for tensor in pickled.tensors.values())
     whole = copy(PICKLED, tmp_path)
@@ -117,13 +129,13 @@ def test_pickled_and_safetensors_are_the_same(tmp_path: Path) -> None:
 
 
 def test_activation_can_be_named(tmp_path: Path) -> None:
-    """ReLU on gate and up or on gate alone cannot be told from a config.json that lies."""
+    """config.json does not tell ReLU on gate and up from ReLU on the gate only."""
     report = convert(CHECKPOINTS / SHARDED, ConvertOptions(out=tmp_path / "d.gguf", activation="drelu"), NULL_PROGRESS)
     assert report.activation == "drelu"
     assert open_model(report.path).activation == "drelu"
 
 
-def test_silu_is_converted_and_told(command: CommandLine, tmp_path: Path) -> None:
+def test_silu_is_converted_with_a_note(command: CommandLine, tmp_path: Path) -> None:
     folder = copy(ONE_FILE, tmp_path)
     change_config(folder, hidden_act="silu")
     outcome = command("convert", folder, "-o", "silu.gguf")
@@ -144,7 +156,7 @@ def test_existing_file_is_kept_unless_forced(command: CommandLine) -> None:
 
 @pytest.mark.parametrize("rope", ["llama3", "linear", "yarn"])
 def test_scaled_positions_reach_libllama(rope: str, tmp_path: Path) -> None:
-    """The scaling changes the logits where positions are far, and libllama takes its keys."""
+    """libllama reads the keys of the scaling, and it changes the logits at far positions."""
     folder = copy(SHARDED, tmp_path)
     prompt = [1] + [5 + i % 50 for i in range(60)]
 
@@ -158,8 +170,8 @@ def test_scaled_positions_reach_libllama(rope: str, tmp_path: Path) -> None:
     assert not np.allclose(logits("scaled.gguf"), plain, rtol=1e-3)
 
 
-def test_memory_is_of_the_largest_tensor(command: CommandLine, tmp_path: Path) -> None:
-    """A checkpoint of 24 layers converts in the memory of one of its matrices, not of the model."""
+def test_memory_is_that_of_the_largest_tensor(command: CommandLine, tmp_path: Path) -> None:
+    """Converting 24 layers takes the memory of one matrix, not of the model."""
     n_layer, n_embd, n_ff, n_vocab = 24, 512, 4096, 331
     folder = copy(ONE_FILE, tmp_path)
     rng = np.random.default_rng(0)
@@ -217,7 +229,7 @@ def test_missing_shard(command: CommandLine, tmp_path: Path) -> None:
     refused(command("convert", folder), command.folder, "lacks 1 of 3 shards", "model-00002-of")
 
 
-def test_index_that_lies(command: CommandLine, tmp_path: Path) -> None:
+def test_index_that_names_wrong_files(command: CommandLine, tmp_path: Path) -> None:
     folder = copy(SHARDED, tmp_path)
     index = folder / "model.safetensors.index.json"
     content = json.loads(index.read_text())
@@ -252,7 +264,7 @@ def test_truncated_pickle(keep: int, command: CommandLine, tmp_path: Path) -> No
 
 
 class _Harm:
-    """Pickles to a call of os.system."""
+    """Its pickle calls os.system."""
 
     def __init__(self, proof: Path) -> None:
         self.proof = proof
@@ -262,7 +274,7 @@ class _Harm:
 
 
 def replace_pickle(path: Path, state: object) -> None:
-    """The archive as torch writes it, with another pickle in it."""
+    """Replaces the pickle in an archive written by PyTorch."""
     with zipfile.ZipFile(path) as archive:
         members = {name: archive.read(name) for name in archive.namelist()}
     index = next(name for name in members if name.endswith("data.pkl"))
@@ -281,7 +293,7 @@ def test_pickle_that_wants_to_run_code(command: CommandLine, tmp_path: Path) -> 
 
 
 def test_pickle_that_builds_objects(command: CommandLine, tmp_path: Path) -> None:
-    """Nothing outside the few names of a state dict: no class of numpy's or of Python's either."""
+    """Only the few names of a state dict are allowed, no class of numpy's or Python's."""
     folder = copy(PICKLED, tmp_path)
     path = sorted(folder.glob("*.bin"))[0]
     for state in ({"x": Path("y")}, {"x": np.zeros(3)}, [1, 2], {"x": subprocess.Popen}):
@@ -289,7 +301,7 @@ def test_pickle_that_builds_objects(command: CommandLine, tmp_path: Path) -> Non
         refused(command("convert", folder), command.folder, path.name)
 
 
-def test_type_that_is_no_float(command: CommandLine, tmp_path: Path) -> None:
+def test_tensors_that_are_not_floats(command: CommandLine, tmp_path: Path) -> None:
     folder = copy(ONE_FILE, tmp_path)
     tensors = load_file(folder / "model.safetensors")
     name = "model.layers.0.mlp.up_proj.weight"
@@ -320,17 +332,116 @@ def test_unknown_model_type(command: CommandLine, tmp_path: Path) -> None:
         ({"hidden_size": 80}, "token_embd"),
         ({"rope_parameters": {"rope_type": "spiral", "factor": 2}}, "spiral"),
         ({"hidden_size": None}, "hidden_size"),
+        ({"num_hidden_layers": 3_000_000}, "3000000 layers"),
+        ({"num_hidden_layers": 1 << 31}, "num_hidden_layers"),
+        ({"num_hidden_layers": -1}, "num_hidden_layers"),
+        ({"num_attention_heads": 4, "num_key_value_heads": 3}, "3 key-value heads"),
+        ({"rms_norm_eps": -1}, "rms_norm_eps"),
+        ({"rms_norm_eps": 1e300}, "rms_norm_eps"),
+        ({"rms_norm_eps": "1e-6"}, "rms_norm_eps"),
+        ({"hidden_act": "fatrelu", "hidden_act_param": -0.01}, "hidden_act_param"),
+        ({"partial_rotary_factor": 0}, "partial_rotary_factor"),
+        ({"partial_rotary_factor": -0.5}, "partial_rotary_factor"),
+        ({"partial_rotary_factor": 1.5}, "rotates 1.5"),
+        ({"partial_rotary_factor": 0.5}, "libllama's graph rotates all"),
+        ({"head_dim": 15}, "rotates"),
+        ({"rope_parameters": {"rope_theta": 0}}, "rope_theta"),
+        ({"rope_parameters": {"rope_type": "linear"}}, "factor"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": [2]}}, "factor"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 0}}, "factor"),
+        ({"rope_parameters": {"rope_type": "longrope", "long_factor": "x"}}, "long_factor"),
+        ({"rope_parameters": {"rope_type": "llama3", "low_freq_factor": 4, "high_freq_factor": 4}}, "low_freq_factor"),
+        ({"rope_parameters": [1, 2]}, "rope_scaling"),
+        ({"model_type": ["llama"], "architectures": {"a": 1}}, "model_type"),
+        ({"vocab_size": 1e6}, "vocab_size"),
     ],
 )
-def test_config_that_contradicts_the_weights(
-    changes: dict[str, object], word: str, command: CommandLine, tmp_path: Path
+def test_config_that_is_invalid_or_contradicts_the_weights(
+    changes: dict[str, object], word: str, tmp_path: Path
 ) -> None:
     folder = copy(ONE_FILE, tmp_path)
     change_config(folder, **changes)
-    refused(command("convert", folder), command.folder, word)
+    assert word in error_of(folder).message
 
 
-def test_config_that_is_no_json(command: CommandLine, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("case", "changes", "words"),
+    [
+        ("nemotron", {"partial_rotary_factor": 0}, ("partial_rotary_factor",)),
+        ("nemotron", {"partial_rotary_factor": 0.001}, ("rotates 0.001",)),
+        ("nemotron", {"head_dim": 32}, ("libllama's nemotron can only compute",)),
+        ("nemotron", {"norm_eps": -1e-5}, ("norm_eps",)),
+        ("jais2", {"partial_rotary_factor": 0.4}, ("libllama's graph rotates all",)),
+        ("plm", {"qk_rope_head_dim": 3}, ("rotates",)),
+        ("falcon-7b", {"layer_norm_epsilon": -1}, ("layer_norm_epsilon",)),
+        ("falcon-7b", {"alibi": "no"}, ("alibi",)),
+        ("falcon-7b", {"rope_scaling": {"rope_type": "llama3"}}, ("'llama3'", "does not support")),
+        ("minicpm-s", {"dim_model_base": 0}, ("dim_model_base",)),
+        ("opt", {"num_hidden_layers": 3_000_000}, ("3000000 layers",)),
+    ],
+)
+def test_settings_that_libllama_cannot_compute(
+    case: str, changes: dict[str, object], words: tuple[str, ...], tmp_path: Path
+) -> None:
+    folder = copy(case, tmp_path)
+    change_config(folder, **changes)
+    error = error_of(folder)
+    assert all(word in error.message for word in words), error
+
+
+def test_more_layers_than_libllama_computes(tmp_path: Path) -> None:
+    """libllama would end the process above 512."""
+    folder = copy(ONE_FILE, tmp_path)
+
+    def add(tensors: dict[str, NDArray[np.float32]]) -> None:
+        layer = {name: values for name, values in tensors.items() if ".layers.0." in name}
+        for i in range(2, 513):
+            tensors |= {name.replace(".0.", f".{i}."): values[:1] for name, values in layer.items()}
+
+    change_tensors(folder, add)
+    change_config(folder, num_hidden_layers=513)
+    assert "at most 512" in error_of(folder).message
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "generation_config.json",
+        "added_tokens.json",
+    ],
+)
+@pytest.mark.parametrize("content", ["[]", "3", "null", "[" * 100_000, '{"a": ' + "9" * 5000 + "}", "\x00"])
+def test_json_that_is_not_an_object(name: str, content: str, tmp_path: Path) -> None:
+    folder = copy(ONE_FILE, tmp_path)
+    if name == "tokenizer.json":
+        (folder / "tokenizer.model").unlink(missing_ok=True)
+    (folder / name).write_text(content)
+    assert name in error_of(folder).message
+
+
+def test_the_size_is_said_before_writing(command: CommandLine, tmp_path: Path) -> None:
+    folder = copy(ONE_FILE, tmp_path)
+    plain = command("convert", folder, "--json")
+    size = json.loads(plain.out)["n_bytes"]
+    said = next(line for line in plain.err_lines if line.startswith("writing "))
+    assert float(said.split()[-2]) == pytest.approx(size / 1e6, rel=0.2)
+    quantised = command("convert", folder, "--type", "q8_0", "--json")
+    assert "for a temporary file" in next(line for line in quantised.err_lines if line.startswith("writing "))
+
+
+def test_a_sliding_window_is_said(tmp_path: Path) -> None:
+    folder = copy(ONE_FILE, tmp_path)
+    change_config(folder, sliding_window=16)
+    report = convert(folder, ConvertOptions(out=tmp_path / "out.gguf"), NULL_PROGRESS)
+    assert any("last 16 tokens" in note and "-c" in note for note in report.notes)
+    assert open_model(report.path).n_ctx_train == 16
+
+
+def test_config_that_is_not_json(command: CommandLine, tmp_path: Path) -> None:
     folder = copy(ONE_FILE, tmp_path)
     (folder / "config.json").write_text("{")
     refused(command("convert", folder), command.folder, "config.json is damaged")
@@ -349,7 +460,7 @@ def test_tensor_too_few_or_too_many(command: CommandLine, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_values_that_are_no_numbers(value: float, command: CommandLine, tmp_path: Path) -> None:
+def test_values_that_are_not_numbers(value: float, command: CommandLine, tmp_path: Path) -> None:
     folder = copy(ONE_FILE, tmp_path)
     change_tensors(folder, lambda tensors: tensors["model.layers.1.mlp.up_proj.weight"].__setitem__((3, 3), value))
     refused(command("convert", folder), command.folder, "blk.1.ffn_up.weight", "NaN or infinity")
@@ -362,7 +473,7 @@ def test_values_that_f16_cannot_hold(command: CommandLine, tmp_path: Path) -> No
     assert command("convert", folder, "--type", "bf16").code == 0
 
 
-def test_sources_that_are_none(command: CommandLine, tmp_path: Path) -> None:
+def test_sources_that_cannot_be_converted(command: CommandLine, tmp_path: Path) -> None:
     refused(command("convert", tmp_path / "nowhere"), command.folder, "does not exist", "-hf")
     refused(command("convert", command.folder), command.folder, "config.json")
     refused(command("convert", ROOT / "models" / "tiny-relu2.gguf"), command.folder, "pinfer show")
@@ -387,7 +498,7 @@ def test_full_disk_leaves_nothing(command: CommandLine) -> None:
 
 
 def test_interrupt_leaves_nothing(command: CommandLine, tmp_path: Path) -> None:
-    """Ctrl-C while the quantiser works ends it, too."""
+    """Ctrl-C also ends the quantiser."""
     folder = copy(ONE_FILE, tmp_path)
     marker = tmp_path / "quantising"
     wrapper = (
@@ -416,7 +527,7 @@ def test_interrupt_leaves_nothing(command: CommandLine, tmp_path: Path) -> None:
 
 
 def test_torch_storage_beyond_the_file(command: CommandLine, tmp_path: Path) -> None:
-    """A tensor said to be larger than its storage is found before anything is read."""
+    """A tensor that is larger than its storage is refused before anything is read."""
     folder = copy(PICKLED, tmp_path)
     path = sorted(folder.glob("*.bin"))[0]
     with zipfile.ZipFile(path) as archive:
@@ -444,7 +555,7 @@ def test_python_api_raises_the_same(tmp_path: Path) -> None:
 
 
 def test_powerinfer_file_brings_its_predictor(command: CommandLine) -> None:
-    """Converted, its predictor measured, run with it; and where the text is missing, the model alone is made."""
+    """Converted, its predictor measured, and run with it."""
     weights = read_weights(ROOT / "models" / "tiny-reglu.gguf")
     write_powerinfer(command.folder / "tiny.powerinfer.gguf", weights.with_predictors(exact(weights)), "F16")
     text = ROOT / "tests" / "data" / "heldout.txt"
@@ -457,7 +568,116 @@ def test_powerinfer_file_brings_its_predictor(command: CommandLine) -> None:
     ran = command("run", "tiny-F16.gguf", "-p", "Once upon", "-n", "8", "--temp", "0", "--json")
     assert ran.code == 0, ran.err
     assert json.loads(ran.out)["mode"] == "predicted"
-    again = command("convert", "tiny.powerinfer.gguf", "-o", "again.gguf", "--dataset", "nowhere.txt")
-    assert again.code == 0, again.err
-    assert "its predictor was left out" in again.err
+    assert "next: pinfer solve tiny-F16.gguf" in outcome.err_lines
+    predictor, notes = report["predictor"], "\n".join(report["notes"])
+    n, n_imported = len(predictor["layers"]), predictor["n_imported"]
+    assert f"predictors of {n_imported} of {n} layers were imported" in notes
+    assert n_imported == n or f"{n - n_imported} were replaced with new ones" in notes
+    assert f"recall was measured on {predictor['n_test']} tokens of heldout.txt" in notes
+    assert 0 < predictor["n_test"] < predictor["n_samples"]
+    assert command("solve", "tiny-F16.gguf", "--vram", "4M").code == 0, "the command it named is all that was missing"
+
+
+def powerinfer(folder: Path) -> Path:
+    weights = read_weights(ROOT / "models" / "tiny-reglu.gguf")
+    path = folder / "tiny.powerinfer.gguf"
+    write_powerinfer(path, weights.with_predictors(exact(weights)), "F16")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("dataset", "content", "words"),
+    [
+        ("nowhere.txt", None, ("unknown data set 'nowhere.txt'", "c4, wikitext")),
+        ("text.txt", b"\xff\xfe", ("not UTF-8",)),
+        ("text.txt", b" \n", ("has no text",)),
+    ],
+)
+def test_a_text_that_cannot_be_read_is_noticed_first(
+    dataset: str, content: bytes | None, words: tuple[str, ...], command: CommandLine
+) -> None:
+    source = powerinfer(command.folder)
+    if content is not None:
+        (command.folder / dataset).write_bytes(content)
+    outcome = command("convert", source.name, "-o", "out.gguf", "--dataset", dataset)
+    source.unlink()
+    refused(outcome, command.folder, *words)
+    assert "writing" not in outcome.err
+
+
+def test_without_the_hub_the_model_alone_is_made_and_that_is_said_first(command: CommandLine) -> None:
+    source = powerinfer(command.folder)
+    env = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(command.folder / "hf")}
+    outcome = command("convert", source.name, "-o", "again.gguf", "--dataset", "wikitext", env=env)
+    assert outcome.code == 0, outcome.err
+    said = outcome.err
+    assert said.index("converted without its predictor") < said.index("writing again.gguf") < said.index("left out")
+    assert "next: pinfer profile again.gguf" in outcome.err_lines
     assert open_model(command.folder / "again.gguf").is_sparse
+
+
+@pytest.mark.parametrize(
+    ("patch", "marker"),
+    [
+        ("p.ImportOptions.__init__.__defaults__ = ('wikitext', 10**7, 0.995, None, False); ", "converting: "),
+        ("p._fit = lambda *_: (print('fitting', file=sys.stderr, flush=True), time.sleep(60)); ", "fitting"),
+    ],
+    ids=["profile", "fit"],
+)
+def test_ctrl_c_while_the_predictor_is_imported(patch: str, marker: str, command: CommandLine) -> None:
+    """It ends the whole command, not only the counting; the model is complete and stays."""
+    source = powerinfer(command.folder)
+    text = command.folder / "text.txt"
+    text.write_text((ROOT / "tests" / "data" / "profile.txt").read_text(encoding="utf-8") * 20, encoding="utf-8")
+    script = f"import sys, time; from pinfer.conversion import powerinfer_predictor as p; {patch}"
+    script += "from pinfer.cli.app import main; sys.argv[0] = 'pinfer'; sys.exit(main())"
+    child = subprocess.Popen(
+        [sys.executable, "-c", script, "convert", source.name, "-o", "out.gguf", "--dataset", str(text)],
+        cwd=command.folder,
+        env=command.environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert child.stderr is not None
+    said = ""
+    while marker not in said:
+        line = child.stderr.readline()
+        assert line, said
+        said += line
+    time.sleep(2)
+    begin = time.monotonic()
+    child.send_signal(signal.SIGINT)
+    _, err = child.communicate(timeout=60)
+    assert time.monotonic() - begin < 5
+    assert child.returncode == 130, err
+    assert "out.gguf is complete; its predictor was not imported" in err
+    assert open_model(command.folder / "out.gguf").is_sparse
+    assert not list(command.folder.glob("**/predictor.gguf"))
+    assert not list(command.folder.glob("**/.*.tmp"))
+
+
+def test_ctrl_c_is_obeyed_in_a_long_calculation() -> None:
+    script = (
+        "import time, numpy as np; from pinfer.interrupt import interruptible; "
+        "print('go', flush=True); interruptible(lambda: np.linalg.svd(np.random.rand(3000, 3000)))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    child = subprocess.Popen(
+        [sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert child.stdout is not None
+    assert child.stdout.readline() == "go\n"
+    time.sleep(0.5)
+    begin = time.monotonic()
+    child.send_signal(signal.SIGINT)
+    _, err = child.communicate(timeout=60)
+    assert "KeyboardInterrupt" in err
+    assert time.monotonic() - begin < 3
+    assert interruptible(lambda: 7) == 7
+    with pytest.raises(PinferError, match="kept"):
+        interruptible(_fail)
+
+
+def _fail() -> None:
+    raise PinferError("kept")

@@ -6,6 +6,7 @@ A reader must end with its own error or with a description that lies inside the 
 from __future__ import annotations
 
 import struct
+import time
 import zipfile
 from collections.abc import Callable
 from functools import cache
@@ -21,6 +22,7 @@ from pinfer.conversion.torch_file import open_torch_file
 from pinfer.errors import PinferError
 from pinfer.gguf_io.reader import GgufError, read_gguf
 from pinfer.gguf_io.writer import GgufFileWriter
+from pinfer.model import open_model
 
 # --- pickles, opcode by opcode ------------------------------------------------------------------------------------
 
@@ -199,7 +201,7 @@ def test_a_pickle_that_inflates(tmp_path: Path) -> None:
 
 T = TypeVar("T")
 QUICK = settings(
-    max_examples=400, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=250, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 EDITS = st.lists(
     st.tuples(st.integers(0, 1 << 16), st.sampled_from([0, 1, 2, 0x7F, 0x80, 0xFF]) | st.integers(0, 255)),
@@ -265,7 +267,7 @@ def small_gguf(folder: Path) -> tuple[bytes, int]:
     return path.read_bytes(), read_gguf(path).data_offset
 
 
-@settings(QUICK, max_examples=1500)
+@settings(QUICK, max_examples=1000)
 @given(edits=EDITS)
 def test_a_mutated_gguf_is_refused_or_read_inside_the_file(
     edits: list[tuple[int, int]], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
@@ -299,3 +301,17 @@ def test_a_gguf_whose_header_never_ends(count: int, tmp_path: Path) -> None:
             file.truncate(8 << 30)
         with pytest.raises(GgufError):
             read_gguf(path)
+
+
+@pytest.mark.parametrize(("n_layer", "n_tensors"), [((1 << 31) - 1, 3), (3_000_000, 600), (513, 600), (5, 4)])
+def test_a_gguf_with_more_layers_than_it_can_hold(n_layer: int, n_tensors: int, tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    with GgufFileWriter(path, "llama") as out:
+        out.header.add_block_count(n_layer)
+        out.header.add_embedding_length(32)
+        for i in range(n_tensors):
+            out.add_array(f"t{i}", np.ones(1, np.float32))
+    begin = time.monotonic()
+    with pytest.raises(PinferError, match=f"{n_layer} layers in {n_tensors} tensors; libllama allows 512"):
+        open_model(path)
+    assert time.monotonic() - begin < 5

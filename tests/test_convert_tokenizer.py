@@ -1,8 +1,9 @@
-"""A checkpoint's tokenizer in libllama gives the ids that the tokenizer itself gives."""
+"""A converted tokenizer gives the same ids in libllama as the original does."""
 
 from __future__ import annotations
 
 import json
+import time
 import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -43,7 +44,7 @@ def sentencepiece(name: str) -> bytes:
 
 
 def convert(folder: Path, config: dict[str, Any] | None = None, n_vocab: int = N_VOCAB) -> tuple[Path, TokenizerReport]:
-    """A GGUF of the folder's tokenizer alone."""
+    """A GGUF with only the folder's tokenizer."""
     header = GGUFWriter(None, "llama")
     report = add_tokenizer(folder, config or {}, n_vocab, header)
     path = folder / "vocab.gguf"
@@ -117,7 +118,7 @@ def test_opt_from_its_two_files(tmp_path: Path) -> None:
         assert report.notes == ()
 
 
-def test_opt_puts_bos_first_where_no_file_says_so(tmp_path: Path) -> None:
+def test_opt_adds_bos_although_no_file_says_so(tmp_path: Path) -> None:
     write_opt(tmp_path, byte_level("opt"))
     (tmp_path / "tokenizer_config.json").unlink()
     with converted(tmp_path, {"model_type": "opt"}) as (vocab, _, _):
@@ -229,6 +230,38 @@ def test_damaged_files(tmp_path: Path) -> None:
         assert "tokenizer.model" in refusal(tmp_path)
 
 
+@pytest.mark.parametrize("id_", [N_VOCAB, 10**12, 2**70, -1, 1.5, "7", None, True])
+def test_a_vocabulary_with_impossible_ids(id_: object, tmp_path: Path) -> None:
+    """10^12 once made as many unused tokens."""
+    vocab = json.loads(byte_level("opt").to_str())["model"]["vocab"]
+    edited(tmp_path, vocab=vocab | {"strange": id_})
+    assert "tokenizer.json" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("added_tokens.json", {"<x>": 10**12}),
+        ("added_tokens.json", {"<x>": -1}),
+        ("added_tokens.json", {"<x>": "many"}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"-5": {"content": "<x>"}}}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"5": "<x>"}}),
+        ("tokenizer_config.json", {"added_tokens_decoder": [1]}),
+    ],
+)
+def test_impossible_added_tokens(name: str, content: object, tmp_path: Path) -> None:
+    write_byte_level(tmp_path, "opt", byte_level("opt"))
+    write_json(tmp_path / name, content)
+    assert "added tokens" in refusal(tmp_path)
+
+
+def test_a_sentencepiece_model_with_an_endless_number(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(b"\x80" * 4_000_000)
+    begin = time.monotonic()
+    assert "more than 64 bits" in refusal(tmp_path)
+    assert time.monotonic() - begin < 5
+
+
 def test_gpt2_files_without_merges(tmp_path: Path) -> None:
     write_opt(tmp_path, byte_level("opt"))
     (tmp_path / "merges.txt").unlink()
@@ -291,9 +324,9 @@ def test_a_rewriting_sentencepiece_is_noted(tmp_path: Path) -> None:
     assert "rewrites some texts" in report.notes[0]
 
 
-def test_the_name_is_found_where_the_file_does_not_suggest_it(tmp_path: Path) -> None:
+def test_the_pre_tokenizer_is_found_without_a_hint_in_the_file(tmp_path: Path) -> None:
     data = json.loads(byte_level("plm").to_str())
-    # The same way to cut, said in another way, which gives no hint.
+    # The same splitting in other words, which gives no hint.
     split = data["pre_tokenizer"]["pretokenizers"][0]
     split["pattern"]["Regex"] = split["pattern"]["Regex"].replace(r"\p{N}", r"\p{Number}")
     data["normalizer"] = None

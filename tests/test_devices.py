@@ -26,10 +26,10 @@ from support.command_line import CommandLine
 from support.quantised import quantise
 from support.rpc_gate import RpcGate
 from support.rpc_server import RpcServer
+from support.runs import run, run_command
 from support.shards import nmse, write_shards
 
 from pinfer.llama.engine import ALWAYS_DENSE, NEVER_DENSE, Engine, PluginConfig
-from pinfer.llama.plugin import runner_path
 from pinfer.model import open_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -219,12 +219,11 @@ def test_a_budget_is_kept_as_the_device_itself_counts(
 # --- not an RPC server ------------------------------------------------------------------------------------------------
 
 
-def runner(model: Path, *args: str, timeout: float = 60) -> tuple[int, list[str], float]:
+def runner(model: Path, *args: str, timeout: float = 60, **options: str) -> tuple[int, list[str], float]:
     """Exit code, lines on stderr, seconds."""
     begin = time.monotonic()
-    command = [str(runner_path()), "-m", str(model), "-p", PROMPT, "-n", "4", "--temp", "0", *args]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
-    return done.returncode, done.stderr.splitlines(), time.monotonic() - begin
+    done = run(model, "-p", PROMPT, "-n", 4, "--temp", 0, *args, timeout=timeout, **options)
+    return done.code, done.err.splitlines(), time.monotonic() - begin
 
 
 def answering(reply: bytes | None) -> str:
@@ -268,10 +267,10 @@ def test_not_a_server_is_a_one_line_error(tiny_relu2: Path) -> None:
         ("127.0.0.1", "is no RPC server; write host:port"),
     ]
     for endpoint, says in cases:
-        code, lines, seconds = runner(tiny_relu2, "--rpc", endpoint)
+        code, lines, seconds = runner(tiny_relu2, rpc=endpoint)
         assert code == 1, endpoint
         assert len(lines) == 1, lines
-        assert lines[0].startswith("error: ")
+        assert lines[0].startswith("pinfer: ")
         assert says in lines[0]
         assert endpoint.partition(":")[0] in lines[0]
         assert seconds < 20, endpoint
@@ -279,11 +278,11 @@ def test_not_a_server_is_a_one_line_error(tiny_relu2: Path) -> None:
 
 def test_the_first_server_that_fails_is_named(tiny_relu2: Path, server: RpcServer) -> None:
     missing = closed_port()
-    code, lines, _ = runner(tiny_relu2, "--rpc", f"{server.endpoint},{missing}")
+    code, lines, _ = runner(tiny_relu2, rpc=f"{server.endpoint},{missing}")
     assert (code, len(lines)) == (1, 1)
     assert missing in lines[0]
     assert server.endpoint not in lines[0]
-    code, lines, _ = runner(tiny_relu2, "--rpc", server.endpoint)  # the server still works
+    code, lines, _ = runner(tiny_relu2, rpc=server.endpoint)  # the server still works
     assert code == 0, lines
 
 
@@ -297,7 +296,7 @@ def test_python_commands_print_the_same_error(tiny_relu2: Path, tmp_path: Path, 
         assert len(done.err_lines) == 1
         assert f"there is no RPC server at {missing}" in done.err
     done = pinfer("run", tiny_relu2, "-p", "a", env={"PINFER_RPC": missing})
-    assert (done.code, done.err_lines[0].startswith("error: there is no RPC server at")) == (1, True)
+    assert (done.code, done.err_lines[0].startswith("pinfer: there is no RPC server at")) == (1, True)
     for words in (("run", "--rpc", "nonsense"), ("solve", "--rpc", "a:1,b:0"), ("bench", "--rpc", missing)):
         done = pinfer(words[0], tiny_relu2, *words[1:])
         assert (done.code, len(done.err_lines)) == (2, 1), done.err
@@ -312,17 +311,20 @@ def hot_half(model: Path) -> Path:
     return model
 
 
-def generate_for_ever(model: Path, server: RpcServer, *args: str) -> subprocess.Popen[bytes]:
-    command = [str(runner_path()), "-m", str(model), "-p", PROMPT, "--ignore-eos", "-c", "65536", "--temp", "0"]
-    pipe = subprocess.PIPE
-    return subprocess.Popen([*command, "--rpc", server.endpoint, *args], stdout=pipe, stderr=pipe)
+def generate_for_ever(model: Path, server: RpcServer, *args: str, **options: Any) -> subprocess.Popen[bytes]:
+    endless = ("--ignore-eos", "-c", "65536", "--override-kv", "arcee.context_length=int:65536", "--temp", "0")
+    command = run_command(model, "-p", PROMPT, *endless, *args, rpc=server.endpoint, **options)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
-@pytest.mark.parametrize("args", [("--device", "RPC0"), ("--device", "RPC0", "-ngl", "3"), ("--dense", "-ngl", "all")])
+@pytest.mark.parametrize(
+    ("args", "options"),
+    [((), {"device": "RPC0"}), (("-ngl", "3"), {"device": "RPC0"}), (("-ngl", "all"), {"dense": True})],
+)
 def test_a_server_that_is_killed_ends_a_run_with_one_line(
-    tiny_relu2: Path, server: RpcServer, args: tuple[str, ...]
+    tiny_relu2: Path, server: RpcServer, args: tuple[str, ...], options: dict[str, Any]
 ) -> None:
-    with generate_for_ever(hot_half(tiny_relu2), server, *args) as process:
+    with generate_for_ever(hot_half(tiny_relu2), server, *args, **options) as process:
         assert process.stdout is not None
         assert len(process.stdout.read(200)) == 200  # it is running
         begin = time.monotonic()
@@ -331,16 +333,16 @@ def test_a_server_that_is_killed_ends_a_run_with_one_line(
         assert time.monotonic() - begin < 5
     assert process.returncode == 1
     (line,) = err.decode().splitlines()
-    assert line.startswith(f"error: the connection to the RPC server {server.endpoint} broke off")
+    assert line.startswith(f"pinfer: the connection to the RPC server {server.endpoint} broke off")
 
 
 @pytest.mark.parametrize("after", [200, 20_000, 1_000_000])
 def test_a_server_that_fails_while_the_model_is_loaded(tiny_relu2: Path, server: RpcServer, after: int) -> None:
     """After the first requests, while buffers are allocated, and in the middle of the weights."""
     with RpcGate(server.endpoint, cut_after=after) as gate:
-        code, lines, seconds = runner(hot_half(tiny_relu2), "--rpc", gate.endpoint, "--device", "RPC0", "-ngl", "all")
+        code, lines, seconds = runner(hot_half(tiny_relu2), "-ngl", "all", rpc=gate.endpoint, device="RPC0")
     assert (code, len(lines)) == (1, 1), lines
-    assert lines[0].startswith(f"error: the connection to the RPC server {gate.endpoint} broke off")
+    assert lines[0].startswith(f"pinfer: the connection to the RPC server {gate.endpoint} broke off")
     assert seconds < 20
 
 

@@ -106,7 +106,7 @@ def test_short_text_is_used_whole(tiny_relu2: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "options", "message"),
     [
-        ("", {}, "holds no text to predict"),
+        ("", {}, "has no text to predict"),
         ("Some text.", {"n_tokens": 0}, "nothing to predict"),
         ("Some text.", {"n_ctx": 1}, "nothing to predict"),
         (None, {}, "no such file"),

@@ -1,19 +1,21 @@
-"""Converted checkpoints of every family say what the originals say: tests/checkpoints, whose README tells how.
+"""Converted checkpoints of every family give the logits and text of the originals (see tests/checkpoints/README.md).
 
-Attention is computed in F32 here, so that what is left is the FFN's and the conversion's: at F32 the logits agree to
-rounding. The threshold of FATReLU is a jump, across which rounding at F16 carries single neurons.
+Attention is computed in F32 here, so that only the FFN and the conversion can cause differences: at F32 the logits
+agree to rounding. FATReLU jumps at its threshold, so rounding at F16 switches single neurons on or off.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from safetensors.numpy import load_file, save_file
 from support.command_line import CommandLine
 from support.shards import nmse, write_shards
 
@@ -35,6 +37,8 @@ CASES = sorted(path.parent.name for path in CHECKPOINTS.glob("*/reference.npz"))
 TOLERANCE = {"f32": 1e-6, "f16": 1e-4}
 N_PROMPTS = 3
 
+Tensor = NDArray[np.float32]
+
 ARCHITECTURES = {
     "opt": ("gpt2", "relu"),
     "falcon": ("falcon", "relu"),
@@ -51,7 +55,7 @@ ARCHITECTURES = {
 
 @dataclass(frozen=True)
 class Reference:
-    """What the original says after one prompt."""
+    """What the original computes for one prompt."""
 
     prompt: list[int]
     logits: NDArray[np.float32]
@@ -97,7 +101,7 @@ def check(engine: Engine, reference: Reference, tolerance: float, label: str) ->
 
 @pytest.mark.parametrize("type_", ["f32", "f16"])
 @pytest.mark.parametrize("case", CASES)
-def test_converted_says_what_the_original_says(case: str, type_: str, tmp_path: Path) -> None:
+def test_converted_gives_what_the_original_gives(case: str, type_: str, tmp_path: Path) -> None:
     path = converted(case, type_, tmp_path)
     model = open_model(path)
     checkpoint = open_checkpoint(CHECKPOINTS / case)
@@ -119,7 +123,7 @@ def test_converted_says_what_the_original_says(case: str, type_: str, tmp_path: 
 
 @pytest.mark.parametrize("case", CASES)
 def test_stock_libllama_opens_what_is_written(case: str, tmp_path: Path) -> None:
-    """Without the plugin the architectures whose own function it is say the same, the others something else."""
+    """Without the plugin, architectures with this activation give the same logits, the others do not."""
     path = converted(case, "f32", tmp_path)
     model = open_model(path)
     reference = references(case)[0]
@@ -127,6 +131,76 @@ def test_stock_libllama_opens_what_is_written(case: str, tmp_path: Path) -> None
         error = nmse(engine.decode(reference.prompt, logits=True), reference.logits)
     is_native = load_plugin().arch_activation(model.arch) == model.activation
     assert (error <= TOLERANCE["f32"]) == is_native
+
+
+def changed(case: str, folder: Path, config: dict[str, object], change: Callable[[dict[str, Tensor]], None]) -> Path:
+    """A copy of a checkpoint in F32 with other settings and tensors."""
+    copy = Path(shutil.copytree(CHECKPOINTS / case, folder / case))
+    path = copy / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
+    tensors: dict[str, Tensor] = {}
+    for file in copy.glob("*.safetensors"):
+        tensors |= {name: values.astype(np.float32) for name, values in load_file(file).items()}
+        file.unlink()
+    (copy / "model.safetensors.index.json").unlink(missing_ok=True)
+    change(tensors)
+    save_file(tensors, copy / "model.safetensors")
+    return copy
+
+
+def first_logits(checkpoint: Path, reference: Reference, out: Path) -> Tensor:
+    path = convert(checkpoint, ConvertOptions(out=out, type="f32"), NULL_PROGRESS).path
+    with Engine(path, plugin=PluginConfig.of(open_model(path)), n_ctx=96, n_threads=1, f32_attention=True) as engine:
+        return engine.decode(reference.prompt, logits=True)
+
+
+def test_arcee_with_attention_biases(tmp_path: Path) -> None:
+    """Biases of 0 change nothing; a bias of the values does."""
+    reference = references("arcee")[0]
+
+    def biased(value: float) -> Path:
+        def add(tensors: dict[str, Tensor]) -> None:
+            for name in [
+                name for name in tensors if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight"))
+            ]:
+                size = value if "v_proj" in name else 0.0
+                tensors[name.replace("weight", "bias")] = np.full(len(tensors[name]), size, np.float32)
+
+        return changed("arcee", tmp_path / str(value), {"attention_bias": True}, add)
+
+    assert nmse(first_logits(biased(0.0), reference, tmp_path / "0.gguf"), reference.logits) <= TOLERANCE["f32"]
+    assert nmse(first_logits(biased(0.5), reference, tmp_path / "1.gguf"), reference.logits) > 100 * TOLERANCE["f32"]
+
+
+@pytest.mark.parametrize(
+    ("source", "name"), [("self_attn.o_proj", "attn_output"), ("mlp.up_proj", "ffn_up"), ("mlp.down_proj", "ffn_down")]
+)
+def test_arcee_with_biases_that_libllama_does_not_add(source: str, name: str, tmp_path: Path) -> None:
+    def add(tensors: dict[str, Tensor]) -> None:
+        rows = len(tensors[f"model.layers.0.{source}.weight"])
+        tensors[f"model.layers.0.{source}.bias"] = np.zeros(rows, np.float32)
+
+    checkpoint = changed("arcee", tmp_path, {}, add)
+    with pytest.raises(PinferError, match=f"has biases in {name}, libllama's arcee adds none there"):
+        convert(checkpoint, ConvertOptions(out=tmp_path / "out.gguf"), NULL_PROGRESS)
+    assert not (tmp_path / "out.gguf").exists()
+
+
+def test_jais2_without_biases_gets_zeros(tmp_path: Path) -> None:
+    reference = references("jais2")[0]
+    parts = ("o_proj.bias", "up_proj.bias", "down_proj.bias")
+
+    def zero(tensors: dict[str, Tensor]) -> None:
+        tensors |= {name: np.zeros_like(values) for name, values in tensors.items() if name.endswith(parts)}
+
+    def remove(tensors: dict[str, Tensor]) -> None:
+        for name in [name for name in tensors if name.endswith(parts)]:
+            del tensors[name]
+
+    zeros = first_logits(changed("jais2", tmp_path / "zero", {}, zero), reference, tmp_path / "0.gguf")
+    without = first_logits(changed("jais2", tmp_path / "none", {}, remove), reference, tmp_path / "1.gguf")
+    assert (zeros == without).all()
+    assert nmse(without, reference.logits) > 100 * TOLERANCE["f32"], "the biases mattered"
 
 
 def test_every_family_has_a_case() -> None:
@@ -140,7 +214,7 @@ def test_opt_350m_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("case", ["opt", "falcon-40b", "prosparse", "bamboo", "minicpm-s", "nemotron", "plm", "jais2"])
 def test_whole_pipeline(case: str, tmp_path: Path) -> None:
-    """From the checkpoint to the runner: exact mode from the shards goes on as the original does."""
+    """From the checkpoint to the runner: exact mode with shards generates the same tokens."""
     path = converted(case, "f16", tmp_path)
     text = Path(__file__).parent / "data" / "profile.txt"
     profile(path, ProfileOptions(dataset=str(text), n_tokens=768, n_ctx=64, n_threads=1))

@@ -137,7 +137,7 @@ def test_a_mixture_of_experts(tmp_path: Path, keys: dict[str, object], capsys: p
     assert report.parts["ffn"].bytes == 4 * (3 * 8 * 48 * 64 + 32 * 64)
     assert report.parts["dense"].bytes == 4 * 8 * 64, "the router is no neuron"
     print_show(report)
-    assert "416 in all, 8 experts" in capsys.readouterr().out
+    assert "416 in total, 8 experts" in capsys.readouterr().out
 
 
 def test_heads_that_differ_by_layer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -158,7 +158,7 @@ def test_heads_that_differ_by_layer(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert (report.n_head, report.n_head_kv) == ((4, 8), (2, 1))
     assert report.kv_bytes_per_1k == 1024 * 2 * 3 * (16 + 8)
     print_show(report)
-    assert "4 to 8, and 1 to 2 of keys and values (GQA), 16 and 8 wide" in capsys.readouterr().out
+    assert "4 to 8, 1 to 2 for keys and values (GQA), width 16 and 8" in capsys.readouterr().out
 
 
 # --- artefacts ------------------------------------------------------------------------------------------------------
@@ -227,7 +227,7 @@ def test_artefacts_of_another_model_are_reported_without_an_error(
     assert "made from another model (other.gguf)" in shown.err
     assert f"predictor.gguf is damaged: the header ends too early; make it again: pinfer train {small}" in shown.err
     assert shown.out.count("unusable") == 4
-    assert "Run refuses artefacts that do not fit" in shown.out
+    assert "Run cannot use these artefacts" in shown.out
     report = json.loads(command("show", small, "--json").out)
     assert report["mode"] == "refused"
     problems = {a["kind"]: a["problem"] for a in report["artefacts"]}
@@ -252,7 +252,7 @@ def test_shards_that_do_not_belong_together(small: Path) -> None:
     (folder / paths.COLD).unlink()
     report = _show(small)
     assert (_states(report)["hot"], report.mode) == ("unusable", "refused")
-    assert "no cold.gguf beside it" in report.artefacts[4].problem
+    assert "exists without cold.gguf" in report.artefacts[4].problem
 
 
 # --- the command, and what run does ---------------------------------------------------------------------------------
@@ -275,7 +275,7 @@ def test_it_predicts_what_run_does(command: CommandLine, tiny_reglu: Path) -> No
         "solve": ("--device", "CPU", "--vram", "4M"),
         "split": (),
     }
-    run = ("run", "-p", "One day", "-n", "4", "--temp", "0", "--device", "CPU")
+    run = ("run", "-p", "One day", "-n", "4", "--temp", "0", "--hot-device", "CPU")
     hot = ""
     report = _json(command, "show", tiny_reglu)
     for name, flags in stages.items():
@@ -317,8 +317,8 @@ def test_the_printed_report(command: CommandLine, tiny_relu2: Path) -> None:
         "size          8.5 MiB, 4.4 M parameters",
         "architecture  arcee",
         "activation    relu2 (the file's pinfer.ffn.activation)",
-        "heads         4, and 2 of keys and values (GQA), 64 wide",
-        "neurons       1,024 a layer, 5,120 in all, not gated",
+        "heads         4, 2 for keys and values (GQA), width 64",
+        "neurons       1,024 per layer, 5,120 in total, not gated",
         "no artefacts yet",
     ):
         assert line in shown.out.splitlines()

@@ -19,11 +19,11 @@ from support.small_model import Shape, write_profile, write_small_model
 
 from pinfer import solve as stage
 from pinfer.artefacts import paths
-from pinfer.artefacts.artefact import ArtefactWriter
 from pinfer.artefacts.placement import GROUP, PlacementFile
+from pinfer.artefacts.predictor import LayerPredictor, PredictorWriter
 from pinfer.artefacts.shards import down_types, hot_neuron_bytes
 from pinfer.errors import PinferError
-from pinfer.llama import devices
+from pinfer.llama import devices, log
 from pinfer.model import Model, open_model
 from pinfer.placement import budget
 from pinfer.placement.compute_buffers import Layout, count_compute_bytes
@@ -254,12 +254,13 @@ def test_no_device_gets_more_of_a_layer_than_it_does_in_the_time_of_the_others()
 def test_a_predictor_that_is_there_is_counted(model: Model, machine_file: Path) -> None:
     options = SolveOptions(vram=0, machine=machine_file)
     exact = solve(model.path, options).tokens_per_s
-    with ArtefactWriter(_folder(model) / paths.PREDICTOR, "predictor", model, {}) as out:
-        out.add_str_array("pinfer.predictor.kind", ["low_rank"] * 3 + ["none"])
-        out.add_f32_array("pinfer.predictor.candidates", [0.2] * 4)
-        for layer in range(3):
-            out.add_array(f"blk.{layer}.pred_a", np.zeros((8, model.n_embd), np.float16))
-    cost = PredictorCost(8 * 512 * 2, float(np.float32(0.2)))
+    with PredictorWriter(_folder(model) / paths.PREDICTOR, "f16") as out:
+        for _ in range(3):
+            a, b = np.zeros((32, model.n_embd), np.float32), np.zeros((model.n_ff, 32), np.float32)
+            out.add(LayerPredictor(32, 1.0, 0.2, a, b, np.zeros(model.n_ff, np.float32)))
+        out.add(LayerPredictor(0, 1.0, 1.0, kind="none"))
+        out.finish(model, {})
+    cost = PredictorCost(2 * 32 * (512 + 2048) + 4 * 2048, float(np.float32(0.2)))
     assert stage._predictors(model, _folder(model)) == [cost] * 3 + [None]
     assert solve(model.path, options).tokens_per_s > exact
 
@@ -439,6 +440,13 @@ def test_cores_and_memory_respect_the_container(
     assert devices.free_memory() == memory if memory else devices.free_memory() == pytest.approx(free, rel=0.2)
 
 
+def test_a_log_that_does_not_tell_the_buffer_is_an_error(tiny_relu2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when another libllama words it otherwise: 0 bytes would break every budget."""
+    monkeypatch.setattr(log, "captured", lambda: "CPU: the buffer takes 3 MiB")
+    with pytest.raises(PinferError, match="log does not tell the compute buffer of CPU"):
+        count_compute_bytes(open_model(tiny_relu2), "CPU", Layout(0, 64, 32, "f16"))
+
+
 def test_a_machine_survives_its_file(tmp_path: Path) -> None:
     device = HotDevice("CUDA0", "d", "gpu", 10, 9, 1e12, 1e-5, 3)
     machine = Machine("m", 4, 5e10, 0.4, (device, replace(device, name="CUDA1")))
@@ -456,14 +464,21 @@ def test_a_machine_survives_its_file(tmp_path: Path) -> None:
     ("content", "cause"),
     [
         ("{", "is not JSON"),
-        ("[]", "it is no object"),
+        ("[]", "it is not an object"),
         ("{}", "'device' is missing"),
-        ('{"device": 3}', "device is neither an object nor null"),
-        ('{"devices": [3], "cpu_bandwidth": 1, "scattered": 1}', "devices is no list of objects"),
-        ('{"device": null, "cpu_bandwidth": 0, "scattered": 0.5}', "cpu_bandwidth is no positive number"),
-        ('{"device": null, "cpu_bandwidth": "fast", "scattered": 0.5}', "cpu_bandwidth is no positive number"),
-        ('{"device": null, "cpu_bandwidth": 1, "scattered": 2}', "scattered is a share"),
-        ('{"device": {"kind": "tpu"}, "cpu_bandwidth": 1, "scattered": 1}', "kind is none of gpu, igpu, cpu"),
+        ('{"device": 3}', "devices is not a list of objects"),
+        ('{"devices": [3], "cpu_bandwidth": 1, "scattered": 1}', "devices is not a list of objects"),
+        ('{"device": null, "cpu_bandwidth": 0, "scattered": 0.5}', "cpu_bandwidth is 0"),
+        ('{"device": null, "cpu_bandwidth": "fast", "scattered": 0.5}', "cpu_bandwidth is not a number between"),
+        ('{"device": null, "cpu_bandwidth": 1, "scattered": 2}', "scattered is not a number between 0 and 1"),
+        ('{"device": {"kind": "tpu"}, "cpu_bandwidth": 1, "scattered": 1}', "kind is not one of gpu, igpu, cpu"),
+        ('{"device": null, "cpu_bandwidth": Infinity, "scattered": 1}', "cpu_bandwidth is not a number"),
+        ('{"device": null, "cpu_bandwidth": NaN, "scattered": 1}', "cpu_bandwidth is not a number"),
+        ('{"device": null, "cpu_bandwidth": [1], "scattered": 1}', "cpu_bandwidth is not a number"),
+        ('{"device": null, "cpu_bandwidth": 1, "scattered": 1, "n_threads": {}}', "n_threads is not a number"),
+        ('{"device": null, "cpu_bandwidth": 1' + 400 * "0" + ', "scattered": 1}', "cpu_bandwidth is not a number"),
+        (60_000 * "[", "is not JSON"),
+        ('{"device": {"kind": "gpu", "memory_total": 1, "name": "a,b"}}', "the name of a device is not a word"),
         ('{"device": {"kind": "gpu"}, "cpu_bandwidth": 1, "scattered": 1}', "'memory_total' is missing"),
     ],
 )

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.runs import run_command
 from support.shards import write_shards
 
 from pinfer.llama import plugin as native
@@ -18,9 +19,8 @@ from pinfer.model import open_model
 
 
 def runner(model: Path, trace: Path, n_tokens: int) -> subprocess.Popen[str]:
-    command = [str(native.runner_path()), "-m", str(model), "-p", "Once upon a time", "-n", str(n_tokens)]
     return subprocess.Popen(
-        [*command, "--ignore-eos", "--temp", "0", "-t", "1"],
+        run_command(model, "-p", "Once upon a time", "-n", n_tokens, "--ignore-eos", "--temp", 0, "-t", 1),
         env={**os.environ, "PINFER_TRACE": str(trace)},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -91,8 +91,8 @@ def test_the_seconds_of_a_hot_part(tiny_relu2: Path, monkeypatch: pytest.MonkeyP
         assert stats.seconds_hot > 0
         assert stats.seconds_cold > 0
         assert stats.hidden == 0
-        assert plugin.hot_shard_bytes(0) == stats.hot_bytes > 0
-        assert plugin.hot_shard_bytes(1) == 0
+        assert plugin.hot_shard_bytes(tiny_relu2, 0) == stats.hot_bytes > 0
+        assert plugin.hot_shard_bytes(tiny_relu2, 1) == 0
         assert plugin.last_failure() is None
         assert plugin.devices_at_work() is None
 

@@ -27,7 +27,7 @@ endfunction()
 # How a target of llama.cpp's sources is compiled: its C++17, its warnings off, moderate optimisation to save build time.
 function(pinfer_compile_as_llama target)
     set_target_properties(${target} PROPERTIES CXX_STANDARD 17 CXX_EXTENSIONS ON)
-    target_compile_options(${target} PRIVATE -w $<$<CONFIG:Release>:-O2>)
+    target_compile_options(${target} PRIVATE -w -g0 $<$<CONFIG:Release>:-O2>)
 endfunction()
 
 # Creates the target pinfer-llama-server: what llama.cpp's server and its chat consist of but their entries.

@@ -4,6 +4,7 @@
 #include "leave.h"
 #include "plugin_setup.h"
 #include "report.h"
+#include "speculative.h"
 #include "run.h"
 
 #include <atomic>
@@ -130,6 +131,12 @@ bool pinfer_params_parse(int argc, char ** argv, common_params & params, llama_e
     if (!isatty(STDOUT_FILENO)) {
         params.simple_io = true;
     }
+    // llama.cpp loads a draft model and lets it idle unless --spec-type is given, or the draft's file says what it is for.
+    auto & speculative = params.speculative;
+    if (speculative.types == std::vector{ COMMON_SPECULATIVE_TYPE_NONE } && !speculative.draft.mparams.path.empty() &&
+        common_speculative_types_from_gguf(speculative.draft.mparams.path).empty()) {
+        speculative.types = { COMMON_SPECULATIVE_TYPE_DRAFT_SIMPLE };
+    }
     if (run->options.models.empty()) {
         return true;
     }
@@ -141,7 +148,8 @@ bool pinfer_params_parse(int argc, char ** argv, common_params & params, llama_e
         exit(PINFER_EXIT_USAGE);
     }
     params.no_op_offload = true;  // copies of CPU layers' weights on a device are in no budget
-    // On layers that lie on a GPU the loader would put the FFN there as well. What the user placed with -ot comes first.
+    params.fit_params    = false; // the placement is the one that was decided
+    // The loader puts the FFN into the plugin's buffers. What the user placed with -ot comes first.
     const llama_model_tensor_buft_override ffn = { pinfer_plugin_tensors, pinfer_plugin_buffer_type() };
     const auto add = [&ffn](std::vector<llama_model_tensor_buft_override> & overrides) {
         size_t n = 0;
@@ -153,11 +161,8 @@ bool pinfer_params_parse(int argc, char ** argv, common_params & params, llama_e
             overrides.push_back({ nullptr, nullptr });
         }
     };
-    if (params.n_gpu_layers != 0) {
-        add(params.tensor_buft_overrides);
-        params.fit_params = false;  // the placement is the one that was decided
-    }
-    if (run->options.models.size() > 1 && params.speculative.draft.n_gpu_layers != 0) {
+    add(params.tensor_buft_overrides);
+    if (run->options.models.size() > 1) {
         add(params.speculative.draft.tensor_buft_overrides);
     }
     // Beside hot neurons the dense layers lie on one device.

@@ -9,6 +9,7 @@
 #include <csignal>
 #include <cstdio>
 #include <cstdlib>
+#include <exception>
 #include <unistd.h>
 
 int llama_completion(int argc, char ** argv);
@@ -56,7 +57,8 @@ int program_run(void) {
 std::string failure(void) {
     char cause[512] = "";
     if (!run.options.models.empty() && pinfer_last_failure(nullptr, cause, sizeof(cause))) {
-        return std::string(cause) + "; check the device, or do without it: --hot-device none";
+        const bool device = std::string(cause).compare(0, 6, "device") == 0;
+        return std::string(cause) + (device ? "; check the device, or do without it: --hot-device none" : "");
     }
     const std::string what = run.error.empty() ? "llama.cpp failed" : run.error;
     if (what.find("prompt is too long") != std::string::npos) {
@@ -107,7 +109,12 @@ int main(int argc, char ** argv) {
         return PINFER_EXIT_ERROR;
     }
     pinfer_report_start(run.options);
-    const int code = program_run();
+    int code = 1;
+    try {
+        code = program_run();
+    } catch (const std::exception & e) {
+        run.error = run.error.empty() ? e.what() : run.error;
+    }
     if (code == 0) {
         pinfer_run_end(run, nullptr);
         return 0;

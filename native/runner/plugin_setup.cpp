@@ -25,19 +25,29 @@ bool plugin_register(std::string & err) {
     return plugin != nullptr;
 }
 
-// Whether each hot device has the memory free that the placement takes.
-bool memory_check(const pinfer_model_options & model, std::string & err) {
+// Whether each hot device exists and has the memory free that the placement takes.
+bool devices_check(const pinfer_model_options & model, std::string & err) {
+    const auto solve_again = [&model](const std::string & vram) {
+        return ", or run `pinfer solve " + model.path + " --vram " + vram + "` and `pinfer split " + model.path + "`";
+    };
     for (size_t i = 0; i < model.devices.size(); i++) {
         ggml_backend_dev_t dev = ggml_backend_dev_by_name(model.devices[i].c_str());
-        size_t             free = 0, total = 0;
-        if (dev && model.needed[i] > 0) {
-            ggml_backend_dev_memory(dev, &free, &total);
-            if (free < model.needed[i]) {
-                err = "device " + model.devices[i] + " has " + std::to_string(free >> 20) + " MiB of memory free, the placement takes " +
-                      std::to_string(model.needed[i] >> 20) + " MiB; end what else uses it, or run `pinfer solve " + model.path +
-                      " --vram " + std::to_string(free >> 20) + "M` and `pinfer split " + model.path + "`";
-                return false;
+        if (!dev || ggml_backend_dev_type(dev) == GGML_BACKEND_DEVICE_TYPE_ACCEL) {
+            err = "there is no device " + model.devices[i] + "; name another with --hot-device (";
+            for (size_t d = 0; d < ggml_backend_dev_count(); d++) {
+                if (ggml_backend_dev_type(ggml_backend_dev_get(d)) != GGML_BACKEND_DEVICE_TYPE_ACCEL) {
+                    err += std::string(ggml_backend_dev_name(ggml_backend_dev_get(d))) + ", ";
+                }
             }
+            err += "none)" + solve_again("0");
+            return false;
+        }
+        size_t free = 0, total = 0;
+        ggml_backend_dev_memory(dev, &free, &total);
+        if (free < model.needed[i]) {
+            err = "device " + model.devices[i] + " has " + std::to_string(free >> 20) + " MiB of memory free, the placement takes " +
+                  std::to_string(model.needed[i] >> 20) + " MiB; end what else uses it" + solve_again(std::to_string(free >> 20) + "M");
+            return false;
         }
     }
     return true;
@@ -87,7 +97,7 @@ bool pinfer_plugin_setup(const pinfer_options & options, std::string & err) {
         return false;
     }
     for (const pinfer_model_options & model : options.models) {
-        if (!memory_check(model, err) || !model_configure(model, err)) {
+        if (!devices_check(model, err) || !model_configure(model, err)) {
             return false;
         }
     }

@@ -9,6 +9,6 @@
 // was. Returns false and writes one line into err.
 bool pinfer_plugin_setup(const pinfer_options & options, std::string & err);
 
-// Where libllama has to put the FFN on layers that it would otherwise put on a GPU; NULL where there is no plugin.
+// Where libllama has to put the FFN; NULL where there is no plugin.
 ggml_backend_buffer_type_t pinfer_plugin_buffer_type(void);
 extern const char * const  pinfer_plugin_tensors;  // regular expression of their names

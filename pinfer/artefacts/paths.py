@@ -5,12 +5,19 @@ native/runner/artefacts.cpp looks for them by the same rules.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import platformdirs
+
 from pinfer.errors import PinferError
+from pinfer.model import Model
+from pinfer.progress import NULL_PROGRESS, Progress
 
 PROFILE = "profile.gguf"
 SAMPLES = "samples/samples.gguf"
@@ -18,6 +25,7 @@ PREDICTOR = "predictor.gguf"
 PLACEMENT = "placement.gguf"
 HOT = "hot.gguf"
 COLD = "cold.gguf"
+_LOCK = ".lock"
 
 # In the model hub's shared cache a model is a link to a file that is called by its hash.
 _HUB_BLOB = re.compile(r"[0-9a-f]{40,}")
@@ -25,10 +33,8 @@ _HUB_BLOB = re.compile(r"[0-9a-f]{40,}")
 
 def pinfer_home() -> Path:
     """``$PINFER_HOME``, else the user's data folder (``$XDG_DATA_HOME/pinfer``, ``~/.local/share/pinfer``)."""
-    if home := os.environ.get("PINFER_HOME"):
-        return Path(home).expanduser()
-    data = os.environ.get("XDG_DATA_HOME")
-    return (Path(data) if data else Path.home() / ".local" / "share") / "pinfer"
+    home = os.environ.get("PINFER_HOME")
+    return Path(home).expanduser() if home else platformdirs.user_data_path("pinfer")
 
 
 def _candidates(model_path: Path, fingerprint: str) -> tuple[Path, ...]:
@@ -79,3 +85,29 @@ def artefact_dir(model_path: Path, fingerprint: str, *, for_writing: bool) -> Pa
     raise PinferError(
         f"cannot write to {' nor to '.join(causes)}", "name a folder that can be written: export PINFER_HOME=FOLDER"
     )
+
+
+@contextmanager
+def writing_to(model: Model, progress: Progress = NULL_PROGRESS) -> Iterator[Path]:
+    """The folder of a model's artefacts, which no other command writes to within the block.
+
+    The lock goes with its process, however that ends. Raises PinferError while another command holds it.
+    """
+    folder = artefact_dir(model.path, model.fingerprint, for_writing=True)
+    if model.path.is_symlink() and folder.parent == model.path.resolve().parent != model.path.absolute().parent:
+        progress.note(f"{model.path} is a link: writing to {folder}, beside the file it names")
+    hint = "name another folder: export PINFER_HOME=FOLDER"
+    try:
+        file = open(folder / _LOCK, "w")  # noqa: SIM115 (closed below)
+    except OSError as error:
+        raise PinferError(f"cannot write to {folder}: {error.strerror or error}", hint) from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise PinferError(
+                f"another pinfer command is writing to {folder}", "wait until it has finished, then run this again"
+            ) from None
+        except OSError as error:
+            raise PinferError(f"cannot lock {folder}: {error.strerror or error}", hint) from None
+        yield folder

@@ -7,14 +7,13 @@ import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
 
 from pinfer.artefacts.artefact import Artefact, ArtefactWriter, open_artefact
 from pinfer.model import Model
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
 
 GROUP = 64
 """Neurons enter the device in groups of this many, so that hot matrices can be cut into blocks."""
@@ -85,8 +84,6 @@ class PlacementFile:
     @classmethod
     def read(cls, path: Path, model: Model) -> Self:
         """Opens and checks placement.gguf. Raises PinferError when it is missing, damaged or of another model."""
-        import numpy as np
-
         file = open_artefact(path, "placement", model)
         device, vram = file.get_str("pinfer.placement.device"), file.get_int("pinfer.placement.vram")
         n_devices = _n_devices(device)
@@ -102,7 +99,9 @@ class PlacementFile:
         try:
             report = json.loads(file.get_str("pinfer.placement.report") or "{}")
         except ValueError:
-            raise file.damaged("its report cannot be read") from None
+            report = None
+        if not isinstance(report, dict):
+            raise file.damaged("its report cannot be read")
         return cls(
             id=file.get_str("pinfer.placement.id"),
             n_hot=n_hot,
@@ -118,8 +117,6 @@ class PlacementFile:
 
     def write(self, path: Path, model: Model, settings: Mapping[str, object]) -> None:
         """Writes placement.gguf, replacing an older one."""
-        import numpy as np
-
         with ArtefactWriter(path, "placement", model, settings) as out:
             out.add_str("pinfer.placement.id", self.id)
             out.add_u32_array("pinfer.placement.n_hot", self.n_hot)

@@ -10,12 +10,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, Self
 
+import numpy as np
+from numpy.typing import NDArray
+
 from pinfer.artefacts.artefact import Artefact, ArtefactWriter, open_artefact
+from pinfer.gguf_io.reader import row_bytes, type_number
+from pinfer.llama import ggml
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
     from pinfer.model import Model
 
 # Types of A and B by the name that --type has for them.
@@ -75,8 +77,8 @@ class PredictorFile:
             artefact,
             kind,
             rank,
-            tuple(float(v) for v in artefact.get_list("pinfer.predictor.recall", model.n_layer)),
-            tuple(float(v) for v in artefact.get_list("pinfer.predictor.candidates", model.n_layer)),
+            _shares(artefact, "pinfer.predictor.recall", model.n_layer),
+            _shares(artefact, "pinfer.predictor.candidates", model.n_layer),
         )
 
     def layer(self, i: int) -> LayerPredictor:
@@ -97,6 +99,13 @@ class PredictorFile:
             return ggml.dequantise(self.artefact.raw(tensor.name), tensor.type, tensor.row_length)
 
         return LayerPredictor(rank, self.recall[i], self.candidates[i], factor("a"), factor("b"), t, kind)
+
+
+def _shares(artefact: Artefact, key: str, n_layer: int) -> tuple[float, ...]:
+    values = artefact.get_list(key, n_layer)
+    if not all(isinstance(value, float) and 0 <= value <= 1 for value in values):
+        raise artefact.damaged(f"its {key} has values outside 0..1")
+    return tuple(values)
 
 
 def _shapes(kind: str, rank: int, model: Model) -> dict[str, tuple[int, ...]]:
@@ -172,46 +181,23 @@ class PredictorWriter:
             return out.n_bytes
 
 
-def row_bytes(length: int, factor_type: str) -> int:
-    """Bytes of one row of a factor."""
-    from gguf import GGMLQuantizationType
-
-    from pinfer.gguf_io.reader import type_size
-
-    block, size = type_size(GGMLQuantizationType[factor_type.upper()])
-    return length // block * size
-
-
 def quantise(rows: NDArray[np.float32], factor_type: str) -> NDArray[Any]:
     """Rows in a factor type, as bytes or half floats."""
-    import numpy as np
-    from gguf import GGMLQuantizationType
-
-    from pinfer.llama import ggml
-
     if factor_type.upper() == "F16":
         return rows.astype(np.float16)
-    kind = GGMLQuantizationType[factor_type.upper()]
-    return ggml.quantise(rows, kind, row_bytes(rows.shape[1], factor_type.lower()))
+    return ggml.quantise(rows, type_number(factor_type), row_bytes(factor_type, rows.shape[1]))
 
 
 def quantised(rows: NDArray[np.float32], factor_type: str) -> NDArray[np.float32]:
     """The values that ``rows`` have once they are stored in a factor type; storing those again changes nothing."""
-    import numpy as np
-    from gguf import GGMLQuantizationType
-
-    from pinfer.llama import ggml
-
     data = quantise(rows, factor_type)
     if factor_type.upper() == "F16":
         return data.astype(np.float32)
-    return ggml.dequantise(data, GGMLQuantizationType[factor_type.upper()], rows.shape[1])
+    return ggml.dequantise(data, type_number(factor_type), rows.shape[1])
 
 
 def packed(levels: NDArray[np.float32], bits: int) -> NDArray[np.uint8]:
     """Odd levels ``[n, length]`` as codes, the first value of a byte in its lowest bits: ``[n, length * bits / 8]``."""
-    import numpy as np
-
     codes = ((levels + (2**bits - 1)) / 2).astype(np.uint8).reshape(len(levels), -1, 8 // bits)
     result: NDArray[np.uint8] = (codes << (np.arange(8 // bits, dtype=np.uint8) * bits)).sum(axis=2, dtype=np.uint8)
     return result
@@ -219,8 +205,6 @@ def packed(levels: NDArray[np.float32], bits: int) -> NDArray[np.uint8]:
 
 def unpacked(codes: NDArray[Any], bits: int) -> NDArray[np.float32]:
     """Levels of codes that ``packed`` has made."""
-    import numpy as np
-
     shifts = np.arange(8 // bits, dtype=np.uint8) * bits
     each = codes.view(np.uint8)[:, :, None] >> shifts & (2**bits - 1)
     levels: NDArray[np.float32] = 2 * each.reshape(len(codes), -1).astype(np.float32) - np.float32(2**bits - 1)

@@ -11,7 +11,8 @@ from pathlib import Path
 from statistics import fmean
 
 from pinfer.artefacts.artefact import open_artefact
-from pinfer.artefacts.shards import ShardFile, row_bytes
+from pinfer.artefacts.shards import ShardFile
+from pinfer.gguf_io.reader import row_bytes
 from pinfer.llama.plugin import Stats
 from pinfer.model import Model, Tensor
 

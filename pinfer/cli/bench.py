@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 def bench(
     choice: Choice,
     compare: Annotated[
-        Literal["dense", "none"], typer.Option("--compare", help="Measure stock libllama too, in turn, or not.")
+        Literal["dense", "none"],
+        typer.Option("--compare", help="Compare with stock libllama (dense), or measure pinfer alone (none)."),
     ] = "dense",
     n_prompt: Annotated[
         str, typer.Option("-p", "--n-prompt", metavar="N[,N]", help="Prompt lengths to test; 0 skips them.")
@@ -53,11 +54,11 @@ def bench(
     n_threads: ThreadsOpt = None,
     n_ctx: Annotated[
         int,
-        typer.Option("-c", "--ctx-size", min=0, metavar="N", help="Context of a sequence; 0: what its test needs."),
+        typer.Option("-c", "--ctx-size", min=0, metavar="N", help="Context per sequence; 0 uses what the test needs."),
     ] = 0,
     n_gpu_layers: LayersOpt = None,
     text: Annotated[
-        Path | None, typer.Option("--text", metavar="FILE", help="Text to take the tokens from. [default: built in]")
+        Path | None, typer.Option("--text", metavar="FILE", help="Text to take the tokens from. [default: built-in]")
     ] = None,
     exact: ExactOpt = False,
     dense: DenseOpt = False,
@@ -71,7 +72,7 @@ def bench(
     ] = "md",
     as_json: Annotated[bool, typer.Option("--json", help="Same as -o json.")] = False,
 ) -> None:
-    """Measure the speed against stock libllama. Both sides run in turn, on the same tokens."""
+    """Compare the speed with stock libllama. Both sides run alternately, on the same tokens."""
     from pinfer import bench as stage
 
     if rpc is not None and compare == "dense" and not dense:
@@ -86,7 +87,7 @@ def bench(
 
 
 def print_bench(report: BenchReport, output: str) -> None:
-    """The measurements as ``md``, ``csv``, ``json`` or ``jsonl``. Notes go to stderr, or into the JSON."""
+    """Print the results as ``md``, ``csv``, ``json`` or ``jsonl``. Notes go to stderr, or into the JSON."""
     if output == "json":
         ui.print_json(report.to_json())
         return
@@ -150,6 +151,6 @@ def _bench_facts(report: BenchReport) -> list[str]:
     if hidden:
         facts.insert(1, "overlap of device and CPU: " + ", ".join(f"{percent(h)} of {n}" for n, h in hidden.items()))
     if report.recall is not None and report.candidates is not None:
-        named = f"{percent(report.candidates)} of the neurons named"
+        named = f"names {percent(report.candidates)} of the neurons"
         facts.insert(1, f"predictor, as trained: recall {percent(report.recall)}, {named}")
     return facts

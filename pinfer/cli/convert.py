@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -50,7 +49,7 @@ def convert(
     from pinfer import convert as stage
 
     if (source is None) == (repo is None):
-        raise typer.BadParameter("name one checkpoint: a folder, or -hf USER/REPO", param_hint="SOURCE")
+        raise typer.BadParameter("pass one checkpoint: a folder, or -hf USER/REPO", param_hint="SOURCE")
     Choice(source, repo=repo, offline=offline).check()
     progress = ui.stderr_progress()
     name = None
@@ -61,11 +60,11 @@ def convert(
     assert source is not None
     report = stage.convert(source, settings(stage.ConvertOptions, locals()), progress)
     ui.print_json(report.to_json()) if as_json else print_convert(report)
-    ui.say(f"next: pinfer profile {shlex.quote(str(report.path))}")
+    ui.say(f"next: {report.next_command}")
 
 
 def print_convert(report: ConvertReport) -> None:
-    """What `pinfer convert` wrote."""
+    """Describe the converted model."""
     threshold = f" above {report.activation_threshold:g}" if report.activation_threshold else ""
     facts = [
         ("architecture", report.arch),
@@ -98,4 +97,4 @@ def _tokenizer(report: ConvertReport) -> str:
         return "as in the source"
     found = report.tokenizer
     kind = found.model if found.pre == "default" else found.pre
-    return f"{kind}, {found.n_tokens:,} tokens; ids of {found.n_strings} texts are those of {found.verified_with}"
+    return f"{kind}, {found.n_tokens:,} tokens; ids of {found.n_strings} texts match {found.verified_with}"

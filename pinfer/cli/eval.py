@@ -53,7 +53,7 @@ def evaluate(
     activation: ActivationOpt = None,
     as_json: JsonOpt = False,
 ) -> None:
-    """Measure the predictor's cost in quality. KL divergence from the dense model, top-1 agreement, perplexity."""
+    """Measure the quality loss of sparse computation: KL divergence from dense, top-1 agreement, perplexity."""
     from pinfer import eval as stage
 
     path = choice.path()
@@ -64,10 +64,10 @@ def evaluate(
 
 
 def print_eval(report: EvalReport) -> None:
-    """What sparse computation costs in quality."""
+    """Print the comparison with dense."""
     against = "stock llama.cpp" if report.reference == "libllama" else "pinfer's own dense computation"
     facts = [
-        ("mode", f"{report.mode}, {report.tokens:,} tokens, against {against}"),
+        ("mode", f"{report.mode}, {report.tokens:,} tokens, compared with {against}"),
         ("perplexity", f"{report.perplexity_sparse:.4f} (dense {report.perplexity_dense:.4f})"),
         ("KL divergence", f"{report.kl_mean:.6f} mean, {report.kl_p99:.6f} at the 99th percentile"),
         ("top-1 agreement", percent(report.top1_agreement)),

@@ -1,4 +1,4 @@
-"""How a command ends: the one line of an error, and the exit code."""
+"""How a command ends: one line for an error, and the exit code."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 
 
 def fail(text: str) -> int:
-    """One line on stderr, behind the traceback where PINFER_DEBUG asks for it; the exit code of an error."""
+    """Print an error as one line on stderr, after its traceback if PINFER_DEBUG is set. Returns the exit code."""
     if os.environ.get("PINFER_DEBUG"):
         import traceback
 
@@ -20,7 +20,7 @@ def fail(text: str) -> int:
 
 
 def wrong_usage(error: typer.TyperException) -> int:
-    """What is wrong with the words that were typed, and where the help is."""
+    """Print what is wrong with the command line, and how to get help. Returns the exit code."""
     context = getattr(error, "ctx", None)
     command = context.command_path if context is not None else "pinfer"
     text = error.format_message()
@@ -32,21 +32,21 @@ def wrong_usage(error: typer.TyperException) -> int:
 
 
 def describe_os_error(error: OSError) -> str:
-    """Cause, file, and what may help."""
+    """Cause, file and remedy."""
     cause = error.strerror or str(error)
     where = f": {os.fsdecode(error.filename)}" if error.filename is not None else ""
     hints = {
         errno.ENOSPC: "; free some space, or set PINFER_HOME to a folder on another disk",
         errno.EDQUOT: "; free some space, or set PINFER_HOME to a folder on another disk",
-        errno.EFBIG: "; free some space, or raise the limit on the size of files (ulimit -f)",
-        errno.EACCES: "; check the rights of that file, or set PINFER_HOME to a folder you can write",
-        errno.EPERM: "; check the rights of that file, or set PINFER_HOME to a folder you can write",
+        errno.EFBIG: "; free some space, or raise the limit on file sizes (ulimit -f)",
+        errno.EACCES: "; check the file's permissions, or set PINFER_HOME to a folder you can write",
+        errno.EPERM: "; check the file's permissions, or set PINFER_HOME to a folder you can write",
         errno.EROFS: "; set PINFER_HOME to a folder you can write",
     }
     return f"{cause}{where}{hints.get(error.errno or 0, '')}"
 
 
 def mute() -> int:
-    """The reader of the pipe has gone: nothing more to say, and the interpreter must not try to at its end either."""
+    """Discard further output, as nothing reads stdout any more; the interpreter would fail to flush it at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 1

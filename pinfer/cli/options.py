@@ -1,4 +1,4 @@
-"""What the commands share: how sizes and counts are written, their flags, the model to work on."""
+"""Shared by the commands: parsing of sizes and counts, the flags, and the choice of the model."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def parse_count(text: str | int) -> int:
 
 
 def parse_list(text: str, option: str) -> tuple[int, ...]:
-    """Numbers in a list like ``1,4,16``; their range is checked where they are used."""
+    """Numbers in a list like ``1,4,16``. The stage checks their range."""
     try:
         return tuple(parse_size(word) for word in text.split(","))
     except typer.BadParameter:
@@ -84,6 +84,13 @@ def parse_layers(text: str | int) -> int:
 
 # --- flags, each declared once; names are llama.cpp's where llama.cpp has one ----------------------------------------
 
+
+def layers_option(text: str) -> Any:
+    """``-ngl``, whose meaning depends on the command."""
+    names = ("-ngl", "--n-gpu-layers", "--gpu-layers")
+    return typer.Option(*names, parser=parse_layers, metavar="N|all", help=text, show_default=False)
+
+
 ModelArg = Annotated[
     Path | None,
     typer.Argument(
@@ -108,20 +115,10 @@ JsonOpt = Annotated[bool, typer.Option("--json", help="Print the report as JSON.
 ThreadsOpt = Annotated[
     int | None, typer.Option("-t", "--threads", help="CPU threads. [default: physical cores]", min=1, metavar="N")
 ]
-LayersOpt = Annotated[
-    int | None,
-    typer.Option(
-        "-ngl",
-        "--n-gpu-layers",
-        "--gpu-layers",
-        parser=parse_layers,
-        metavar="N|all",
-        help="Layers whose attention is on the GPU. [default: as solved]",
-    ),
-]
+LayersOpt = Annotated[int | None, layers_option("Layers whose attention is on the GPU. [default: as solved]")]
 WindowOpt = Annotated[
     int,
-    typer.Option("-c", "--ctx-size", min=0, metavar="N", help="Context in tokens; 0: the model's, at most 2048."),
+    typer.Option("-c", "--ctx-size", min=0, metavar="N", help="Context in tokens; 0 uses the model's, at most 2048."),
 ]
 DatasetOpt = Annotated[
     str, typer.Option("--dataset", metavar="c4|wikitext|FILE|-", help="Text to count activations on; - is stdin.")
@@ -142,6 +139,27 @@ HotDeviceOpt = Annotated[
         "--hot-device", metavar="NAME[,NAME]", help="ggml devices of the hot neurons, or none. [default: as solved]"
     ),
 ]
+VramOpt = Annotated[
+    str | None,
+    typer.Option(
+        "--vram",
+        metavar="SIZE[,SIZE]",
+        help="Device memory to use, like 24G: the total for all devices, or one size for each (8G,4G). "
+        "[default: all that is free]",
+    ),
+]
+ReservedOpt = Annotated[
+    int | None, typer.Option("-c", "--ctx-size", "--ctx", min=1, metavar="N", help="Context to reserve memory for.")
+]
+PlacedOnOpt = Annotated[
+    str | None,
+    typer.Option(
+        "--device",
+        "-dev",
+        metavar="NAME[,NAME]",
+        help="ggml devices; dense layers go to the first. [default: the first GPU]",
+    ),
+]
 RpcOpt = Annotated[
     str | None,
     typer.Option(
@@ -154,9 +172,9 @@ RpcOpt = Annotated[
 ]
 ActivationOpt = Annotated[
     Literal["relu", "relu2", "reglu", "drelu"] | None,
-    typer.Option("--activation", help="What the FFN computes, if the model does not say."),
+    typer.Option("--activation", help="Activation of the FFN, if the model does not name it."),
 ]
-ExactOpt = Annotated[bool, typer.Option("--exact", help="Do not use the predictor: lossless.")]
+ExactOpt = Annotated[bool, typer.Option("--exact", help="Lossless: do not use the predictor.")]
 DenseOpt = Annotated[bool, typer.Option("--dense", help="Use stock libllama, for comparison.")]
 ArtefactsOpt = Annotated[
     Path | None,
@@ -167,20 +185,20 @@ ArtefactsOpt = Annotated[
         help="Folder of the artefacts. [default: where pinfer writes them]",
     ),
 ]
-NoArtefactsOpt = Annotated[bool, typer.Option("--no-artefacts", "--no-artifacts", help="Use the model file alone.")]
+NoArtefactsOpt = Annotated[bool, typer.Option("--no-artefacts", "--no-artifacts", help="Use only the model file.")]
 
 
 # --- from flags to settings -------------------------------------------------------------------------------------------
 
 
 def settings(kind: Callable[..., _Settings], flags: Mapping[str, Any]) -> _Settings:
-    """The options of a stage, a dataclass, from the flags of the same names."""
+    """The options of a stage (a dataclass), filled from the flags with the same names."""
     names = inspect.signature(kind).parameters
     return kind(**{name: flags[name] for name in names if name in flags})
 
 
 def with_model(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Gives a command, whose first parameter is a `Choice`, the flags that choose the model."""
+    """Adds the flags that choose the model to a command whose first parameter is a `Choice`."""
     of_choice = {"model": ModelArg, "flag": ModelOpt, "repo": HubOpt, "offline": OfflineOpt}
     keyword = inspect.Parameter.KEYWORD_ONLY
     added = [
@@ -199,7 +217,7 @@ def with_model(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def use_servers(rpc: str | None) -> None:
-    """Registers the devices of the servers in ``--rpc``, before anything asks for devices."""
+    """Registers the devices of the servers in ``--rpc``. Call it before anything lists devices."""
     if rpc is not None:
         from pinfer.llama.rpc import connect
 
@@ -239,12 +257,12 @@ class Choice:
         return path
 
     def check(self) -> None:
-        """Refuses two models at once. With ``--offline``, keeps everything in this process off the network."""
+        """Raises a usage error for two models. With ``--offline``, keeps this process off the network."""
         named = [str(name) for name in dict.fromkeys((self.model, self.flag, self.repo)) if name is not None]
         if len(named) > 1:
             raise typer.BadParameter(f"two models were given, {named[0]} and {named[1]}", param_hint="MODEL")
         if self.offline:
-            os.environ["HF_HUB_OFFLINE"] = "1"  # data sets come from the hub as well
+            os.environ["HF_HUB_OFFLINE"] = "1"  # also for data sets
 
     def say_next(self, command: str, rest: str = "") -> None:
         """Print the next command to type. It names the model if the user did."""

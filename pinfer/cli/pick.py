@@ -1,7 +1,7 @@
-"""Which model a command works on when MODEL is left out.
+"""Chooses the model of a command if MODEL is left out.
 
 In this order: MODEL as typed, ``$PINFER_MODEL``, the model of the last command in this folder, the only GGUF here.
-The last model of a folder is remembered under ``pinfer_home()``, so that no file appears beside the user's own.
+The last model of a folder is recorded under ``pinfer_home()``, so no file is added to the user's folder.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from pathlib import Path
 from pinfer.artefacts.paths import pinfer_home
 from pinfer.errors import PinferError
 
-NAME_IT = "name one: pinfer COMMAND model.gguf (or set PINFER_MODEL)"
+NAME_IT = "pass one: pinfer COMMAND model.gguf (or set PINFER_MODEL)"
 _GGUF_MAGIC = b"GGUF"
 
 
 @dataclass(frozen=True)
 class Pick:
-    """The model a command works on; ``why`` says how it was found, empty when the user typed it."""
+    """The model of a command. ``why`` tells how it was found; empty if the user typed it."""
 
     path: Path
     why: str = ""

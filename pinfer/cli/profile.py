@@ -15,8 +15,8 @@ from pinfer.cli.options import (
     JsonOpt,
     ThreadsOpt,
     WindowOpt,
+    layers_option,
     parse_count,
-    parse_layers,
     settings,
     with_model,
 )
@@ -41,21 +41,10 @@ def profile(
         typer.Option("--samples", min=0, metavar="N", help="FFN inputs to keep per layer. [default: up to 1 GiB]"),
     ] = None,
     n_threads: ThreadsOpt = None,
-    n_gpu_layers: Annotated[
-        int,
-        typer.Option(
-            "-ngl",
-            "--n-gpu-layers",
-            "--gpu-layers",
-            parser=parse_layers,
-            metavar="N|all",
-            help="Layers on the GPU. [default: 0]",
-            show_default=False,
-        ),
-    ] = 0,
+    n_gpu_layers: Annotated[int, layers_option("Layers on the GPU. [default: 0]")] = 0,
     activation: ActivationOpt = None,
     force: Annotated[
-        bool, typer.Option("--force", help="Count even if the text reads worse with this activation.")
+        bool, typer.Option("--force", help="Profile even if the perplexity contradicts the activation.")
     ] = False,
     as_json: JsonOpt = False,
 ) -> None:
@@ -71,7 +60,7 @@ def profile(
 
 
 def print_profile(report: ProfileReport) -> None:
-    """Active neurons of each layer, and how few of them make most activations."""
+    """Print the share of active neurons per layer, and of those that make most activations."""
     rows = [
         (str(layer.layer), percent(layer.active), percent(layer.most), percent(layer.never)) for layer in report.layers
     ]

@@ -26,7 +26,7 @@ def show(choice: Choice, activation: ActivationOpt = None, as_json: JsonOpt = Fa
 
 
 def print_show(report: ShowReport) -> None:
-    """What the model is, which artefacts it has, and how it will run."""
+    """Print the model, its artefacts and how it will run."""
     ui.print_facts(_facts(report))
     print()
     ui.print_table("", ("part", "size", "share", "types"), _parts(report), left=(0, 3))
@@ -45,22 +45,22 @@ def print_show(report: ShowReport) -> None:
 
 
 def _facts(report: ShowReport) -> list[tuple[str, str]]:
-    """Names and values of what the model is."""
+    """Names and values that describe the model."""
     from pinfer.model import ACTIVATION_KEY
 
-    source = {ACTIVATION_KEY: f"the file's {ACTIVATION_KEY}", "architecture": f"as {report.arch} has it"}
+    source = {ACTIVATION_KEY: f"the file's {ACTIVATION_KEY}", "architecture": f"default of {report.arch}"}
     activation = f"{report.activation} ({source.get(report.activation_source, report.activation_source)})"
     if report.activation_threshold:
         activation += f", above a threshold of {report.activation_threshold:g}"
-    neurons = f"{report.n_ff:,} a layer, {report.n_neurons:,} in all, {'gated' if report.gated else 'not gated'}"
+    neurons = f"{report.n_ff:,} per layer, {report.n_neurons:,} in total, {'gated' if report.gated else 'not gated'}"
     if report.n_expert:
-        neurons = f"{report.n_neurons:,} in all, {report.n_expert} experts"
+        neurons = f"{report.n_neurons:,} in total, {report.n_expert} experts"
     return [
         ("model", str(report.model)),
         ("size", f"{format_bytes(report.size)}, {report.n_params / 1e6:,.1f} M parameters"),
         ("architecture", report.arch),
         ("activation", activation),
-        ("layers", f"{report.n_layer}, {report.n_embd:,} wide"),
+        ("layers", f"{report.n_layer}, width {report.n_embd:,}"),
         ("heads", _heads(report)),
         ("neurons", neurons),
         ("context", f"{report.n_ctx_train:,} tokens in training" if report.n_ctx_train else "unknown"),
@@ -72,12 +72,12 @@ def _heads(report: ShowReport) -> str:
     q, kv = _span(report.n_head), _span(report.n_head_kv)
     width = f"{report.head_dim_k}" + ("" if report.head_dim_k == report.head_dim_v else f" and {report.head_dim_v}")
     if report.n_head == report.n_head_kv:
-        return f"{q}, {width} wide"
-    return f"{q}, and {kv} of keys and values (GQA), {width} wide"
+        return f"{q}, width {width}"
+    return f"{q}, {kv} for keys and values (GQA), width {width}"
 
 
 def _span(values: Sequence[int]) -> str:
-    """``8``, or ``4 to 8`` where layers differ."""
+    """``8``, or ``4 to 8`` if layers differ."""
     low, high = min(values, default=0), max(values, default=0)
     return f"{low}" if low == high else f"{low} to {high}"
 
@@ -101,14 +101,14 @@ def _parts(report: ShowReport) -> list[tuple[str, str, str, str]]:
 
 
 def _types(sizes: Mapping[str, int]) -> str:
-    """Types, with the bytes of each where there are several."""
+    """Types, with the size of each if there are several."""
     if len(sizes) < 2:
         return "".join(sizes)
     return ", ".join(f"{name} {format_bytes(n)}" for name, n in sizes.items())
 
 
 def _artefacts(report: ShowReport) -> list[tuple[str, str, str, str]]:
-    """Rows of the table of artefacts; none where there are none yet."""
+    """Rows of the table of artefacts; empty if there are none."""
     from pinfer.show import ABSENT
 
     if all(a.state == ABSENT for a in report.artefacts):
@@ -117,7 +117,7 @@ def _artefacts(report: ShowReport) -> list[tuple[str, str, str, str]]:
 
 
 def _about(artefact: ArtefactState) -> str:
-    """What an artefact carries, or the command that makes it."""
+    """The contents of an artefact, or the command that makes it."""
     from pinfer.show import ABSENT, FITS
 
     if artefact.state == ABSENT:

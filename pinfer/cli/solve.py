@@ -13,7 +13,10 @@ from pinfer.cli.options import (
     ActivationOpt,
     Choice,
     JsonOpt,
+    PlacedOnOpt,
+    ReservedOpt,
     RpcOpt,
+    VramOpt,
     parse_sizes,
     settings,
     use_servers,
@@ -27,42 +30,24 @@ if TYPE_CHECKING:
 @with_model
 def solve(
     choice: Choice,
-    vram: Annotated[
-        str | None,
-        typer.Option(
-            "--vram",
-            metavar="SIZE[,SIZE]",
-            help="Device memory to use, like 24G: the total for all devices, or one size for each (8G,4G). "
-            "[default: all that is free]",
-        ),
-    ] = None,
-    n_ctx: Annotated[
-        int | None, typer.Option("-c", "--ctx-size", "--ctx", min=1, metavar="N", help="Context to reserve memory for.")
-    ] = None,
+    vram: VramOpt = None,
+    n_ctx: ReservedOpt = None,
     n_batch: Annotated[
         int, typer.Option("-b", "--batch-size", min=1, metavar="N", help="Batch size to reserve memory for.")
     ] = 512,
-    device: Annotated[
-        str | None,
-        typer.Option(
-            "--device",
-            "-dev",
-            metavar="NAME[,NAME]",
-            help="ggml devices; dense layers go to the first. [default: the first GPU]",
-        ),
-    ] = None,
+    device: PlacedOnOpt = None,
     rpc: RpcOpt = None,
     machine: Annotated[
         Path | None, typer.Option("--machine", metavar="FILE", help="Solve for the machine described in this file.")
     ] = None,
     time_limit: Annotated[
         float, typer.Option("--time-limit", min=0.1, metavar="SECONDS", help="Time limit of the solver.")
-    ] = 60.0,
+    ] = 10.0,
     cache_type: Annotated[str, typer.Option("--cache-type", metavar="TYPE", help="Type of the KV cache.")] = "f16",
     activation: ActivationOpt = None,
     as_json: JsonOpt = False,
 ) -> None:
-    """Decide which neurons go to the GPU. Uses the profile and the memory that is free."""
+    """Decide which neurons go to the GPU, from the profile and the free memory."""
     from pinfer import solve as stage
 
     sizes = parse_sizes(vram, "--vram") if vram is not None else None
@@ -75,7 +60,7 @@ def solve(
 
 
 def print_solve(report: SolveReport) -> None:
-    """What goes where, how good that is, and the speed expected of it."""
+    """Print where the neurons go, how good that is, and the expected speed."""
     rows = [(str(layer), f"{n:,}", percent(n / report.n_ff)) for layer, n in enumerate(report.n_hot)]
     rows.append(("whole model", f"{sum(report.n_hot):,}", percent(report.hot_share)))
     ui.print_table("", ("layer", "hot neurons", "share"), rows)
@@ -85,13 +70,13 @@ def print_solve(report: SolveReport) -> None:
     first = report.devices[0].name if report.devices else "a device"
     quality = f"objective {report.objective:.4g}, bound {report.bound:.4g} (gap {percent(report.gap)}), greedy "
     facts = [
-        ("device", f"{report.device}, {format_bytes(used)} of {format_bytes(report.vram)} taken"),
+        ("device", f"{report.device}, {format_bytes(used)} of {format_bytes(report.vram)} used"),
         ("dense layers", f"{report.n_gpu_layers} on {first}, context {report.n_ctx:,}"),
-        ("activations", f"{percent(report.hot_activations)} fall on hot neurons"),
+        ("activations", f"{percent(report.hot_activations)} are of hot neurons"),
         ("solver", f"{report.status} in {report.solver_seconds:.2f} s: {quality}{report.greedy:.4g}"),
         (
             "expected",
-            f"{report.tokens_per_s:.1f} tokens/s; every neuron cold {report.tokens_per_s_cold:.1f}, "
+            f"{report.tokens_per_s:.1f} tokens/s; all neurons cold {report.tokens_per_s_cold:.1f}, "
             f"dense {report.tokens_per_s_dense:.1f}",
         ),
     ]
@@ -100,9 +85,9 @@ def print_solve(report: SolveReport) -> None:
 
 
 def _print_memory(report: SolveReport) -> None:
-    """Device memory by what it is for."""
+    """Print device memory by purpose."""
     devices = report.devices
     rows = [(part.replace("_", " "), *(format_bytes(d.n_bytes[part]) for d in devices)) for part in report.n_bytes]
-    rows.append(("together", *(format_bytes(sum(d.n_bytes.values())) for d in devices)))
+    rows.append(("total", *(format_bytes(sum(d.n_bytes.values())) for d in devices)))
     rows.append(("budget", *(format_bytes(d.vram) for d in devices)))
     ui.print_table("", ("memory", *(d.name for d in devices)), rows)

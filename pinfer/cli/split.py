@@ -27,7 +27,7 @@ def split(
     activation: ActivationOpt = None,
     as_json: JsonOpt = False,
 ) -> None:
-    """Write the hot and cold shards as `solve` placed the neurons."""
+    """Write the hot and cold shards of the placement that `solve` made."""
     from pinfer import split as stage
 
     path = choice.path()
@@ -37,7 +37,7 @@ def split(
 
 
 def print_split(report: SplitReport) -> None:
-    """What is in the shards."""
+    """Print the contents of the shards."""
     types = dict.fromkeys((*report.hot_down_types, *report.cold_down_types))
     facts = [
         ("hot neurons", f"{report.n_hot:,} ({format_bytes(report.hot_bytes)})"),
@@ -45,7 +45,7 @@ def print_split(report: SplitReport) -> None:
         ("ordered by", report.order),
         ("down rows", ", ".join(types)),
         ("speed", f"{format_bytes((report.hot_bytes + report.cold_bytes) / max(report.seconds, 1e-9))}/s"),
-        ("verified", "hot and cold together are the model" if report.verified else "no (use --verify)"),
+        ("verified", "hot and cold together equal the model" if report.verified else "no (use --verify)"),
     ]
     ui.print_facts(facts)
     ui.print_paths(report.hot, report.cold)

@@ -28,7 +28,7 @@ def train(
     activation: ActivationOpt = None,
     as_json: JsonOpt = False,
 ) -> None:
-    """Fit the predictor that names the neurons worth computing. Needs the samples of `profile`."""
+    """Train the predictor of active neurons on the samples that `profile` kept."""
     from pinfer import train as stage
 
     path = choice.path()
@@ -38,7 +38,7 @@ def train(
 
 
 def print_train(report: TrainReport) -> None:
-    """What each layer's predictor names, keeps and costs."""
+    """Print the recall and cost of each layer's predictor."""
 
     def kind(layer: LayerReport) -> str:
         return {"one_bit": "1 bit", "two_bit": "2 bits"}.get(layer.kind, f"rank {layer.rank}" if layer.rank else "none")
@@ -52,5 +52,5 @@ def print_train(report: TrainReport) -> None:
     rows = [row(str(layer.layer), kind(layer), layer) for layer in report.layers]
     rows.append(row("whole model", "", report))
     columns = ("layer", "kind", "recall", "candidates", "active", "cand./active", "predictor", "read per token")
-    ui.print_table(f"learned from {report.n_samples:,} tokens", columns, rows)
+    ui.print_table(f"trained on {report.n_samples:,} tokens", columns, rows)
     ui.print_paths(report.path)

@@ -1,6 +1,6 @@
-"""What the user sees: progress and messages on stderr, tables and JSON on stdout.
+"""Output: progress and messages on stderr, tables and JSON on stdout.
 
-Rich is imported where it draws, so that ``pinfer --help`` does not wait for it.
+Rich is imported inside functions, so that ``pinfer --help`` stays fast.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
-# Without a terminal, a line is printed after this share of the work and at least this many seconds; or after a long
-# silence.
+# Without a terminal, a line is printed after this share of the work and at least this many seconds, or after a longer
+# time without a line.
 _LINE_SHARE = 0.1
 _LINE_SECONDS = 2.0
 _SILENT_SECONDS = 30.0
-# Tables that are piped are not folded to a terminal's width.
+# Width of tables if stdout is not a terminal.
 _PIPE_WIDTH = 200
 
 
@@ -170,13 +170,13 @@ def _show(table: Table) -> None:
     console = Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH, highlight=False, markup=False, emoji=False)
     with console.capture() as captured:
         console.print(table)
-    # Rich adds a margin and pads lines to the table's width; piped or copied text should have neither.
+    # Rich adds a margin and pads lines to the table's width. Remove both for piped and copied text.
     lines = [line.rstrip() for line in captured.get().splitlines()]
     print(textwrap.dedent("\n".join(line for line in lines if line)))
 
 
 def print_paths(*paths: Path | None) -> None:
-    """The files that were written, one line each on stderr."""
+    """Print the written files, one line each on stderr."""
     for path in paths:
         if path is not None:
             say(f"wrote {path} ({format_bytes(path.stat().st_size)})")

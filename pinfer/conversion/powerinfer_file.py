@@ -1,8 +1,8 @@
 """PowerInfer's model files (``*.powerinfer.gguf``): what is in them, and the GGUF that libllama opens.
 
-Such a file is GGUF but for its first four bytes, of the shape that llama.cpp wrote in 2023. It holds the down matrices
-transposed, so that a neuron is a row of every FFN matrix, and per layer the two matrices of a predictor
-(powerinfer_predictor.py). The bytes of every other tensor go over as they are.
+Such a file is GGUF except for its first four bytes, with the keys llama.cpp wrote in 2023. Its down matrices are
+transposed, so that a neuron is a row of every FFN matrix, and each layer has the two matrices of a predictor
+(powerinfer_predictor.py). All other tensors are copied byte for byte.
 """
 
 from __future__ import annotations
@@ -12,16 +12,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import numpy as np
+from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter
+from numpy.typing import NDArray
 
 from pinfer.conversion.plan import ConvertPlan, PlannedTensor
 from pinfer.errors import PinferError
-from pinfer.gguf_io.reader import GgufError, GgufFile, Tensor, read_gguf
-
-if TYPE_CHECKING:
-    import numpy as np
-    from gguf import GGUFWriter
-    from numpy.typing import NDArray
+from pinfer.gguf_io.reader import GgufError, GgufFile, Tensor, read_gguf, type_size
+from pinfer.llama import ggml
 
 MAGIC = b"PWRI"
 SPARSE_THRESHOLD_KEY = "powerinfer.sparse_threshold"
@@ -32,27 +31,27 @@ _BLOCK = 32
 # Columns of a transposed down matrix that are float32 at a time, a multiple of _BLOCK.
 _CHUNK_COLUMNS = 256
 
-# OPT's files do not say what its layer norms add to the variance; its own code has this.
+# OPT's files have no epsilon for the layer norms; this is the one in OPT's code.
 _OPT_NORM_EPSILON = 1e-5
-# OPT counts positions from 2 on: the first rows of its table belong to none.
+# OPT counts positions from 2 on: the first rows of its table are not used.
 _OPT_OFFSET = 2
 _OPT_BOS = "</s>"
 
 _LAYER = re.compile(r"blk\.(\d+)\.(.+)")
 _LEFT_OUT = re.compile(r"rope_freqs\.weight|blk\.\d+\.(attn_rot_embd|fc1|fc2)\.weight")
-"""frequencies that follow from the metadata, and the predictor"""
+"""frequencies, which follow from the metadata, and the predictor"""
 
 
 @dataclass(frozen=True)
 class _Architecture:
-    """What one of PowerInfer's architectures becomes, and the tensors it has by the names of the result."""
+    """What one of PowerInfer's architectures becomes, and its tensors by their new names."""
 
     becomes: str
     activation: str
     pre_tokenizer: str
-    """of BPE vocabularies, whose files say theirs only since 2024"""
+    """of BPE vocabularies; files from before 2024 do not name theirs"""
     outside: frozenset[str]
-    """needed tensors outside the layers; ``output.weight`` may come on top"""
+    """needed tensors outside the layers; ``output.weight`` is optional"""
     needed: frozenset[str]
     """needed tensors of a layer"""
     optional: frozenset[str] = frozenset()
@@ -92,7 +91,7 @@ _ARCHITECTURES = {
 
 
 def is_powerinfer(path: Path) -> bool:
-    """Whether ``path`` is a file that begins as PowerInfer's do."""
+    """Whether ``path`` is a file with PowerInfer's first four bytes."""
     try:
         with open(path, "rb") as file:
             return file.read(len(MAGIC)) == MAGIC
@@ -114,12 +113,12 @@ class PowerInferFile:
 
     @property
     def sparse_threshold(self) -> float:
-        """The score from which on PowerInfer computes a neuron."""
+        """PowerInfer computes a neuron if its score exceeds this."""
         value = self.gguf.get(SPARSE_THRESHOLD_KEY)
         return float(value) if isinstance(value, int | float) else 0.0
 
     def predictor_rank(self, layer: int) -> int:
-        """Hidden neurons of a layer's predictor, 0 where it has none."""
+        """Hidden neurons of a layer's predictor; 0 if it has none."""
         fc1 = self.gguf.tensors.get(f"blk.{layer}.fc1.weight")
         return fc1.n_rows if fc1 else 0
 
@@ -129,13 +128,11 @@ class PowerInferFile:
         return fc1, fc2
 
     def _float(self, tensor: Tensor) -> NDArray[np.float32]:
-        from pinfer.llama import ggml
-
         return ggml.dequantise(self.gguf.raw(tensor), tensor.type, tensor.row_length)
 
 
 def open_powerinfer(path: Path) -> PowerInferFile:
-    """Reads and checks the header of a PowerInfer file. Raises PinferError for all that is none, or not whole."""
+    """Reads and checks the header of a PowerInfer file. Raises PinferError for other and for damaged files."""
     try:
         gguf = read_gguf(path, MAGIC)
         file = _describe(path, gguf)
@@ -152,6 +149,8 @@ def _describe(path: Path, gguf: GgufFile) -> PowerInferFile:
     if arch not in _ARCHITECTURES:
         raise GgufError(f"its architecture is {arch!r} ({', '.join(_ARCHITECTURES)} are known)")
     n_layer, n_embd = (_count(gguf, f"{arch}.{key}") for key in ("block_count", "embedding_length"))
+    if n_layer > len(gguf.tensors):
+        raise GgufError(f"it has {len(gguf.tensors)} tensors for {n_layer} layers")
     up = gguf.tensors.get("blk.0.ffn_up.weight")
     if up is None:
         raise GgufError("it has no tensor blk.0.ffn_up.weight")
@@ -161,12 +160,12 @@ def _describe(path: Path, gguf: GgufFile) -> PowerInferFile:
 def _count(gguf: GgufFile, key: str) -> int:
     value = gguf.get(key)
     if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 1 << 24:
-        raise GgufError(f"its {key} is {'missing' if value is None else 'no number that makes sense'}")
+        raise GgufError(f"its {key} is {'missing' if value is None else 'not valid'}")
     return value
 
 
 def _check_predictor(file: PowerInferFile) -> None:
-    """Each layer has both matrices or none, and they fit."""
+    """Each layer has both matrices or none, in the right shapes."""
     for layer in range(file.n_layer):
         rank = file.predictor_rank(layer)
         for name, shape in (("fc1", (file.n_embd, rank)), ("fc2", (rank, file.n_ff))):
@@ -192,7 +191,7 @@ def plan_powerinfer(path: Path) -> ConvertPlan:
         activation=architecture.activation,
         add_metadata=lambda out: _add_metadata(file, architecture.becomes, values, out),
         tensors=tensors,
-        notes=() if any(ranks) else (f"{path.name} holds no predictor",),
+        notes=() if any(ranks) else (f"{path.name} has no predictor",),
         settings={
             "source_format": "powerinfer",
             "source_architecture": file.arch,
@@ -203,7 +202,7 @@ def plan_powerinfer(path: Path) -> ConvertPlan:
 
 
 def _plan_tensors(file: PowerInferFile, architecture: _Architecture) -> list[PlannedTensor]:
-    """In the file's order, so that it is read from its beginning to its end."""
+    """In the file's order, so that it is read from beginning to end."""
     planned: list[PlannedTensor] = []
     for tensor in file.gguf.tensors.values():
         if _LEFT_OUT.fullmatch(tensor.name):
@@ -227,20 +226,21 @@ def _check_names(file: PowerInferFile, architecture: _Architecture, names: list[
         else:
             fits = name in known
         if not fits:
-            raise GgufError(f"it has a tensor {name}, which {file.arch} has not")
+            raise GgufError(f"it has a tensor {name}, which {file.arch} models do not have")
     layers = (f"blk.{layer}.{name}" for layer in range(file.n_layer) for name in sorted(architecture.needed))
+    present = set(names)
     for name in (*sorted(architecture.outside), *layers):
-        if name not in names:
+        if name not in present:
             raise GgufError(f"it has no tensor {name}")
-    if len(set(names)) < len(names):
+    if len(present) < len(names):
         raise GgufError("it has a matrix both as it is and transposed")
 
 
 def _plan_one(file: PowerInferFile, tensor: Tensor) -> PlannedTensor:
-    """A tensor as it is, or the transpose of a transposed down matrix."""
+    """A tensor as it is, or a transposed down matrix turned back."""
     _check_shape(file, tensor)
     if not tensor.name.endswith("ffn_down_t.weight"):
-        # A down bias is filed under the matrix's name, in the files of OPT.
+        # In OPT's files the down bias is named after the transposed matrix.
         return _as_it_is(tensor.name.replace("ffn_down_t", "ffn_down"), tensor, partial(_raw, file, tensor))
     type_name = _down_type(tensor)
     return PlannedTensor(
@@ -257,7 +257,7 @@ def _as_it_is(name: str, tensor: Tensor, raw: Callable[[], NDArray[np.uint8]]) -
 
 
 def _check_shape(file: PowerInferFile, tensor: Tensor) -> None:
-    """FFN matrices decide what pinfer computes; other shapes are checked by libllama, which knows its graphs."""
+    """Checks FFN matrices, which pinfer computes; libllama checks all others against its graph."""
     shapes = {
         "ffn_gate.weight": (file.n_embd, file.n_ff),
         "ffn_up.weight": (file.n_embd, file.n_ff),
@@ -276,14 +276,12 @@ def _raw(file: PowerInferFile, tensor: Tensor) -> NDArray[np.uint8]:
 
 
 def _down_type(tensor: Tensor) -> str:
-    """Plain numbers keep their type. Blocks do not survive a transposition, so their values are quantised anew.
+    """The type of a down matrix that is turned back: plain numbers keep theirs, blocks have to be quantised again.
 
-    To Q8_0: a file of models/tiny-reglu.gguf in Q4_0 has a KL divergence of 0.04 from the model it was made of. To
-    that the conversion adds 0.0003 with Q8_0, most of it what rounding FFN activations, as any type but F32 does,
-    comes to by itself (F16: 0.0002), and 0.003 with Q4_0, which changes the most likely token in one place of twenty.
+    Q8_0 is used because, for models/tiny-reglu.gguf in Q4_0 with a KL divergence of 0.04 from its original, it adds
+    0.0003, most of it from rounding FFN activations (F16 adds 0.0002). Q4_0 would add 0.003 and change the most likely
+    token at one position in twenty.
     """
-    from pinfer.llama import ggml
-
     if tensor.type_name in ("F32", "F16"):
         return tensor.type_name
     if not ggml.can_dequantise(tensor.type):
@@ -292,13 +290,7 @@ def _down_type(tensor: Tensor) -> str:
 
 
 def _transposed(file: PowerInferFile, tensor: Tensor, type_name: str) -> NDArray[np.uint8]:
-    """The bytes of the transpose of a matrix, some of its columns at a time."""
-    import numpy as np
-    from gguf import GGMLQuantizationType
-
-    from pinfer.gguf_io.reader import type_size
-    from pinfer.llama import ggml
-
+    """The bytes of the transpose of a matrix, computed some columns at a time."""
     source = _raw(file, tensor)
     if type_name == tensor.type_name:
         return np.ascontiguousarray(file.gguf.array(tensor).T).view(np.uint8)
@@ -316,7 +308,7 @@ def _transposed(file: PowerInferFile, tensor: Tensor, type_name: str) -> NDArray
 
 
 def _plan_opt(file: PowerInferFile, tensor: Tensor) -> Iterator[PlannedTensor]:
-    """The gpt2 graph wants one matrix for query, key and value, and positions from the first row on."""
+    """The gpt2 graph needs one matrix for query, key and value, and positions from the first row on."""
     match = re.fullmatch(r"(blk\.\d+\.)attn_([qkv])(\.weight|\.bias)", tensor.name)
     if tensor.name == "position_embd.weight":
         skipped = _offset_rows(tensor)
@@ -335,7 +327,7 @@ def _plan_opt(file: PowerInferFile, tensor: Tensor) -> Iterator[PlannedTensor]:
 
 
 def _offset_rows(positions: Tensor) -> int:
-    """Rows of the position table that belong to no position: the context is a power of two, and they come on top."""
+    """Unused rows of the position table: those it has beyond a power of two, which the context is."""
     n = positions.n_rows
     return 0 if n <= _OPT_OFFSET or n & (n - 1) == 0 else _OPT_OFFSET
 
@@ -347,14 +339,12 @@ def _needed(gguf: GgufFile, name: str) -> Tensor:
 
 
 def _fused(file: PowerInferFile, name: str, parts: list[Tensor]) -> PlannedTensor:
-    """Matrices or biases one below the other."""
+    """Matrices or biases concatenated along their rows."""
     first = parts[0]
     if any((t.type, t.shape) != (first.type, first.shape) for t in parts):
         raise GgufError(f"its {', '.join(t.name for t in parts)} differ in shape or type")
 
     def raw() -> NDArray[np.uint8]:
-        import numpy as np
-
         file.gguf.release()
         return np.concatenate([file.gguf.raw(t) for t in parts], axis=1 if len(first.shape) == 1 else 0)
 
@@ -368,24 +358,20 @@ def _fused(file: PowerInferFile, name: str, parts: list[Tensor]) -> PlannedTenso
 
 
 def _missing_biases(file: PowerInferFile, architecture: _Architecture, names: set[str]) -> Iterator[PlannedTensor]:
-    """Zeros for the biases that the graph adds and a model without them has not."""
-    import numpy as np
-
+    """Zeros for biases that the graph adds and the model lacks."""
     lengths = {"attn_qkv.bias": 3 * file.n_embd, "ffn_up.bias": file.n_ff}
     wanted = [f"blk.{i}.{name}" for i in range(file.n_layer) for name in sorted(architecture.needed)]
     for name in (*wanted, "output_norm.bias"):
-        # Where the matrix is missing as well, that is the error to name.
+        # If the matrix is missing as well, that is the error to report.
         if not name.endswith(".bias") or name in names or name.replace(".bias", ".weight") not in names:
             continue
-        length = lengths.get(name.split(".", 2)[-1], file.n_embd)
-        zeros = np.zeros((1, 4 * length), dtype=np.uint8)
-        yield PlannedTensor(name, (length,), 0, raw=zeros.copy, type_name="F32")
+        yield PlannedTensor.constant(name, lengths.get(name.split(".", 2)[-1], file.n_embd), 0.0)
 
 
 def _values(
     file: PowerInferFile, architecture: _Architecture, tensors: dict[str, PlannedTensor]
 ) -> dict[str, str | int | float | bool]:
-    """Metadata that libllama wants today, and which differs from the file's or is missing in it."""
+    """Metadata that libllama needs today and that the file lacks or has differently."""
     gguf, to = file.gguf, architecture.becomes
     model = gguf.get("tokenizer.ggml.model")
     if not isinstance(model, str) or not gguf.count("tokenizer.ggml.tokens"):
@@ -408,7 +394,7 @@ def _values(
 
 
 def _opt_beginning(gguf: GgufFile) -> dict[str, int | bool]:
-    """OPT's texts begin with ``</s>``; without being told, libllama would put nothing before them."""
+    """OPT's texts begin with ``</s>``; without these keys libllama puts nothing before them."""
     values: dict[str, int | bool] = {}
     if "tokenizer.ggml.bos_token_id" not in gguf:
         tokens = gguf.get("tokenizer.ggml.tokens")
@@ -430,9 +416,7 @@ _NOT_COPIED = (
 
 
 def _add_metadata(file: PowerInferFile, to: str, values: dict[str, str | int | float | bool], out: GGUFWriter) -> None:
-    """The file's own keys, those of its architecture under the new name, and what is missing or otherwise."""
-    from gguf import GGUFValueType
-
+    """The file's keys, those of its architecture renamed, and ``values``, which override them."""
     keys = file.gguf.keys()
     for key in keys:
         prefix, _, rest = key.partition(".")

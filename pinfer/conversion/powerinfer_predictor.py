@@ -1,55 +1,73 @@
 """The predictors of a PowerInfer file become predictor.gguf of the model that was converted from it.
 
-PowerInfer scores the neurons of a layer by fc2·relu(fc1·x) from what goes into the layer's norm; the plugin sees what
-comes out of it. relu(c v) = c relu(v) for every c > 0, so a factor that a token has to itself changes no sign of a
-score, and what is left to undo is:
+PowerInfer scores the neurons of a layer by fc2·relu(fc1·x), where x is the input of the layer's norm; the plugin sees
+the norm's output y. relu(c v) = c relu(v) for every c > 0, so a positive factor per token changes no sign of a score.
+What is left to undo is:
 
 - RMS norm, y = w x / rms(x): fc1·x is rms(x) times fc1·diag(1/w)·y. Exact.
 - Layer norm, y = w (x - mean) / deviation + b: fc1·x is the deviation times
-  fc1·diag(1/w)·(y - b) + (mean / deviation) fc1·1. What stands there besides y is constant but for the mean over the
-  deviation, which no one can tell from y: one number for it is found per layer. A constant needs no bias of its own,
-  for (y - b) / w sums to 0, so that the sum of y / w is the same for every token.
+  fc1·diag(1/w)·(y - b) + (mean / deviation) fc1·1. Everything besides y is constant except the mean over the deviation,
+  which y does not tell; one value for it is fitted per layer. A constant needs no bias of its own: (y - b) / w sums
+  to 0, so the sum of y / w is the same for every token.
 
-Thresholds are then found on samples of the converted model like those of `pinfer train`. Where a layer's predictor,
-brought to the recall asked for, costs more than it saves, the layer gets what `pinfer train` would give it.
+Thresholds are then found on samples of the converted model, as in `pinfer train`. A layer whose predictor costs more
+than it saves at the wanted recall gets what `pinfer train` would give it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pinfer.artefacts.predictor import LayerPredictor, PredictorWriter, quantised, row_bytes
+import numpy as np
+from numpy.typing import NDArray
+
+from pinfer.artefacts import paths
+from pinfer.artefacts.predictor import LayerPredictor, PredictorWriter, quantised
 from pinfer.artefacts.profile import SamplesFile
 from pinfer.conversion.powerinfer_file import PowerInferFile, open_powerinfer
 from pinfer.errors import PinferError
+from pinfer.gguf_io.reader import row_bytes
+from pinfer.interrupt import interruptible
 from pinfer.model import Model, dequantize, open_model
 from pinfer.predictors.data import HeldBack, LayerData, parts
 from pinfer.predictors.thresholds import calibrate, one_threshold
+from pinfer.profile import ProfileOptions, profile
 from pinfer.progress import NULL_PROGRESS, Progress
-from pinfer.train import MIN_SAMPLES, Fitted, LayerReport, TrainOptions, exact_cost, fit_layer, scores, tested
+from pinfer.train import (
+    MIN_SAMPLES,
+    Fitted,
+    LayerReport,
+    TrainOptions,
+    TrainReport,
+    exact_cost,
+    fit_layer,
+    scores,
+    summary,
+    tested,
+)
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
     from pinfer.predictors.data import Matrix
 
 # Values in a block of quantised factors; ranks are multiples of it.
 _BLOCK = 32
 
-# Samples on which thresholds are found, and on which, and on how many neurons, means are compared.
+# Samples for finding thresholds; samples and neurons for comparing means.
 _CALIBRATION_SAMPLES = 2048
 _SEARCH_SAMPLES = 256
 _SEARCH_NEURONS = 2048
 
-# What is tried for the mean of a layer norm's input over its deviation.
+# Below this a recall says little: one token more or less moves it by 0.1 % and more.
+_ENOUGH_TOKENS = 1000
+
+# Candidates for the mean of a layer norm's input over its deviation.
 _MEANS = (0.0, 0.02, -0.02, 0.05, -0.05, 0.1, -0.1, 0.2, -0.2, 0.4, -0.4)
 
-# Relative rounding error of the types A is stored in. A constant that is made of inputs is no better than they are.
+# Relative rounding error of the types A is stored in, which limits a constant that is made of inputs.
 _ROUNDING = {"f16": 2.0**-12, "q8_0": 2.0**-8}
 
 # A float32 for each neuron.
@@ -58,67 +76,64 @@ _THRESHOLD_BYTES = 4
 
 @dataclass(frozen=True)
 class ImportOptions:
-    """What thresholds are found on, where `pinfer profile` has left no samples of the model, and the recall."""
+    """The text for finding thresholds, used if there are no samples by `pinfer profile`, and the wanted recall."""
 
     dataset: str = "wikitext"
     n_tokens: int = 8192
     recall: float = 0.995
     n_threads: int | None = None
-    keep: bool = False  # the file's predictor, even where it costs more than it saves
+    keep: bool = False  # the file's predictor even if it costs more than it saves
 
 
 @dataclass(frozen=True)
-class ImportedLayer:
-    """What became of one layer's predictor; recalls are shares of what neurons that are named in time make up."""
+class ImportedLayer(LayerReport):
+    """What became of one layer's predictor, with recalls as shares."""
 
-    layer: int
     imported: bool
-    """False: the file's predictor did not pay, and this is what `pinfer train` makes"""
-    kind: str
-    rank: int
-    recall: float
-    """of the activation mass"""
+    """False: the file has none or it costs more than it saves, and this is what `pinfer train` makes"""
     recall_active: float
-    """of the neurons that fire"""
-    candidates: float
-    active: float
+    """of the active neurons; ``recall`` is of the activation mass"""
     sign_recall: float | None
-    """of the activation mass at threshold 0, PowerInfer's own rule unless the file names another; None: no predictor"""
+    """``recall`` at threshold 0, PowerInfer's own rule; None: the file has no predictor for this layer"""
     sign_recall_active: float | None
     sign_candidates: float | None
-    predictor_bytes: int
-    expected_bytes: float
-    exact_bytes: float
 
 
 @dataclass(frozen=True)
-class ImportReport:
-    """What was imported, and where it was written; shares are means over the layers."""
+class ImportReport(TrainReport):
+    """What was imported and where it was written. Shares are means over the layers."""
 
-    path: Path
+    layers: tuple[ImportedLayer, ...]
     source: Path
     corpus: str
     """the text it was measured on"""
-    n_samples: int
+    n_test: int
+    """tokens that the recalls and candidates were measured on, kept apart from those of the thresholds"""
     n_imported: int
     """layers that kept the file's predictor"""
     sparse_threshold: float
-    """the score from which on PowerInfer computes a neuron, in its own units"""
-    predictor_bytes: int
-    recall: float
+    """PowerInfer computes a neuron if its score exceeds this"""
     recall_active: float
-    candidates: float
-    active: float
     sign_recall: float | None
     sign_recall_active: float | None
     sign_candidates: float | None
-    expected_bytes: float
-    exact_bytes: float
-    layers: tuple[ImportedLayer, ...]
 
     def to_json(self) -> dict[str, object]:
         """The report as plain JSON values."""
-        return {**asdict(self), "path": str(self.path), "source": str(self.source)}
+        return {**super().to_json(), "source": str(self.source)}
+
+    def notes(self) -> list[str]:
+        """How many layers were imported, and how much text the measured recall rests on; a line each."""
+        n, n_none = len(self.layers), sum(layer.sign_recall is None for layer in self.layers)
+        imported = f"predictors of {self.n_imported} of {n} layers were imported"
+        if n_new := n - self.n_imported:
+            causes = [f"{n_none} had none in the file"] if n_none else []
+            causes += [f"{n_new - n_none} would cost more than they save"] if n_new > n_none else []
+            imported += f", {n_new} were replaced with new ones ({', '.join(causes)})"
+        measured = f"recall was measured on {self.n_test} tokens of {self.corpus}"
+        if self.n_test < _ENOUGH_TOKENS:
+            measured += ", too few to rely on; convert with a longer text: --dataset c4|wikitext|FILE"
+        return [imported, measured]
 
 
 def has_predictor(source: Path) -> bool:
@@ -130,29 +145,32 @@ def has_predictor(source: Path) -> bool:
 def import_predictor(
     source: Path, model_path: Path, options: ImportOptions, progress: Progress = NULL_PROGRESS
 ) -> ImportReport:
-    """Write predictor.gguf of ``model_path``, which was converted from ``source``, and say how well it predicts.
+    """Writes predictor.gguf of ``model_path``, which was converted from ``source``, and reports how well it predicts.
 
-    Samples of the model are those of `pinfer profile`; where there are none, the model is profiled here. Raises
-    PinferError when the file holds no predictor, is not what the model was made from, or the text cannot be had.
+    Uses the samples of `pinfer profile`; if there are none, the model is profiled here. Raises PinferError if the file
+    has no predictor, if the model was not made from it, or if the text cannot be read.
     """
-    from pinfer.artefacts import paths
-
     if not 0 < options.recall <= 1:
-        raise PinferError(f"a recall of {options.recall} makes no sense", "use --recall 0.995, at most 1")
+        raise PinferError(f"{options.recall} is not a valid recall", "use --recall 0.995, at most 1")
     file, model = open_powerinfer(source), open_model(model_path)
     _check(file, model)
     samples, corpus = _samples(model, options, progress)
-    path = paths.artefact_dir(model.path, model.fingerprint, for_writing=True) / paths.PREDICTOR
     train = TrainOptions(recall=options.recall, type="f16" if model.n_embd % _BLOCK else "q4_0")
     layers: list[ImportedLayer] = []
-    with PredictorWriter(path, train.type) as writer, progress.task("predictor", model.n_layer, "layers") as advance:
+    with (
+        paths.writing_to(model, progress) as folder,
+        PredictorWriter(folder / paths.PREDICTOR, train.type) as writer,
+        progress.task("predictor", model.n_layer, "layers") as advance,
+    ):
         for layer in range(model.n_layer):
-            data = LayerData.read(model, layer, samples)
-            layers.append(_import_layer(file, model, layer, data, train, options.keep, writer))
+            work = partial(_import_layer, file, model, layer, samples, train, options.keep)
+            predictor, report = interruptible(work)
+            writer.add(predictor)
+            layers.append(report)
             advance(1)
         settings = {**asdict(options), "command": "convert", "source": source.name, "n_samples": samples.n_samples}
         n_bytes = writer.finish(model, settings)
-    return _report(path, file, corpus, samples.n_samples, n_bytes, layers)
+    return _report(folder / paths.PREDICTOR, file, corpus, samples.n_samples, n_bytes, layers)
 
 
 def _check(file: PowerInferFile, model: Model) -> None:
@@ -163,23 +181,22 @@ def _check(file: PowerInferFile, model: Model) -> None:
         )
     if not any(file.predictor_rank(layer) for layer in range(file.n_layer)):
         raise PinferError(
-            f"{file.path} holds no predictor", f"make one: pinfer profile {model.path}; pinfer train {model.path}"
+            f"{file.path} has no predictor", f"make one: pinfer profile {model.path}; pinfer train {model.path}"
         )
 
 
 def _samples(model: Model, options: ImportOptions, progress: Progress) -> tuple[SamplesFile, str]:
-    """The samples of the model, and the name of their text; profiles the model where there are too few."""
-    from pinfer.artefacts import paths
-    from pinfer.profile import ProfileOptions, profile
-
+    """The samples of the model and the name of their text. Profiles the model if there are too few."""
     path = paths.artefact_dir(model.path, model.fingerprint, for_writing=False) / paths.SAMPLES
     if path.exists():
         samples = SamplesFile.read(path, model)
         if samples.n_samples >= MIN_SAMPLES:
             return samples, str(samples.artefact.settings.get("dataset", ""))
-    # PowerInfer computes nothing but ReLU, so that what its models claim needs no check.
+    # PowerInfer computes only ReLU, so the activation of its models need not be checked.
     settings = ProfileOptions(options.dataset, options.n_tokens, n_threads=options.n_threads, force=True)
     profiled = profile(model.path, settings, progress)
+    if profiled.interrupted:  # alone it keeps what was counted; here Ctrl-C is meant for the whole command
+        raise KeyboardInterrupt
     if profiled.n_samples < MIN_SAMPLES or profiled.samples_path is None:
         raise PinferError(
             f"{profiled.corpus} gave {profiled.n_samples} samples, too few to measure a predictor on",
@@ -189,64 +206,40 @@ def _samples(model: Model, options: ImportOptions, progress: Progress) -> tuple[
 
 
 def _import_layer(
-    file: PowerInferFile,
-    model: Model,
-    layer: int,
-    data: LayerData,
-    options: TrainOptions,
-    keep: bool,
-    writer: PredictorWriter,
-) -> ImportedLayer:
+    file: PowerInferFile, model: Model, layer: int, samples: SamplesFile, options: TrainOptions, keep: bool
+) -> tuple[LayerPredictor, ImportedLayer]:
+    data = LayerData.read(model, layer, samples)
     _, calibration, test = parts(len(data.x))
     fitted = None
     pays = False
     if file.predictor_rank(layer):
-        # Nothing is fitted but the thresholds, so they get the samples of the fit as well.
+        # Only the thresholds are fitted, so they get the samples of the fit as well.
         held = HeldBack.of(data, slice(max(0, calibration.stop - _CALIBRATION_SAMPLES), calibration.stop))
         fitted = _fit(Rebased.of(file, model, layer), data, held, options.recall)
         pays = keep or fitted.cost(data, held) < exact_cost(data, held)
-        del held  # at large widths there is not room for both
+        del held  # at large widths there is no memory for both
     held = HeldBack.of(data, test)
     predictor, report = tested(data, layer, fitted, held) if fitted and pays else fit_layer(data, layer, options)
-    writer.add(predictor)
     by_sign = scores(fitted.a, fitted.b, held.x, "mlp") > 0 if fitted else None
-    return _layer_report(report, pays, _recall_active(held, _named(predictor, held)), held, by_sign)
+    return predictor, ImportedLayer(
+        **vars(report),
+        imported=pays,
+        recall_active=_recall_active(held, _named(predictor, held)),
+        sign_recall=None if by_sign is None else held.recall(by_sign),
+        sign_recall_active=None if by_sign is None else _recall_active(held, by_sign),
+        sign_candidates=None if by_sign is None else float(by_sign.mean()),
+    )
 
 
 def _named(predictor: LayerPredictor, held: HeldBack) -> NDArray[np.bool_]:
-    """The candidates ``[n, n_ff]``, all neurons where there is no predictor."""
-    import numpy as np
-
+    """The candidates ``[n, n_ff]``; without a predictor, all neurons."""
     if predictor.b is None or predictor.t is None:
         return np.ones(held.mass.shape, dtype=bool)
     return scores(predictor.a, predictor.b, held.x, predictor.kind) > predictor.t
 
 
-def _layer_report(
-    report: LayerReport, imported: bool, recall_active: float, held: HeldBack, by_sign: NDArray[np.bool_] | None
-) -> ImportedLayer:
-    return ImportedLayer(
-        layer=report.layer,
-        imported=imported,
-        kind=report.kind,
-        rank=report.rank,
-        recall=report.recall,
-        recall_active=recall_active,
-        candidates=report.candidates,
-        active=report.active,
-        sign_recall=None if by_sign is None else held.recall(by_sign),
-        sign_recall_active=None if by_sign is None else _recall_active(held, by_sign),
-        sign_candidates=None if by_sign is None else float(by_sign.mean()),
-        predictor_bytes=report.predictor_bytes,
-        expected_bytes=report.expected_bytes,
-        exact_bytes=report.exact_bytes,
-    )
-
-
 def _recall_active(held: HeldBack, named: NDArray[np.bool_]) -> float:
-    """Share of the neurons that fire which are named."""
-    import numpy as np
-
+    """Share of the active neurons that are among the candidates ``named``."""
     fired = held.mass > 0
     n = int(np.count_nonzero(fired))
     return int(np.count_nonzero(fired & named)) / n if n else 1.0
@@ -255,38 +248,29 @@ def _recall_active(held: HeldBack, named: NDArray[np.bool_]) -> float:
 def _report(
     path: Path, file: PowerInferFile, corpus: str, n_samples: int, n_bytes: int, layers: list[ImportedLayer]
 ) -> ImportReport:
-    def mean(values: Iterator[float | None]) -> float:
-        known = [value for value in values if value is not None]
+    def mean(name: str) -> float:
+        known = [value for layer in layers if (value := getattr(layer, name)) is not None]
         return math.fsum(known) / len(known)
 
     return ImportReport(
-        path=path,
+        **vars(summary(path, n_samples, n_bytes, list(layers))),
         source=file.path,
         corpus=corpus,
-        n_samples=n_samples,
+        n_test=len(range(*parts(n_samples)[2].indices(n_samples))),
         n_imported=sum(layer.imported for layer in layers),
         sparse_threshold=file.sparse_threshold,
-        predictor_bytes=n_bytes,
-        recall=mean(layer.recall for layer in layers),
-        recall_active=mean(layer.recall_active for layer in layers),
-        candidates=mean(layer.candidates for layer in layers),
-        active=mean(layer.active for layer in layers),
-        sign_recall=mean(layer.sign_recall for layer in layers),
-        sign_recall_active=mean(layer.sign_recall_active for layer in layers),
-        sign_candidates=mean(layer.sign_candidates for layer in layers),
-        expected_bytes=math.fsum(layer.expected_bytes for layer in layers),
-        exact_bytes=math.fsum(layer.exact_bytes for layer in layers),
-        layers=tuple(layers),
+        recall_active=mean("recall_active"),
+        sign_recall=mean("sign_recall"),
+        sign_recall_active=mean("sign_recall_active"),
+        sign_candidates=mean("sign_candidates"),
     )
 
 
 def without_scale(fc1: Matrix, weight: Matrix) -> Matrix:
-    """fc1·diag(1/w): what a norm with weight ``w`` ``[n_embd]`` has multiplied into its output is undone in ``fc1``.
+    """fc1·diag(1/w) ``[rank, n_embd]``: undoes the multiplication by a norm's ``weight`` ``[n_embd]``.
 
-    An input that the norm multiplies by 0 has left no trace, and takes no part.
+    Inputs that the norm multiplies by 0 are lost and get zeros.
     """
-    import numpy as np
-
     kept = weight != 0
     return np.where(kept, fc1 / np.where(kept, weight, np.float32(1)), np.float32(0)).astype(np.float32)
 
@@ -294,11 +278,9 @@ def without_scale(fc1: Matrix, weight: Matrix) -> Matrix:
 def constant(weight: Matrix, bias: Matrix, rounding: float) -> Matrix:
     """v ``[n_embd]`` with v·y = 1 for every output y of the layer norm with ``weight`` and ``bias`` ``[n_embd]``.
 
-    v is a multiple of 1/w, since the sum of y / w is always that of b / w. Where that sum is small against what the
-    rounding of v makes of it, v is shortened, down to nothing where there is no bias.
+    v is a multiple of 1/w, because the sum of y / w is always that of b / w. Where that sum is small against the error
+    from rounding v, v is made shorter; without a bias it is zero.
     """
-    import numpy as np
-
     kept = weight != 0
     inverse = np.where(kept, 1 / np.where(kept, weight, np.float32(1)), np.float32(0)).astype(np.float64)
     offset = bias * inverse
@@ -311,7 +293,7 @@ def constant(weight: Matrix, bias: Matrix, rounding: float) -> Matrix:
 
 @dataclass(frozen=True)
 class Rebased:
-    """A layer's predictor on the plugin's inputs, for each value of the mean over the deviation."""
+    """A layer's predictor for the plugin's inputs, as a function of the mean over the deviation."""
 
     a: Matrix
     """fc1·diag(1/w) ``[rank, n_embd]``"""
@@ -319,24 +301,22 @@ class Rebased:
     """fc2 ``[n_ff, rank]``, as it is stored"""
     types: tuple[str, str]
     fixed: Matrix | None
-    """``[rank]``: what is to be added to A·y, None for an RMS norm"""
+    """``[rank]``: what to add to A·y; None for an RMS norm"""
     ones: Matrix
-    """``[rank]``: what a unit of the mean adds"""
+    """``[rank]``: what to add for each unit of the mean"""
     constant: Matrix
     """``[n_embd]``: its product with y is 1"""
 
     @staticmethod
     def of(file: PowerInferFile, model: Model, layer: int) -> Rebased:
         """From the file's predictor and the norm before the model's FFN."""
-        import numpy as np
-
         fc1, fc2 = file.predictor(layer)
         name = f"blk.{layer}.attn_norm" if model.arch == "falcon" else f"blk.{layer}.ffn_norm"
         tensors = model.gguf.tensors
         weight = dequantize(model, tensors[f"{name}.weight"]).reshape(-1)
         is_quantised = file.gguf.tensors[f"blk.{layer}.fc1.weight"].type_name not in ("F32", "F16")
         has_bias = f"{name}.bias" in tensors
-        # A constant is a difference of large sums, for which eight bits are too few.
+        # A constant is a difference of large sums, which needs more than eight bits.
         a_type = "q8_0" if is_quantised and not has_bias and model.n_embd % _BLOCK == 0 else "f16"
         types = a_type, "q4_0" if is_quantised else "f16"
         spare = -len(fc1) % _BLOCK
@@ -350,9 +330,7 @@ class Rebased:
         return Rebased(a, b, types, -(a @ bias), np.pad(fc1.sum(axis=1), (0, spare)), v)
 
     def first(self, mean: float) -> Matrix:
-        """A as it is stored, ``[rank, n_embd]``: of a size that half floats hold, which changes no sign."""
-        import numpy as np
-
+        """A as it is stored, ``[rank, n_embd]``, scaled into the range of half floats, which changes no sign."""
         a = self.a
         if self.fixed is not None:
             a = a + np.outer(self.fixed + np.float32(mean) * self.ones, self.constant)
@@ -363,8 +341,8 @@ def _fit(rebased: Rebased, data: LayerData, held: HeldBack, recall: float) -> Fi
     """The predictor with the thresholds that keep ``recall`` on ``held``, and with the best mean."""
     n_ff, n_embd = data.weight.shape
     rank = len(rebased.a)
-    n_bytes = rank * row_bytes(n_embd, rebased.types[0])
-    n_bytes += n_ff * (row_bytes(rank, rebased.types[1]) + _THRESHOLD_BYTES)
+    n_bytes = rank * row_bytes(rebased.types[0], n_embd)
+    n_bytes += n_ff * (row_bytes(rebased.types[1], rank) + _THRESHOLD_BYTES)
 
     def fit(mean: float, b: Matrix, part: LayerData, on: HeldBack) -> Fitted:
         a = rebased.first(mean)
@@ -380,8 +358,6 @@ def _fit(rebased: Rebased, data: LayerData, held: HeldBack, recall: float) -> Fi
 
 
 def _thresholds(found: Matrix, held: HeldBack, data: LayerData, recall: float) -> Matrix:
-    """Whichever names fewer neurons: a price for each one's share of the output, or one threshold for all."""
-    import numpy as np
-
+    """Thresholds per neuron by its share of the output, or one for all, whichever gives fewer candidates."""
     single = np.full(found.shape[1], one_threshold(found, held, recall), np.float32)
     return min((calibrate(found, held, data, recall), single), key=lambda t: int(np.count_nonzero(found > t)))

@@ -137,7 +137,11 @@ def _llama3_factors(checkpoint: Checkpoint, rope: Mapping[str, Any], n_dims: int
     """What each frequency is divided by: 1 for short waves, ``factor`` for long ones, a ramp between them."""
     keys = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
     factor, low, high, context = (checkpoint.number(k, default=d, among=rope) for k, d in keys.items())
+    if low >= high:
+        raise PinferError(
+            f"config.json of {checkpoint.folder} has low_freq_factor {low:g} and high_freq_factor {high:g}",
+            DOWNLOAD_AGAIN,
+        )
     waves = 2 * math.pi * rope_theta(checkpoint) ** (np.arange(0, n_dims, 2, dtype=np.float64) / n_dims)
-    with np.errstate(divide="ignore", invalid="ignore"):  # low = high is refused by the caller
-        ramp = np.clip((context / waves - low) / (high - low), 0.0, 1.0)
-        return (1.0 / ((1.0 - ramp) / factor + ramp)).astype(np.float32)
+    ramp = np.clip((context / waves - low) / (high - low), 0.0, 1.0)
+    return (1.0 / ((1.0 - ramp) / factor + ramp)).astype(np.float32)

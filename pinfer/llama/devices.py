@@ -204,3 +204,11 @@ def measure_bandwidth(device: str, n_threads: int, n_bytes: int, sync_seconds: f
         for _ in range(5 if first < 0.1 else 2):
             best = min(best, product.run())
     return 2 * n_columns * n_rows / max(best - sync_seconds, best / 2)
+
+
+def measure_throughput(device: str, n_threads: int) -> float:
+    """Floating-point operations per second of a product with a whole batch, as prompts and profiling do them."""
+    n, n_tokens = 4096, 256
+    with closing(_Product(device, n_threads, n, n, n_tokens)) as product:
+        best = min(product.run() for _ in range(3))
+    return 2.0 * n * n * n_tokens / best

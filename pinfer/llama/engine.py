@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -60,8 +60,9 @@ class PluginConfig:
 class Engine:
     """A loaded model with one context and one sequence; a context manager that frees both at the end.
 
-    ``plugin=None`` gives stock libllama, even in a process that has loaded the plugin. The plugin has one configuration
-    per process, so keep one engine open at a time.
+    ``plugin=None`` gives stock libllama, even in a process that has loaded the plugin. Engines of several models may be
+    open at the same time, each with its own plugin settings. Two engines of one model need the same settings; a second one
+    with others is refused.
     """
 
     def __init__(
@@ -89,7 +90,8 @@ class Engine:
         self._f32_attention = f32_attention
         self._n_threads = n_threads or physical_cores()
         self._hot_devices = plugin.device if plugin is not None and plugin.hot else None
-        _configure_plugin(model_path, plugin)
+        configure_plugin(model_path, plugin)
+        self._configured: Path | None = model_path
         from llama_cpp import llama_cpp as llama
 
         self._llama = llama
@@ -242,6 +244,43 @@ class Engine:
             raise PinferError(_why_not_decoded(status))
         self.n_past += len(tokens)
 
+    def piece(self, token: int) -> bytes:
+        """The bytes of one token, which may end in the middle of a character."""
+        text = ctypes.create_string_buffer(256)
+        n = self._llama.llama_token_to_piece(self._vocab, token, text, len(text), 0, False)
+        return text.raw[: max(n, 0)]
+
+    def sample(self, tokens: Sequence[int], n_tokens: int, *, temperature: float = 0.0, seed: int = 0) -> Iterator[int]:
+        """Continue ``tokens`` from an empty sequence: at most ``n_tokens`` ids, without the end token.
+
+        Temperature 0 is greedy; above it, llama.cpp's default top-k, top-p and min-p apply.
+        """
+        llama = self._llama
+        chain = llama.llama_sampler_chain_init(llama.llama_sampler_chain_default_params())
+        try:
+            samplers = [llama.llama_sampler_init_greedy()]
+            if temperature > 0:
+                samplers = [
+                    llama.llama_sampler_init_top_k(40),
+                    llama.llama_sampler_init_top_p(0.95, 1),
+                    llama.llama_sampler_init_min_p(0.05, 1),
+                    llama.llama_sampler_init_temp(temperature),
+                    llama.llama_sampler_init_dist(seed),
+                ]
+            for sampler in samplers:
+                llama.llama_sampler_chain_add(chain, sampler)
+            self.clear()
+            step = list(tokens)
+            for _ in range(n_tokens):
+                self.decode(step)
+                token = int(llama.llama_sampler_sample(chain, self._context, -1))
+                if self.is_end(token):
+                    return
+                yield token
+                step = [token]
+        finally:
+            llama.llama_sampler_free(chain)
+
     def generate(self, tokens: Sequence[int], n_tokens: int) -> list[int]:
         """Greedy continuation of ``tokens`` from an empty sequence: at most ``n_tokens`` ids, up to the end token."""
         self.clear()
@@ -264,11 +303,14 @@ class Engine:
             self._context = None
 
     def close(self) -> None:
-        """Free the context and the model. Safe to call twice."""
+        """Free the context, the model, and its part of the plugin: its counters are gone. Safe to call twice."""
         self._close_context()
         if self._model:
             self._llama.llama_model_free(self._model)
             self._model = None
+        if self._configured is not None and native.is_loaded():
+            native.load_plugin().release(self._configured)
+        self._configured = None
 
     def __enter__(self) -> Self:
         return self
@@ -295,14 +337,14 @@ def require_loadable(path: Path) -> None:
     llama.llama_model_free(model)
 
 
-def _configure_plugin(model_path: Path, config: PluginConfig | None) -> None:
+def configure_plugin(model_path: Path, config: PluginConfig | None) -> None:
     if config is None:
-        # Once loaded, the plugin's device stays in the process: it has to be told to keep out of the way.
+        # Once loaded, the plugin's device stays in the process: it has to be told to keep out of this model's way.
         if native.is_loaded():
-            native.load_plugin().configure(activation="other")
+            native.load_plugin().configure(model_path, activation="other")
         return
     native.load_plugin().configure(
-        model=model_path,
+        model_path,
         predictor=config.predictor,
         hot=config.hot,
         cold=config.cold,

@@ -10,6 +10,7 @@ from pinfer.errors import PinferError
 from pinfer.llama.devices import list_devices
 from pinfer.model import Model
 from pinfer.placement.compute_buffers import Layout, count_compute_bytes
+from pinfer.placement.integer_program import Room
 from pinfer.placement.machine import HotDevice, Machine, choose_devices, probe, read_machine
 from pinfer.placement.model_bytes import DensePart, compute_bytes, fit_dense, hot_buffers
 from pinfer.progress import NULL_PROGRESS, Progress
@@ -18,6 +19,7 @@ _DEFAULT_CTX = 4096
 # Left free where no --vram is given: what drivers and other programs take between now and the run.
 _MARGIN_BYTES = 256 << 20
 _MARGIN_SHARE = 0.04
+_MOST_BYTES = 1 << 60
 # A card assumed where --vram is given on a machine without one; only a prediction hangs on it.
 _ASSUMED_BANDWIDTH = 5e11
 _ASSUMED_SYNC = 5e-5
@@ -34,7 +36,7 @@ class SolveOptions:
     device: str | None = None
     """names, separated by commas; dense layers go to the first"""
     machine: Path | None = None
-    time_limit: float = 60.0
+    time_limit: float = 10.0
     activation: str | None = None
     cache_type: str = "f16"
 
@@ -64,10 +66,6 @@ class DeviceBudget:
         """Bytes for hot neurons and their buffers."""
         overheads = self.device.overhead * (2 if self.dense.n_gpu_layers else 1)
         return max(0, self.vram - self.dense.total - overheads)
-
-    def left(self, model: Model, n_hot: int) -> int:
-        """Bytes for hot neurons when no layer gets more than ``n_hot`` of them here."""
-        return max(0, self.room - hot_buffers(model, n_hot))
 
     def parts(self, model: Model, n_hot: int, hot_bytes: int) -> dict[str, int]:
         """Bytes by what they are for, with ``hot_bytes`` of neurons of which no layer has more than ``n_hot``."""
@@ -99,6 +97,12 @@ class Budget:
     @property
     def n_gpu_layers(self) -> int:
         return self.devices[0].dense.n_gpu_layers if self.devices else 0
+
+    def rooms(self, model: Model, group: int) -> tuple[Room, ...]:
+        """The memory of each device for hot neurons, placed in groups of ``group``."""
+        per_group = hot_buffers(model, 2 * group) - hot_buffers(model, group)
+        fixed = hot_buffers(model, group) - per_group
+        return tuple(Room(device.room, fixed, per_group) for device in self.devices)
 
     def without_dense(self) -> Budget:
         """The same memory, all of it for hot neurons."""
@@ -143,6 +147,8 @@ def _machine_and_vram(
         progress.note("no GPU here: every neuron stays on the CPU")
         return machine, (), False
     vram = _shares(machine.devices, options.vram_list)
+    if max(vram) >= _MOST_BYTES:
+        raise PinferError(f"--vram asks for {max(vram) / 2**30:.3g} GiB", "give the size in bytes, or like 24G")
     for device, asked in zip(machine.devices, vram, strict=True):
         if device.own_memory and device.memory_total and asked > device.memory_total:
             has = f"{device.name} has {device.memory_total / 2**30:.1f} GiB"

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
 
 from pinfer.artefacts.shards import DownTypes, cold_neuron_bytes, hot_neuron_bytes
 from pinfer.model import Model
 from pinfer.placement.machine import Machine
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)
@@ -39,8 +37,6 @@ class LayerCost:
 
     def least_groups(self, device: int) -> int:
         """C_l,d: the fewest groups that a device does sooner than the CPU, synchronisation included; 0 if none."""
-        import numpy as np
-
         pays = self.cpu[0] - self.cpu >= self.devices[device]
         pays[0] = False
         return int(np.argmax(pays)) if pays.any() else 0
@@ -51,8 +47,6 @@ class LayerCost:
         The devices and the CPU work at the same time, so the best time of a layer is the smallest T in which the CPU
         does what is left by the devices after each has done as many groups as it can within T.
         """
-        import numpy as np
-
         if not self.devices:
             return ()
         # The n-th of all these times is when n groups are done, whichever devices do them.
@@ -81,8 +75,6 @@ def layer_cost(
     group: int,
 ) -> LayerCost:
     """``frequency`` is ``[n_ff]``, falling: how often each neuron fires per token, in the order of placement."""
-    import numpy as np
-
     first_matrix = model.ffn[layer].gate if model.gated else model.ffn[layer].up
     assert first_matrix is not None
     first = first_matrix.row_bytes

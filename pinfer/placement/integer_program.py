@@ -1,30 +1,39 @@
 """The integer program of placement (PowerInfer, section 6.3), a pure function of arrays.
 
-Neurons enter a device in groups of 64 of similar impact, most important first, so a layer's share of a device is one
-number, and what a layer brings depends on the sum of them alone. What is maximised is the impact on the devices,
-subject to the memory of each, and per layer and device either nothing or at least C_l,d groups: fewer do not pay for
-the synchronisation. Because impact falls within a layer, its first groups are one yes-or-no block, and the rest follows
-a concave curve; that keeps the program small. Long layers are cut into at most 128 bins.
+Neurons are placed in groups of 64 of similar impact, the most important first, so a layer's share of a device is one
+number, and what a layer brings depends only on the sum of them over the devices. The program maximises the impact on
+the devices within the memory of each; a layer has either no groups on a device or at least C_l,d: fewer do not pay for
+the synchronisation. Impact falls within a layer, so its sum is concave and is described by tangents.
+
+The buffers of a device grow with its largest layer. The linear relaxation weighs that too: it says how large the
+largest layer should be and bounds every placement. The integer program then runs with that size fixed, which takes it
+seconds instead of minutes (docs/budget.md).
 """
 
 from __future__ import annotations
 
+import ctypes
+import os
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from pinfer.errors import PinferError
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-    from scipy.optimize import LinearConstraint
-    from scipy.sparse import csr_array
+    from scipy.optimize import OptimizeResult
 
-MAX_BINS = 128
-_EXACT = 2048
-"""up to this many variables, the groups themselves are integers; above, one group may be lost to rounding"""
+MAX_TANGENTS = 64
+_EXACT_GROUPS = 512
+"""up to this many groups in all layers the optimum itself is found; above, one within ``_GAP`` of it"""
+_GAP = 1e-3
+_TOLERANCE = 4e-6
+"""share of a budget that the solver may overstep and still call it kept"""
 
 Counts = tuple[tuple[int, ...], ...]
 """groups per layer and device"""
@@ -40,7 +49,20 @@ class Layer:
     least: tuple[int, ...]
     """C_l,d per device: this many groups or none, at least 1"""
     most: tuple[int, ...]
-    """per device: more groups than this would make it the slower side"""
+    """per device: with more groups than this it would be the slower side"""
+    most_alone: tuple[int, ...] = ()
+    """the same where the other devices have no memory left for this layer; ``most`` if empty"""
+
+
+@dataclass(frozen=True)
+class Room:
+    """The memory of one device for hot neurons and their buffers, in bytes."""
+
+    budget: int
+    fixed: int = 0
+    """buffers that any hot neuron needs"""
+    per_group: int = 0
+    """buffers for each group of the largest layer"""
 
 
 @dataclass(frozen=True)
@@ -62,356 +84,267 @@ class Placed:
         return max(0.0, (self.bound - self.objective) / self.bound) if self.bound > 0 else 0.0
 
 
-def place(layers: Sequence[Layer], budgets: Sequence[int], time_limit: float = 60.0) -> Placed:
+def place(layers: Sequence[Layer], rooms: Sequence[Room], time_limit: float = 10.0) -> Placed:
     """Chooses the number of groups of each layer on each device.
 
-    ``budgets`` are bytes per device. Raises PinferError when the solver comes back with nothing.
+    Raises PinferError when the solver comes back with nothing.
     """
     start = time.monotonic()
-    state = _State(layers, budgets)
-    status = "optimal"
-    solved = state.nothing()
-    if state.pairs:
-        solved, status = _solve(state, time_limit)
-    baseline = state.greedy()
-    # Which layers are on is the hard part; bins and rounding can cost a few groups, which the refilled one gets back.
-    refilled = state.refilled(solved)
-    for candidate in (solved, refilled):
-        state.fill(candidate)
-    best = max((solved, refilled, baseline), key=state.impact)
-    objective = state.impact(best)
+    instance = _Instance(layers, rooms)
+    bound, largest = _relaxed(instance, time_limit)
+    most = np.minimum(instance.most, largest)
+    counts, status = _solved(instance, most, largest, time_limit)
+    baseline = instance.greedy(most, largest)
+    # The largest layer may come out smaller than allowed, and a device may do more where the others are full.
+    for limit in (instance.most, instance.most_alone):
+        instance.fill(counts, limit)
+    best = max((counts, baseline), key=instance.impact)
+    objective = instance.impact(best)
     return Placed(
-        n_groups=_frozen(best),
+        n_groups=_as_counts(best),
         objective=objective,
-        bound=max(objective, state.bound()),
-        greedy=state.impact(baseline),
+        bound=max(objective, bound),
+        greedy=instance.impact(baseline),
         status=status,
         seconds=time.monotonic() - start,
     )
 
 
-def place_greedily(layers: Sequence[Layer], budgets: Sequence[int]) -> Counts:
-    """A placement in no time, some per cent below the best one: to compare budgets with each other."""
-    state = _State(layers, budgets)
-    counts = state.greedy()
-    state.fill(counts)
-    return _frozen(counts)
+def place_greedily(layers: Sequence[Layer], rooms: Sequence[Room]) -> Counts:
+    """A placement in no time, a little below the best one."""
+    instance = _Instance(layers, rooms)
+    counts = instance.greedy(instance.most, instance.n_groups.max() * np.ones(len(rooms), np.int64))
+    instance.fill(counts, instance.most)
+    return _as_counts(counts)
 
 
-def top_up(placed: Placed, layers: Sequence[Layer], budgets: Sequence[int]) -> Placed:
-    """What more fits when budgets have grown since; ``layers`` may allow fewer groups than before, not fewer than
-    there are."""
-    state = _State(layers, budgets)
-    counts = [list(n) for n in placed.n_groups]
-    state.fill(counts)
-    objective = state.impact(counts)
-    bound = max(objective, placed.bound, state.bound())
-    return replace(placed, n_groups=_frozen(counts), objective=objective, bound=bound)
+_Groups = NDArray[np.int64]
+"""``[n_layers, n_devices]``, or one number per layer or device"""
 
 
-def _frozen(counts: _Counts) -> Counts:
-    return tuple(tuple(n) for n in counts)
+def _as_counts(groups: _Groups) -> Counts:
+    return tuple(tuple(row) for row in groups.tolist())
 
 
-_Counts = list[list[int]]
+class _Instance:
+    """Layers and devices as arrays, and what can be asked of groups per layer and device."""
 
-
-@dataclass(frozen=True)
-class _Step:
-    """Groups that may be added to a layer on a device at once."""
-
-    layer: int
-    device: int
-    n_groups: int
-    price: int
-    gain: float
-
-
-class _State:
-    """Layers and budgets, and what can be asked of groups per layer and device."""
-
-    def __init__(self, layers: Sequence[Layer], budgets: Sequence[int]) -> None:
-        import numpy as np
-
-        self.layers = layers
-        self.budgets = list(budgets)
+    def __init__(self, layers: Sequence[Layer], rooms: Sequence[Room]) -> None:
+        shape = len(layers), len(rooms)
+        self.n_groups = np.array([len(layer.impact) for layer in layers])
+        self.impacts = np.zeros((len(layers), int(self.n_groups.max())))
+        for row, layer in zip(self.impacts, layers, strict=True):
+            row[: len(layer.impact)] = layer.impact
         # Impact of the first n groups of each layer, from n = 0 on.
-        self.prefix = [np.concatenate([[0.0], np.cumsum(layer.impact)]) for layer in layers]
-        self.pairs = [(i, d) for i in range(len(layers)) for d in range(len(budgets)) if self._can_enter(i, d)]
-        self._usable = set(self.pairs)
+        self.prefix = np.pad(self.impacts.cumsum(axis=1), ((0, 0), (1, 0)))
+        self.group_bytes = np.array([layer.group_bytes for layer in layers])
+        self.budget = np.array([room.budget for room in rooms], dtype=np.int64)
+        self.fixed = np.array([room.fixed for room in rooms], dtype=np.int64)
+        self.per_group = np.array([room.per_group for room in rooms], dtype=np.int64)
+        self.least = np.array([layer.least for layer in layers], dtype=np.int64).reshape(shape)
+        most = np.array([layer.most for layer in layers], dtype=np.int64).reshape(shape)
+        alone = np.array([layer.most_alone or layer.most for layer in layers], dtype=np.int64).reshape(shape)
+        needed = self.fixed + self.least * (self.group_bytes[:, None] + self.per_group)
+        fits = (self.least <= most) & (self.least <= self.n_groups[:, None]) & (needed <= self.budget)
+        self.most = np.where(fits, np.minimum(most, self.n_groups[:, None]), 0)
+        self.most_alone = np.where(fits, np.minimum(np.maximum(most, alone), self.n_groups[:, None]), 0)
 
-    def _can_enter(self, i: int, d: int) -> bool:
-        layer = self.layers[i]
-        least = layer.least[d]
-        return 1 <= least <= min(layer.most[d], len(layer.impact)) and least * layer.group_bytes <= self.budgets[d]
+    def impact(self, counts: _Groups) -> float:
+        return float(np.take_along_axis(self.prefix, counts.sum(axis=1, keepdims=True), axis=1).sum())
 
-    def nothing(self) -> _Counts:
-        return [[0] * len(self.budgets) for _ in self.layers]
-
-    def impact(self, counts: _Counts) -> float:
-        return float(sum(prefix[sum(n)] for prefix, n in zip(self.prefix, counts, strict=True)))
-
-    def left(self, counts: _Counts) -> list[int]:
+    def left(self, counts: _Groups) -> _Groups:
         """Bytes that each device has left; negative where its budget is exceeded."""
-        taken = [
-            sum(layer.group_bytes * n[d] for layer, n in zip(self.layers, counts, strict=True))
-            for d in range(len(self.budgets))
-        ]
-        return [budget - used for budget, used in zip(self.budgets, taken, strict=True)]
+        largest = counts.max(axis=0)
+        buffers: _Groups = np.where(largest > 0, self.fixed + self.per_group * largest, 0)
+        left: _Groups = self.budget - buffers - (self.group_bytes[:, None] * counts).sum(axis=0)
+        return left
 
-    def shrink(self, counts: _Counts) -> None:
-        """Takes groups away until every limit is kept to the byte: the solver keeps them within its tolerance only."""
-        for i, layer in enumerate(self.layers):
-            for d in reversed(range(len(self.budgets))):
-                excess = sum(counts[i]) - len(layer.impact)
-                if excess > 0:
-                    counts[i][d] = n if (n := counts[i][d] - excess) >= layer.least[d] else 0
-        for d, left in enumerate(self.left(counts)):
-            while left < 0:
-                left += self._drop(counts, d)
+    def allows(self, counts: _Groups) -> bool:
+        """Whether every limit is kept."""
+        in_range = (counts == 0) | (counts >= self.least) & (counts <= self.most)
+        return bool(in_range.all() and (counts.sum(axis=1) <= self.n_groups).all() and (self.left(counts) >= 0).all())
 
-    def _drop(self, counts: _Counts, d: int) -> int:
-        """Takes the least important group from a device, or a layer where none has more than its least; the bytes."""
-        steps = []
-        for i, layer in enumerate(self.layers):
-            n, total = counts[i][d], sum(counts[i])
-            away = 1 if n > layer.least[d] else n
-            if n:
-                loss = float(self.prefix[i][total] - self.prefix[i][total - away])
-                steps.append((away > 1 or n <= layer.least[d], loss, i, away))
-        _, _, i, away = min(steps)
-        counts[i][d] -= away
-        return away * self.layers[i].group_bytes
-
-    def refilled(self, on: _Counts) -> _Counts:
-        """The least counts where ``on`` has any, then other groups there by impact per byte."""
-        counts = self.nothing()
-        for i, layer in enumerate(self.layers):
-            for d, n in enumerate(on[i]):
-                if n and sum(counts[i]) + layer.least[d] <= len(layer.impact):
-                    counts[i][d] = layer.least[d]
-        most = [
-            [m if n else 0 for m, n in zip(layer.most, some, strict=True)]
-            for layer, some in zip(self.layers, counts, strict=True)
-        ]
-        self._by_density(counts, most)
-        return counts
-
-    def greedy(self) -> _Counts:
-        """The baseline: groups by impact per byte while they fit, then without the layers that got too few."""
-        counts = self.nothing()
-        most = [
-            [m if (i, d) in self._usable else 0 for d, m in enumerate(layer.most)]
-            for i, layer in enumerate(self.layers)
-        ]
-        self._by_density(counts, most)
-        return [
-            [n if n >= least else 0 for n, least in zip(some, layer.least, strict=True)]
-            for some, layer in zip(counts, self.layers, strict=True)
-        ]
-
-    def _by_density(self, counts: _Counts, most: _Counts) -> None:
-        """Adds groups in the order of their impact per byte, each to the first device that has room for it."""
-        import numpy as np
-
-        left = self.left(counts)
-        rest = [layer.impact[sum(n) :] for layer, n in zip(self.layers, counts, strict=True)]
-        density = np.concatenate([groups / layer.group_bytes for layer, groups in zip(self.layers, rest, strict=True)])
-        owner = np.repeat(np.arange(len(rest)), [len(groups) for groups in rest])
-        smallest = min(layer.group_bytes for layer in self.layers)
-        for i in owner[np.argsort(-density, kind="stable")].tolist():
-            size = self.layers[i].group_bytes
+    def greedy(self, most: _Groups, largest: _Groups) -> _Groups:
+        """The baseline: groups by impact per byte, each on the first device with room, while they fit; then without
+        the layers that got too few. Buffers are kept free for a largest layer of this size."""
+        counts = np.zeros_like(most)
+        left = (self.budget - self.fixed - self.per_group * largest).tolist()
+        density = self.impacts / self.group_bytes[:, None]
+        smallest = self.group_bytes.min()
+        for i in np.argsort(-density, axis=None, kind="stable") // density.shape[1]:
             for d, room in enumerate(left):
-                if counts[i][d] < most[i][d] and size <= room:
-                    counts[i][d] += 1
-                    left[d] -= size
+                if counts[i, d] < most[i, d] and self.group_bytes[i] <= room:
+                    counts[i, d] += 1
+                    left[d] -= self.group_bytes[i]
                     break
             else:
                 if max(left, default=0) < smallest:
-                    return
+                    break
+        return np.where(counts < self.least, 0, counts)
 
-    def fill(self, counts: _Counts) -> None:
-        """Uses what rounding left of the budgets, the most important group or layer first."""
-        left = self.left(counts)
-        while steps := [step for i, d in self.pairs if (step := self._step(counts, i, d, left[d])) is not None]:
-            best = max(steps, key=lambda step: step.gain)
-            counts[best.layer][best.device] += best.n_groups
-            left[best.device] -= best.price
+    def fill(self, counts: _Groups, most: _Groups) -> None:
+        """Uses what is left of the budgets, by impact per byte: one group more, or the least of a layer."""
+        while counts.size:
+            total, largest = counts.sum(axis=1, keepdims=True), counts.max(axis=0)
+            more = np.where(counts > 0, 1, self.least)
+            buffers = self.per_group * np.maximum(0, counts + more - largest) + np.where(largest > 0, 0, self.fixed)
+            price = more * self.group_bytes[:, None] + buffers
+            allowed = (counts + more <= most) & (total + more <= self.n_groups[:, None]) & (price <= self.left(counts))
+            after = np.minimum(total + more, self.prefix.shape[1] - 1)
+            gain = np.take_along_axis(self.prefix, after, axis=1) - np.take_along_axis(self.prefix, total, axis=1)
+            worth = np.where(allowed, gain / price, 0.0)
+            best = np.unravel_index(int(worth.argmax()), worth.shape)
+            if not worth[best] > 0:
+                return
+            counts[best] += more[best]
 
-    def _step(self, counts: _Counts, i: int, d: int, room: int) -> _Step | None:
-        """The smallest step up of a layer on a device, None where it cannot be taken or brings nothing."""
-        layer, n, total = self.layers[i], counts[i][d], sum(counts[i])
-        more = 1 if n else layer.least[d]
-        price = more * layer.group_bytes
-        if n + more > layer.most[d] or total + more > len(layer.impact) or price > room:
-            return None
-        gain = float(self.prefix[i][total + more] - self.prefix[i][total])
-        return _Step(i, d, more, price, gain) if gain > 0 else None
 
-    def bound(self) -> float:
-        """The Lagrangian bound of all devices taken as one: for any price p per byte, p times the budget + the best
-        each layer can do at that price."""
-        import numpy as np
+def _relaxed(instance: _Instance, time_limit: float) -> tuple[float, _Groups]:
+    """An upper bound of the impact, and per device the groups that its largest layer should have at most."""
+    no_limit = np.full(len(instance.budget), instance.n_groups.max())
+    if not instance.most_alone.any():
+        return 0.0, no_limit
+    program = _Program(instance, instance.most_alone, None)
+    result = program.run(False, time_limit)
+    largest = np.ceil(result.x[program.largest] - _TOLERANCE).astype(np.int64)
+    # A device whose layers all need more groups than that would stay empty.
+    least = np.where(instance.most > 0, instance.least, no_limit).min(axis=0)
+    largest = np.where(instance.per_group > 0, np.clip(largest, least, no_limit), no_limit)
+    return float(-result.fun) * program.unit, largest
 
-        budget = sum(self.budgets)
-        curves = []
-        for i, layer in enumerate(self.layers):
-            devices = [d for d in range(len(self.budgets)) if (i, d) in self._usable]
-            if devices:
-                most = min(len(layer.impact), sum(layer.most[d] for d in devices))
-                n = np.arange(min(layer.least[d] for d in devices), most + 1)
-                curves.append((self.prefix[i][n], n * float(layer.group_bytes)))
-        if not curves:
-            return 0.0
 
-        def at(price: float) -> float:
-            return price * budget + sum(max(0.0, float((value - price * size).max())) for value, size in curves)
-
-        low, high = 0.0, max(float((value / size).max()) for value, size in curves)
-        for _ in range(60):
-            third = (high - low) / 3
-            if at(low + third) <= at(high - third):
-                high -= third
-            else:
-                low += third
-        return min(at(low), at(high), at((low + high) / 2))
+def _solved(instance: _Instance, most: _Groups, largest: _Groups, time_limit: float) -> tuple[_Groups, str]:
+    """The integer program's counts when no layer may have more than ``most`` groups, and whether they are optimal."""
+    counts = np.zeros_like(most)
+    if not (most >= instance.least).any():
+        return counts, "optimal"
+    program = _Program(instance, np.where(most >= instance.least, most, 0), largest)
+    gap = 1e-9 if instance.n_groups.sum() <= _EXACT_GROUPS else _GAP
+    result = program.run(True, time_limit, gap)
+    groups = np.where(result.x[program.on] > 0.5, np.rint(result.x[program.groups]), 0)
+    counts[program.pair_layer, program.pair_device] = groups.astype(np.int64)
+    if not instance.allows(counts):
+        return np.zeros_like(most), "not usable"
+    return counts, "optimal" if result.status == 0 else "time limit"
 
 
 class _Program:
     """The program in HiGHS's terms.
 
-    Variables, in this order: per pair of layer and device whether it is on (0 or 1), and its groups beyond its least
-    count; per layer whether any device has it (0 or 1), and the groups taken from each bin.
+    Variables: per pair of layer and device whether the layer is on it (0 or 1) and its groups there; per layer whether
+    it is on any device, its groups and its impact in units of ``unit``; per device the groups of its largest layer,
+    which are given (``largest``) or to be found.
     """
 
-    def __init__(self, state: _State) -> None:
-        import numpy as np
-
-        self.state = state
-        self.layers = sorted({i for i, _ in state.pairs})
-        row_of = {i: row for row, i in enumerate(self.layers)}
-        self.pair_layer = np.array([row_of[i] for i, _ in state.pairs])
-        self.pair_device = np.array([d for _, d in state.pairs])
-        self.least = np.array([state.layers[i].least[d] for i, d in state.pairs], dtype=float)
-        most = [min(state.layers[i].most[d], len(state.layers[i].impact)) for i, d in state.pairs]
-        self.extra = np.array(most, dtype=float) - self.least
-        # The groups that a layer has wherever it is on: one block.
-        self.block = np.full(len(self.layers), np.inf)
-        np.minimum.at(self.block, self.pair_layer, self.least)
-        bins = [_bins(state.layers[i].impact[int(n) :]) for i, n in zip(self.layers, self.block, strict=True)]
-        self.bin_layer = np.repeat(np.arange(len(bins)), [len(sizes) for sizes, _ in bins])
-        self.bin_size = np.concatenate([sizes for sizes, _ in bins])
-        self.bin_impact = np.concatenate([impact for _, impact in bins])
-        self.ends = np.cumsum([0, len(self.least), len(self.least), len(self.layers), len(self.bin_size)])
-
-    @property
-    def n_variables(self) -> int:
-        return int(self.ends[-1])
-
-    def value(self) -> NDArray[np.float64]:
-        """Impact that one unit of each variable brings."""
-        import numpy as np
-
-        blocks = [self.state.prefix[i][int(n)] for i, n in zip(self.layers, self.block, strict=True)]
-        return np.concatenate([np.zeros(self.ends[2]), blocks, self.bin_impact])
-
-    def upper(self) -> NDArray[np.float64]:
-        import numpy as np
-
-        return np.concatenate([np.ones(len(self.least)), self.extra, np.ones(len(self.layers)), self.bin_size])
-
-    def integrality(self, exact: bool) -> NDArray[np.int64]:
-        import numpy as np
-
-        kinds = np.array([1, int(exact), 1, int(exact)])
-        return np.repeat(kinds, np.diff(self.ends))
-
-    def constraints(self) -> list[LinearConstraint]:
-        """Rows of the program as scipy's LinearConstraint."""
-        import numpy as np
-        from scipy.optimize import LinearConstraint
-
-        on, extra, layer, taken = (self._unit(part) for part in range(4))
-        at_layer = self._sum_by(self.pair_layer, len(self.layers))
-        group_bytes = np.array(
-            [self.state.layers[self.layers[row]].group_bytes for row in self.pair_layer], dtype=float
+    def __init__(self, instance: _Instance, most: _Groups, largest: _Groups | None) -> None:
+        self.pair_layer, self.pair_device = np.nonzero(most)
+        n_pairs, (n_layers, n_devices) = len(self.pair_layer), most.shape
+        ends = np.cumsum([0, n_pairs, n_pairs, n_layers, n_layers, n_layers, n_devices])
+        columns = np.split(np.arange(ends[-1]), ends[1:-1])
+        self.on, self.groups, anywhere, total, self.value, self.largest = columns
+        self.unit = max(float(instance.impacts.sum()), 1e-300)
+        pair, layer, device = np.arange(n_pairs), np.arange(n_layers), np.arange(n_devices)
+        most_here = most[self.pair_layer, self.pair_device]
+        top = np.minimum(most.sum(axis=1), instance.n_groups)
+        known = np.zeros(n_devices, np.int64) if largest is None else largest
+        bytes_left = np.maximum(0, instance.budget - instance.fixed - instance.per_group * known)
+        # In units of the budget the numbers are in the range that the solver's tolerances are made for.
+        unit = np.maximum(1.0, bytes_left)
+        share = instance.group_bytes[self.pair_layer] / unit[self.pair_device]
+        owner, slope, start = _tangents(instance, most, top, self.unit)
+        tangent = np.arange(len(owner))
+        self._upper = np.concatenate(
+            [np.ones(n_pairs), most_here, top > 0, top, instance.prefix[layer, top] / self.unit, most.max(axis=0)]
         )
-        # Bytes in units of the budget keep the numbers in the range that the solver's tolerances are made for.
-        share = group_bytes / np.maximum(1.0, np.array(self.state.budgets, dtype=float))[self.pair_device]
-        groups = _scaled(on, self.least) + extra
-        memory = self._sum_by(self.pair_device, len(self.state.budgets)) @ _scaled(groups, share)
-        from_bins = self._sum_by(self.bin_layer, len(self.layers)) @ taken
-        rules = [
-            (memory, -np.inf, 1.0),
-            # Groups on the devices are those of the layer's block and bins.
-            (at_layer @ groups - _scaled(layer, self.block) - from_bins, 0.0, 0.0),
-            # Nothing without its switch: groups beyond the least of a pair, pairs and bins of a layer.
-            (extra - _scaled(on, self.extra), -np.inf, 0.0),
-            (on - layer[self.pair_layer], -np.inf, 0.0),
-            (layer - at_layer @ on, -np.inf, 0.0),
-            (taken - _scaled(layer[self.bin_layer], self.bin_size), -np.inf, 0.0),
-        ]
-        return [LinearConstraint(rows, low, high) for rows, low, high in rules if rows.shape[0]]
+        self._entries: list[tuple[Any, ...]] = []
+        self._limits: list[tuple[NDArray[np.float64], NDArray[np.float64]]] = []
+        least_here = instance.least[self.pair_layer, self.pair_device]
+        at_most = np.full(n_pairs, -np.inf), np.zeros(n_pairs)
+        self._add(*at_most, (pair, self.on, least_here), (pair, self.groups, -1))
+        self._add(*at_most, (pair, self.groups, 1), (pair, self.on, -most_here))
+        none = np.zeros(n_layers)
+        self._add(none - np.inf, none, (layer, anywhere, 1), (self.pair_layer, self.on, -1))
+        self._add(none, none, (layer, total, 1), (self.pair_layer, self.groups, -1))
+        self._add(
+            np.full(len(owner), -np.inf),
+            np.zeros(len(owner)),
+            (tangent, self.value[owner], 1),
+            (tangent, total[owner], -slope),
+            (tangent, anywhere[owner], -start),
+        )
+        memory: list[tuple[Any, ...]] = [(self.pair_device, self.groups, share)]
+        if largest is None:
+            self._add(*at_most, (pair, self.groups, 1), (pair, self.largest[self.pair_device], -1))
+            memory.append((device, self.largest, instance.per_group / unit))
+        # Half a byte more for small budgets, less for large ones: what the solver takes for kept has to be kept.
+        slack = 0.0 if largest is None else 0.5 - bytes_left * _TOLERANCE
+        room = (bytes_left + slack) / unit
+        self._add(room - np.inf, room, *memory)
 
-    def _unit(self, part: int) -> csr_array:
-        """The variables of one part as rows over all variables."""
-        import numpy as np
+    def _add(self, low: NDArray[np.float64], high: NDArray[np.float64], *terms: tuple[Any, ...]) -> None:
+        """Rows ``low <= sum of factor x variable <= high``; a term gives row, column and factor of its entries."""
+        n_before = sum(len(part) for part, _ in self._limits)
+        for row, column, factor in terms:
+            self._entries.append((np.broadcast_to(factor, np.shape(row)).astype(float), row + n_before, column))
+        self._limits.append((low, high))
+
+    def run(self, integers: bool, time_limit: float, gap: float = 0.0) -> OptimizeResult:
+        """Runs HiGHS until it is within ``gap`` of the optimum. Raises PinferError for every status without a
+        solution."""
+        from scipy.optimize import Bounds, LinearConstraint, milp
         from scipy.sparse import csr_array
 
-        columns = np.arange(self.ends[part], self.ends[part + 1])
-        shape = (len(columns), self.n_variables)
-        return csr_array((np.ones(len(columns)), (np.arange(len(columns)), columns)), shape=shape)
-
-    @staticmethod
-    def _sum_by(owner: NDArray[np.int64], n: int) -> csr_array:
-        """Sums what belongs to each of ``n`` owners."""
-        import numpy as np
-        from scipy.sparse import csr_array
-
-        return csr_array((np.ones(len(owner)), (owner, np.arange(len(owner)))), shape=(n, len(owner)))
-
-
-def _scaled(rows: csr_array, factors: NDArray[np.float64]) -> csr_array:
-    """Each row times its factor."""
-    from scipy.sparse import diags_array
-
-    scaled: csr_array = (diags_array(factors.astype(float)) @ rows).tocsr()
-    return scaled
-
-
-def _bins(rest: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """The groups of a layer beyond its block, cut into bins: how many are in each, and the impact of one on average."""
-    import numpy as np
-
-    edges = np.unique(np.linspace(0, len(rest), min(len(rest), MAX_BINS) + 1).astype(np.int64))
-    sizes = np.diff(edges)
-    return sizes, np.add.reduceat(rest, edges[:-1]) / sizes if len(rest) else np.empty(0)
+        low, high = (np.concatenate(parts) for parts in zip(*self._limits, strict=True))
+        values, rows, columns = (np.concatenate(parts) for parts in zip(*self._entries, strict=True))
+        matrix = csr_array((values, (rows, columns)), shape=(len(low), len(self._upper)))
+        costs, integrality = np.zeros(len(self._upper)), np.zeros(len(self._upper), dtype=np.int64)
+        costs[self.value] = -1
+        integrality[: 2 * len(self.pair_layer)] = integers
+        with _quiet_stdout():
+            result = milp(
+                costs,
+                constraints=[LinearConstraint(matrix, low, high)],
+                bounds=Bounds(np.zeros(len(costs)), self._upper),
+                integrality=integrality,
+                options={"time_limit": time_limit, "mip_rel_gap": gap},
+            )
+        if result.x is None or result.status not in (0, 1):
+            hint = "give it more time: --time-limit SECONDS" if result.status == 1 else "try another --vram"
+            raise PinferError(f"the solver found no placement: {' '.join(str(result.message).split())}", hint)
+        return result
 
 
-def _solve(state: _State, time_limit: float) -> tuple[_Counts, str]:
-    """Runs HiGHS."""
-    import numpy as np
-    from scipy.optimize import Bounds, milp
+def _tangents(
+    instance: _Instance, most: _Groups, top: _Groups, unit: float
+) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
+    """Lines that are nowhere below the impact of a layer's first n groups: layer, slope, and height at n = 0.
 
-    program = _Program(state)
-    exact = program.n_variables <= _EXACT
-    value = program.value()
-    result = milp(
-        -value / max(float(value @ program.upper()), 1e-300),
-        constraints=program.constraints(),
-        bounds=Bounds(np.zeros(program.n_variables), program.upper()),
-        integrality=program.integrality(exact),
-        options={"time_limit": time_limit, "mip_rel_gap": 1e-9 if exact else 1e-4},
-    )
-    if result.x is None or result.status not in (0, 1):
-        hint = "give it more time: --time-limit SECONDS" if result.status == 1 else "try another --vram"
-        raise PinferError(f"the solver found no placement: {' '.join(str(result.message).split())}", hint)
-    n_pairs = len(state.pairs)
-    counts = state.nothing()
-    for p, (i, d) in enumerate(state.pairs):
-        if result.x[p] > 0.5:
-            # The solver's own tolerance must not turn 3 into 2.
-            extra = min(int(result.x[n_pairs + p] + 1e-6), int(program.extra[p]))
-            counts[i][d] = int(program.least[p]) + extra
-    state.shrink(counts)
-    return counts, "optimal" if result.status == 0 else "time limit"
+    They touch it at every n that the layer can have, or at ``MAX_TANGENTS`` of them, denser where it bends more.
+    """
+    owners, slopes, starts = [], [], []
+    for i in np.flatnonzero(top):
+        least = int(instance.least[i][most[i] > 0].min())
+        at = np.arange(least, top[i])
+        if len(at) > MAX_TANGENTS:
+            at = np.unique(np.geomspace(least, top[i] - 1, MAX_TANGENTS).astype(np.int64))
+        slope = np.append(instance.impacts[i, at], 0.0) / unit
+        owners.append(np.full(len(slope), i))
+        slopes.append(slope)
+        starts.append(instance.prefix[i, np.append(at, top[i])] / unit - slope * np.append(at, 0))
+    return np.concatenate(owners), np.concatenate(slopes), np.concatenate(starts)
+
+
+@contextmanager
+def _quiet_stdout() -> Iterator[None]:
+    """HiGHS prints some lines of its own to stdout, where the results of a command go."""
+    flush = ctypes.CDLL(None).fflush
+    flush(None)
+    saved, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 1)
+        yield
+    finally:
+        flush(None)
+        os.dup2(saved, 1)
+        os.close(saved)
+        os.close(nowhere)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from pinfer.errors import PinferError
-from pinfer.gguf_io.reader import type_size
+from pinfer.gguf_io.reader import type_number, type_size
 from pinfer.model import Model
 
 # Buffers start at multiples of this on every device ggml knows; rows of some CUDA types are padded to as much.
@@ -44,11 +44,9 @@ class DensePart:
 
 def cache_type_bytes(cache_type: str) -> float:
     """Bytes per value of a KV cache type. Raises PinferError for one that llama.cpp does not have."""
-    from gguf import GGMLQuantizationType
-
     if cache_type.lower() not in _CACHE_TYPES:
         raise PinferError(f"there is no cache type {cache_type!r}", f"use one of: {', '.join(_CACHE_TYPES)}")
-    block, size = type_size(GGMLQuantizationType[cache_type.upper()])
+    block, size = type_size(type_number(cache_type))
     return size / block
 
 

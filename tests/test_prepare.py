@@ -1,0 +1,142 @@
+"""prepare, list and rm: one command makes every artefact, does nothing twice, and undoes only its own."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from support.command_line import MODELS, ROOT, CommandLine
+
+from pinfer import Model, PrepareOptions, generate, prepare
+from pinfer.errors import PinferError
+from pinfer.execution import ExecutionOptions
+from pinfer.library import artefact_files, prepared_models, remove_artefacts
+from pinfer.llama.engine import Engine
+from pinfer.model import open_model
+from pinfer.preparation import estimate
+
+TEXT = str(ROOT / "tests" / "data" / "profile.txt")
+QUICK = PrepareOptions(dataset=TEXT, n_tokens=2048, n_threads=1)
+STAGES = ("profile", "train", "solve", "split")
+PROMPT = "Once upon a time"
+
+
+def _folder(model: Path) -> Path:
+    return model.with_name(model.name + ".pinfer")
+
+
+def test_everything_is_made_once(tiny_relu2: Path) -> None:
+    first = prepare(tiny_relu2, QUICK)
+    assert first.done == STAGES
+    assert first.mode == "predicted"
+    assert 0 < first.active < 0.5
+    assert first.recall > 0.98
+    assert first.n_bytes == sum(file.stat().st_size for file in artefact_files(_folder(tiny_relu2)))
+    before = {file: file.stat().st_mtime_ns for file in artefact_files(_folder(tiny_relu2))}
+    assert prepare(tiny_relu2, QUICK).done == ()
+    assert prepare(str(tiny_relu2)).done == ()  # nothing asked for: whatever is there will do
+    assert {file: file.stat().st_mtime_ns for file in artefact_files(_folder(tiny_relu2))} == before
+
+
+def test_only_what_is_missing_is_made(tiny_relu2: Path) -> None:
+    prepare(tiny_relu2, QUICK)
+    folder = _folder(tiny_relu2)
+    (folder / "cold.gguf").unlink()
+    assert prepare(tiny_relu2, QUICK).done == ("split",)
+    (folder / "predictor.gguf").write_bytes(b"GGUF and no more")
+    assert prepare(tiny_relu2, QUICK).done == ("train", "solve", "split")
+    os.utime(folder / "profile.gguf")  # counted anew
+    assert prepare(tiny_relu2, QUICK).done == ("train", "solve", "split")
+    other = PrepareOptions(dataset=TEXT, n_tokens=1024, n_threads=1)
+    assert prepare(tiny_relu2, other).done == STAGES
+    assert prepare(tiny_relu2, PrepareOptions(n_ctx=77, n_threads=1)).done == ("solve", "split")
+
+
+def test_the_command_in_four_lines(tiny_relu2: Path, pinfer: CommandLine) -> None:
+    done = pinfer("prepare", str(tiny_relu2), "--dataset", TEXT, "--tokens", "2k", "-t", "1")
+    assert done.code == 0, done.err
+    assert len(done.out.splitlines()) == 4
+    assert "pinfer run is predicted" in done.out
+    assert "profile, train, solve, split; about" in done.err
+    assert done.err.splitlines()[-1].startswith("next: pinfer run ")
+    report = json.loads(pinfer("prepare", str(tiny_relu2), "--json").out)
+    assert report["done"] == []
+    assert report["mode"] == "predicted"
+
+
+def test_a_model_with_nothing_to_skip(synthetic: Path, pinfer: CommandLine) -> None:
+    synthetic.write_bytes(synthetic.read_bytes().replace(b"pinfer.ffn.activation", b"pinfer.was.activation"))
+    done = pinfer("prepare", str(synthetic))
+    assert done.code == 1
+    assert "ReLU" in done.err
+    assert artefact_files(_folder(synthetic)) == ()
+
+
+def test_a_full_disk_is_noticed_before_the_work(tiny_relu2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _: (1 << 40, 1 << 40, 1 << 20))
+    with pytest.raises(PinferError, match=r"0\.0 GiB free"):
+        prepare(tiny_relu2, QUICK)
+    assert artefact_files(_folder(tiny_relu2)) == ()
+
+
+def test_the_estimate_covers_what_is_written(tiny_relu2: Path) -> None:
+    expected = estimate(open_model(tiny_relu2), QUICK)
+    report = prepare(tiny_relu2, QUICK)
+    assert report.n_bytes < 1.2 * expected.disk
+    assert expected.seconds > 0
+
+
+def test_list_tells_fresh_from_stale_and_orphaned(tiny_relu2: Path) -> None:
+    folder = tiny_relu2.parent
+    assert prepared_models(folder) == []
+    prepare(tiny_relu2, QUICK)
+    (fresh,) = prepared_models(folder)
+    assert (fresh.name, fresh.state, fresh.model) == (tiny_relu2.name, "fresh", tiny_relu2.resolve())
+    assert set(fresh.kinds) >= {"profile", "predictor", "placement", "hot", "cold"}
+    damaged = _folder(tiny_relu2) / "predictor.gguf"
+    damaged.write_bytes(damaged.read_bytes()[:-64])
+    (stale,) = prepared_models(folder)
+    assert stale.state == "stale"
+    tiny_relu2.unlink()
+    (orphaned,) = prepared_models(folder)
+    assert (orphaned.name, orphaned.state, orphaned.model) == (tiny_relu2.name, "orphaned", None)
+
+
+def test_rm_deletes_artefacts_and_nothing_else(tiny_relu2: Path) -> None:
+    prepare(tiny_relu2, QUICK)
+    note = _folder(tiny_relu2) / "notes.txt"
+    note.write_text("mine")
+    remove_artefacts(tiny_relu2)
+    assert tiny_relu2.exists()
+    assert [file for file in _folder(tiny_relu2).rglob("*") if file.suffix == ".gguf"] == []
+    assert note.read_text() == "mine"
+    with pytest.raises(PinferError, match="no artefacts"):
+        remove_artefacts(tiny_relu2)
+
+
+def test_rm_asks_first(tiny_relu2: Path, pinfer: CommandLine) -> None:
+    prepare(tiny_relu2, QUICK)
+    refused = pinfer("rm", str(tiny_relu2))
+    assert refused.code == 2
+    assert "--yes" in refused.err
+    assert artefact_files(_folder(tiny_relu2))
+    assert pinfer("rm", str(tiny_relu2), "--yes").code == 0
+    assert artefact_files(_folder(tiny_relu2)) == ()
+
+
+def test_python_says_what_the_engine_says(tiny_relu2: Path) -> None:
+    with Engine(tiny_relu2, plugin=None, n_ctx=256, n_threads=1) as engine:
+        stock = engine.detokenize(engine.generate(engine.tokenize(PROMPT), 24))
+    options = ExecutionOptions(n_threads=1, n_ctx=256)
+    with Model(tiny_relu2, options) as model:
+        assert model.execution.mode == "exact"
+        assert model.generate(PROMPT, 24).strip() == stock.strip()
+        assert "".join(model.stream(PROMPT, 24)).strip() == stock.strip()
+        drawn = [model.generate(PROMPT, 12, temperature=0.8, seed=seed) for seed in (1, 1, 2)]
+        assert drawn[0] == drawn[1] != drawn[2]
+        stats = model.stats()
+        assert stats is not None
+        assert stats.n_neurons > 0
+    assert generate(MODELS / "tiny-relu2.gguf", PROMPT, 4)
