@@ -148,13 +148,13 @@ def test_an_invalid_threshold_is_one_error(value: object, kind: gguf.GGUFValueTy
     assert "\n" not in str(caught.value)
 
 
-def test_the_plugin_refuses_an_invalid_threshold() -> None:
+def test_the_plugin_refuses_an_invalid_threshold(tiny_reglu: Path) -> None:
     plugin = load_plugin()
     for bad in (-1.0, math.nan, math.inf):
         with pytest.raises(PinferError, match="threshold must be 0 or more"):
-            plugin.configure(activation="reglu", activation_threshold=bad)
+            plugin.configure(tiny_reglu, activation="reglu", activation_threshold=bad)
     with pytest.raises(PinferError, match="0 where no activation is named"):
-        plugin.configure(activation_threshold=0.5)
+        plugin.configure(tiny_reglu, activation_threshold=0.5)
 
 
 def test_double_precision_is_rounded_as_the_runner_does(tmp_path: Path) -> None:

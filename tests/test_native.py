@@ -124,7 +124,7 @@ def test_errors_come_through(tmp_path: Path, tiny_relu2: Path) -> None:
     with pytest.raises(PinferError, match=r"missing\.gguf"):
         plugin.configure(model=tiny_relu2, cold=tmp_path / "missing.gguf")
     with pytest.raises(PinferError, match="unknown activation"):
-        plugin.configure(activation="gelu")
+        plugin.configure(tiny_relu2, activation="gelu")
 
 
 def test_fingerprint_follows_the_content(tiny_relu2: Path, tmp_path: Path) -> None:
@@ -189,5 +189,8 @@ def test_isa_can_be_forced() -> None:
 
 
 def test_observer_layer_that_never_ran() -> None:
-    done = run_python("from pinfer.llama import plugin as native; print(native.load_plugin().observer_layer(0))")
+    done = run_python(
+        "from pathlib import Path; from pinfer.llama import plugin as native; "
+        "print(native.load_plugin().observer_layer(Path('none.gguf'), 0))"
+    )
     assert (done.returncode, done.stdout) == (0, "None\n"), done.stderr

@@ -66,16 +66,17 @@ def test_the_command_in_four_lines(tiny_relu2: Path, pinfer: CommandLine) -> Non
     assert report["mode"] == "predicted"
 
 
-def test_a_model_with_nothing_to_skip(silu: Path, pinfer: CommandLine) -> None:
-    done = pinfer("prepare", str(silu))
+def test_a_model_with_nothing_to_skip(synthetic: Path, pinfer: CommandLine) -> None:
+    synthetic.write_bytes(synthetic.read_bytes().replace(b"pinfer.ffn.activation", b"pinfer.was.activation"))
+    done = pinfer("prepare", str(synthetic))
     assert done.code == 1
-    assert "is not known to have a ReLU-family FFN" in done.err or "ReLU" in done.err
-    assert not _folder(silu).exists() or not artefact_files(_folder(silu))
+    assert "ReLU" in done.err
+    assert artefact_files(_folder(synthetic)) == ()
 
 
 def test_a_full_disk_is_noticed_before_the_work(tiny_relu2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda _: (1 << 40, 1 << 40, 1 << 20))
-    with pytest.raises(PinferError, match="1 MiB free|0.0 GiB free|1.0 MiB free"):
+    with pytest.raises(PinferError, match=r"0\.0 GiB free"):
         prepare(tiny_relu2, QUICK)
     assert artefact_files(_folder(tiny_relu2)) == ()
 

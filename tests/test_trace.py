@@ -91,8 +91,8 @@ def test_the_seconds_of_a_hot_part(tiny_relu2: Path, monkeypatch: pytest.MonkeyP
         assert stats.seconds_hot > 0
         assert stats.seconds_cold > 0
         assert stats.hidden == 0
-        assert plugin.hot_shard_bytes(0) == stats.hot_bytes > 0
-        assert plugin.hot_shard_bytes(1) == 0
+        assert plugin.hot_shard_bytes(tiny_relu2, 0) == stats.hot_bytes > 0
+        assert plugin.hot_shard_bytes(tiny_relu2, 1) == 0
         assert plugin.last_failure() is None
         assert plugin.devices_at_work() is None
 

@@ -170,6 +170,7 @@ bool pinfer_model_configure(const pinfer_settings & settings, std::string * err)
     std::shared_ptr<pinfer_model> old = pinfer_model_of(model->id);
     if (old && old->n_buffers > 0) {
         if (old->settings == model->settings) {
+            old->released = false;
             return true;
         }
         *err = settings.model + " is in use with other settings in this process; close what uses it first";
@@ -201,7 +202,11 @@ void pinfer_model_release(const pinfer_file_id & id) {
     registry &                    r = models();
     std::lock_guard<std::mutex>   lock(r.mutex);
     const auto                    at = r.models.find(id);
-    if (at != r.models.end()) {
+    if (at == r.models.end()) {
+        return;
+    }
+    at->second->released = true;
+    if (at->second->n_buffers == 0) {
         gone = std::move(at->second);
         r.models.erase(at);
     }
@@ -268,6 +273,9 @@ void pinfer_model_let_go(pinfer_model * m) {
         layer = {};
     }
     m->biases.clear();
+    if (m->released) {
+        pinfer_model_release(m->id);
+    }
 }
 
 int pinfer_model_missing_layer(pinfer_model * m) {

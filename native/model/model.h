@@ -49,7 +49,8 @@ struct pinfer_model {
     std::vector<std::unique_ptr<pinfer_hot>> hot; // one a device, in the order in which their sums are added
     std::unique_ptr<pinfer_cold>             cold;
 
-    std::atomic<int> n_buffers{0}; // that hold weights of it
+    std::atomic<int>  n_buffers{0}; // that hold weights of it
+    std::atomic<bool> released{false}; // to be forgotten with the last of them
 
     // Several contexts may compute; the FFNs of a model run one at a time. What follows is for who holds the mutex.
     std::mutex        mutex;
@@ -76,6 +77,7 @@ struct pinfer_model {
 
 // Opens what the settings name, checks it, and puts it in the place of an earlier configuration; see pinfer_configure().
 bool pinfer_model_configure(const pinfer_settings & settings, std::string * err);
+// At once, or with the last buffer that holds weights of it.
 void pinfer_model_release(const pinfer_file_id & id);
 
 // Null where the file is not configured.

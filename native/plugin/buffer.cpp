@@ -69,6 +69,7 @@ bool has_tensor(const pinfer_model & m, const ggml_tensor * t) {
 std::shared_ptr<pinfer_model> model_being_loaded(const ggml_tensor * weight) {
     load_in_progress              found;
     std::shared_ptr<pinfer_model> model;
+    bool                          known  = false; // also where the model is left to llama.cpp
     DIR * const                   folder = opendir("/proc/self/fd");
     for (const dirent * entry = folder ? readdir(folder) : nullptr; entry; entry = readdir(folder)) {
         const int   fd = atoi(entry->d_name);
@@ -77,6 +78,7 @@ std::shared_ptr<pinfer_model> model_being_loaded(const ggml_tensor * weight) {
             continue;
         }
         const auto m = pinfer_model_of(pinfer_file_id{st.st_dev, st.st_ino});
+        known |= m != nullptr;
         if (m && (!model || m->order > model->order) && has_tensor(*m, weight)) {
             found = {m, fd};
             model = m;
@@ -86,6 +88,13 @@ std::shared_ptr<pinfer_model> model_being_loaded(const ggml_tensor * weight) {
         closedir(folder);
     }
     last_load = found;
+    if (!known) { // loaded without weights: its graphs are laid out, but never computed
+        for (const auto & m : pinfer_models()) {
+            if ((!model || m->order > model->order) && has_tensor(*m, weight)) {
+                model = m;
+            }
+        }
+    }
     return model;
 }
 
@@ -201,7 +210,7 @@ const ggml_backend_buffer_i buffer_interface = {
 };
 
 ggml_backend_buffer_t make_buffer(ggml_backend_buffer_type_t buft, std::unique_ptr<buffer_memory> memory, size_t size) {
-    if (memory->model && size > 0) {
+    if (memory->model) {
         pinfer_model_hold(memory->model.get());
         memory->held = true;
     }
@@ -214,8 +223,7 @@ const char * buft_get_name(ggml_backend_buffer_type_t) {
 
 ggml_backend_buffer_t buft_alloc_buffer(ggml_backend_buffer_type_t buft, size_t size) try {
     auto memory   = std::make_unique<buffer_memory>();
-    // never empty: a probe of size 0 must have a base too
-    memory->data  = aligned_alloc(BUFFER_ALIGN, (size / BUFFER_ALIGN + 1) * BUFFER_ALIGN);
+    memory->data  = aligned_alloc(BUFFER_ALIGN, (size + BUFFER_ALIGN - 1) / BUFFER_ALIGN * BUFFER_ALIGN);
     memory->owned = true;
     if (!memory->data) {
         return nullptr;
@@ -276,15 +284,12 @@ static buffer_memory * memory_of_weight(const ggml_tensor * weight) {
 
 std::shared_ptr<pinfer_model> pinfer_model_of_weight(const ggml_tensor * weight) {
     const ggml_backend_buffer_t buffer = weight->view_src ? weight->view_src->buffer : weight->buffer;
-    const buffer_memory * const memory = memory_of_weight(weight);
-    if (memory && (memory->held || weight->data)) {
+    if (const buffer_memory * memory = memory_of_weight(weight)) {
         return memory->model;
     }
-    if (buffer && !memory) {
-        return nullptr;
-    }
-    const auto loading = model_being_loaded(weight);
-    return loading || !memory ? loading : memory->model; // of a model that was loaded without its weights
+    // ggml makes empty buffers by itself: for the probes of libllama's loader, and for a model that is loaded without weights
+    const bool empty = !buffer || buffer->buft->iface.get_name == buft_get_name;
+    return empty ? model_being_loaded(weight) : nullptr;
 }
 
 std::shared_ptr<pinfer_model> pinfer_model_mapped_at(const void * data) {

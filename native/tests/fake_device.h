@@ -14,7 +14,7 @@
 #include <string>
 #include <thread>
 
-enum fake_fault { FAKE_WORKS, FAKE_FAILS, FAKE_THROWS };
+enum fake_fault { FAKE_WORKS, FAKE_FAILS, FAKE_THROWS, FAKE_CANNOT_MULTIPLY };
 
 // Lets a computation go on only when so many have begun: proof that they are at work at the same time.
 struct fake_meeting {
@@ -130,6 +130,7 @@ inline ggml_status fake_graph_compute(ggml_backend_t backend, ggml_cgraph * grap
         case FAKE_THROWS:
             throw std::runtime_error("the cable was pulled");
         case FAKE_WORKS:
+        case FAKE_CANNOT_MULTIPLY:
             break;
     }
     if (b->device->queued) {
@@ -184,6 +185,9 @@ inline void fake_register(fake_device * fake) {
         props->caps.async = fake_of(d)->queued;
     };
     iface.init_backend         = fake_init;
+    iface.supports_op          = [](ggml_backend_dev_t d, const ggml_tensor * op) {
+        return op->op != GGML_OP_MUL_MAT || fake_of(d)->fault != FAKE_CANNOT_MULTIPLY;
+    };
     iface.get_buffer_type      = [](ggml_backend_dev_t) { return ggml_backend_cpu_buffer_type(); };
     iface.get_host_buffer_type = [](ggml_backend_dev_t d) {
         return fake_of(d)->pinned ? ggml_backend_cpu_buffer_type() : nullptr;

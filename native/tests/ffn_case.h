@@ -2,7 +2,8 @@
 // double precision.
 #pragma once
 
-#include "plan.h"
+#include "artefact.h"
+#include "ggml-backend.h"
 #include "ggml-cpu.h"
 #include "ggml.h"
 #include "gguf.h"
@@ -12,8 +13,10 @@
 #include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <fcntl.h>
 #include <random>
 #include <string>
+#include <unistd.h>
 #include <vector>
 
 static const int64_t N_EMBD = 256;
@@ -283,7 +286,7 @@ inline ggml_tensor * activation_nodes(ggml_context * ctx, const ffn_case & c, gr
 // libllama's FFN graph for the case, run by the scheduler on PINFER and CPU as libllama does.
 inline std::vector<float> run_graph(const model & m, const std::vector<float> & x, int64_t n_tokens, int n_threads,
                              graph_kind kind = GRAPH_STOCK, bool node_by_node = false,
-                                    ggml_status expected = GGML_STATUS_SUCCESS) {
+                                    ggml_status expected = GGML_STATUS_SUCCESS, const char * path = "model.gguf") {
     ggml_backend_t pinfer = ggml_backend_dev_init(ggml_backend_reg_dev_get(ggml_backend_init(), 0), nullptr);
     ggml_backend_t cpu    = ggml_backend_cpu_init();
     auto *         set    = (ggml_backend_set_n_threads_t) ggml_backend_reg_get_proc_address(
@@ -301,7 +304,12 @@ inline std::vector<float> run_graph(const model & m, const std::vector<float> & 
         ub = named(ggml_new_tensor_1d(wctx, GGML_TYPE_F32, N_FF), "blk.0.ffn_up.bias");
         db = named(ggml_new_tensor_1d(wctx, GGML_TYPE_F32, N_EMBD), "blk.0.ffn_down.bias");
     }
+    // as libllama does: with the file open it asks where a weight may go, then gets memory for it
+    const int  file    = open(path, O_RDONLY);
+    const bool claimed = ggml_backend_dev_supports_op(ggml_backend_get_device(pinfer), up);
     ggml_backend_buffer_t weights = ggml_backend_alloc_ctx_tensors(wctx, pinfer);
+    check(claimed || expected != GGML_STATUS_SUCCESS, std::string("the FFN of ") + path + " is not claimed");
+    close(file);
     ggml_backend_buffer_set_usage(weights, GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
     auto fill = [](ggml_tensor * t, const void * data) {
         if (t) {
@@ -393,15 +401,25 @@ inline std::string describe(const ffn_case & c, int64_t n_tokens, int n_threads,
     return text;
 }
 
-// Any GGUF serves as the model that artefacts belong to; returns its fingerprint.
-inline std::string write_model(const model & m, const shard_paths & p) {
+// What the plugin reads of a model's file: the shape in the header, and the matrices; returns its fingerprint.
+inline std::string write_model(const model & m, const std::string & path) {
     std::string fp, err;
     writer      w;
     gguf_set_val_str(w.gguf, "general.architecture", "test");
-    w.add("up", m.c.type, N_EMBD, N_FF, m.up.data.data());
-    w.write(p.model);
-    check(pinfer_fingerprint_file(p.model.c_str(), &fp, &err), "fingerprint " + err);
+    gguf_set_val_u32(w.gguf, "test.block_count", 1);
+    gguf_set_val_u32(w.gguf, "test.embedding_length", N_EMBD);
+    if (m.c.gated()) {
+        w.add("blk.0.ffn_gate.weight", m.c.type, N_EMBD, N_FF, m.gate.data.data());
+    }
+    w.add("blk.0.ffn_up.weight", m.c.type, N_EMBD, N_FF, m.up.data.data());
+    w.add("blk.0.ffn_down.weight", m.c.type, N_FF, N_EMBD, m.down.data.data());
+    w.write(path);
+    check(pinfer_fingerprint_file(path.c_str(), &fp, &err), "fingerprint " + err);
     return fp;
+}
+
+inline std::string write_model(const model & m, const shard_paths & p) {
+    return write_model(m, p.model);
 }
 
 // So many percent of the neurons are hot, the first ones of the order.

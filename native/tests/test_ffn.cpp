@@ -80,13 +80,13 @@ void run_case(const ffn_case & c, const shard_paths & p) {
             check(configure(p, c, hot >= 0, predicted, &err), "configure: " + err);
             for (const auto & [n_tokens, x, want, active] : batches) {
                 for (int n_threads : {1, 2}) {
-                    pinfer_stats_reset();
+                    pinfer_stats_reset(nullptr);
                     const std::string name = describe(c, n_tokens, n_threads, hot, predicted);
                     const auto        got  = run_graph(m, x, n_tokens, n_threads);
                     check(nmse(got, want) <= tolerance(c.type), name + ": nmse " + std::to_string(nmse(got, want)));
                     check(got == run_graph(m, x, n_tokens, n_threads), name + ": two runs differ");
                     pinfer_stats st;
-                    pinfer_get_stats(&st);
+                    pinfer_get_stats(nullptr, &st);
                     check(st.n_fallback == 0, name + ": fell back");
                     check(n_tokens < 64 ? st.n_tokens == 2u * (uint64_t) n_tokens : st.n_tokens_dense == 2u * (uint64_t) n_tokens,
                           name + ": wrong path");
@@ -116,10 +116,10 @@ void test_sign_predictor(const shard_paths & p) {
         check(configure(p, c, shards, true, &err), "configure: " + err);
         for (int64_t n_tokens : {1, 7}) {
             const std::vector<float> x = noise(N_EMBD * n_tokens, 1.0f);
-            pinfer_stats_reset();
+            pinfer_stats_reset(nullptr);
             run_graph(m, x, n_tokens, 2);
             pinfer_stats st;
-            pinfer_get_stats(&st);
+            pinfer_get_stats(nullptr, &st);
             check_sign_predictor(m, x, n_tokens, st.n_candidates, std::string("signs, ") + (shards ? "shards, " : "model, ") +
                                                                       std::to_string(n_tokens) + " tokens");
         }
@@ -136,12 +136,13 @@ void test_node_by_node(const shard_paths & p) {
                 const std::vector<float> x      = noise(N_EMBD * 3, 1.0f);
                 uint64_t                 active = 0;
                 std::string              err;
+                write_model(m, p);
                 check(configure(p, c, false, false, &err), "configure: " + err);
                 const auto   want  = reference(m, x, 3, &active);
                 const double error = nmse(run_graph(m, x, 3, 2, kind, true), want);
                 check(error <= tolerance(c.type), describe(c, 3, 2, -1, false) + " node by node: nmse " + std::to_string(error));
                 pinfer_stats st;
-                pinfer_get_stats(&st);
+                pinfer_get_stats(nullptr, &st);
                 check(st.n_fallback > 0, "node by node: nothing fell back");
             }
         }
@@ -250,8 +251,8 @@ void test_other_activations(const shard_paths & p, model m, const std::vector<in
 void test_refusals(const shard_paths & p) {
     const ffn_case c = {.act = PINFER_ACT_REGLU, .biases = false, .type = GGML_TYPE_F16};
     const model    m = make_model(c);
-    std::string    fp, err;
-    check(pinfer_fingerprint_file(p.model.c_str(), &fp, &err), "fingerprint " + err);
+    std::string    err;
+    const auto     fp = write_model(m, p);
     std::vector<int32_t> hot((size_t) N_FF / 4), cold((size_t) (N_FF - N_FF / 4));
     std::iota(hot.begin(), hot.end(), 0);
     std::iota(cold.begin(), cold.end(), (int32_t) hot.size());

@@ -170,12 +170,12 @@ void test_at_the_same_time() {
             fake_meeting meeting;
             meeting.wanted = 2;
             one->meeting = other->meeting = &meeting;
-            pinfer_stats_reset();
+            pinfer_stats_reset(nullptr);
             check(nmse(run_graph(s.m, batches[0].x, 1, 2), batches[0].want) <= tolerance(s.c.type), "at the same time: nmse");
             check(!meeting.missed, one->name + " and " + other->name + " wait for each other");
             one->meeting = other->meeting = nullptr;
             pinfer_stats st;
-            pinfer_get_stats(&st);
+            pinfer_get_stats(nullptr, &st);
             check(st.seconds_hot > 0 && st.seconds_cold > 0 && st.seconds_wait > 0 && st.seconds_copy > 0, "seconds are counted");
             // a thread may wake when this small cold part is done; a queue is at work once it is filled
             check((st.seconds_overlap > 0 || one != &queue) && st.seconds_overlap <= st.seconds_cold * 1.0001,
@@ -191,9 +191,9 @@ void test_memory() {
                                ffn_case{PINFER_ACT_RELU, true, GGML_TYPE_F32, 0.5f}}) {
         const setup s(c);
         s.place({50, 25}, {"CPU", "QUEUE"});
-        const uint64_t bytes[] = {pinfer_hot_shard_bytes(0), pinfer_hot_shard_bytes(1)};
+        const uint64_t bytes[] = {pinfer_hot_shard_bytes(files.model.c_str(), 0), pinfer_hot_shard_bytes(files.model.c_str(), 1)};
         for (size_t i = 0; i < 2; i++) {
-            const pinfer_hot & hot = *pinfer_state_get().hot[i];
+            const pinfer_hot & hot = *pinfer_model_of(files.model.c_str())->hot[i];
             const uint64_t     n   = (uint64_t) hot.layers[0].n;
             check(hot.compute_size > 0 && hot.compute_size <= pinfer_hot_compute_bytes(N_EMBD, n),
                   std::string(pinfer_activation_name(c.act)) + ": compute buffer of " + std::to_string(hot.compute_size) + " bytes, " +
@@ -204,15 +204,15 @@ void test_memory() {
             run_graph(s.m, noise(N_EMBD * n_tokens, 1.0f), n_tokens, 2);
         }
         pinfer_stats st;
-        pinfer_get_stats(&st);
-        check(pinfer_hot_shard_bytes(0) == bytes[0] && pinfer_hot_shard_bytes(1) == bytes[1] && pinfer_hot_shard_bytes(2) == 0 &&
-                  pinfer_hot_shard_bytes(-1) == 0 && st.hot_bytes == bytes[0] + bytes[1], "memory has grown with the batch");
+        pinfer_get_stats(nullptr, &st);
+        check(pinfer_hot_shard_bytes(files.model.c_str(), 0) == bytes[0] && pinfer_hot_shard_bytes(files.model.c_str(), 1) == bytes[1] && pinfer_hot_shard_bytes(files.model.c_str(), 2) == 0 &&
+                  pinfer_hot_shard_bytes(files.model.c_str(), -1) == 0 && st.hot_bytes == bytes[0] + bytes[1], "memory has grown with the batch");
     }
     const setup s({PINFER_ACT_RELU, false, GGML_TYPE_F32});
     s.place({50}, {"QUEUE"});
     const auto x = noise(N_EMBD, 1.0f);
     run_graph(s.m, x, 1, 1);
-    const pinfer_hot_layer &        layer = pinfer_state_get().hot[0]->layers[0];
+    const pinfer_hot_layer &        layer = pinfer_model_of(files.model.c_str())->hot[0]->layers[0];
     const pinfer_hot_graph * const  kept  = layer.graphs.at(0).get();
     const ggml_tensor * const       node  = ggml_graph_node(kept->graph, 0);
     run_graph(s.m, noise(N_EMBD * 3, 1.0f), 3, 1);
@@ -233,13 +233,13 @@ void test_failure() {
             for (fake_fault fault : {FAKE_FAILS, FAKE_THROWS}) {
                 broken->fault = fault;
                 run_graph(s.m, b.x, b.n_tokens, 2, GRAPH_STOCK, false, GGML_STATUS_FAILED);
-                const bool        told = pinfer_last_failure(why, sizeof(why));
+                const bool        told = pinfer_last_failure(nullptr, why, sizeof(why));
                 const std::string want = "device " + broken->name + " failed in layer 0 (" +
                                          (fault == FAKE_THROWS ? "the cable was pulled)" : "GGML status: error (operation failed))");
                 check(told && why == want, "told of a failure: " + std::string(why) + ", expected " + want);
                 broken->fault = FAKE_WORKS;
                 check(nmse(run_graph(s.m, b.x, b.n_tokens, 2), b.want) <= tolerance(s.c.type), "after a failure");
-                check(!pinfer_last_failure(why, sizeof(why)), "a failure that is over");
+                check(!pinfer_last_failure(nullptr, why, sizeof(why)), "a failure that is over");
             }
         }
     }
@@ -260,6 +260,9 @@ void test_refusals() {
     refused(2, {"CPU"}, "--device");
     refused(2, {"CPU", "NONE"}, "no device named NONE");
     refused(2, {"CPU", "CPU", "CPU"}, "--device");
+    queue.fault = FAKE_CANNOT_MULTIPLY;
+    refused(2, {"CPU", "QUEUE"}, "device QUEUE cannot compute MUL_MAT of f32");
+    queue.fault = FAKE_WORKS;
     s.split({10, 10, 10, 10, 10, 10, 10});
     refused(7, {}, "GPUs");
     write_hot(s.m, {s.order.begin(), s.order.begin() + 100}, s.fingerprint, hot_path(1));
@@ -314,8 +317,7 @@ int main() {
     test_failure();
     test_refusals();
     test_trace();
-    const pinfer_params none = {};
-    pinfer_configure(&none, nullptr, 0); // ends the threads of the devices before they go
+    pinfer_release(files.model.c_str()); // ends the threads of the devices before they go
     std::filesystem::remove_all(folder);
     printf("hot devices: %d failures\n", failures);
     return failures != 0;

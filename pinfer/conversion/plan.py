@@ -37,7 +37,7 @@ class PlannedTensor:
     @staticmethod
     def constant(name: str, n: int, value: float) -> PlannedTensor:
         """A vector ``[n]`` of one value, for what a graph needs and a checkpoint lacks."""
-        return PlannedTensor(name, (n,), 0, load=partial(np.full, n, value, np.float32))
+        return PlannedTensor(name, (n,), 0, load=partial(np.full, n, value, np.float32), type_name="F32")
 
 
 @dataclass(frozen=True)

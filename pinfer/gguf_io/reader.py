@@ -1,8 +1,8 @@
-"""Reading the header of a GGUF file: metadata and tensor table, with every length checked against the file.
+"""Reads the header of a GGUF file: metadata and tensor table, with every length checked against the file.
 
 The `gguf` package's reader makes numpy objects for each token of the vocabulary, which takes seconds for large ones,
-and meets damaged files with whatever exception comes first. This one walks the header once with `struct`, decodes
-arrays only when asked, and knows one failure: `GgufError` with a cause in half a sentence.
+and raises arbitrary exceptions for damaged files. This one walks the header once with `struct`, decodes arrays only
+when asked, and raises only `GgufError`, whose text completes the sentence "the file cannot be used: ...".
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
+import numpy as np
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from numpy.typing import NDArray
 
 MAGIC = b"GGUF"
 MAX_DIMS = 4
@@ -42,7 +43,7 @@ _MAX_STRINGS = 1 << 26
 
 
 class GgufError(Exception):
-    """Why a file cannot be read as GGUF; the callers know what the file is to the user and word the error."""
+    """Why a file cannot be read as GGUF. The caller adds which file it is and what to do."""
 
 
 @dataclass(frozen=True)
@@ -66,30 +67,29 @@ class Tensor:
 
     @property
     def n_rows(self) -> int:
-        rows = 1
-        for n in self.shape[1:]:
-            rows *= n
-        return rows
+        """Rows of ``row_length`` elements in all."""
+        return prod(self.shape[1:])
 
     @property
     def row_bytes(self) -> int:
+        """Bytes of one row."""
         return self.n_bytes // self.n_rows
 
 
 @dataclass(frozen=True)
 class TypedValue:
-    """A metadata value as it lies in the file, to be copied: strings are bytes, whatever is in them."""
+    """A metadata value as stored in the file, to be copied: strings are bytes and may not be valid text."""
 
     type: int
-    """GGUF's number of the type of the value"""
+    """GGUF's number of its type"""
     item_type: int | None
-    """of an array's items"""
+    """of an array's items; None: not an array"""
     value: Any
 
 
 @dataclass(frozen=True)
 class _Array:
-    """An array that still lies in the file."""
+    """An array that has not been decoded yet."""
 
     type: int
     count: int
@@ -98,18 +98,27 @@ class _Array:
 
 def type_size(ggml_type: int) -> tuple[int, int]:
     """Elements and bytes of one block of a ggml type. Raises GgufError for a type that ggml does not have."""
-    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
-
     try:
         return GGML_QUANT_SIZES[GGMLQuantizationType(ggml_type)]
     except (KeyError, ValueError):
         raise GgufError(f"tensor type {ggml_type} is unknown") from None
 
 
+def type_number(name: str) -> int:
+    """Number of a ggml type, from the gguf package's name for it in any case."""
+    return int(GGMLQuantizationType[name.upper()])
+
+
+def row_bytes(ggml_type: int | str, length: int) -> int:
+    """Bytes of a row of a ggml type, given by number or name. Raises GgufError if its blocks do not divide the row."""
+    block, size = type_size(type_number(ggml_type) if isinstance(ggml_type, str) else ggml_type)
+    if length % block:
+        raise GgufError(f"rows of {length} elements are not a multiple of {block}")
+    return length // block * size
+
+
 def type_name(ggml_type: int) -> str:
     """Name of a ggml type number, as the gguf package spells it."""
-    from gguf.constants import GGMLQuantizationType
-
     return GGMLQuantizationType(ggml_type).name
 
 
@@ -125,7 +134,7 @@ class GgufFile:
     tensors: Mapping[str, Tensor]
     _values: Mapping[str, Any] = field(repr=False)
     _places: Mapping[str, tuple[int, int]] = field(repr=False)
-    """of each value: its type and where it begins"""
+    """type and offset of each value"""
 
     def __contains__(self, key: str) -> bool:
         return key in self._values
@@ -135,12 +144,12 @@ class GgufFile:
         return list(self._values)
 
     def get(self, key: str) -> Any:
-        """Value of a metadata key; arrays are decoded to lists; ``None`` where there is no such key."""
+        """Value of a metadata key, an array as a list; ``None`` if there is no such key."""
         value = self._values.get(key)
         return _decode_array(self._map, value) if isinstance(value, _Array) else value
 
     def typed(self, key: str) -> TypedValue:
-        """A metadata value with its type, byte for byte. Raises KeyError where there is no such key."""
+        """A metadata value with its type, byte for byte. Raises KeyError if there is no such key."""
         kind, offset = self._places[key]
         value = self._values[key]
         if isinstance(value, _Array):
@@ -151,9 +160,13 @@ class GgufFile:
         return TypedValue(kind, None, value)
 
     def count(self, key: str) -> int:
-        """Length of an array without decoding it; 0 where the key is absent or not an array."""
+        """Length of an array without decoding it; 0 if the key is missing or not an array."""
         value = self._values.get(key)
         return value.count if isinstance(value, _Array) else 0
+
+    def array_offset(self, key: str) -> int:
+        """Bytes from the start of the file to the first item of an array."""
+        return int(self._values[key].offset)
 
     @cached_property
     def _map(self) -> mmap.mmap:
@@ -162,19 +175,15 @@ class GgufFile:
 
     @cached_property
     def _bytes(self) -> NDArray[np.uint8]:
-        import numpy as np
-
         return np.frombuffer(self._map, dtype=np.uint8)
 
     def raw(self, tensor: Tensor) -> NDArray[np.uint8]:
-        """The tensor's bytes where they lie, as ``[n_rows, row_bytes]``, read-only."""
+        """The tensor's bytes ``[n_rows, row_bytes]``, mapped from the file, read-only."""
         data = self._bytes[tensor.offset : tensor.offset + tensor.n_bytes]
         return data.reshape(tensor.n_rows, tensor.row_bytes)
 
     def array(self, tensor: Tensor) -> NDArray[Any]:
-        """A tensor of plain numbers where it lies, in numpy's axis order (the reverse of GGUF's), read-only."""
-        import numpy as np
-
+        """A tensor of plain numbers in numpy's axis order (the reverse of GGUF's), mapped from the file, read-only."""
         plain = {"F32": "<f4", "F16": "<f2", "F64": "<f8", "I8": "i1", "I16": "<i2", "I32": "<i4", "I64": "<i8"}
         if tensor.type_name not in plain:
             raise GgufError(f"tensor {tensor.name} is of type {tensor.type_name}, not plain numbers")
@@ -182,12 +191,12 @@ class GgufFile:
         return data.view(np.dtype(plain[tensor.type_name])).reshape(tensor.shape[::-1])
 
     def release(self) -> None:
-        """Lets go of the pages that reads have mapped, so that they do not count as this process's memory."""
+        """Releases the pages that reads have mapped, so that they do not count as this process's memory."""
         self._map.madvise(mmap.MADV_DONTNEED)
 
 
 class _Cursor:
-    """Walks the header; each step checks that the bytes are there."""
+    """Walks the header; each step checks that it stays inside the file."""
 
     def __init__(self, data: mmap.mmap) -> None:
         self.data = data
@@ -227,7 +236,7 @@ class _Cursor:
         if kind in _SCALARS:
             return self.scalar(_SCALARS[kind])
         if kind == _STRING:
-            # Some models carry names that are not UTF-8; a value is shown to people, not looked up.
+            # Some models have names that are not UTF-8; values are shown to people, not looked up.
             n = self.scalar("Q")
             start = self.skip(n)
             return self.data[start : start + n].decode("utf-8", errors="replace")
@@ -251,7 +260,7 @@ def _decode_array(data: mmap.mmap, array: _Array) -> list[Any]:
 
 
 def _string_items(data: mmap.mmap, array: _Array) -> list[bytes]:
-    """The strings of an array that has been walked before, so that its bytes are known to be there."""
+    """The strings of an array that has been walked before, which has checked its bounds."""
     at, items = array.offset, []
     for _ in range(array.count):
         n = struct.unpack_from("<Q", data, at)[0]
@@ -267,14 +276,13 @@ def _read_tensor(cursor: _Cursor) -> Tensor:
         raise GgufError(f"tensor {name!r} has {n_dims} dimensions")
     shape = tuple(cursor.scalar("Q") for _ in range(n_dims))
     kind, offset = cursor.scalar("I"), cursor.scalar("Q")
-    block, n_bytes = type_size(kind)
-    if shape[0] % block:
-        raise GgufError(f"rows of tensor {name!r} have {shape[0]} elements, not a multiple of {block}")
-    if 0 in shape:
+    try:
+        n_bytes = row_bytes(kind, shape[0]) * prod(shape[1:])
+    except GgufError as error:
+        raise GgufError(f"tensor {name!r}: {error}") from None
+    if n_bytes == 0:
         raise GgufError(f"tensor {name!r} is empty")
-    for n in shape[1:]:
-        n_bytes *= n
-    return Tensor(name, kind, type_name(kind), shape, offset, n_bytes * (shape[0] // block))
+    return Tensor(name, kind, type_name(kind), shape, offset, n_bytes)
 
 
 def _read(path: Path, data: mmap.mmap) -> GgufFile:
@@ -318,7 +326,7 @@ def _read(path: Path, data: mmap.mmap) -> GgufFile:
 def read_gguf(path: Path, magic: bytes = MAGIC) -> GgufFile:
     """Reads and checks the header. Raises GgufError (damaged, not a GGUF) or OSError (missing, not readable).
 
-    ``magic`` are the four bytes that the file begins with; some formats are GGUF in everything else.
+    ``magic`` is the file's first four bytes; some formats are GGUF except for these.
     """
     with open(path, "rb") as file:
         if file.read(len(magic)) != magic:

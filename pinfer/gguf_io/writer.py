@@ -1,53 +1,85 @@
-"""Writing a GGUF file as a stream: declared first, then filled tensor by tensor, and put in place whole or not at all.
+"""Writing a GGUF file as a stream: tensors are declared first, then filled one by one.
 
-A file is written under a temporary name, fsynced and renamed, so that an interrupted command leaves the old one whole.
+A file is written under a temporary name, fsynced and renamed, so that an interrupted command leaves the old file whole.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
+import fcntl
 import os
+import secrets
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from math import prod
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, BinaryIO, Self
+from typing import Any, BinaryIO, Self
 
-from pinfer.errors import PinferError
-from pinfer.gguf_io.reader import type_size
+import numpy as np
+from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter
+from numpy.typing import NDArray
 
-if TYPE_CHECKING:
-    from gguf import GGUFWriter
-    from numpy.typing import NDArray
+from pinfer.errors import NO_SPACE, PinferError
+from pinfer.gguf_io.reader import read_gguf, row_bytes, type_number
 
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+CHECKSUMS = "pinfer.checksums"
+"""key of the checksums of all tensors, in the order of the file"""
+
+_TOKEN = secrets.token_hex(4)
+"""in the names of this process's temporary files; process numbers repeat in other containers"""
+_TYPE_NAMES = {"f4": "F32", "f2": "F16", "f8": "F64", "i1": "I8", "i2": "I16", "i4": "I32", "i8": "I64"}
+
+
+@contextlib.contextmanager
+def temporary_file(path: Path, kind: str = "") -> Iterator[Path]:
+    """An empty file beside ``path`` to be renamed to it; removed at the end of the block if it is still there.
+
+    Other commands recognise it as in use by its lock, which ends with this process even if that is killed.
+    """
+    name = path.with_name(f".{path.name}.{kind}{_TOKEN}.tmp")
+    file = os.open(name, os.O_CREAT | os.O_RDWR, 0o666)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield name
+    finally:
+        name.unlink(missing_ok=True)
+        os.close(file)
 
 
 def _remove_leftovers(path: Path) -> None:
-    """Removes the temporary files of commands that were killed; those of living processes stay."""
+    """Removes the temporary files of commands that were killed: those that no process has locked."""
     for leftover in path.parent.glob(f".{path.name}.*.tmp"):
-        pid = leftover.name.removesuffix(".tmp").rpartition(".")[2]
-        if not pid.isdigit() or not Path("/proc", pid).exists():
+        with contextlib.suppress(OSError), leftover.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             leftover.unlink(missing_ok=True)
 
 
 class GgufFileWriter:
     """Writes one GGUF file: keys and tensors are declared first, then each tensor's data is streamed in that order.
 
-    ``with GgufFileWriter(path, "llama") as out`` puts the file in place when the block is left without an exception,
-    and removes every trace of it otherwise. Several files that belong together are put in place by
-    ``replace_together`` at the end of the block. ``elsewhere`` tells a user with a full disk how to write to another
-    one. Raises PinferError when the disk is full or cannot be written.
+    ``with GgufFileWriter(path, "llama") as out`` puts the file in place at the end of the block, or removes every trace
+    of it if the block raises. ``replace_together`` puts several files in place at once. ``elsewhere`` tells a user with
+    a full disk how to write to another one. The ``checksum`` of each tensor's bytes goes into the header. Raises
+    PinferError if the disk is full or cannot be written.
     """
 
-    def __init__(self, path: Path, arch: str, *, alignment: int = 32, elsewhere: str = "name another folder") -> None:
-        from gguf import GGUFWriter
-
+    def __init__(
+        self,
+        path: Path,
+        arch: str,
+        *,
+        alignment: int = 32,
+        elsewhere: str = "name another folder",
+        checksum: Callable[[NDArray[Any]], int] | None = None,
+    ) -> None:
         self.path = path
         self._alignment = alignment
         self._elsewhere = elsewhere
-        self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        self._checksum = checksum
+        self._temporary = path.with_name(f".{path.name}.{_TOKEN}.tmp")
+        self._held = contextlib.ExitStack()
         self._file: BinaryIO | None = None
         self._finished = False
         self._in_place = False
@@ -62,29 +94,15 @@ class GgufFileWriter:
             self.header.add_custom_alignment(alignment)
 
     def declare(self, name: str, shape: Sequence[int], ggml_type: int | str) -> None:
-        """A tensor whose data ``write`` will bring.
-
-        ``shape`` is GGUF's order; the type is ggml's number or a name (``"I8"``).
-        """
-        import numpy as np
-        from gguf import GGMLQuantizationType
-
-        kind = GGMLQuantizationType[ggml_type] if isinstance(ggml_type, str) else GGMLQuantizationType(ggml_type)
-        block, n_bytes = type_size(kind)
-        if shape[0] % block:
-            raise ValueError(f"{name}: rows of {shape[0]} do not fit {kind.name}")
-        n_bytes *= shape[0] // block
-        for n in shape[1:]:
-            n_bytes *= n
+        """Declares a tensor. ``shape`` is in GGUF's order; the type is ggml's number or a name (``"I8"``)."""
+        kind = GGMLQuantizationType(type_number(ggml_type) if isinstance(ggml_type, str) else ggml_type)
+        n_bytes = row_bytes(kind, shape[0]) * prod(shape[1:])
         self.header.add_tensor_info(name, tuple(shape)[::-1], np.dtype(np.int8), n_bytes, raw_dtype=kind)
         self._sizes[name] = n_bytes
 
     def add_array(self, name: str, array: NDArray[Any]) -> None:
-        """A small tensor of plain numbers, declared and kept until its turn to be written comes."""
-        import numpy as np
-
-        names = {"f4": "F32", "f2": "F16", "f8": "F64", "i1": "I8", "i2": "I16", "i4": "I32", "i8": "I64"}
-        self.declare(name, array.shape[::-1], names[array.dtype.str[1:]])
+        """Declares a small tensor of plain numbers, which is kept until it is its turn to be written."""
+        self.declare(name, array.shape[::-1], _TYPE_NAMES[array.dtype.str[1:]])
         self._small[name] = np.ascontiguousarray(array)
 
     @property
@@ -97,13 +115,13 @@ class GgufFileWriter:
 
     @property
     def temporary(self) -> Path:
-        """Where the file lies until it is put in place."""
+        """Path of the file until it is put in place."""
         return self._temporary
 
     def begin(self, also: int = 0) -> None:
-        """Checks the free space, makes the temporary file and writes the header; ``write`` does it where needed.
+        """Checks the free space, creates the temporary file and writes the header; called by ``write`` if needed.
 
-        ``also`` are bytes that another file of the same command will take.
+        ``also`` is the size of another file that the same command will write.
         """
         if self._file is not None:
             return
@@ -117,6 +135,10 @@ class GgufFileWriter:
                     f"{self.path.name} needs {needed / 1e6:.1f} MB, {self.path.parent} has {free / 1e6:.1f} MB free",
                     f"free some space, or {self._elsewhere}",
                 )
+            if self._checksum and self._sizes:
+                zeros = [0] * len(self._sizes)
+                self.header.add_key_value(CHECKSUMS, zeros, GGUFValueType.ARRAY, sub_type=GGUFValueType.UINT64)
+            self._held.enter_context(temporary_file(self.path))
             self.header.write_header_to_file(self._temporary)
             assert self.header.fout is not None
             self._file = self.header.fout[0]
@@ -129,8 +151,18 @@ class GgufFileWriter:
         self._left = self._sizes[self._queue[0]] if self._queue else 0
         self._write_small()
 
+    def _write_checksums(self, checksum: Callable[[NDArray[Any]], int]) -> None:
+        """Reads the tensors back, mostly from the page cache, and replaces the zeros in the header."""
+        assert self._file is not None
+        written = read_gguf(self._temporary)
+        self._file.seek(written.array_offset(CHECKSUMS))
+        for tensor in written.tensors.values():
+            self._file.write(checksum(written.raw(tensor)).to_bytes(8, "little"))
+            written.release()
+        self._file.flush()
+
     def reserve(self) -> None:
-        """Gives the temporary file its final length: readers find every tensor inside it before it is filled."""
+        """Gives the temporary file its final length, so that it can be read before its tensors are written."""
         self.begin()
         assert self._file is not None
         try:
@@ -140,12 +172,12 @@ class GgufFileWriter:
             raise self._error(error) from error
 
     def _write_small(self) -> None:
-        """Writes the tensors whose data is known as their turn comes."""
+        """Writes the next tensors whose data is already known."""
         while self._queue and (data := self._small.pop(self._queue[0], None)) is not None:
             self._append(self._queue[0], data)
 
     def write(self, name: str, data: NDArray[Any] | bytes) -> None:
-        """The next piece of a declared tensor; tensors are filled in the order they were declared."""
+        """Appends to a declared tensor. Tensors are written in the order they were declared."""
         self.begin()
         if not self._queue or self._queue[0] != name:
             raise ValueError(f"{name} is not the tensor that is due ({self._queue[:1]})")
@@ -153,8 +185,6 @@ class GgufFileWriter:
         self._write_small()
 
     def _append(self, name: str, data: NDArray[Any] | bytes) -> None:
-        import numpy as np
-
         piece = memoryview(data if isinstance(data, bytes) else np.ascontiguousarray(data).data).cast("B")
         if piece.nbytes > self._left:
             raise ValueError(f"{name} gets {piece.nbytes - self._left} bytes too many")
@@ -170,7 +200,7 @@ class GgufFileWriter:
             raise self._error(error) from error
 
     def _error(self, error: OSError) -> PinferError:
-        if error.errno in _NO_SPACE:
+        if error.errno in NO_SPACE:
             return PinferError(
                 f"no space left while writing {self.path}; what was there before is untouched",
                 f"free some space, or {self._elsewhere}",
@@ -182,15 +212,17 @@ class GgufFileWriter:
         self._file.write(bytes(-self._file.tell() % self._alignment))
 
     def finish(self) -> None:
-        """Everything is written: flush it to the disk. The file keeps its temporary name."""
+        """Flushes the complete file to the disk. It keeps its temporary name."""
         if self._finished:
             return
         self.begin()
         if self._queue:
-            raise ValueError(f"{self._queue[0]} was declared and not written")
+            raise ValueError(f"{self._queue[0]} was declared but not written")
         assert self._file is not None
         try:
             self._file.flush()
+            if self._checksum and self._sizes:
+                self._write_checksums(self._checksum)
             os.fsync(self._file.fileno())
             self._file.close()
         except OSError as error:
@@ -198,7 +230,7 @@ class GgufFileWriter:
         self._finished = True
 
     def put_in_place(self) -> None:
-        """Gives the finished file its name, replacing the old one."""
+        """Renames the finished file, replacing the old one."""
         self.finish()
         if self._in_place:
             return
@@ -214,14 +246,12 @@ class GgufFileWriter:
             raise self._error(error) from error
 
     def discard(self) -> None:
-        """Removes the temporary file; the old file stays."""
-        if self._in_place:
-            return
+        """Removes the temporary file, if it is not in place; the old file stays."""
         if self._file is not None and not self._finished:
-            # A full disk makes closing fail as well, for buffered bytes are written then; they are not wanted.
+            # Closing writes buffered bytes, which fails again on a full disk.
             with contextlib.suppress(OSError):
                 self._file.close()
-        self._temporary.unlink(missing_ok=True)
+        self._held.close()
 
     def __enter__(self) -> Self:
         return self
@@ -239,7 +269,7 @@ class GgufFileWriter:
 
 
 def replace_together(writers: Sequence[GgufFileWriter]) -> None:
-    """Puts files that belong together in place, once all of them are safely on the disk."""
+    """Puts files that belong together in place once all of them are on the disk."""
     for writer in writers:
         writer.finish()
     for writer in writers:

@@ -1,6 +1,7 @@
 """The native part as Python sees it: where plugin and runner lie, and ``native/include/pinfer.h`` through ctypes.
 
-One process holds one plugin and one configured model at a time; see the header for the order of the calls.
+The plugin serves any number of models in one process, each named by the path of its GGUF. The header gives the order
+of the calls.
 """
 
 from __future__ import annotations
@@ -193,11 +194,12 @@ class PluginLibrary:
         failing = (ctypes.c_char_p, ctypes.c_size_t)
         signatures: dict[str, tuple[object, tuple[object, ...]]] = {
             "pinfer_configure": (ctypes.c_bool, (ctypes.POINTER(_Params), *failing)),
-            "pinfer_get_stats": (None, (ctypes.POINTER(_Stats),)),
-            "pinfer_stats_reset": (None, ()),
-            "pinfer_hot_shard_bytes": (ctypes.c_uint64, (ctypes.c_int32,)),
+            "pinfer_release": (None, (ctypes.c_char_p,)),
+            "pinfer_get_stats": (None, (ctypes.c_char_p, ctypes.POINTER(_Stats))),
+            "pinfer_stats_reset": (None, (ctypes.c_char_p,)),
+            "pinfer_hot_shard_bytes": (ctypes.c_uint64, (ctypes.c_char_p, ctypes.c_int32)),
             "pinfer_hot_compute_bytes": (ctypes.c_uint64, (ctypes.c_uint64, ctypes.c_uint64)),
-            "pinfer_last_failure": (ctypes.c_bool, failing),
+            "pinfer_last_failure": (ctypes.c_bool, (ctypes.c_char_p, *failing)),
             "pinfer_devices_at_work": (ctypes.c_bool, failing),
             "pinfer_isa": (ctypes.c_char_p, ()),
             "pinfer_arch_activation": (ctypes.c_int, (ctypes.c_char_p,)),
@@ -205,9 +207,9 @@ class PluginLibrary:
             "pinfer_activation_parse": (ctypes.c_int, (ctypes.c_char_p,)),
             "pinfer_fingerprint": (ctypes.c_bool, (ctypes.c_char_p, ctypes.c_char_p, *failing)),
             "pinfer_checksum": (ctypes.c_uint64, (ctypes.c_void_p, ctypes.c_size_t)),
-            "pinfer_observer_start": (ctypes.c_bool, (ctypes.POINTER(_ObserverParams), *failing)),
-            "pinfer_observer_stop": (None, ()),
-            "pinfer_observer_get": (ctypes.c_bool, (ctypes.c_int32, ctypes.POINTER(_ObserverLayer))),
+            "pinfer_observer_start": (ctypes.c_bool, (ctypes.c_char_p, ctypes.POINTER(_ObserverParams), *failing)),
+            "pinfer_observer_stop": (None, (ctypes.c_char_p,)),
+            "pinfer_observer_get": (ctypes.c_bool, (ctypes.c_char_p, ctypes.c_int32, ctypes.POINTER(_ObserverLayer))),
         }
         for name, (result, arguments) in signatures.items():
             function = getattr(library, name)
@@ -216,8 +218,8 @@ class PluginLibrary:
 
     def configure(
         self,
+        model: Path,
         *,
-        model: Path | None = None,
         predictor: Path | None = None,
         hot: Path | Sequence[Path] | None = None,
         cold: Path | None = None,
@@ -226,9 +228,11 @@ class PluginLibrary:
         activation_threshold: float = 0.0,
         n_batch_dense: int = 0,
     ) -> None:
-        """``pinfer_configure``: check and map the artefacts. Only while no llama_context is alive.
+        """``pinfer_configure``: check and open the artefacts of ``model``, in place of its earlier configuration.
 
-        Without a predictor it is exact mode, without an activation the graph's own; ``n_batch_dense=0`` is the default.
+        Raises PinferError, and keeps the earlier configuration, while a model loaded from this file is in use with
+        other settings. Without a predictor the mode is exact; without an activation the graph's own is used;
+        ``other`` leaves the model to llama.cpp; ``n_batch_dense=0`` is the default.
         Several hot shards go to as many devices, named in a sequence or in a list with commas; by default to the GPUs.
         With an ``activation_threshold`` what a ReLU lets through has to exceed it.
         """
@@ -247,24 +251,29 @@ class PluginLibrary:
         error = ctypes.create_string_buffer(_ERROR_BYTES)
         _check(self._library.pinfer_configure(ctypes.byref(params), error, _ERROR_BYTES), error)
 
-    def stats(self) -> Stats:
-        """The counters since the last configuration or reset."""
+    def release(self, model: Path) -> None:
+        """Forget the configuration of ``model`` and free its devices, once no loaded model uses them."""
+        self._library.pinfer_release(os.fsencode(model))
+
+    def stats(self, model: Path | None = None) -> Stats:
+        """Counters of ``model`` since it was configured or they were reset; None: the sum over all models."""
         stats = _Stats()
-        self._library.pinfer_get_stats(ctypes.byref(stats))
+        self._library.pinfer_get_stats(_path_bytes(model), ctypes.byref(stats))
         return Stats(**{name: getattr(stats, name) for name, _ in _Stats._fields_})
 
-    def hot_shard_bytes(self, shard: int) -> int:
-        """Device memory that hot shard ``shard`` (from 0) took when it was opened."""
-        return int(self._library.pinfer_hot_shard_bytes(shard))
+    def hot_shard_bytes(self, model: Path, shard: int) -> int:
+        """Device memory that hot shard ``shard`` (from 0) of ``model`` took when it was opened."""
+        return int(self._library.pinfer_hot_shard_bytes(os.fsencode(model), shard))
 
     def hot_compute_bytes(self, n_embd: int, n_hot: int) -> int:
         """Upper bound of the compute buffer on a device whose largest layer has ``n_hot`` neurons."""
         return int(self._library.pinfer_hot_compute_bytes(n_embd, n_hot))
 
-    def last_failure(self) -> str | None:
-        """Why the last FFN could not be computed, in one line; None where it could."""
+    def last_failure(self, model: Path | None = None) -> str | None:
+        """Why the last FFN of ``model`` (None: of any) could not be computed, in one line; None where it could."""
         text = ctypes.create_string_buffer(_ERROR_BYTES)
-        return _text(text.value) if self._library.pinfer_last_failure(text, _ERROR_BYTES) else None
+        failed = self._library.pinfer_last_failure(_path_bytes(model), text, _ERROR_BYTES)
+        return _text(text.value) if failed else None
 
     def devices_at_work(self) -> str | None:
         """Devices that have not returned what they were given, as in "device RPC0 failed in layer 7".
@@ -274,9 +283,9 @@ class PluginLibrary:
         text = ctypes.create_string_buffer(_ERROR_BYTES)
         return _text(text.value) if self._library.pinfer_devices_at_work(text, _ERROR_BYTES) else None
 
-    def reset_stats(self) -> None:
-        """Set the counters to zero."""
-        self._library.pinfer_stats_reset()
+    def reset_stats(self, model: Path | None = None) -> None:
+        """Set the counters of ``model`` (None: of all) to zero."""
+        self._library.pinfer_stats_reset(_path_bytes(model))
 
     def isa(self) -> str:
         """The kernels in use: ``avx512``, ``avx2``, ``neon`` or ``scalar``."""
@@ -299,22 +308,23 @@ class PluginLibrary:
             raise ValueError("the array is not contiguous")
         return int(self._library.pinfer_checksum(array.ctypes.data, array.nbytes))
 
-    def observer_start(self, n_samples: int = 0, stride: int = 1) -> None:
-        """Count what fires from now on, and keep the FFN inputs of every ``stride``-th token up to ``n_samples``."""
+    def observer_start(self, model: Path, n_samples: int = 0, stride: int = 1) -> None:
+        """Count what fires in ``model``, and keep the FFN inputs of every ``stride``-th token up to ``n_samples``."""
         params = _ObserverParams(n_samples, stride)
         error = ctypes.create_string_buffer(_ERROR_BYTES)
-        _check(self._library.pinfer_observer_start(ctypes.byref(params), error, _ERROR_BYTES), error)
+        started = self._library.pinfer_observer_start(os.fsencode(model), ctypes.byref(params), error, _ERROR_BYTES)
+        _check(started, error)
 
-    def observer_stop(self) -> None:
-        """Stop counting; what was counted stays readable until the next start or configuration."""
-        self._library.pinfer_observer_stop()
+    def observer_stop(self, model: Path) -> None:
+        """Stop counting; what was counted stays readable until the next start, configuration or release."""
+        self._library.pinfer_observer_stop(os.fsencode(model))
 
-    def observer_layer(self, layer: int) -> ObserverLayer | None:
-        """What was seen in ``layer``; None when it never ran."""
+    def observer_layer(self, model: Path, layer: int) -> ObserverLayer | None:
+        """What was seen in ``layer`` of ``model``; None when it never ran."""
         import numpy as np
 
         seen = _ObserverLayer()
-        if not self._library.pinfer_observer_get(layer, ctypes.byref(seen)) or not seen.count:
+        if not self._library.pinfer_observer_get(os.fsencode(model), layer, ctypes.byref(seen)) or not seen.count:
             return None
         n_bytes = (seen.n_ff + 7) // 8
         if seen.n_samples:
