@@ -101,6 +101,7 @@ LLAMA = (
     "tools/mtmd/*",
     "tools/perplexity/*",
     "tools/server/*",
+    "tools/ui/*.in",
 )
 # Large C headers, of which a third is comments.
 LLAMA_STRIPPED = ("vendor/hash/xxhash/xxhash.h", "vendor/miniaudio/miniaudio.h", "vendor/stb/stb_image.h")

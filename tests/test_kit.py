@@ -108,6 +108,7 @@ def test_archive_is_small_and_complete(
         "llama.cpp/tools/server/server-context.cpp",
         "llama.cpp/tools/mtmd/mtmd.cpp",
         "llama.cpp/scripts/ui-assets.cmake",
+        "llama.cpp/tools/ui/ui.cpp.in",
         "site/llama_cpp/llama_cpp.py",
         "site/gguf/__init__.py",
         "site/typer/__init__.py",
