@@ -104,7 +104,10 @@ new = old.with_name(old.name + ".tmp")
 with tarfile.open(here / "sources.tar.xz") as tar:
     tar.extractall(new, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
 for packed in here.glob("*.gguf.xz"):
-    (new / "models" / packed.stem).write_bytes(lzma.decompress(packed.read_bytes()))
+    planes = lzma.decompress(packed.read_bytes())  # the even bytes, then the odd ones
+    model = bytearray(len(planes))
+    model[0::2], model[1::2] = planes[: (len(planes) + 1) // 2], planes[(len(planes) + 1) // 2 :]
+    (new / "models" / packed.stem).write_bytes(model)
 for file in filter(pathlib.Path.is_file, new.rglob("*")):
     before = old / file.relative_to(new)
     if before.is_file() and before.read_bytes() == file.read_bytes():
@@ -182,7 +185,7 @@ cuda_part() {
 }
 
 step_cuda-link() { llama_ninja ggml-cuda; }
-step_llama() { llama_ninja llama; }
+step_llama() { llama_ninja llama llama-common mtmd; }
 step_benches() { llama_ninja llama-bench llama-batched-bench; }
 
 step_install() {
@@ -193,7 +196,7 @@ step_install() {
 
 step_native() {
     cmake -S "$SOURCES/native" -B "$OUT/native" -G Ninja -DCMAKE_BUILD_TYPE=Release -DCMAKE_PREFIX_PATH="$OUT/site" \
-        -DPINFER_GGML_BACKEND_IMPL="$SOURCES/llama.cpp/ggml/src/ggml-backend-impl.h"
+        -DPINFER_LLAMA_SOURCE="$SOURCES/llama.cpp"
     ninja -C "$OUT/native" -j "$JOBS"
 }
 

@@ -27,7 +27,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 20_000_000
-PRESET = 6  # of LZMA; 9 gains a thousandth
+PRESET = 9  # of LZMA
 TOP = "kit"
 
 README = "docs/gpu.md"
@@ -64,9 +64,9 @@ OWN_LEFT_OUT = (
 MODELS = ("models/tiny-relu2.gguf", "models/tiny-reglu.gguf")
 
 # Files of the source distribution: llama-cpp-python's Python part, and the sources of libggml (CPU, CUDA, RPC),
-# libllama, llama-bench and llama-batched-bench with their licences. Only x86 and ARM kernels are packed.
+# libllama, the two benchmark programs, and the programs that the runner contains, with their licences.
 SDIST = (
-    "llama_cpp/*.py",
+    "llama_cpp/[!s]*.py",
     "llama_cpp/py.typed",
     "LICENSE.md",
     "PKG-INFO",
@@ -85,19 +85,29 @@ LLAMA = (
     "vendor/sheredom/*",
     "vendor/hash/*",
     "vendor/cpp-httplib/*",
-    "vendor/stb/CMakeLists.txt",
-    "vendor/miniaudio/CMakeLists.txt",
+    "vendor/stb/*",
+    "vendor/miniaudio/*",
     "ggml/CMakeLists.txt",
     "ggml/cmake/*",
     "ggml/include/*",
     "ggml/src/CMakeLists.txt",
     "ggml/src/ggml*",
     "ggml/src/gguf.cpp",
-    "tools/llama-bench/*",
+    "scripts/ui-assets.cmake",
     "tools/batched-bench/*",
+    "tools/cli/*",
+    "tools/completion/*",
+    "tools/llama-bench/*",
+    "tools/mtmd/*",
+    "tools/perplexity/*",
+    "tools/server/*",
+    "tools/ui/*.in",
 )
+# Large C headers, of which a third is comments.
+LLAMA_STRIPPED = ("vendor/hash/xxhash/xxhash.h", "vendor/miniaudio/miniaudio.h", "vendor/stb/stb_image.h")
 LLAMA_BACKENDS = ("ggml-cpu", "ggml-cuda", "ggml-rpc")
 LLAMA_LEFT_OUT = (
+    "ggml/src/ggml-cpu/arch/arm/*",
     "ggml/src/ggml-cpu/arch/loongarch/*",
     "ggml/src/ggml-cpu/arch/powerpc/*",
     "ggml/src/ggml-cpu/arch/riscv/*",
@@ -105,7 +115,11 @@ LLAMA_LEFT_OUT = (
     "ggml/src/ggml-cpu/arch/wasm/*",
     "ggml/src/ggml-cpu/spacemit/*",
     "ggml/src/ggml-cpu/kleidiai/*",
-    "*/README.md",
+    "tools/*/bench/*",
+    "tools/*/legacy-models/*",
+    "tools/*/tests/*",
+    "tools/mtmd/test*",
+    "*/README*.md",
     "src/unused/*",
 )
 
@@ -120,12 +134,14 @@ WHEELS_LEFT_OUT = (
     "*/scripts/*",
     "hypothesis/extra/*",
     "packaging/licenses/*",
+    "psutil/_ps[!lu]*.py",
     "pygments/formatters/*",
     "pygments/lexers/*",
     "pygments/styles/*",
 )
 WHEELS_KEPT = (
     "hypothesis/extra/__init__.py",
+    "psutil/_psposix.py",
     "psutil/_psutil_linux.abi3.so",
     "pygments/formatters/__init__.py",
     "pygments/formatters/_mapping.py",
@@ -138,6 +154,10 @@ WHEELS_KEPT = (
     "pygments/styles/__init__.py",
     "pygments/styles/_mapping.py",
     "pygments/styles/default.py",
+)
+
+_C_TOKEN = re.compile(
+    rb""" "(?:\\.|[^"\\\n])*" | '(?:\\.|[^'\\\n])*' | //[^\n]* | /\*.*?\*/ """, re.DOTALL | re.VERBOSE
 )
 
 Entry = tuple[str, bytes, int]
@@ -162,9 +182,22 @@ def own_files() -> Iterator[Entry]:
 
 
 def packed_model(name: str) -> Entry:
-    """A shipped model as .xz. lp=1 models even and odd bytes separately, since the two bytes of an F16 value differ."""
-    filters = [{"id": lzma.FILTER_LZMA2, "preset": PRESET, "lc": 0, "lp": 1, "pb": 1}]
-    return f"{Path(name).name}.xz", lzma.compress((ROOT / name).read_bytes(), filters=filters), 0o644
+    """A shipped model as .xz, first its even bytes and then its odd ones: the low byte of an F16 value is random."""
+    data = (ROOT / name).read_bytes()
+    filters = [{"id": lzma.FILTER_LZMA2, "preset": PRESET, "lc": 0, "lp": 0, "pb": 0}]
+    return f"{Path(name).name}.xz", lzma.compress(data[0::2] + data[1::2], filters=filters), 0o644
+
+
+def without_comments(source: bytes) -> bytes:
+    """C source without comments, except for the first one, which may hold the licence."""
+    first = True
+
+    def kept(found: re.Match[bytes]) -> bytes:
+        nonlocal first
+        keep, first = first or not found[0].startswith(b"/"), first and not found[0].startswith(b"/")
+        return found[0] if keep else b" "
+
+    return _C_TOKEN.sub(kept, source)
 
 
 def _of_llama(name: str) -> bool:
@@ -193,7 +226,8 @@ def sdist_files(sdist: Path) -> Iterator[Entry]:
             if target:
                 file = tar.extractfile(member)
                 assert file is not None
-                yield target, file.read(), 0o644
+                data = file.read()
+                yield target, without_comments(data) if llama in LLAMA_STRIPPED else data, 0o644
 
 
 def wheel_files(folder: Path) -> Iterator[Entry]:

@@ -88,22 +88,9 @@ class ConvertReport:
         return f"pinfer {'solve' if self.predictor else 'profile'} {shlex.quote(str(self.path))}"
 
     def to_json(self) -> dict[str, object]:
-        """For ``--json``."""
-        return {
-            "model": str(self.path),
-            "source": str(self.source),
-            "architecture": self.arch,
-            "activation": self.activation,
-            "activation_threshold": self.activation_threshold,
-            "type": self.type,
-            "n_tensors": self.n_tensors,
-            "n_weights": self.n_weights,
-            "n_bytes": self.n_bytes,
-            "seconds": self.seconds,
-            "tokenizer": asdict(self.tokenizer) if self.tokenizer else None,
-            "predictor": self.predictor.to_json() if self.predictor else None,
-            "notes": list(self.notes),
-        }
+        """The report as plain JSON values."""
+        values = asdict(self) | {"source": str(self.source), "predictor": self.predictor and self.predictor.to_json()}
+        return {"model": str(values.pop("path")), "architecture": values.pop("arch"), **values}
 
 
 @dataclass(frozen=True)
@@ -225,6 +212,9 @@ def _import_predictor(
         if missing_text is not None:
             raise missing_text
         report = import_predictor(source, out, ImportOptions(options.dataset, n_threads=options.n_threads), progress)
+    except KeyboardInterrupt:
+        progress.note(f"{out} is complete; its predictor was not imported")
+        raise
     except PinferError as error:
         another = shlex.quote(str(out))
         return None, [f"its predictor was left out: {error}", f"pinfer profile {another}; pinfer train {another}"]

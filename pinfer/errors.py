@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""what the system says where a disk, a quota or the largest size of a file is used up"""
+
 
 class PinferError(Exception):
     """What happened, in one line, and what to type next.

@@ -44,10 +44,10 @@ def hold_interrupt() -> Iterator[HeldInterrupt]:
 
 
 def interruptible(work: Callable[[], T]) -> T:
-    """The result of ``work``, which may spend minutes in one call of numpy: Ctrl-C is obeyed at once nevertheless.
+    """The result of ``work``. Ctrl-C takes effect at once, even during minutes in a single numpy call.
 
-    ``work`` runs in a thread that nobody waits for after Ctrl-C; it must leave nothing behind. Its exceptions are
-    raised here.
+    ``work`` runs in a thread. After Ctrl-C the thread is abandoned, so ``work`` must have no side effects. Its
+    exceptions are raised here.
     """
     results: list[T] = []
     errors: list[BaseException] = []

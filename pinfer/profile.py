@@ -1,27 +1,28 @@
-"""Counts which neurons fire on a text, at the speed of prefill, and keeps FFN inputs for training the predictor."""
+"""`pinfer profile`: counts which neurons fire on a text and keeps FFN inputs to train the predictor on."""
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import numpy as np
+from numpy.typing import NDArray
+
+from pinfer.artefacts import paths
 from pinfer.artefacts.profile import ProfileFile, samples_writer
 from pinfer.errors import PinferError
+from pinfer.gguf_io.writer import replace_together
 from pinfer.hub.corpus import Corpus, open_corpus
 from pinfer.interrupt import HeldInterrupt, hold_interrupt
 from pinfer.llama import activation_check
+from pinfer.llama.devices import free_memory
+from pinfer.llama.engine import Engine, PluginConfig
+from pinfer.llama.plugin import PluginLibrary, load_plugin
 from pinfer.model import Model, open_model
 from pinfer.progress import NULL_PROGRESS, Progress
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-    from pinfer.llama.engine import Engine
-    from pinfer.llama.plugin import PluginLibrary
 
 MAX_CONTEXT = 2048
 BATCH = 512
@@ -87,8 +88,6 @@ class ProfileReport:
 
 def share_of_most(count: NDArray[np.int64], share: float = MOST) -> float:
     """Smallest share of neurons whose counts make ``share`` of the sum of ``count`` ``[n]``; 0 when nothing fired."""
-    import numpy as np
-
     total = int(count.sum())
     if total == 0:
         return 0.0
@@ -99,14 +98,9 @@ def share_of_most(count: NDArray[np.int64], share: float = MOST) -> float:
 def profile(model_path: Path, options: ProfileOptions, progress: Progress = NULL_PROGRESS) -> ProfileReport:
     """Run ``options.n_tokens`` tokens of text through the model and count what fires; write profile and samples.
 
-    After Ctrl-C what was counted is written all the same, and the report says ``interrupted``. Raises PinferError for a
-    model without exact zeros or with another activation than it claims, a data set that cannot be had, or a folder that
-    cannot be written.
+    After Ctrl-C the counts so far are written, and the report says ``interrupted``. Raises PinferError for a model that
+    has no exact zeros or another activation than it claims, for an unavailable data set and for a read-only folder.
     """
-    from pinfer.artefacts import paths
-    from pinfer.llama.engine import Engine, PluginConfig
-    from pinfer.llama.plugin import load_plugin
-
     _check(options)
     model = open_model(model_path, options.activation)
     if not model.is_sparse:
@@ -114,17 +108,21 @@ def profile(model_path: Path, options: ProfileOptions, progress: Progress = NULL
             f"{model.name} has no exact zeros to count: its FFN is not of the ReLU family",
             "run it as it is: pinfer run, or name what its FFN computes: --activation relu|relu2|reglu|drelu",
         )
-    folder = paths.artefact_dir(model.path, model.fingerprint, for_writing=True)
+    with paths.writing_to(model, progress) as folder:
+        return _profile(model, folder, options, progress)
+
+
+def _profile(model: Model, folder: Path, options: ProfileOptions, progress: Progress) -> ProfileReport:
     corpus = open_corpus(options.dataset, progress)
     n_ctx = options.n_ctx or min(model.n_ctx_train or MAX_CONTEXT, MAX_CONTEXT)
     sure = options.force or model.stock_computes_it or options.n_tokens <= activation_check.LEAST_TOKENS
-    doubt = None if sure else _Doubt(model, progress)
+    check = None if sure else _ActivationCheck(model, progress)
     windows: list[list[int]] = []
-    if doubt:
-        # On the CPU, where the FFN is not in the way of what the user wants on the GPU.
+    if check:
+        # On the CPU, so that stock llama.cpp does not fill the GPU with the FFN.
         with Engine(model.path, n_ctx=n_ctx, n_batch=BATCH, n_threads=options.n_threads, repack=False) as engine:
             windows = _collect(engine, corpus, options.n_tokens, n_ctx, progress)
-            doubt.read_by_stock(engine, windows)
+            check.read_by_stock(engine, windows)
     with Engine(
         model.path,
         plugin=PluginConfig.of(model),
@@ -133,13 +131,13 @@ def profile(model_path: Path, options: ProfileOptions, progress: Progress = NULL
         n_threads=options.n_threads,
         n_gpu_layers=options.n_gpu_layers,
     ) as engine:
-        if doubt:
-            doubt.settle(engine)
+        if check:
+            check.settle(engine)
         else:
             windows = _collect(engine, corpus, options.n_tokens, n_ctx, progress)
         n_tokens = sum(map(len, windows))
         plugin = load_plugin()
-        n_samples = min(n_tokens, sample_count(model) if options.n_samples is None else options.n_samples)
+        n_samples = _n_samples(options, model, n_tokens)
         with hold_interrupt() as held:
             plugin.observer_start(model.path, n_samples=n_samples, stride=_stride(n_tokens, n_samples, n_ctx))
             seconds = _count(engine, windows, n_tokens, held, progress)
@@ -151,9 +149,9 @@ def profile(model_path: Path, options: ProfileOptions, progress: Progress = NULL
 def _check(options: ProfileOptions) -> None:
     if options.n_tokens <= 0:
         raise PinferError(f"cannot profile {options.n_tokens} tokens", "use --tokens 1 or more")
-    if options.n_ctx < 0 or options.n_ctx == 1:
+    if options.n_ctx != 0 and not 2 <= options.n_ctx < 1 << 31:
         raise PinferError(
-            f"a context of {options.n_ctx} tokens holds no text", "use at least 2, or 0 for the model's own"
+            f"a context of {options.n_ctx} tokens is not possible", "use at least 2, or 0 for the model's own"
         )
     if options.n_samples is not None and options.n_samples < 0:
         raise PinferError("the number of samples cannot be negative")
@@ -169,8 +167,18 @@ def sample_count(model: Model) -> int:
     return min(MAX_SAMPLES, SAMPLE_BYTES // sample_bytes(model))
 
 
+def _n_samples(options: ProfileOptions, model: Model, n_tokens: int) -> int:
+    """Samples to keep of ``n_tokens`` tokens. Raises PinferError for more than memory has room for."""
+    if options.n_samples is None:
+        return min(n_tokens, sample_count(model))
+    n_samples, room = min(n_tokens, options.n_samples), free_memory() // sample_bytes(model)
+    if n_samples > room:
+        raise PinferError(f"memory has room for {room:,} samples, not {n_samples:,}", f"use --samples {room} or fewer")
+    return n_samples
+
+
 def _stride(n_tokens: int, n_samples: int, n_ctx: int) -> int:
-    """Every how many tokens one is kept: prime to the context, or the samples would favour some positions in it."""
+    """One token in this many is kept; coprime to the context, so that no position in it is favoured."""
     stride = max(1, n_tokens // max(1, n_samples))
     while math.gcd(stride, n_ctx) != 1:
         stride -= 1
@@ -178,7 +186,7 @@ def _stride(n_tokens: int, n_samples: int, n_ctx: int) -> int:
 
 
 def windows_of(engine: Engine, documents: Iterator[str], n_ctx: int) -> Iterator[list[int]]:
-    """Each document cut into sequences of at most ``n_ctx`` tokens, every one begun as the vocabulary asks."""
+    """Documents cut into sequences of at most ``n_ctx`` tokens, with the BOS token if the vocabulary wants one."""
     head = [engine.bos] if engine.bos is not None else []
     for document in documents:
         tokens = engine.tokenize(document, bos=False)
@@ -188,7 +196,7 @@ def windows_of(engine: Engine, documents: Iterator[str], n_ctx: int) -> Iterator
 
 
 def _collect(engine: Engine, corpus: Corpus, n_tokens: int, n_ctx: int, progress: Progress) -> list[list[int]]:
-    """Sequences of ``n_tokens`` tokens in all, or of all there are. Raises PinferError where there are none."""
+    """Sequences with ``n_tokens`` tokens in all, fewer if the text is shorter. Raises PinferError if it is empty."""
     windows: list[list[int]] = []
     left = n_tokens
     for window in windows_of(engine, corpus.documents(), n_ctx):
@@ -204,8 +212,8 @@ def _collect(engine: Engine, corpus: Corpus, n_tokens: int, n_ctx: int, progress
     return windows
 
 
-class _Doubt:
-    """The check that a model computes what it claims: some tokens by stock llama.cpp, then the same by the plugin."""
+class _ActivationCheck:
+    """Checks that a model computes what it claims: some tokens in stock llama.cpp, then the same in the plugin."""
 
     def __init__(self, model: Model, progress: Progress) -> None:
         self._model = model
@@ -234,9 +242,7 @@ class _Doubt:
 def _count(
     engine: Engine, windows: Sequence[Sequence[int]], n_tokens: int, held: HeldInterrupt, progress: Progress
 ) -> float:
-    """Run the windows through the observed model, until Ctrl-C; seconds taken."""
-    import time
-
+    """Runs the windows through the observed model until the end or Ctrl-C; returns the seconds taken."""
     begin = time.monotonic()
     with progress.task("profile", n_tokens, "tokens") as advance:
         for window in windows:
@@ -260,9 +266,6 @@ def _write(
     interrupted: bool,
     progress: Progress,
 ) -> ProfileReport:
-    from pinfer.artefacts import paths
-    from pinfer.gguf_io.writer import replace_together
-
     seen = [plugin.observer_layer(model.path, layer) for layer in range(model.n_layer)]
     layers = [layer for layer in seen if layer is not None]
     tokens = min((layer.n_tokens for layer in layers), default=0)
@@ -300,10 +303,6 @@ def _write(
 def _report(
     result: ProfileFile, folder: Path, options: ProfileOptions, n_samples: int, seconds: float, interrupted: bool
 ) -> ProfileReport:
-    import numpy as np
-
-    from pinfer.artefacts import paths
-
     everything = np.concatenate(result.count)
     return ProfileReport(
         path=folder / paths.PROFILE,

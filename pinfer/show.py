@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from pinfer.artefacts import paths
-from pinfer.artefacts.artefact import mending_command
+from pinfer.artefacts.artefact import made_by
 from pinfer.artefacts.placement import PlacementFile
 from pinfer.artefacts.predictor import PredictorFile
 from pinfer.artefacts.profile import ProfileFile, SamplesFile
@@ -144,7 +144,7 @@ def show(model_path: Path, options: ShowOptions) -> ShowReport:
         n_vocab=model.n_vocab,
         parts=_parts(model.tensors),
         kv_bytes_per_1k=round(
-            sum(model.kv_bytes_per_token(layer, _KV_BYTES) for layer in range(model.n_layer)) * KV_TOKENS
+            sum(model.kv_bytes_per_token(layer, _KV_BYTES, _KV_BYTES) for layer in range(model.n_layer)) * KV_TOKENS
         ),
         artefact_folder=folder,
         artefacts=artefacts,
@@ -224,7 +224,7 @@ def _checked_together(found: dict[str, ArtefactState]) -> tuple[ArtefactState, .
 
 
 def _state(model: Model, kind: str, path: Path, read: Callable[[Path, Model], Mapping[str, Any]]) -> ArtefactState:
-    mend = mending_command(kind, model)
+    mend = made_by(kind, model)
     try:
         size = path.stat().st_size
     except OSError:

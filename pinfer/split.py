@@ -6,18 +6,21 @@ dequantised and quantised again along the other axis, or moved as they are where
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from pinfer.artefacts import paths
 from pinfer.artefacts.artefact import ArtefactWriter
 from pinfer.artefacts.placement import PlacementFile, new_placement_id
+from pinfer.artefacts.profile import ProfileFile
 from pinfer.artefacts.shards import (
     ShardPlan,
     cold_writer,
@@ -25,34 +28,30 @@ from pinfer.artefacts.shards import (
     down_types,
     hot_name,
     hot_writer,
-    row_bytes,
+    pieces,
     stale_hot_shards,
 )
-from pinfer.gguf_io.reader import type_name, type_size
+from pinfer.artefacts.verify import verify_shards
+from pinfer.gguf_io.reader import row_bytes, type_name, type_size
 from pinfer.gguf_io.writer import replace_together
 from pinfer.llama import ggml
+from pinfer.llama.devices import physical_cores
 from pinfer.model import Model, Tensor, open_model
 from pinfer.progress import NULL_PROGRESS, Progress
 
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-_PIECE = 32 << 20
-"""bytes handled at once where rows are copied"""
-_FLOATS = 64 << 20
-"""bytes of dequantised weights one thread holds"""
+_COLUMN_BYTES = 256 << 20
+"""bytes of the model's down matrix that all threads hold together"""
 _BAND = 512 << 20
 """bytes of requantised down rows held at once"""
 _COLUMNS = 256
 """columns are read in multiples of this, which every block length divides"""
 _TILE = 64
-"""columns that are transposed at once, where blocks are no longer"""
+"""columns transposed at once, unless the blocks of the type are longer"""
 
 
 @dataclass(frozen=True)
 class SplitOptions:
-    """What the command line can set."""
+    """Options of ``pinfer split``."""
 
     down_type: str | None = None
     verify: bool = False
@@ -73,7 +72,7 @@ class SplitReport:
     n_hot: int
     n_cold: int
     order: str
-    """where the order of the neurons comes from: ``placement``, ``profile`` or ``model``"""
+    """source of the order of the neurons: ``placement``, ``profile`` or ``model``"""
     hot_down_types: tuple[str, ...]
     cold_down_types: tuple[str, ...]
     seconds: float
@@ -88,14 +87,16 @@ def split(model_path: Path, options: SplitOptions, progress: Progress = NULL_PRO
     """Writes all shards beside the model, replacing older ones together and removing those of further devices.
 
     The placement decides what is hot. Without one every neuron is cold, ordered by the profile if there is one. With
-    ``options.verify`` the written files are read again and proven to be the model before they replace the old ones.
+    ``options.verify`` the new files are read back and compared with the model before they replace the old ones.
     """
-    from pinfer.artefacts.verify import verify_shards
-
     started = time.monotonic()
     model = open_model(model_path, options.activation)
     model.require_sparse()
-    folder = paths.artefact_dir(model.path, model.fingerprint, for_writing=True)
+    with paths.writing_to(model, progress) as folder:
+        return _split(model, folder, options, progress, started)
+
+
+def _split(model: Model, folder: Path, options: SplitOptions, progress: Progress, started: float) -> SplitReport:
     plan, source = _plan(model, folder, options, progress)
     settings = {"down_type": options.down_type, "order": source}
     hot_paths = tuple(folder / hot_name(device) for device in range(len(plan.hot)))
@@ -138,9 +139,9 @@ def _write_shards(
 ) -> None:
     shards = (*hot, cold)
     n_bytes = sum(shard.n_bytes for shard in shards)
-    for shard in shards:  # the first looks whether there is room for all
+    for shard in shards:  # the first checks the free space for all
         shard.begin(also=n_bytes - shard.n_bytes if shard is shards[0] else 0)
-    with ThreadPoolExecutor(os.cpu_count() or 1) as threads, progress.task("split", n_bytes, "bytes") as advance:
+    with ThreadPoolExecutor(_n_threads(model)) as threads, progress.task("split", n_bytes, "bytes") as advance:
         for layer in range(model.n_layer):
             for device, shard in enumerate(hot):
                 _write_hot(model, plan, device, layer, shard, advance)
@@ -149,12 +150,17 @@ def _write_shards(
         shard.finish()
 
 
+def _n_threads(model: Model) -> int:
+    """As many as there are cores, but no more than may hold a block of columns each."""
+    return max(1, min(physical_cores(), _COLUMN_BYTES // (4 * model.n_embd * _COLUMNS)))
+
+
 def _names(types: Iterator[int]) -> tuple[str, ...]:
     return tuple(sorted({type_name(t) for t in types}))
 
 
 def _plan(model: Model, folder: Path, options: SplitOptions, progress: Progress) -> tuple[ShardPlan, str]:
-    """Which neurons go where, in which order and type, and where that order comes from."""
+    """The neurons of each shard, their order and types, and the source of that order."""
     types = tuple(down_types(model, layer, options.down_type) for layer in range(model.n_layer))
     if options.down_type is not None:
         got = {type_name(t.cold) for t in types} | {type_name(t.hot) for t in types}
@@ -166,27 +172,16 @@ def _plan(model: Model, folder: Path, options: SplitOptions, progress: Progress)
         return ShardPlan(placement.id, hot, placement.cold(), types), "placement"
     order, source = _order_without_placement(model, folder)
     where = "their profile" if source == "profile" else "the model"
-    progress.note(f"no placement (pinfer solve makes one): every neuron stays cold, in the order of {where}")
+    progress.note(f"no placement (run pinfer solve to make one): every neuron stays cold, in the order of {where}")
     none = tuple(neurons[:0] for neurons in order)
     return ShardPlan(new_placement_id(), (none,), order, types), source
 
 
 def _order_without_placement(model: Model, folder: Path) -> tuple[tuple[NDArray[np.int32], ...], str]:
-    import numpy as np
-
-    from pinfer.artefacts.profile import ProfileFile
-
     if (folder / paths.PROFILE).exists():
         counts = ProfileFile.read(folder / paths.PROFILE, model).count
         return tuple(np.argsort(-c, kind="stable").astype(np.int32) for c in counts), "profile"
     return tuple(np.arange(model.n_ff, dtype=np.int32) for _ in range(model.n_layer)), "model"
-
-
-def _pieces(n: int, bytes_each: int) -> Iterator[slice]:
-    """Cuts ``n`` rows into slices of about ``_PIECE`` bytes."""
-    step = max(1, _PIECE // max(bytes_each, 1))
-    for start in range(0, n, step):
-        yield slice(start, min(start + step, n))
 
 
 def _write_rows(
@@ -197,7 +192,7 @@ def _write_rows(
         if tensor is None:
             continue
         raw = model.raw(tensor)
-        for piece in _pieces(len(neurons), tensor.row_bytes):
+        for piece in pieces(len(neurons), tensor.row_bytes):
             rows = raw[neurons[piece]]
             out.write(f"blk.{layer}.ffn_{kind}.weight", rows)
             model.gguf.release()
@@ -213,7 +208,7 @@ def _write_hot(
     _write_rows(model, layer, neurons, out, advance)
     assert down is not None
     target = plan.hot_type(device, layer)
-    for piece in _pieces(model.n_embd, 4 * model.n_ff):
+    for piece in pieces(model.n_embd, 4 * model.n_ff):
         rows = _select_columns(model.raw(down)[piece], down, target, neurons)
         out.write(down_name("hot", layer), rows)
         model.gguf.release()
@@ -224,8 +219,6 @@ def _select_columns(
     raw: NDArray[np.uint8], tensor: Tensor, target: int, columns: NDArray[np.int32]
 ) -> NDArray[np.uint8]:
     """Some columns of rows ``[n, row_bytes]`` as rows of the target type."""
-    import numpy as np
-
     if _keeps_bytes(tensor.type, target):
         picked = _elements(raw, tensor.type)[:, columns]
         return np.ascontiguousarray(picked).view(np.uint8)
@@ -240,8 +233,6 @@ def _keeps_bytes(source: int, target: int) -> bool:
 
 def _elements(raw: NDArray[np.uint8], ggml_type: int) -> NDArray[Any]:
     """Bytes of a type without blocks, seen element by element."""
-    import numpy as np
-
     return np.ascontiguousarray(raw).view({2: np.uint16, 4: np.uint32}[type_size(ggml_type)[1]])
 
 
@@ -267,16 +258,14 @@ def _transposed_down(
 ) -> NDArray[np.uint8]:
     """Down rows of some neurons in the target type, ``[len(neurons), row_bytes]``.
 
-    The columns are read in the order of the file, a block of them at a time, and land where their neuron belongs.
+    Columns are read in the order of the file, a block at a time, and written to the rows of their neurons.
     """
-    import numpy as np
-
     tensor = model.ffn[layer].down
     assert tensor is not None
     out = np.empty((len(neurons), row_bytes(target, model.n_embd)), dtype=np.uint8)
     place = np.full(model.n_ff, -1, dtype=np.int64)
     place[neurons] = np.arange(len(neurons))
-    width = max(_COLUMNS, _FLOATS // (4 * model.n_embd) // _COLUMNS * _COLUMNS)
+    width = max(1, _COLUMN_BYTES // _n_threads(model) // (4 * model.n_embd * _COLUMNS)) * _COLUMNS
 
     def convert(first: int) -> None:
         _convert_columns(model, tensor, first, min(first + width, model.n_ff), target, place, out)
@@ -297,12 +286,10 @@ def _convert_columns(
     out: NDArray[np.uint8],
 ) -> None:
     """Puts the columns ``first..end`` of down into the rows of ``out`` that ``place`` gives them (-1: not wanted)."""
-    import numpy as np
-
     block, size = type_size(tensor.type)
     keep = _keeps_bytes(tensor.type, target)
     raw = np.ascontiguousarray(model.raw(tensor)[:, first // block * size : end // block * size])
-    # A tile's floats and their transposition stay in the cache.
+    # Small tiles keep the floats and their transpose in the cache.
     width = max(_TILE, block)
     for start in range(0, end - first, width):
         n_columns = min(width, end - first - start)

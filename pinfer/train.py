@@ -1,9 +1,8 @@
-"""Learns, layer by layer and in closed form, to name the neurons that will fire.
+"""`pinfer train`: fits predictors of the neurons that fire, layer by layer and in closed form.
 
-The matrix whose sign decides is approximated, by two thin factors (low_rank.py) or by a copy in few bits (few_bits.py);
-thresholds on the scores that come of it keep the share of the output that was asked for (thresholds.py). Which kind a
-layer gets, and how wide its factors are, is settled by what a token then costs. docs/predictors.md has the
-measurements that these kinds were chosen by.
+The matrix whose sign decides is approximated by two thin factors (low_rank.py) or by a copy in few bits (few_bits.py).
+Thresholds on the resulting scores keep the requested share of the output (thresholds.py). Each layer gets the kind and
+rank with the lowest cost per token. docs/predictors.md has the measurements behind these kinds.
 """
 
 from __future__ import annotations
@@ -14,9 +13,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from pinfer.artefacts.predictor import FACTOR_TYPES, FEW_BITS, LayerPredictor, PredictorWriter, quantised, row_bytes
+import numpy as np
+from numpy.typing import NDArray
+
+from pinfer.artefacts import paths
+from pinfer.artefacts.predictor import FACTOR_TYPES, FEW_BITS, LayerPredictor, PredictorWriter, quantised
 from pinfer.artefacts.profile import SamplesFile
 from pinfer.errors import PinferError
+from pinfer.gguf_io.reader import row_bytes
 from pinfer.model import open_model
 from pinfer.predictors.data import HeldBack, LayerData, parts
 from pinfer.predictors.few_bits import few_bits
@@ -25,15 +29,12 @@ from pinfer.predictors.thresholds import calibrate
 from pinfer.progress import NULL_PROGRESS, Progress
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
     from pinfer.predictors.data import Matrix
 
 MIN_SAMPLES = 64
 
-# What a byte of a scattered row costs against a byte that is streamed, as predictors and whole matrices are. Measured
-# on 2 threads: 46 GB/s in a stream, 26 to 31 GB/s for the rows of candidates (docs/predictors.md).
+# Cost of a byte in a scattered row, relative to a streamed byte (predictors, whole matrices). Measured with 2 threads:
+# 46 GB/s streamed, 26 to 31 GB/s for the rows of candidates (docs/predictors.md).
 SCATTERED_COST = 1.6
 
 # A float32 for each neuron.
@@ -42,14 +43,14 @@ _THRESHOLD_BYTES = 4
 # Values in a block of quantised factors: ranks and widths must be multiples of it.
 _BLOCK = 32
 
-# Kinds that layers may get: those which the plugin computes.
+# Kinds a layer may get; the plugin computes all of them.
 KINDS = ("low_rank", "one_bit", "two_bit")
 
-# Samples and neurons on which kinds and ranks are compared; the choice is then calibrated on all that were held back.
+# Samples and neurons on which kinds and ranks are compared; the choice is calibrated on all held-back samples.
 _SEARCH_SAMPLES = 512
 _SEARCH_NEURONS = 4096
 
-# Factors are computed at first up to this rank, or this share of the width, and further when that proves too little.
+# Factors are first computed up to this rank, or this share of the width, and further if needed.
 _FIRST_RANK = 1024
 _FIRST_SHARE = 6
 
@@ -66,7 +67,7 @@ class TrainOptions:
 
 @dataclass(frozen=True)
 class LayerReport:
-    """How well one layer is predicted; shares are of its neurons, bytes are read per token."""
+    """Quality of one layer's predictor; shares of its neurons, bytes read per token."""
 
     layer: int
     kind: str
@@ -81,7 +82,7 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class TrainReport:
-    """What was learnt, and where it was written."""
+    """Quality of the predictor, and its path."""
 
     path: Path
     n_samples: int
@@ -103,8 +104,6 @@ def train(model_path: Path, options: TrainOptions, progress: Progress = NULL_PRO
 
     Raises PinferError when there are no samples, too few of them, or the model has nothing to predict.
     """
-    from pinfer.artefacts import paths
-
     _check(options)
     model = open_model(model_path, options.activation)
     model.require_sparse()
@@ -119,9 +118,12 @@ def train(model_path: Path, options: TrainOptions, progress: Progress = NULL_PRO
             f"{samples.artefact.path} holds {samples.n_samples} samples, too few to learn from",
             f"profile more text: pinfer profile {model.path} --tokens 131072",
         )
-    path = paths.artefact_dir(model.path, model.fingerprint, for_writing=True) / paths.PREDICTOR
     reports = []
-    with PredictorWriter(path, options.type) as writer, progress.task("train", model.n_layer, "layers") as advance:
+    with (
+        paths.writing_to(model, progress) as folder,
+        PredictorWriter(folder / paths.PREDICTOR, options.type) as writer,
+        progress.task("train", model.n_layer, "layers") as advance,
+    ):
         for layer in range(model.n_layer):
             data = LayerData.read(model, layer, samples)
             predictor, report = fit_layer(data, layer, options)
@@ -130,12 +132,12 @@ def train(model_path: Path, options: TrainOptions, progress: Progress = NULL_PRO
             advance(1)
         settings = {**asdict(options), "command": "train", "n_samples": samples.n_samples}
         n_bytes = writer.finish(model, settings)
-    return summary(path, samples.n_samples, n_bytes, reports)
+    return summary(folder / paths.PREDICTOR, samples.n_samples, n_bytes, reports)
 
 
 def _check(options: TrainOptions) -> None:
     if not 0 < options.recall <= 1:
-        raise PinferError(f"a recall of {options.recall} makes no sense", "use --recall 0.995, at most 1")
+        raise PinferError(f"a recall of {options.recall} is not possible", "use --recall 0.995, at most 1")
     if options.max_rank is not None and options.max_rank < 0:
         raise PinferError("the rank cannot be negative", "use --max-rank 0 or more")
     if options.type not in FACTOR_TYPES:
@@ -143,7 +145,7 @@ def _check(options: TrainOptions) -> None:
 
 
 def summary(path: Path, n_samples: int, n_bytes: int, layers: list[LayerReport]) -> TrainReport:
-    """What the layers come to."""
+    """The layers together."""
 
     def mean(values: Iterator[float]) -> float:
         return math.fsum(values) / len(layers)
@@ -164,7 +166,7 @@ def summary(path: Path, n_samples: int, n_bytes: int, layers: list[LayerReport])
 def fit_layer(
     data: LayerData, layer: int, options: TrainOptions, kinds: tuple[str, ...] = KINDS
 ) -> tuple[LayerPredictor, LayerReport]:
-    """The predictor of one layer at which a token costs least, or none where it does not pay."""
+    """The predictor of one layer with the lowest cost per token, or none if that costs less."""
     fit, calibration, test = parts(len(data.x))
     inputs = covariance(data.x[fit].astype("float32"))
     held = HeldBack.of(data, calibration)
@@ -175,12 +177,12 @@ def fit_layer(
     fitted = Fitted.of(data, chosen[0], chosen[1], held, options) if chosen else None
     if fitted is not None and fitted.cost(data, held) >= exact_cost(data, held):
         fitted = None
-    del held  # at large widths there is not room for both
+    del held  # at large widths memory has no room for both
     return tested(data, layer, fitted, HeldBack.of(data, test))
 
 
 def tested(data: LayerData, layer: int, fitted: Fitted | None, held: HeldBack) -> tuple[LayerPredictor, LayerReport]:
-    """A layer's predictor, or none, with what it does on samples that neither the fit nor the thresholds have seen."""
+    """A layer's predictor, or none, and its quality on samples that neither fit nor thresholds have seen."""
     active = float((held.mass > 0).mean())
     exact_bytes = len(data.weight) * (data.first_bytes + active * data.rest_bytes)
     if fitted is None:
@@ -200,11 +202,11 @@ class _Source(Protocol):
 
     kind: str
     ranks: range
-    """to choose from, in steps; few bits have one rank alone, the width"""
+    """to choose from; few bits have a single rank, the width"""
 
     @property
     def ready(self) -> int:
-        """The place in ``ranks`` up to which there is nothing left to compute."""
+        """Index in ``ranks`` up to which everything is computed."""
         ...
 
     def parts(self, rank: int, neurons: slice) -> tuple[Matrix | None, Matrix]:
@@ -217,7 +219,7 @@ class _Source(Protocol):
 
 
 class _LowRank:
-    """Two thin factors, computed as far as they are asked for."""
+    """Two thin factors, computed up to the highest rank used so far."""
 
     kind = "low_rank"
 
@@ -234,11 +236,11 @@ class _LowRank:
 
     @property
     def ready(self) -> int:
-        """Higher ranks take eigenvectors that are not known yet."""
+        """Higher ranks need eigenvectors that are not computed yet."""
         return 0 if self._a is None else len(self._a) // _BLOCK - 1
 
     def parts(self, rank: int, neurons: slice) -> tuple[Matrix, Matrix]:
-        """Blocks of quantised values run along the rank, so lower ranks are beginnings of higher ones."""
+        """Quantised blocks run along the rank, so lower ranks are prefixes of higher ones."""
         if self._a is None or self._b is None or rank > len(self._a):
             self._spectrum = self._spectrum or Spectrum.of(self._data.weight, self._inputs)
             n_embd = self._data.weight.shape[1]
@@ -251,7 +253,7 @@ class _LowRank:
     def n_bytes(self, rank: int) -> int:
         """Bytes of both factors and the thresholds."""
         n_ff, n_embd = len(self._data.weight), self._data.x.shape[1]
-        return rank * row_bytes(n_embd, self._types[0]) + n_ff * (row_bytes(rank, self._types[1]) + _THRESHOLD_BYTES)
+        return rank * row_bytes(self._types[0], n_embd) + n_ff * (row_bytes(self._types[1], rank) + _THRESHOLD_BYTES)
 
 
 class _FewBits:
@@ -267,7 +269,7 @@ class _FewBits:
         self._inputs = inputs
 
     def parts(self, rank: int, neurons: slice) -> tuple[None, Matrix]:
-        """Levels are B, and there is no A. Neurons are rounded each by itself, so some of them are soon done."""
+        """B holds the levels; there is no A. Each neuron is rounded on its own, so a few are quick."""
         return None, few_bits(self._data.weight[neurons], self._inputs, FEW_BITS[self.kind])
 
     def n_bytes(self, rank: int) -> int:
@@ -291,7 +293,7 @@ class Fitted:
     def of(
         data: LayerData, source: _Source, rank: int, held: HeldBack, options: TrainOptions, neurons: slice = slice(None)
     ) -> Fitted:
-        """With the thresholds that keep the recall on ``held``; ``data`` and ``held`` are of ``neurons`` alone."""
+        """With thresholds that keep the recall on ``held``; ``data`` and ``held`` contain only ``neurons``."""
         a, b = source.parts(rank, neurons)
         t = calibrate(scores(a, b, held.x), held, data, options.recall)
         return Fitted(source.kind, a, b, t, source.n_bytes(rank))
@@ -302,28 +304,22 @@ class Fitted:
 
     def row_bytes(self, data: LayerData, held: HeldBack, named: NDArray[np.bool_]) -> float:
         """Bytes of a token's rows: the first one of each candidate, the others of those that fire."""
-        import numpy as np
-
         n_active = int(np.count_nonzero(named & (held.mass > 0)))
         return (int(np.count_nonzero(named)) * data.first_bytes + n_active * data.rest_bytes) / len(held.x)
 
     def cost(self, data: LayerData, held: HeldBack, times: float = 1.0) -> float:
-        """What a token costs, in streamed bytes, where each neuron stands for ``times`` as many."""
+        """Cost of a token in streamed bytes, if each neuron stands for ``times`` neurons."""
         return self.n_bytes + times * SCATTERED_COST * self.row_bytes(data, held, self.named(held))
 
 
 def scores(a: Matrix | None, b: Matrix, x: Matrix, kind: str = "low_rank") -> Matrix:
     """What a predictor of this kind computes for ``x`` ``[n, n_embd]``: ``[n, n_ff]``."""
-    import numpy as np
-
     hidden: Matrix = x if a is None else x @ a.T
     return (np.maximum(hidden, 0) if kind == "mlp" else hidden) @ b.T
 
 
 def exact_cost(data: LayerData, held: HeldBack) -> float:
-    """What a token costs without a predictor: the first matrix is streamed."""
-    import numpy as np
-
+    """Cost of a token without a predictor: the first matrix is streamed."""
     n_active = int(np.count_nonzero(held.mass)) / len(held.x)
     return len(data.weight) * data.first_bytes + SCATTERED_COST * n_active * data.rest_bytes
 
@@ -331,7 +327,7 @@ def exact_cost(data: LayerData, held: HeldBack) -> float:
 def _cheapest(
     data: LayerData, sources: Sequence[_Source], held: HeldBack, options: TrainOptions
 ) -> tuple[_Source, int] | None:
-    """The kind and the rank at which a token costs least, judged on some neurons and samples; None where none pays."""
+    """Kind and rank of the lowest cost, estimated on some neurons and samples; None if no predictor pays."""
     neurons = slice(None, None, -(-len(data.weight) // _SEARCH_NEURONS))
     some = held.some(-(-len(held.x) // _SEARCH_SAMPLES), neurons)
     part = data.some(neurons)
@@ -349,10 +345,10 @@ def _cheapest(
 
 
 def _lowest(cost: Callable[[int], float], source: _Source, bound: float) -> tuple[float, int] | None:
-    """Lowest cost and its rank: in growing steps first, then around the best of them.
+    """Lowest cost and its rank, searched in growing steps and then around the best of them.
 
-    More rank costs more predictor and saves ever fewer candidates, so the cost falls and then rises. Ranks whose
-    predictor alone costs ``bound`` or more are not tried.
+    A higher rank costs more and saves fewer and fewer candidates, so the cost falls and then rises. Ranks whose
+    predictor alone costs ``bound`` or more are skipped.
     """
     costs: dict[int, float] = {}
 

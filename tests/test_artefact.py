@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
-import os
 import resource
 import shutil
 import signal
@@ -19,10 +19,14 @@ from hypothesis import strategies as st
 from support.small_model import Shape, write_small_model
 
 from pinfer.artefacts import paths
-from pinfer.artefacts.artefact import FORMAT_VERSION, ArtefactWriter, open_artefact
+from pinfer.artefacts.artefact import FORMAT_VERSION, ArtefactWriter, open_artefact, verify_artefact
 from pinfer.errors import PinferError
 from pinfer.gguf_io.writer import replace_together
+from pinfer.llama.plugin import load_plugin
 from pinfer.model import Model, open_model
+from pinfer.progress import NULL_PROGRESS
+from pinfer.solve import SolveOptions, solve
+from pinfer.split import SplitOptions, split
 
 
 @pytest.fixture
@@ -133,26 +137,93 @@ def test_files_that_belong_together_are_replaced_together(tmp_path: Path, model:
     assert sorted(p.name for p in tmp_path.glob(".*.tmp")) == []
 
 
-def test_leftovers_of_killed_commands_go_and_those_of_living_ones_stay(tmp_path: Path, model: Model) -> None:
-    """By their locks: the number of a process says nothing in another container."""
-    dead = tmp_path / f".profile.gguf.{os.getppid()}.tmp"
-    dead.touch()
-    script = (
-        "import sys; from pathlib import Path; from pinfer.gguf_io.writer import temporary_file\n"
-        "with temporary_file(Path(sys.argv[1])) as path: print(path, flush=True); input()"
-    )
-    command = [sys.executable, "-c", script, str(tmp_path / "profile.gguf")]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, text=True) as other:
+def test_leftovers_of_killed_commands_go_and_those_in_use_stay(tmp_path: Path, model: Model) -> None:
+    path = tmp_path / "profile.gguf"
+    leftover = tmp_path / ".profile.gguf.0123abcd.tmp"
+    in_use = tmp_path / ".profile.gguf.4567cdef.tmp"
+    for name in (leftover, in_use):
+        name.touch()
+    with in_use.open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        _write(path, model)
+        assert not leftover.exists()
+        assert in_use.exists()
+    _write(path, model)
+    assert not in_use.exists()
+
+
+def test_every_tensor_has_its_checksum(tmp_path: Path, model: Model) -> None:
+    path = tmp_path / "profile.gguf"
+    _write(path, model)
+    file = open_artefact(path, "profile", model)
+    assert file.get_list("pinfer.checksums", 1) == [load_plugin().checksum(np.full(model.n_ff, 1, np.int64))]
+    verify_artefact(path, "profile", model)
+    tensor = file.tensor("blk.0.count")
+    with path.open("r+b") as out:
+        out.seek(tensor.offset + 100)
+        out.write(b"\x05")
+    with pytest.raises(PinferError, match=r"damaged: .*blk.0.count .* checksum; make it again: pinfer profile"):
+        verify_artefact(path, "profile", model)
+    with ArtefactWriter(path, "cold", model, {}):
+        pass
+    verify_artefact(path, "cold", model)
+
+
+_HOLDS_THE_LOCK = """
+import sys
+from pathlib import Path
+from pinfer.artefacts import paths
+from pinfer.model import open_model
+with paths.writing_to(open_model(Path(sys.argv[1]))) as folder:
+    print(folder, flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_one_command_at_a_time_writes_to_a_folder(model: Model) -> None:
+    command = [sys.executable, "-c", _HOLDS_THE_LOCK, str(model.path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None
-        alive = Path(other.stdout.readline().strip())
-        _write(tmp_path / "profile.gguf", model)
-        assert not dead.exists()
-        assert alive.exists()
+        folder = Path(other.stdout.readline().strip())
+        for stage in (lambda: split(model.path, SplitOptions()), lambda: solve(model.path, SolveOptions(vram=0))):
+            with pytest.raises(
+                PinferError, match=f"another pinfer command is writing to {folder}; wait until"
+            ) as error:
+                stage()
+            assert "\n" not in str(error.value)
+        # The lock goes with its process, however that ends.
         other.kill()
-    _write(tmp_path / "profile.gguf", model)
-    assert not alive.exists()
+    with paths.writing_to(model) as found:
+        assert found == folder
+
+
+def test_a_link_is_written_beside_its_target_and_that_is_said(tmp_path: Path, model: Model) -> None:
+    notes: list[str] = []
+
+    class Noting:
+        task = staticmethod(NULL_PROGRESS.task)
+
+        def note(self, text: str) -> None:
+            notes.append(text)
+
+    (tmp_path / "elsewhere").mkdir()
+    link, beside = tmp_path / "elsewhere" / "link.gguf", tmp_path / "same.gguf"
+    for name in (link, beside):
+        name.symlink_to(model.path)
+    with paths.writing_to(open_model(link), Noting()) as folder:
+        assert folder == tmp_path / "model.gguf.pinfer"
+    with paths.writing_to(model, Noting()):
+        pass
+    assert notes == [f"{link} is a link: writing to {folder}, beside the file it names"]
+
+
+def test_without_pinfer_home_it_is_the_users_data_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PINFER_HOME")
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    assert paths.pinfer_home() == tmp_path / "data" / "pinfer"
+    monkeypatch.delenv("XDG_DATA_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert paths.pinfer_home() == tmp_path / ".local" / "share" / "pinfer"
 
 
 def test_free_space_is_checked_before_anything_is_written(

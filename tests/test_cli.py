@@ -106,6 +106,7 @@ def test_stale_docs_are_noticed(tmp_path: Path, capsys: pytest.CaptureFixture[st
         (["solve", "--vram", ""], "24G"),
         (["profile", "--tokens", "many"], "128k"),
         (["profile", "--activation", "gelu"], "relu2"),
+        (["eval", "--text", "t", "-ngl", "some"], "-ngl"),
         (["split", "a.gguf", "b.gguf"], "b.gguf"),
         (["split", "a.gguf", "-m", "b.gguf"], "b.gguf"),
     ],
@@ -397,10 +398,10 @@ class _Caught(Exception):
 def _options_of(monkeypatch: pytest.MonkeyPatch, name: str, *flags: str) -> Any:
     stage = importlib.import_module(f"pinfer.{name}")
 
-    def catch(path: Path, options: object, *rest: object) -> NoReturn:
-        raise _Caught(options)
+    def catch(*arguments: object, **_: object) -> NoReturn:
+        raise _Caught(next(each for each in arguments if dataclasses.is_dataclass(each)))
 
-    monkeypatch.setattr(stage, "evaluate" if name == "eval" else name, catch)
+    monkeypatch.setattr(stage, {"eval": "evaluate", "run": "start"}.get(name, name), catch)
     caught: list[object] = []
 
     def keep(text: str) -> int:
@@ -468,6 +469,17 @@ def test_flags_of_run_and_serve_arrive(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert settings["rpc"] == "h:1"
     forwarded = (("-c", "7"), ("--temp", "0"), ("--ignore-eos",), ("-ngl", "all"), ("-fa", "on"))
     assert flags.flags == ((port,) if port else ()) + forwarded
+
+
+def test_all_layers_go_to_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    for flag in ("-ngl", "--gpu-layers"):
+        assert _options_of(monkeypatch, "bench", flag, "all").n_gpu_layers == cli_options.ALL_LAYERS
+
+
+@pytest.mark.parametrize("words", [("eval", "--text", "a.txt"), ("bench",)], ids=lambda w: w[0])
+def test_american_spelling_is_accepted(monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]) -> None:
+    assert _options_of(monkeypatch, *words, "--artifacts", "d").artefacts == Path("d")
+    assert _options_of(monkeypatch, *words, "--no-artifacts").no_artefacts
 
 
 def test_every_flag_of_the_other_commands_arrives(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -94,7 +94,7 @@ def tensors_of(model: Model) -> dict[str, NDArray[np.float32]]:
 
 @pytest.mark.parametrize("type_", ["f32", "f16", "bf16", "q8_0", "q4_0", "q4_k_m"])
 def test_types(type_: str, command: CommandLine) -> None:
-    """Every type opens in libllama, and each matrix is what ggml makes of the F32 one."""
+    """libllama opens every type, and each matrix equals the F32 one quantised by ggml."""
     outcome = command("convert", CHECKPOINTS / "arcee", "--type", type_, "--json")
     assert outcome.code == 0, outcome.err
     report = json.loads(outcome.out)
@@ -114,7 +114,7 @@ def test_types(type_: str, command: CommandLine) -> None:
 
 
 def test_pickled_and_safetensors_are_the_same(tmp_path: Path) -> None:
-    """The same weights in torch's format and in safetensors, sharded and whole, give the same file."""
+    """The same weights in PyTorch's format and in safetensors, sharded and whole, give the same file."""
     pickled = open_checkpoint(CHECKPOINTS / PICKLED)
     assert any(tensor.file.suffix == ".bin" for tensor in pickled.tensors.values())
     whole = copy(PICKLED, tmp_path)
@@ -129,7 +129,7 @@ def test_pickled_and_safetensors_are_the_same(tmp_path: Path) -> None:
 
 
 def test_activation_can_be_named(tmp_path: Path) -> None:
-    """ReLU on gate and up or on gate alone cannot be told from a config.json that lies."""
+    """config.json does not tell ReLU on gate and up from ReLU on the gate only."""
     report = convert(CHECKPOINTS / SHARDED, ConvertOptions(out=tmp_path / "d.gguf", activation="drelu"), NULL_PROGRESS)
     assert report.activation == "drelu"
     assert open_model(report.path).activation == "drelu"
@@ -156,7 +156,7 @@ def test_existing_file_is_kept_unless_forced(command: CommandLine) -> None:
 
 @pytest.mark.parametrize("rope", ["llama3", "linear", "yarn"])
 def test_scaled_positions_reach_libllama(rope: str, tmp_path: Path) -> None:
-    """The scaling changes the logits where positions are far, and libllama takes its keys."""
+    """libllama reads the keys of the scaling, and it changes the logits at far positions."""
     folder = copy(SHARDED, tmp_path)
     prompt = [1] + [5 + i % 50 for i in range(60)]
 
@@ -170,8 +170,8 @@ def test_scaled_positions_reach_libllama(rope: str, tmp_path: Path) -> None:
     assert not np.allclose(logits("scaled.gguf"), plain, rtol=1e-3)
 
 
-def test_memory_is_of_the_largest_tensor(command: CommandLine, tmp_path: Path) -> None:
-    """A checkpoint of 24 layers converts in the memory of one of its matrices, not of the model."""
+def test_memory_is_that_of_the_largest_tensor(command: CommandLine, tmp_path: Path) -> None:
+    """Converting 24 layers takes the memory of one matrix, not of the model."""
     n_layer, n_embd, n_ff, n_vocab = 24, 512, 4096, 331
     folder = copy(ONE_FILE, tmp_path)
     rng = np.random.default_rng(0)
@@ -229,7 +229,7 @@ def test_missing_shard(command: CommandLine, tmp_path: Path) -> None:
     refused(command("convert", folder), command.folder, "lacks 1 of 3 shards", "model-00002-of")
 
 
-def test_index_that_lies(command: CommandLine, tmp_path: Path) -> None:
+def test_index_that_names_wrong_files(command: CommandLine, tmp_path: Path) -> None:
     folder = copy(SHARDED, tmp_path)
     index = folder / "model.safetensors.index.json"
     content = json.loads(index.read_text())
@@ -264,7 +264,7 @@ def test_truncated_pickle(keep: int, command: CommandLine, tmp_path: Path) -> No
 
 
 class _Harm:
-    """Pickles to a call of os.system."""
+    """Its pickle calls os.system."""
 
     def __init__(self, proof: Path) -> None:
         self.proof = proof
@@ -274,7 +274,7 @@ class _Harm:
 
 
 def replace_pickle(path: Path, state: object) -> None:
-    """The archive as torch writes it, with another pickle in it."""
+    """Replaces the pickle in an archive written by PyTorch."""
     with zipfile.ZipFile(path) as archive:
         members = {name: archive.read(name) for name in archive.namelist()}
     index = next(name for name in members if name.endswith("data.pkl"))
@@ -293,7 +293,7 @@ def test_pickle_that_wants_to_run_code(command: CommandLine, tmp_path: Path) -> 
 
 
 def test_pickle_that_builds_objects(command: CommandLine, tmp_path: Path) -> None:
-    """Nothing outside the few names of a state dict: no class of numpy's or of Python's either."""
+    """Only the few names of a state dict are allowed, no class of numpy's or Python's."""
     folder = copy(PICKLED, tmp_path)
     path = sorted(folder.glob("*.bin"))[0]
     for state in ({"x": Path("y")}, {"x": np.zeros(3)}, [1, 2], {"x": subprocess.Popen}):
@@ -301,7 +301,7 @@ def test_pickle_that_builds_objects(command: CommandLine, tmp_path: Path) -> Non
         refused(command("convert", folder), command.folder, path.name)
 
 
-def test_type_that_is_no_float(command: CommandLine, tmp_path: Path) -> None:
+def test_tensors_that_are_not_floats(command: CommandLine, tmp_path: Path) -> None:
     folder = copy(ONE_FILE, tmp_path)
     tensors = load_file(folder / "model.safetensors")
     name = "model.layers.0.mlp.up_proj.weight"
@@ -498,7 +498,7 @@ def test_full_disk_leaves_nothing(command: CommandLine) -> None:
 
 
 def test_interrupt_leaves_nothing(command: CommandLine, tmp_path: Path) -> None:
-    """Ctrl-C while the quantiser works ends it, too."""
+    """Ctrl-C also ends the quantiser."""
     folder = copy(ONE_FILE, tmp_path)
     marker = tmp_path / "quantising"
     wrapper = (
@@ -527,7 +527,7 @@ def test_interrupt_leaves_nothing(command: CommandLine, tmp_path: Path) -> None:
 
 
 def test_torch_storage_beyond_the_file(command: CommandLine, tmp_path: Path) -> None:
-    """A tensor said to be larger than its storage is found before anything is read."""
+    """A tensor that is larger than its storage is refused before anything is read."""
     folder = copy(PICKLED, tmp_path)
     path = sorted(folder.glob("*.bin"))[0]
     with zipfile.ZipFile(path) as archive:
@@ -614,6 +614,47 @@ def test_without_the_hub_the_model_alone_is_made_and_that_is_said_first(command:
     assert said.index("converted without its predictor") < said.index("writing again.gguf") < said.index("left out")
     assert "next: pinfer profile again.gguf" in outcome.err_lines
     assert open_model(command.folder / "again.gguf").is_sparse
+
+
+@pytest.mark.parametrize(
+    ("patch", "marker"),
+    [
+        ("p.ImportOptions.__init__.__defaults__ = ('wikitext', 10**7, 0.995, None, False); ", "converting: "),
+        ("p._fit = lambda *_: (print('fitting', file=sys.stderr, flush=True), time.sleep(60)); ", "fitting"),
+    ],
+    ids=["profile", "fit"],
+)
+def test_ctrl_c_while_the_predictor_is_imported(patch: str, marker: str, command: CommandLine) -> None:
+    """It ends the whole command, not only the counting; the model is complete and stays."""
+    source = powerinfer(command.folder)
+    text = command.folder / "text.txt"
+    text.write_text((ROOT / "tests" / "data" / "profile.txt").read_text(encoding="utf-8") * 20, encoding="utf-8")
+    script = f"import sys, time; from pinfer.conversion import powerinfer_predictor as p; {patch}"
+    script += "from pinfer.cli.app import main; sys.argv[0] = 'pinfer'; sys.exit(main())"
+    child = subprocess.Popen(
+        [sys.executable, "-c", script, "convert", source.name, "-o", "out.gguf", "--dataset", str(text)],
+        cwd=command.folder,
+        env=command.environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert child.stderr is not None
+    said = ""
+    while marker not in said:
+        line = child.stderr.readline()
+        assert line, said
+        said += line
+    time.sleep(2)
+    begin = time.monotonic()
+    child.send_signal(signal.SIGINT)
+    _, err = child.communicate(timeout=60)
+    assert time.monotonic() - begin < 5
+    assert child.returncode == 130, err
+    assert "out.gguf is complete; its predictor was not imported" in err
+    assert open_model(command.folder / "out.gguf").is_sparse
+    assert not list(command.folder.glob("**/predictor.gguf"))
+    assert not list(command.folder.glob("**/.*.tmp"))
 
 
 def test_ctrl_c_is_obeyed_in_a_long_calculation() -> None:

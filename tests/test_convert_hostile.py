@@ -201,7 +201,7 @@ def test_a_pickle_that_inflates(tmp_path: Path) -> None:
 
 T = TypeVar("T")
 QUICK = settings(
-    max_examples=400, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=250, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 EDITS = st.lists(
     st.tuples(st.integers(0, 1 << 16), st.sampled_from([0, 1, 2, 0x7F, 0x80, 0xFF]) | st.integers(0, 255)),
@@ -267,7 +267,7 @@ def small_gguf(folder: Path) -> tuple[bytes, int]:
     return path.read_bytes(), read_gguf(path).data_offset
 
 
-@settings(QUICK, max_examples=1500)
+@settings(QUICK, max_examples=1000)
 @given(edits=EDITS)
 def test_a_mutated_gguf_is_refused_or_read_inside_the_file(
     edits: list[tuple[int, int]], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory

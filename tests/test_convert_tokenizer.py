@@ -1,4 +1,4 @@
-"""A checkpoint's tokenizer in libllama gives the ids that the tokenizer itself gives."""
+"""A converted tokenizer gives the same ids in libllama as the original does."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def sentencepiece(name: str) -> bytes:
 
 
 def convert(folder: Path, config: dict[str, Any] | None = None, n_vocab: int = N_VOCAB) -> tuple[Path, TokenizerReport]:
-    """A GGUF of the folder's tokenizer alone."""
+    """A GGUF with only the folder's tokenizer."""
     header = GGUFWriter(None, "llama")
     report = add_tokenizer(folder, config or {}, n_vocab, header)
     path = folder / "vocab.gguf"
@@ -118,7 +118,7 @@ def test_opt_from_its_two_files(tmp_path: Path) -> None:
         assert report.notes == ()
 
 
-def test_opt_puts_bos_first_where_no_file_says_so(tmp_path: Path) -> None:
+def test_opt_adds_bos_although_no_file_says_so(tmp_path: Path) -> None:
     write_opt(tmp_path, byte_level("opt"))
     (tmp_path / "tokenizer_config.json").unlink()
     with converted(tmp_path, {"model_type": "opt"}) as (vocab, _, _):
@@ -324,9 +324,9 @@ def test_a_rewriting_sentencepiece_is_noted(tmp_path: Path) -> None:
     assert "rewrites some texts" in report.notes[0]
 
 
-def test_the_name_is_found_where_the_file_does_not_suggest_it(tmp_path: Path) -> None:
+def test_the_pre_tokenizer_is_found_without_a_hint_in_the_file(tmp_path: Path) -> None:
     data = json.loads(byte_level("plm").to_str())
-    # The same way to cut, said in another way, which gives no hint.
+    # The same splitting in other words, which gives no hint.
     split = data["pre_tokenizer"]["pretokenizers"][0]
     split["pattern"]["Regex"] = split["pattern"]["Regex"].replace(r"\p{N}", r"\p{Number}")
     data["normalizer"] = None

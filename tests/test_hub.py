@@ -281,8 +281,8 @@ def test_each_refusal_is_one_line_with_a_fix(hub: Hub, cache: Path) -> None:
     cases = {
         "u/gated": ("u/gated is gated", "HF_TOKEN"),
         "u/none": ("there is no u/none at http://127.0.0.1", "HF_TOKEN"),
-        "u/checkpoint": ("no GGUF but a checkpoint", "pinfer convert -hf u/checkpoint"),
-        "u": ("'u' names no model of the hub", "-hf user/repo"),
+        "u/checkpoint": ("has a checkpoint, not a GGUF", "pinfer convert -hf u/checkpoint"),
+        "u": ("'u' is not the name of a model on the hub", "-hf user/repo"),
     }
     for got, (message, hint) in zip(_fetch(hub, cache, *cases), cases.values(), strict=True):
         assert message in got["message"]
@@ -397,4 +397,4 @@ def test_a_path_is_not_taken_for_a_repository(command: CommandLine, name: str) -
 def test_a_model_and_a_repository_exclude_each_other(command: CommandLine) -> None:
     shown = command("show", "a.gguf", "-hf", "u/r")
     assert shown.code == 2
-    assert "two models named, a.gguf and u/r" in shown.err
+    assert "two models were given, a.gguf and u/r" in shown.err

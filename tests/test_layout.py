@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-VERBS = ("profile", "train", "solve", "split", "run", "serve", "eval", "bench", "show", "convert", "demo")
+VERBS = ("profile", "train", "solve", "split", "run", "serve", "eval", "bench", "show", "library", "convert", "demo")
 # From the ground up. A module belongs to the layer that names it, or else to that of its package.
 LAYERS = (
-    ("pinfer", "pinfer.errors", "pinfer.progress", "pinfer.interrupt"),
+    ("pinfer.errors", "pinfer.progress", "pinfer.interrupt"),
     ("pinfer.gguf_io", "pinfer.hub"),
     ("pinfer.llama.ggml", "pinfer.llama.plugin"),
     ("pinfer.model",),
@@ -22,7 +22,8 @@ LAYERS = (
     ("pinfer.artefacts",),
     ("pinfer.predictors", "pinfer.placement", "pinfer.benchmark", "pinfer.conversion"),
     ("pinfer.execution",),
-    tuple(f"pinfer.{verb}" for verb in VERBS),
+    (*(f"pinfer.{verb}" for verb in VERBS), "pinfer.preparation", "pinfer.generation"),
+    ("pinfer",),  # the Python API
     ("pinfer.cli",),
     ("pinfer.__main__",),
 )
@@ -50,7 +51,10 @@ MODULES = {module_name(path): path for path in sorted((ROOT / "pinfer").rglob("*
 
 
 def imports_of(importer: str) -> Iterator[Import]:
-    """All imports of pinfer's own modules: at module level, inside functions and for type checkers."""
+    """All imports of pinfer's own modules: at module level, inside functions and for type checkers.
+
+    Any module may import ``pinfer.__version__``.
+    """
     for node in ast.walk(ast.parse(MODULES[importer].read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found = [Import(importer, node.lineno, alias.name) for alias in node.names]
@@ -64,7 +68,8 @@ def imports_of(importer: str) -> Iterator[Import]:
             ]
         else:
             continue
-        yield from (each for each in found if each.module.partition(".")[0] == "pinfer")
+        ours = (each for each in found if each.module.partition(".")[0] == "pinfer")
+        yield from (each for each in ours if each.name != "__version__")
 
 
 IMPORTS = [found for module in MODULES for found in imports_of(module)]

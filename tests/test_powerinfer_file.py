@@ -1,4 +1,4 @@
-"""Conversion of PowerInfer files: the words stay those of the original weights, and bad files are refused in a line."""
+"""Conversion of PowerInfer files: the text stays that of the original weights, and bad files give a one-line error."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PROMPT = "Once upon a time, there was a little girl"
 
 @dataclass(frozen=True)
 class Family:
-    """One architecture: a model as PowerInfer files it, and as libllama should have it."""
+    """One architecture: a model as PowerInfer stores it, and as libllama needs it."""
 
     make: Callable[[int], Weights]
     """takes the number of neurons"""
@@ -77,7 +77,7 @@ def tokens_of(model: Path) -> list[int]:
 
 
 def divergence(wanted: NDArray[np.float32], found: NDArray[np.float32]) -> float:
-    """Mean Kullback-Leibler divergence of the words."""
+    """Mean Kullback-Leibler divergence of the next-token distributions."""
 
     def logs(x: NDArray[np.float32]) -> NDArray[np.float64]:
         shifted = x.astype(np.float64) - x.max(axis=1, keepdims=True)
@@ -98,7 +98,7 @@ def same_tensors(wanted: GgufFile, found: GgufFile, *, but: str = "never") -> No
         assert np.array_equal(found.raw(other), wanted.raw(tensor)), name
 
 
-def test_only_the_magic_tells(tmp_path: Path) -> None:
+def test_the_format_is_recognised_by_its_magic(tmp_path: Path) -> None:
     source = write_powerinfer(tmp_path / "m.gguf", bamboo(), "F16")
     assert is_powerinfer(source)
     assert not is_powerinfer(MODELS / "tiny-reglu.gguf")
@@ -118,7 +118,7 @@ def test_f16_is_the_original_byte_for_byte(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_every_architecture_keeps_its_words_in_f16(name: str, tmp_path: Path) -> None:
+def test_every_architecture_keeps_its_text_in_f16(name: str, tmp_path: Path) -> None:
     family = FAMILIES[name]
     weights = family.make(200)
     source = write_powerinfer(tmp_path / "m.powerinfer.gguf", weights, "F16")
@@ -135,7 +135,7 @@ def test_every_architecture_keeps_its_words_in_f16(name: str, tmp_path: Path) ->
 
 @pytest.mark.parametrize(("n_ff", "down_type"), [(224, "Q8_0"), (200, "F16")])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_only_the_down_matrix_of_a_quantised_model_is_quantised_anew(
+def test_only_the_down_matrix_of_a_quantised_model_is_requantised(
     name: str, n_ff: int, down_type: str, tmp_path: Path
 ) -> None:
     family = FAMILIES[name]
@@ -158,8 +158,8 @@ def _float(file: GgufFile, name: str) -> Matrix:
     return ggml.dequantise(file.raw(tensor), tensor.type, tensor.row_length)
 
 
-def test_q4_0_says_what_the_file_says(tmp_path: Path) -> None:
-    """Against a model that has the file's very values; F16 in place of Q8_0 leaves half of the divergence there is."""
+def test_q4_0_stays_close_to_the_file(tmp_path: Path) -> None:
+    """Compared with a model of exactly the file's values; F16 instead of Q8_0 would halve the divergence."""
     weights = read_weights(MODELS / "tiny-reglu.gguf")
     source = write_powerinfer(tmp_path / "m.powerinfer.gguf", weights, "Q4_0")
     file = open_powerinfer(source).gguf
@@ -173,7 +173,7 @@ def test_q4_0_says_what_the_file_says(tmp_path: Path) -> None:
     assert divergence(wanted, coarse) > 3 * divergence(wanted, found)
 
 
-def test_metadata_goes_over_under_the_new_name(tmp_path: Path) -> None:
+def test_metadata_is_copied_under_the_new_name(tmp_path: Path) -> None:
     weights = bamboo()
     found = read_gguf(convert(write_powerinfer(tmp_path / "m.pi", weights, "F16", threshold=0.25), tmp_path / "m.gguf"))
     for key, wanted in weights.keys.items():
@@ -193,7 +193,7 @@ def _plain(item: object) -> object:
     return float(np.float32(item)) if isinstance(item, float) else item
 
 
-def test_names_that_are_no_text_go_over_byte_for_byte(tmp_path: Path) -> None:
+def test_strings_that_are_not_text_are_copied_byte_for_byte(tmp_path: Path) -> None:
     weights = bamboo()
     tokens = weights.keys["tokenizer.ggml.tokens"]
     odd = [*tokens.value[:-1], b"\xff\xfe"]
@@ -203,7 +203,7 @@ def test_names_that_are_no_text_go_over_byte_for_byte(tmp_path: Path) -> None:
     assert found.typed("tokenizer.ggml.tokens").value[-1] == b"\xff\xfe"
 
 
-def test_what_old_files_lack_is_filled_in(tmp_path: Path) -> None:
+def test_keys_that_old_files_lack_are_added(tmp_path: Path) -> None:
     found = read_gguf(convert(write_powerinfer(tmp_path / "o.pi", opt(), "F16"), tmp_path / "o.gguf"))
     assert found.get("tokenizer.ggml.pre") == "gpt-2"
     assert found.get("gpt2.context_length") == N_CONTEXT
@@ -214,7 +214,7 @@ def test_what_old_files_lack_is_filled_in(tmp_path: Path) -> None:
     assert "tokenizer.ggml.add_bos_token" not in found
 
 
-def test_what_a_file_says_wins(tmp_path: Path) -> None:
+def test_keys_of_the_file_are_kept(tmp_path: Path) -> None:
     weights = opt()
     own = {
         "tokenizer.ggml.pre": value("default"),
@@ -236,7 +236,7 @@ def test_positions_without_the_offset_rows_stay(tmp_path: Path) -> None:
     assert found.tensors["position_embd.weight"].shape == (N_EMBD, N_CONTEXT)
 
 
-def test_a_down_matrix_that_is_not_transposed_is_taken_as_it_is(tmp_path: Path) -> None:
+def test_a_down_matrix_that_is_not_transposed_is_copied(tmp_path: Path) -> None:
     weights = bamboo()
     source = tmp_path / "m.pi"
     write_model(source, weights, "F16", "drelu")
@@ -335,7 +335,7 @@ def test_a_vocabulary_without_merges_is_refused(tmp_path: Path) -> None:
     assert "merges" in _refused(write_powerinfer(tmp_path / "m.pi", replace(weights, keys=keys), "F16"))
 
 
-def test_a_file_that_is_none_is_refused(tmp_path: Path) -> None:
+def test_other_files_are_refused(tmp_path: Path) -> None:
     for name, data in (("empty", b""), ("text", b"PowerInfer"), ("gguf", b"GGUF\x03\0\0\0")):
         source = tmp_path / name
         source.write_bytes(data)
@@ -344,7 +344,7 @@ def test_a_file_that_is_none_is_refused(tmp_path: Path) -> None:
     _refused(tmp_path)
 
 
-def test_a_file_that_is_cut_off_is_refused_wherever_it_ends(tmp_path: Path) -> None:
+def test_a_truncated_file_is_refused_wherever_it_ends(tmp_path: Path) -> None:
     whole = write_powerinfer(tmp_path / "m.pi", bamboo(), "F16").read_bytes()
     source = tmp_path / "cut.pi"
     header = read_gguf(tmp_path / "m.pi", b"PWRI").data_offset

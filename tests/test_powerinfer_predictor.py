@@ -1,4 +1,4 @@
-"""The predictor of a PowerInfer file on the inputs that the plugin sees: what it was worth there, it is worth here."""
+"""The predictor of a PowerInfer file works as well on the inputs that the plugin sees as on PowerInfer's."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ Predictors = Mapping[int, tuple[Matrix, Matrix]]
 
 
 def first_matrices(weights: Weights) -> list[tuple[Matrix, str]]:
-    """Of each layer the matrix whose sign decides, as it is multiplied by the norm's input, and the norm's name."""
+    """For each layer, the matrix whose sign decides, to be multiplied by the norm's input, and the norm's name."""
     found = []
     for layer in range(len([name for name in weights.tensors if name.endswith("ffn_up.weight")])):
         norm = f"blk.{layer}.{'attn' if weights.arch == 'falcon' else 'ffn'}_norm"
@@ -53,7 +53,7 @@ def first_matrices(weights: Weights) -> list[tuple[Matrix, str]]:
 
 
 def exact(weights: Weights) -> Predictors:
-    """Scores that are the first product: each input once as it is and once turned round, which relu tells apart."""
+    """Scores equal to the first product: each input enters relu once as it is and once negated."""
     predictors = {}
     for layer, (first, _) in enumerate(first_matrices(weights)):
         eye = np.eye(first.shape[1], dtype=np.float32)
@@ -62,7 +62,7 @@ def exact(weights: Weights) -> Predictors:
 
 
 def thin(weights: Weights, rank: int) -> Predictors:
-    """The same of the directions that the first matrix has most of."""
+    """The same for the largest singular directions of the first matrix."""
     predictors = {}
     for layer, (first, _) in enumerate(first_matrices(weights)):
         u, s, v = np.linalg.svd(first.astype(np.float64), full_matrices=False)
@@ -108,7 +108,7 @@ def test_every_architecture_keeps_its_predictor(weights: Weights, tmp_path: Path
     assert report.candidates < 0.55
 
 
-def test_a_thin_predictor_that_pays_is_kept_and_run(synthetic: Path, tmp_path: Path) -> None:
+def test_a_low_rank_predictor_that_pays_is_kept_and_used(synthetic: Path, tmp_path: Path) -> None:
     weights = read_weights(synthetic)
     folder = tmp_path / "thin"
     folder.mkdir()
@@ -153,14 +153,14 @@ def test_the_plugin_predicts_as_was_measured(kind: str, tmp_path: Path) -> None:
     assert named == pytest.approx(report.candidates, rel=0.1)
 
 
-def test_ranks_are_filled_up_to_blocks(tmp_path: Path) -> None:
+def test_ranks_are_padded_to_blocks(tmp_path: Path) -> None:
     weights = bamboo()
     model, report = imported(tmp_path, weights.with_predictors(thin(weights, 20)))
     assert PredictorFile.read(report.path, open_model(model)).rank == (64, 64)
     assert report.recall > 0.99
 
 
-def test_a_predictor_that_tells_nothing_gives_way_to_a_trained_one(synthetic: Path, tmp_path: Path) -> None:
+def test_a_useless_predictor_is_replaced_by_a_trained_one(synthetic: Path, tmp_path: Path) -> None:
     weights = read_weights(synthetic)
     rng = np.random.default_rng(0)
     useless = {
@@ -190,7 +190,7 @@ def test_layers_without_a_predictor_are_trained(synthetic: Path, tmp_path: Path)
     assert file.artefact.tensor("blk.1.pred_b").type_name == "F16"
 
 
-def test_samples_that_are_there_are_used(tmp_path: Path) -> None:
+def test_existing_samples_are_used(tmp_path: Path) -> None:
     weights = read_weights(MODELS / "tiny-reglu.gguf")
     source = write_powerinfer(tmp_path / "m.pi", weights.with_predictors(exact(weights)), "F16")
     model = convert(source, tmp_path / "m.gguf")
@@ -200,7 +200,7 @@ def test_samples_that_are_there_are_used(tmp_path: Path) -> None:
     assert report.corpus == str(HELD_OUT)
 
 
-def test_files_without_a_predictor_say_so(tmp_path: Path) -> None:
+def test_a_file_without_a_predictor_is_refused(tmp_path: Path) -> None:
     source = write_powerinfer(tmp_path / "m.pi", bamboo(), "F16")
     assert not has_predictor(source)
     with pytest.raises(PinferError, match="no predictor"):
@@ -215,7 +215,7 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
         import_predictor(source, other, OPTIONS)
 
 
-def test_a_text_that_is_too_short_is_named(tmp_path: Path) -> None:
+def test_a_text_that_is_too_short_is_reported(tmp_path: Path) -> None:
     weights = bamboo()
     source = write_powerinfer(tmp_path / "m.pi", weights.with_predictors(exact(weights)), "F16")
     text = tmp_path / "short.txt"
@@ -237,13 +237,13 @@ def _layer_norm(x: np.ndarray, weight: Matrix, bias: Matrix) -> tuple[np.ndarray
     return weight * (x - mean) / deviation + bias, mean, deviation
 
 
-def test_inputs_that_the_norm_drops_take_no_part() -> None:
+def test_inputs_that_the_norm_drops_are_ignored() -> None:
     fc1 = np.ones((2, 3), np.float32)
     found = without_scale(fc1, np.array([2.0, 0.0, -0.5], np.float32))
     assert np.array_equal(found, np.array([[0.5, 0.0, -2.0]] * 2, np.float32))
 
 
-def test_a_layer_norm_tells_a_constant() -> None:
+def test_a_layer_norm_gives_a_constant() -> None:
     rng = np.random.default_rng(0)
     weight = rng.uniform(0.2, 2, 512).astype(np.float32)
     bias = rng.normal(0, 0.3, 512).astype(np.float32)
@@ -252,8 +252,8 @@ def test_a_layer_norm_tells_a_constant() -> None:
     assert not constant(weight, np.zeros_like(bias), 2.0**-12).any()
 
 
-def test_scores_behind_a_layer_norm_are_those_before_it() -> None:
-    """With the mean that all tokens share, but for the deviation that each has to itself."""
+def test_scores_after_a_layer_norm_equal_those_before_it() -> None:
+    """All tokens share the mean; each has its own deviation."""
     rng = np.random.default_rng(1)
     n, rank, share = 512, 64, 0.1
     weight = rng.uniform(0.2, 2, n).astype(np.float32)
@@ -276,7 +276,7 @@ def test_scores_behind_a_layer_norm_are_those_before_it() -> None:
 @pytest.mark.parametrize("share", [0.0, 0.1])
 @pytest.mark.parametrize("weights", [bamboo(), falcon(), opt()], ids=lambda w: w.arch)
 def test_a_layer_scores_as_its_file_does(weights: Weights, share: float, tmp_path: Path) -> None:
-    """Inputs of the norm and their scores by the file, against outputs of the norm and their scores by the result."""
+    """The file's scores of the norm's inputs against the result's scores of the norm's outputs."""
     rng = np.random.default_rng(2)
     n_embd, n_ff = 96, 200
     fc1 = rng.normal(0.05, 1, (40, n_embd)).astype(np.float16).astype(np.float32)
@@ -301,5 +301,5 @@ def test_a_layer_scores_as_its_file_does(weights: Weights, share: float, tmp_pat
     assert np.abs(found - wanted).max() < 1e-2 * np.abs(wanted).max()
 
 
-def test_bamboo_and_llama_differ_in_the_name_alone() -> None:
+def test_bamboo_and_llama_differ_only_in_name() -> None:
     assert [name for _, name in first_matrices(bamboo())] == [name for _, name in first_matrices(as_llama(bamboo()))]

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 from support.small_model import Shape, write_profile, write_small_model
 
 from pinfer import split as stage
-from pinfer.artefacts import paths, verify
+from pinfer.artefacts import paths, shards, verify
 from pinfer.artefacts.placement import PlacementFile, new_placement_id
 from pinfer.artefacts.shards import DOWN_TYPES, ShardFile, down_name
 from pinfer.errors import PinferError
@@ -192,10 +193,9 @@ def test_pieces_and_bands_make_no_difference(tmp_path: Path, monkeypatch: pytest
     folder = _folder(model.path)
     split(model.path, SplitOptions())
     whole = [(folder / name).read_bytes() for name in (paths.HOT, paths.COLD)]
-    monkeypatch.setattr(stage, "_PIECE", 2000)
-    monkeypatch.setattr(stage, "_FLOATS", 4 * 256 * 300)
+    monkeypatch.setattr(shards, "PIECE_BYTES", 2000)
+    monkeypatch.setattr(stage, "_COLUMN_BYTES", 4 * 256 * 300)
     monkeypatch.setattr(stage, "_BAND", 300 * 272)
-    monkeypatch.setattr(verify, "_PIECE", 5000)
     split(model.path, SplitOptions(verify=True))
     assert [(folder / name).read_bytes() for name in (paths.HOT, paths.COLD)] == whole
 
@@ -297,6 +297,15 @@ def test_shards_of_devices_that_are_gone_go_too(tmp_path: Path) -> None:
     assert (folder / "other-1.gguf").exists()
 
 
+def test_threads_are_bounded_by_the_memory_their_columns_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = open_model(write_small_model(tmp_path / "m.gguf", Shape(n_embd=256)))
+    monkeypatch.setattr(stage, "physical_cores", lambda: 64)
+    assert stage._n_threads(model) == 64
+    assert stage._n_threads(replace(model, n_embd=8192)) == 32
+    monkeypatch.setattr(stage, "_COLUMN_BYTES", 1)
+    assert stage._n_threads(model) == 1
+
+
 def test_verification_sees_every_device(tmp_path: Path) -> None:
     model = open_model(write_small_model(tmp_path / "m.gguf", Shape(type="Q4_0")))
     _place(model, [64, 64], [64, 128])
@@ -352,7 +361,7 @@ def test_verification_finds_shards_of_two_placements(tmp_path: Path) -> None:
     _place(model, [64, 64])
     split(model.path, SplitOptions())
     report.hot.write_bytes(old)
-    with pytest.raises(PinferError, match="of different placements"):
+    with pytest.raises(PinferError, match="from different placements"):
         verify.verify_shards(model, report.hot_shards, report.cold)
 
 
@@ -413,9 +422,9 @@ import resource, sys
 from pathlib import Path
 from pinfer.split import SplitOptions, split
 from pinfer import split as stage
-from pinfer.artefacts import verify
+from pinfer.artefacts import shards
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-stage._PIECE = verify._PIECE = stage._FLOATS = 1 << 20
+shards.PIECE_BYTES = stage._COLUMN_BYTES = 1 << 20
 stage._BAND = 4 << 20
 split(Path(sys.argv[1]), SplitOptions(verify=True))
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
@@ -473,7 +482,7 @@ def test_a_placement_that_makes_no_sense_is_damage(tmp_path: Path) -> None:
     twice[0] = twice[1]
     broken = PlacementFile(placement.id, (64, 64), "CPU", 0, 0, 512, {}, (twice, placement.order[1]))
     broken.write(_folder(model.path) / paths.PLACEMENT, model, {})
-    with pytest.raises(PinferError, match="the order of layer 0 does not name each neuron once"):
+    with pytest.raises(PinferError, match="the order of layer 0 does not contain each neuron once"):
         split(model.path, SplitOptions())
 
 

@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 from support.small_model import Shape, write_small_model
 
 from pinfer.artefacts import paths
-from pinfer.artefacts.predictor import FEW_BITS, LayerPredictor, PredictorFile, packed, quantised, row_bytes, unpacked
+from pinfer.artefacts.predictor import FEW_BITS, LayerPredictor, PredictorFile, packed, quantised, unpacked
 from pinfer.artefacts.profile import SamplesFile, samples_writer
 from pinfer.errors import PinferError
+from pinfer.gguf_io.reader import row_bytes
 from pinfer.model import Model, dequantize, open_model
 from pinfer.predictors.data import HeldBack, LayerData, parts
 from pinfer.predictors.few_bits import few_bits
@@ -341,7 +342,7 @@ def test_predictor_never_costs_more_than_none(
     if predictor.a is not None:
         assert predictor.b is not None
         assert predictor.t is not None
-        n = predictor.rank * row_bytes(64, factor_type) + 192 * row_bytes(predictor.rank, factor_type) + 4 * 192
+        n = predictor.rank * row_bytes(factor_type, 64) + 192 * row_bytes(factor_type, predictor.rank) + 4 * 192
         assert report.predictor_bytes == n < 192 * data.first_bytes
         # What will be stored is what was measured.
         np.testing.assert_array_equal(quantised(predictor.a, factor_type), predictor.a)
@@ -457,7 +458,7 @@ def test_interrupted_training_leaves_the_old_predictor(tmp_path: Path, monkeypat
         train(path, TrainOptions(recall=0.9))
     assert calls == [0, 1]
     assert predictor.read_bytes() == before
-    assert sorted(p.name for p in predictor.parent.iterdir()) == [paths.PREDICTOR, "samples"]
+    assert sorted(p.name for p in predictor.parent.iterdir()) == [".lock", paths.PREDICTOR, "samples"]
 
 
 def _damage(name: str) -> Callable[[bytes], bytes]:

@@ -78,7 +78,7 @@ def nmse(made: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
 
 
 def prompts_of(case: Case) -> tuple[NDArray[np.int32], ...]:
-    """Random ids; the first prompt begins with id 0 and holds the last one, the second begins as a text does."""
+    """Random ids; the first prompt begins with id 0 and contains the last id, the second begins like a text."""
     rng = np.random.default_rng(case.seed + 1000)
     prompts = [rng.integers(0, VOCAB, n).astype(np.int32) for n in PROMPT_LENGTHS]
     prompts[0][[0, 5]] = 0, VOCAB - 1
@@ -105,7 +105,7 @@ def results_of(model: Any, prompts: tuple[NDArray[np.int32], ...]) -> tuple[Resu
 
 
 def draw(model: Any, case: Case, seed: int) -> None:
-    """Weights under which everything matters: attention that attends, norms that are not 1, biases that are not 0."""
+    """Weights that all have an effect: attention that is not uniform, norms other than 1, biases other than 0."""
     generator = torch.Generator().manual_seed(seed)
     # Nemotron's norms add the 1 themselves.
     offset = 0.0 if case.config.get("model_type") == "nemotron" else 1.0
@@ -144,7 +144,7 @@ def _save_bin(model: Any, folder: Path, case: Case) -> None:
 
 
 def save_model(case: Case, folder: Path, seed: int) -> None:
-    """Draws a model and stores it as the case asks, its config.json as published."""
+    """Stores a random model as the case asks, with config.json as published."""
     model = original_of(case.config, case.original).new()
     draw(model, case, seed)
     model = model.to(getattr(torch, case.dtype))
@@ -161,7 +161,7 @@ def save_model(case: Case, folder: Path, seed: int) -> None:
 
 
 def _idle(model: Any, results: Results) -> Iterator[str]:
-    """Names of the weights that could be forgotten without a trace in the logits."""
+    """Names of weights that do not affect the logits."""
     expected = np.concatenate(results.logits)
     for name, weight in model.named_parameters():
         kept = weight.data.clone()
@@ -176,7 +176,7 @@ def _idle(model: Any, results: Results) -> Iterator[str]:
 
 
 def write(case: Case) -> str:
-    """Makes one folder anew; returns a line about it."""
+    """Makes one folder again; returns a line about it."""
     folder = FOLDER / case.name
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)

@@ -17,8 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pinfer.artefacts import paths
-from pinfer.artefacts.predictor import quantised, row_bytes
+from pinfer.artefacts.predictor import quantised
 from pinfer.artefacts.profile import SamplesFile
+from pinfer.gguf_io.reader import row_bytes
 from pinfer.model import open_model
 from pinfer.predictors.data import HeldBack, LayerData, parts
 from pinfer.predictors.few_bits import few_bits
@@ -112,7 +113,7 @@ def calibrate_odds(scores: Matrix, held: HeldBack, offset: Matrix, recall: float
 def factor_bytes(layer: Layer, rank: int, types: tuple[str, str]) -> int:
     """Bytes of two factors and the thresholds."""
     n_ff, n_embd = layer.shape
-    return rank * row_bytes(n_embd, types[0]) + n_ff * (row_bytes(rank, types[1]) + 4)
+    return rank * row_bytes(types[0], n_embd) + n_ff * (row_bytes(types[1], rank) + 4)
 
 
 def of_factors(layer: Layer, name: str, a: Matrix, b: Matrix, types: tuple[str, str], *, relu: bool = False) -> Kind:
@@ -274,7 +275,7 @@ def read_layer(path: Path, i: int, row_type: str | None) -> Layer:
     )
     data = LayerData.read(model, i, samples)
     if row_type:
-        one = row_bytes(model.n_embd, row_type)
+        one = row_bytes(row_type, model.n_embd)
         data = dataclasses.replace(data, first_bytes=one, rest_bytes=one * (2 if model.gated else 1))
     fit, held, tested = parts(len(data.x))
     return Layer(data, data.x[fit].astype(np.float32), HeldBack.of(data, held), HeldBack.of(data, tested))

@@ -1,4 +1,4 @@
-"""What the tests take for the original tokenizers is what transformers' classes give: run with a Python that has it.
+"""Checks that the tests' original tokenizers equal transformers' classes: run with a Python that has transformers.
 
     python tools/models_tokenizers.py
 
@@ -33,7 +33,7 @@ _NAMED = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bo
 
 
 def check() -> dict[str, int]:
-    """Texts that differ, by what was compared; all zero where the tests' originals are the real ones."""
+    """Number of texts that differ, by what was compared; all zero if the tests' originals are right."""
     from sentencepiece import SentencePieceProcessor
     from transformers import GPT2Tokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 
@@ -86,7 +86,7 @@ def _count(kind: Any, expected: Sequence[list[int]], strings: Sequence[str], wri
 
 
 def main() -> int:
-    """Print a line for each comparison; 1 where any text differs."""
+    """Prints a line for each comparison; returns 1 if any text differs."""
     found = check()
     for name, wrong in found.items():
         print(f"{name:28} {wrong or 'no'} text{'' if wrong == 1 else 's'} of {len(STRINGS)} differ")

@@ -1,6 +1,6 @@
-"""Writing and opening pinfer's artefacts: what every file of docs/formats.md has in common.
+"""Writes and opens pinfer's artefacts: what all files of docs/formats.md have in common.
 
-An artefact that is opened has been checked: it is whole, of this format version, of the kind asked for, of this model.
+Opening an artefact checks that it is complete, of this format version, of the right kind and of this model.
 """
 
 from __future__ import annotations
@@ -9,18 +9,18 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+from gguf import GGUFValueType
+from numpy.typing import NDArray
 
 from pinfer.errors import PinferError
 from pinfer.gguf_io.reader import GgufError, GgufFile, Tensor, read_gguf
-from pinfer.gguf_io.writer import GgufFileWriter
-from pinfer.model import describe_activation
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-    from pinfer.model import Model
+from pinfer.gguf_io.writer import CHECKSUMS, GgufFileWriter
+from pinfer.llama.plugin import load_plugin
+from pinfer.model import Model, describe_activation
+from pinfer.progress import NULL_PROGRESS, Progress
 
 FORMAT_VERSION = 1
 
@@ -34,20 +34,13 @@ _MADE_BY = {
 }
 
 
-def fingerprint(path: Path) -> str:
-    """Fingerprint of a GGUF: 32 hex digits, by the plugin's ``pinfer_fingerprint``."""
-    from pinfer.llama.plugin import load_plugin
-
-    return load_plugin().fingerprint(path)
-
-
-def mending_command(kind: str, model: Model) -> str:
-    """What to type to get an artefact of this kind made (again)."""
+def made_by(kind: str, model: Model) -> str:
+    """The command that makes an artefact of this kind."""
     return f"pinfer {_MADE_BY[kind]} {model.path}"
 
 
 class ArtefactWriter(GgufFileWriter):
-    """Writes one artefact: what all of them carry, then what its kind adds."""
+    """Writes one artefact. It begins with the keys and ends with the checksums that all artefacts have."""
 
     def __init__(
         self,
@@ -59,7 +52,7 @@ class ArtefactWriter(GgufFileWriter):
         alignment: int = 32,
     ) -> None:
         elsewhere = "name another folder: export PINFER_HOME=FOLDER"
-        super().__init__(path, "pinfer", alignment=alignment, elsewhere=elsewhere)
+        super().__init__(path, "pinfer", alignment=alignment, elsewhere=elsewhere, checksum=load_plugin().checksum)
         self.header.add_uint32("pinfer.format_version", FORMAT_VERSION)
         self.header.add_string("pinfer.kind", kind)
         self.header.add_string("pinfer.model.name", model.name)
@@ -72,7 +65,7 @@ class ArtefactWriter(GgufFileWriter):
         self.header.add_string("pinfer.settings", json.dumps(dict(settings), sort_keys=True))
 
     def add_str(self, key: str, value: str) -> None:
-        """A string; GGUF has no place for an empty one, so that is left out and reads as ``""``."""
+        """A string. GGUF cannot store an empty one: it is left out and read as ``""``."""
         self.header.add_string(key, value)
 
     def add_u32(self, key: str, value: int) -> None:
@@ -97,25 +90,33 @@ class ArtefactWriter(GgufFileWriter):
         self._add_array(key, [float(v) for v in values], "FLOAT32")
 
     def _add_array(self, key: str, values: Sequence[object], item: str) -> None:
-        from gguf import GGUFValueType
-
         self.header.add_key_value(key, list(values), GGUFValueType.ARRAY, sub_type=GGUFValueType[item])
 
 
 @dataclass(frozen=True)
 class Artefact:
-    """An artefact that was opened and checked."""
+    """An artefact that has been opened and checked."""
 
     path: Path
     kind: str
     gguf: GgufFile
     settings: Mapping[str, Any]
-    mend: str
-    """the command that makes it again"""
+    made_by: str
+    """the command that makes it"""
 
     def damaged(self, cause: str) -> PinferError:
-        """The error to raise when the content makes no sense."""
-        return PinferError(f"{self.path} is damaged: {cause}", f"make it again: {self.mend}")
+        """The error to raise for invalid content."""
+        return PinferError(f"{self.path} is damaged: {cause}", f"make it again: {self.made_by}")
+
+    def verify(self, progress: Progress = NULL_PROGRESS) -> None:
+        """Reads every tensor and compares it with its checksum. Raises PinferError that names the first difference."""
+        sums = self.get_list(CHECKSUMS, len(self.gguf.tensors)) if self.gguf.tensors else []
+        with progress.task(f"verify {self.path.name}", self.gguf.size, "bytes") as advance:
+            for tensor, wanted in zip(self.gguf.tensors.values(), sums, strict=True):
+                if load_plugin().checksum(self.gguf.raw(tensor)) != wanted:
+                    raise self.damaged(f"tensor {tensor.name} does not have its checksum")
+                self.gguf.release()
+                advance(tensor.n_bytes)
 
     def _get(self, key: str, kind: type | tuple[type, ...]) -> Any:
         value = self.gguf.get(key)
@@ -130,7 +131,7 @@ class Artefact:
         return float(self._get(key, (int, float)))
 
     def get_str(self, key: str) -> str:
-        """A string, ``""`` where the key is absent."""
+        """A string; ``""`` if the key is missing."""
         return str(self._get(key, str)) if key in self.gguf else ""
 
     def get_list(self, key: str, length: int) -> list[Any]:
@@ -151,9 +152,9 @@ class Artefact:
         return self.gguf.tensors[name]
 
     def array(self, name: str, shape: Sequence[int] | None = None, type_name: str | None = None) -> NDArray[Any]:
-        """A tensor of plain numbers where it lies, axes in numpy's order, read-only.
+        """A tensor of plain numbers, mapped from the file, axes in numpy's order, read-only.
 
-        ``shape`` is GGUF's order and is checked where given, as is the type.
+        ``shape``, in GGUF's order, and the type are checked if given.
         """
         tensor = self.tensor(name)
         if shape is not None and tensor.shape != tuple(shape):
@@ -163,23 +164,23 @@ class Artefact:
         return self.gguf.array(tensor)
 
     def raw(self, name: str) -> NDArray[np.uint8]:
-        """A tensor's bytes where they lie, ``[n_rows, row_bytes]``, read-only."""
+        """A tensor's bytes ``[n_rows, row_bytes]``, mapped from the file, read-only."""
         return self.gguf.raw(self.tensor(name))
 
 
 def open_artefact(path: Path, kind: str, model: Model) -> Artefact:
-    """Opens an artefact and checks that it is whole, of this format, of this kind and made from this model.
+    """Opens an artefact and checks that it is complete, of this format, of this kind and made from this model.
 
-    Raises PinferError that names the file, the model and the command that mends it.
+    Raises PinferError that names the file, the model and the command that makes it.
     """
-    mend = mending_command(kind, model)
-    again = f"make it again: {mend}"
+    command = made_by(kind, model)
+    again = f"make it again: {command}"
     try:
         gguf = read_gguf(path)
     except GgufError as error:
         raise PinferError(f"{path} is damaged: {error}", again) from None
     except (FileNotFoundError, NotADirectoryError):
-        raise PinferError(f"{model.name} has no {kind} yet ({path} does not exist)", f"run: {mend}") from None
+        raise PinferError(f"{model.name} has no {kind} yet ({path} does not exist)", f"run: {command}") from None
     except OSError as error:
         raise PinferError(f"{path} cannot be read: {error.strerror or error}", again) from None
     found = gguf.get("pinfer.kind")
@@ -204,5 +205,13 @@ def open_artefact(path: Path, kind: str, model: Model) -> Artefact:
     try:
         settings = json.loads(gguf.get("pinfer.settings") or "{}")
     except (TypeError, ValueError):
-        raise PinferError(f"{path} is damaged: its settings cannot be read", again) from None
-    return Artefact(path, kind, gguf, settings, mend)
+        settings = None
+    artefact = Artefact(path, kind, gguf, settings, command)
+    if not isinstance(settings, dict):
+        raise artefact.damaged("its settings cannot be read")
+    return artefact
+
+
+def verify_artefact(path: Path, kind: str, model: Model, progress: Progress = NULL_PROGRESS) -> None:
+    """Opens an artefact and compares all of its tensors with their checksums. Raises PinferError where they differ."""
+    open_artefact(path, kind, model).verify(progress)

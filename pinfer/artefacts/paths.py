@@ -1,16 +1,23 @@
-"""Where the artefacts of a model lie: ``MODEL.pinfer/`` beside it, or under ``$PINFER_HOME``.
+"""Finds the artefacts of a model: ``MODEL.pinfer/`` beside it, or a folder under ``$PINFER_HOME``.
 
 native/runner/artefacts.cpp looks for them by the same rules.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import platformdirs
+
 from pinfer.errors import PinferError
+from pinfer.model import Model
+from pinfer.progress import NULL_PROGRESS, Progress
 
 PROFILE = "profile.gguf"
 SAMPLES = "samples/samples.gguf"
@@ -18,23 +25,22 @@ PREDICTOR = "predictor.gguf"
 PLACEMENT = "placement.gguf"
 HOT = "hot.gguf"
 COLD = "cold.gguf"
+_LOCK = ".lock"
 
-# In the model hub's shared cache a model is a link to a file that is called by its hash.
+# In the hub's shared cache a model is a link to a file named by its hash.
 _HUB_BLOB = re.compile(r"[0-9a-f]{40,}")
 
 
 def pinfer_home() -> Path:
     """``$PINFER_HOME``, else the user's data folder (``$XDG_DATA_HOME/pinfer``, ``~/.local/share/pinfer``)."""
-    if home := os.environ.get("PINFER_HOME"):
-        return Path(home).expanduser()
-    data = os.environ.get("XDG_DATA_HOME")
-    return (Path(data) if data else Path.home() / ".local" / "share") / "pinfer"
+    home = os.environ.get("PINFER_HOME")
+    return Path(home).expanduser() if home else platformdirs.user_data_path("pinfer")
 
 
 def _candidates(model_path: Path, fingerprint: str) -> tuple[Path, ...]:
-    """Where artefacts may lie, the place to write to first in front.
+    """Folders that may hold the artefacts; the first is preferred for writing.
 
-    The hub's cache may be emptied at any time: what took hours does not lie there.
+    Users empty the hub's cache, so artefacts that took hours to make are kept elsewhere.
     """
     model_path = model_path.resolve()
     digits = fingerprint[:12]
@@ -44,14 +50,14 @@ def _candidates(model_path: Path, fingerprint: str) -> tuple[Path, ...]:
 
 
 def _is_writable(folder: Path) -> bool:
-    """Whether files could be made in ``folder``, as far as can be told without making one."""
+    """Whether ``folder`` looks writable; nothing is created to find out."""
     if folder.is_dir():
         return os.access(folder, os.W_OK | os.X_OK)
     return not folder.exists() and folder.parent.is_dir() and os.access(folder.parent, os.W_OK | os.X_OK)
 
 
 def _try_to_write(folder: Path) -> str:
-    """Makes the folder and a file in it, for permissions alone do not tell; returns the cause where that fails."""
+    """Creates the folder and a file in it, since permissions do not tell all; returns the cause of a failure."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -61,10 +67,10 @@ def _try_to_write(folder: Path) -> str:
 
 
 def artefact_dir(model_path: Path, fingerprint: str, *, for_writing: bool) -> Path:
-    """The folder of a model's artefacts; made if ``for_writing``.
+    """The folder of a model's artefacts; created if ``for_writing``.
 
-    For reading, the folder that a writer would take comes first, so that what was written last is found; the other one
-    is taken when only it exists. Raises PinferError when neither place can be written.
+    Reading prefers the folder that writing would use, where the newest artefacts are, and uses the other one if only
+    that exists. Raises PinferError if neither can be written.
     """
     places = _candidates(model_path, fingerprint)
     if not for_writing:
@@ -76,6 +82,30 @@ def artefact_dir(model_path: Path, fingerprint: str, *, for_writing: bool) -> Pa
         if not cause:
             return place
         causes.append(f"{place} ({cause})")
-    raise PinferError(
-        f"cannot write to {' nor to '.join(causes)}", "name a folder that can be written: export PINFER_HOME=FOLDER"
-    )
+    raise PinferError(f"cannot write to {' nor to '.join(causes)}", "name a writable folder: export PINFER_HOME=FOLDER")
+
+
+@contextmanager
+def writing_to(model: Model, progress: Progress = NULL_PROGRESS) -> Iterator[Path]:
+    """The folder of a model's artefacts, which no other command writes to within the block.
+
+    The lock goes with its process, however that ends. Raises PinferError while another command holds it.
+    """
+    folder = artefact_dir(model.path, model.fingerprint, for_writing=True)
+    if model.path.is_symlink() and folder.parent == model.path.resolve().parent != model.path.absolute().parent:
+        progress.note(f"{model.path} is a link: writing to {folder}, beside the file it names")
+    hint = "name another folder: export PINFER_HOME=FOLDER"
+    try:
+        file = open(folder / _LOCK, "w")  # noqa: SIM115 (closed below)
+    except OSError as error:
+        raise PinferError(f"cannot write to {folder}: {error.strerror or error}", hint) from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise PinferError(
+                f"another pinfer command is writing to {folder}", "wait until it has finished, then run this again"
+            ) from None
+        except OSError as error:
+            raise PinferError(f"cannot lock {folder}: {error.strerror or error}", hint) from None
+        yield folder

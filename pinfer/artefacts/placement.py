@@ -1,4 +1,4 @@
-"""placement.gguf: which neurons go to the device, and what the solver expected of it (docs/formats.md)."""
+"""placement.gguf: the neurons of each device, and the predictions of the solver (docs/formats.md)."""
 
 from __future__ import annotations
 
@@ -7,17 +7,16 @@ import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
 
 from pinfer.artefacts.artefact import Artefact, ArtefactWriter, open_artefact
 from pinfer.model import Model
 
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
 GROUP = 64
-"""Neurons enter the device in groups of this many, so that hot matrices can be cut into blocks."""
+"""Neurons are placed in groups of this many, so that the blocks of quantised types divide hot matrices."""
 
 
 def new_placement_id() -> str:
@@ -30,7 +29,7 @@ def _n_devices(device: str) -> int:
 
 
 def _ends(n_hot: Sequence[int], n_layer: int) -> list[tuple[int, ...]]:
-    """Where in its layer's order the neurons of each device end, per layer; zeros before the first device."""
+    """Ends of each device's neurons in the order of its layer, per layer; zeros before the first device."""
     ends = [(0,) * n_layer]
     for start in range(0, len(n_hot), n_layer):
         more = n_hot[start : start + n_layer]
@@ -49,7 +48,7 @@ def _vram_device(file: Artefact, vram: int, n_devices: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class PlacementFile:
-    """What placement.gguf holds."""
+    """The content of placement.gguf."""
 
     id: str
     n_hot: tuple[int, ...]
@@ -64,9 +63,9 @@ class PlacementFile:
     order: tuple[NDArray[np.int32], ...]
     """per layer ``[n_ff]``: neurons by falling impact; the first are the first device's, the next the second's, …"""
     vram_device: tuple[int, ...] = ()
-    """budget of each device; of one device it is ``vram``; empty where it is not known"""
+    """budget of each device; ``vram`` for a single one; empty if not known"""
     vram_needed: tuple[int, ...] = ()
-    """what of it is placed on each device, which has to be free when the model is run; empty where it is not known"""
+    """bytes used of each device, which must be free when the model runs; empty if not known"""
 
     @property
     def n_devices(self) -> int:
@@ -85,8 +84,6 @@ class PlacementFile:
     @classmethod
     def read(cls, path: Path, model: Model) -> Self:
         """Opens and checks placement.gguf. Raises PinferError when it is missing, damaged or of another model."""
-        import numpy as np
-
         file = open_artefact(path, "placement", model)
         device, vram = file.get_str("pinfer.placement.device"), file.get_int("pinfer.placement.vram")
         n_devices = _n_devices(device)
@@ -97,12 +94,14 @@ class PlacementFile:
                 raise file.damaged(f"layer {layer} has {ends[-1]} hot neurons of {model.n_ff}")
             neurons = file.array(f"blk.{layer}.order", (model.n_ff,), "I32").copy()
             if not np.array_equal(np.sort(neurons), np.arange(model.n_ff, dtype=np.int32)):
-                raise file.damaged(f"the order of layer {layer} does not name each neuron once")
+                raise file.damaged(f"the order of layer {layer} does not contain each neuron once")
             order.append(neurons)
         try:
             report = json.loads(file.get_str("pinfer.placement.report") or "{}")
         except ValueError:
-            raise file.damaged("its report cannot be read") from None
+            report = None
+        if not isinstance(report, dict):
+            raise file.damaged("its report cannot be read")
         return cls(
             id=file.get_str("pinfer.placement.id"),
             n_hot=n_hot,
@@ -118,8 +117,6 @@ class PlacementFile:
 
     def write(self, path: Path, model: Model, settings: Mapping[str, object]) -> None:
         """Writes placement.gguf, replacing an older one."""
-        import numpy as np
-
         with ArtefactWriter(path, "placement", model, settings) as out:
             out.add_str("pinfer.placement.id", self.id)
             out.add_u32_array("pinfer.placement.n_hot", self.n_hot)

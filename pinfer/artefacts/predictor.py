@@ -1,4 +1,4 @@
-"""predictor.gguf: per layer the low-rank factors and thresholds that name the candidates (docs/formats.md)."""
+"""predictor.gguf: per layer the factors and thresholds that select the candidates (docs/formats.md)."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, Self
 
+import numpy as np
+from numpy.typing import NDArray
+
 from pinfer.artefacts.artefact import Artefact, ArtefactWriter, open_artefact
+from pinfer.gguf_io.reader import row_bytes, type_number
+from pinfer.llama import ggml
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
     from pinfer.model import Model
 
 # Types of A and B by the name that --type has for them.
@@ -28,7 +30,7 @@ KINDS = ("low_rank", "mlp", *FEW_BITS, "none")
 
 @dataclass(frozen=True)
 class LayerPredictor:
-    """One layer: neuron i is a candidate when ``(B (A x))_i > t_i``; rank 0 makes every neuron one."""
+    """One layer: neuron i is a candidate if ``(B (A x))_i > t_i``; with rank 0 every neuron is one."""
 
     rank: int
     recall: float
@@ -42,14 +44,14 @@ class LayerPredictor:
     t: NDArray[np.float32] | None = None
     """``[n_ff]``"""
     kind: str = "low_rank"
-    """what the file calls it; ``none`` whenever the rank is 0"""
+    """its name in the file; ``none`` if the rank is 0"""
     types: tuple[str, str] | None = None
-    """of A and B, where they are not those of the other layers"""
+    """of A and B, if they differ from the other layers'"""
 
 
 @dataclass(frozen=True)
 class PredictorFile:
-    """predictor.gguf, opened and checked; factors are dequantised when a layer is asked for."""
+    """predictor.gguf, opened and checked; ``layer`` dequantises the factors."""
 
     artefact: Artefact
     kind: tuple[str, ...]
@@ -75,8 +77,8 @@ class PredictorFile:
             artefact,
             kind,
             rank,
-            tuple(float(v) for v in artefact.get_list("pinfer.predictor.recall", model.n_layer)),
-            tuple(float(v) for v in artefact.get_list("pinfer.predictor.candidates", model.n_layer)),
+            _shares(artefact, "pinfer.predictor.recall", model.n_layer),
+            _shares(artefact, "pinfer.predictor.candidates", model.n_layer),
         )
 
     def layer(self, i: int) -> LayerPredictor:
@@ -99,6 +101,13 @@ class PredictorFile:
         return LayerPredictor(rank, self.recall[i], self.candidates[i], factor("a"), factor("b"), t, kind)
 
 
+def _shares(artefact: Artefact, key: str, n_layer: int) -> tuple[float, ...]:
+    values = artefact.get_list(key, n_layer)
+    if not all(isinstance(value, float) and 0 <= value <= 1 for value in values):
+        raise artefact.damaged(f"its {key} has values outside 0..1")
+    return tuple(values)
+
+
 def _shapes(kind: str, rank: int, model: Model) -> dict[str, tuple[int, ...]]:
     """Shapes of the tensors of a layer, by the end of their names."""
     if kind in FEW_BITS:
@@ -107,7 +116,7 @@ def _shapes(kind: str, rank: int, model: Model) -> dict[str, tuple[int, ...]]:
 
 
 class PredictorWriter:
-    """Writes predictor.gguf. Ranks stand in its header and are known last: factors wait in a nameless temporary file.
+    """Writes predictor.gguf. Its header needs the ranks of all layers, so factors wait in an unnamed temporary file.
 
     Use it as a context manager. Raises PinferError or OSError when the disk is full or cannot be written.
     """
@@ -125,7 +134,7 @@ class PredictorWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        # Closing flushes; what is left to flush after a full disk is not wanted.
+        # Closing flushes, which fails on a full disk; the data is not needed any more.
         with suppress(OSError):
             self._spool.close()
 
@@ -154,7 +163,7 @@ class PredictorWriter:
         return a.upper(), b.upper()
 
     def finish(self, model: Model, settings: Mapping[str, object]) -> int:
-        """Write the file, whole or not at all; returns the bytes of its tensors."""
+        """Writes the complete file or none; returns the bytes of its tensors."""
         with ArtefactWriter(self._path, "predictor", model, settings) as out:
             out.add_str_array("pinfer.predictor.kind", [layer.kind for layer in self._layers])
             out.add_u32_array("pinfer.predictor.rank", [layer.rank for layer in self._layers])
@@ -172,55 +181,30 @@ class PredictorWriter:
             return out.n_bytes
 
 
-def row_bytes(length: int, factor_type: str) -> int:
-    """Bytes of one row of a factor."""
-    from gguf import GGMLQuantizationType
-
-    from pinfer.gguf_io.reader import type_size
-
-    block, size = type_size(GGMLQuantizationType[factor_type.upper()])
-    return length // block * size
-
-
 def quantise(rows: NDArray[np.float32], factor_type: str) -> NDArray[Any]:
     """Rows in a factor type, as bytes or half floats."""
-    import numpy as np
-    from gguf import GGMLQuantizationType
-
-    from pinfer.llama import ggml
-
     if factor_type.upper() == "F16":
         return rows.astype(np.float16)
-    kind = GGMLQuantizationType[factor_type.upper()]
-    return ggml.quantise(rows, kind, row_bytes(rows.shape[1], factor_type.lower()))
+    return ggml.quantise(rows, type_number(factor_type), row_bytes(factor_type, rows.shape[1]))
 
 
 def quantised(rows: NDArray[np.float32], factor_type: str) -> NDArray[np.float32]:
-    """The values that ``rows`` have once they are stored in a factor type; storing those again changes nothing."""
-    import numpy as np
-    from gguf import GGMLQuantizationType
-
-    from pinfer.llama import ggml
-
+    """``rows`` after a round trip through a factor type; another round trip changes nothing."""
     data = quantise(rows, factor_type)
     if factor_type.upper() == "F16":
         return data.astype(np.float32)
-    return ggml.dequantise(data, GGMLQuantizationType[factor_type.upper()], rows.shape[1])
+    return ggml.dequantise(data, type_number(factor_type), rows.shape[1])
 
 
 def packed(levels: NDArray[np.float32], bits: int) -> NDArray[np.uint8]:
     """Odd levels ``[n, length]`` as codes, the first value of a byte in its lowest bits: ``[n, length * bits / 8]``."""
-    import numpy as np
-
     codes = ((levels + (2**bits - 1)) / 2).astype(np.uint8).reshape(len(levels), -1, 8 // bits)
     result: NDArray[np.uint8] = (codes << (np.arange(8 // bits, dtype=np.uint8) * bits)).sum(axis=2, dtype=np.uint8)
     return result
 
 
 def unpacked(codes: NDArray[Any], bits: int) -> NDArray[np.float32]:
-    """Levels of codes that ``packed`` has made."""
-    import numpy as np
-
+    """Inverse of ``packed``."""
     shifts = np.arange(8 // bits, dtype=np.uint8) * bits
     each = codes.view(np.uint8)[:, :, None] >> shifts & (2**bits - 1)
     levels: NDArray[np.float32] = 2 * each.reshape(len(codes), -1).astype(np.float32) - np.float32(2**bits - 1)

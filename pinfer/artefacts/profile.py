@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from pinfer.artefacts.artefact import Artefact, ArtefactWriter, open_artefact
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
     from pinfer.model import Model
 
 
@@ -89,8 +89,6 @@ class SamplesFile:
 
     def active(self, layer: int, n_ff: int) -> NDArray[np.bool_]:
         """Which neurons fired, ``[n_samples, n_ff]``."""
-        import numpy as np
-
         bits = self.artefact.array(f"blk.{layer}.active").view(np.uint8)
         return np.unpackbits(bits, axis=1, count=n_ff, bitorder="little").astype(bool)
 

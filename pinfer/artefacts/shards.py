@@ -1,28 +1,35 @@
-"""hot.gguf (one per device) and cold.gguf: types, sizes and tensors of the shards (docs/formats.md)."""
+"""The shards hot.gguf (one per device) and cold.gguf: types, sizes and tensors (docs/formats.md)."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import gcd
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
 
 from pinfer.artefacts import paths
 from pinfer.artefacts.artefact import Artefact, ArtefactWriter, open_artefact
 from pinfer.artefacts.placement import GROUP, PlacementFile
 from pinfer.errors import PinferError
-from pinfer.gguf_io.reader import type_name, type_size
+from pinfer.gguf_io.reader import row_bytes, type_name, type_number, type_size
 from pinfer.model import FfnTensors, Model, Tensor
 
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
 COLD_ALIGNMENT = 4096
+PIECE_BYTES = 16 << 20
+"""bytes of rows that are read, copied or compared at once"""
 _FURTHER_HOT = re.compile(r"hot-[1-9][0-9]*\.gguf")
 _DEFAULT_QUANTISED = "Q8_0"
+
+
+def pieces(n: int, bytes_each: int) -> Iterator[slice]:
+    """Cuts ``n`` rows into slices of about ``PIECE_BYTES``."""
+    step = max(1, PIECE_BYTES // bytes_each)
+    return (slice(start, min(start + step, n)) for start in range(0, n, step))
 
 
 def hot_name(device: int) -> str:
@@ -61,9 +68,9 @@ def stale_hot_shards(folder: Path, n_devices: int) -> list[Path]:
 
 @dataclass(frozen=True)
 class QuantisationError:
-    """Most that a value changes by conversion: ``relative`` to the largest value of its block, or ``absolute``.
+    """Largest change of a value by conversion: ``relative`` to the largest value of its block, plus ``absolute``.
 
-    The absolute part is what a block scale that is a subnormal half leaves of very small values.
+    The absolute part covers very small values, whose block scale is a subnormal half.
     """
 
     relative: float
@@ -92,25 +99,13 @@ DOWN_TYPES: Mapping[str, QuantisationError] = {
 _PLAIN = ("F32", "F16", "BF16")
 
 
-def row_bytes(ggml_type: int, row_length: int) -> int:
-    """Bytes of a row of a ggml type."""
-    block, size = type_size(ggml_type)
-    return row_length // block * size
-
-
-def _type_number(name: str) -> int:
-    from gguf import GGMLQuantizationType
-
-    return int(GGMLQuantizationType[name])
-
-
 def _first_that_fits(names: Sequence[str], divisor: int) -> int:
     """The first type whose blocks divide rows of ``divisor`` elements; F16 fits everything."""
     for name in names:
-        number = _type_number(name)
+        number = type_number(name)
         if divisor % type_size(number)[0] == 0:
             return number
-    return _type_number("F16")
+    return type_number("F16")
 
 
 @dataclass(frozen=True)
@@ -155,7 +150,7 @@ def _n_biases(f: FfnTensors) -> int:
 
 
 def hot_neuron_bytes(model: Model, layer: int, types: DownTypes) -> int:
-    """Bytes that one hot neuron of this layer takes on the device (matrices and biases)."""
+    """Bytes of one hot neuron of this layer on the device (matrices and biases)."""
     f = model.ffn[layer]
     assert f.up is not None
     gate = f.gate.row_bytes if f.gate is not None else 0
@@ -167,7 +162,7 @@ def hot_neuron_bytes(model: Model, layer: int, types: DownTypes) -> int:
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """What goes into the shards, by layer."""
+    """The neurons and types of all shards, by layer."""
 
     placement_id: str
     hot: tuple[tuple[NDArray[np.int32], ...], ...]
@@ -178,7 +173,7 @@ class ShardPlan:
     def hot_type(self, device: int, layer: int) -> int:
         """Type of a hot down matrix; a layer that is wholly hot may have a width that no block divides."""
         kind = self.types[layer].hot
-        return kind if len(self.hot[device][layer]) % type_size(kind)[0] == 0 else _type_number("F16")
+        return kind if len(self.hot[device][layer]) % type_size(kind)[0] == 0 else type_number("F16")
 
 
 def hot_writer(
@@ -223,6 +218,15 @@ def _declare_rows(out: ArtefactWriter, model: Model, layer: int, neurons: NDArra
             out.declare(f"blk.{layer}.ffn_{kind}.weight", (model.n_embd, len(neurons)), tensor.type)
 
 
+def _shapes(kind: str, model: Model, layer: int, n: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors of a layer with ``n`` neurons in a shard."""
+    f = model.ffn[layer]
+    parts = {"gate": (f.gate, f.gate_bias), "up": (f.up, f.up_bias)}
+    weights = {f"blk.{layer}.ffn_{part}.weight": (model.n_embd, n) for part, (weight, _) in parts.items() if weight}
+    biases = {f"blk.{layer}.ffn_{part}.bias": (n,) for part, (_, bias) in parts.items() if bias}
+    return {**weights, **biases, down_name(kind, layer): (n, model.n_embd) if kind == "hot" else (model.n_embd, n)}
+
+
 @dataclass(frozen=True)
 class ShardFile:
     """A hot shard or cold.gguf, opened and checked against the model."""
@@ -230,28 +234,29 @@ class ShardFile:
     artefact: Artefact
     placement_id: str
     neurons: tuple[NDArray[np.int32], ...]
-    """per layer; empty where the layer has no neurons in this shard"""
+    """per layer; empty for a layer without neurons in this shard"""
     down_type: tuple[int, ...]
-    """per layer; meaningless where the layer has no neurons in this shard"""
+    """per layer; not used for a layer without neurons in this shard"""
 
     @classmethod
     def read(cls, path: Path, kind: str, model: Model) -> Self:
         """Opens shard ``hot`` or ``cold``. Raises PinferError when it is missing, damaged or of another model."""
-        import numpy as np
-
         file = open_artefact(path, kind, model)
         neurons = []
         for layer in range(model.n_layer):
             name = f"blk.{layer}.neurons"
             ids = file.array(name, type_name="I32").reshape(-1) if file.has(name) else np.empty(0, np.int32)
             if len(ids) and not 0 <= ids.min() <= ids.max() < model.n_ff:
-                raise file.damaged(f"layer {layer} names neurons that the model has not")
+                raise file.damaged(f"layer {layer} names neurons that the model does not have")
             neurons.append(ids)
+            for name, shape in _shapes(kind, model, layer, len(ids)).items() if len(ids) else ():
+                if file.tensor(name).shape != shape:
+                    raise file.damaged(f"{name} has another shape than its {len(ids)} neurons")
         names = [down_name(kind, layer) for layer in range(model.n_layer)]
         types = tuple(file.tensor(name).type if len(ids) else 0 for name, ids in zip(names, neurons, strict=True))
         return cls(file, file.get_str("pinfer.placement.id"), tuple(neurons), types)
 
     def describe_types(self) -> str:
-        """The down types in use, for people."""
+        """The down types in use, as text."""
         used = {t for t, n in zip(self.down_type, self.neurons, strict=True) if len(n)}
         return ", ".join(sorted(type_name(t) for t in used)) or "none"

@@ -1,48 +1,47 @@
-"""Proves that the shards are the model: each neuron once, rows byte for byte, down within its type's error."""
+"""Proves that shards hold the whole model: each neuron once, equal rows, down within the error of its type."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from pinfer.artefacts.shards import DOWN_TYPES, ShardFile, down_name
+import numpy as np
+from numpy.typing import NDArray
+
+from pinfer.artefacts.shards import DOWN_TYPES, ShardFile, down_name, pieces
 from pinfer.errors import PinferError
 from pinfer.gguf_io.reader import GgufError, type_name, type_size
 from pinfer.llama import ggml
 from pinfer.model import Model, Tensor
 from pinfer.progress import NULL_PROGRESS, Progress
 
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-_PIECE = 16 << 20
 _ROWS = 256
 """rows of down compared at once: every block length divides it"""
 
 
 def verify_shards(model: Model, hot_paths: Sequence[Path], cold_path: Path, progress: Progress = NULL_PROGRESS) -> None:
-    """Reads all shards again and compares them with the model. Raises PinferError that names the first difference."""
+    """Compares all shards with the model and with their checksums. Raises PinferError with the first difference."""
     hot = tuple(ShardFile.read(path, "hot", model) for path in hot_paths)
     cold = ShardFile.read(cold_path, "cold", model)
     if len({shard.placement_id for shard in (*hot, cold)}) > 1:
-        raise _failed(model, "the hot and the cold shards are of different placements")
+        raise _failed(model, "the hot and the cold shards come from different placements")
     with progress.task("verify", sum(shard.artefact.gguf.size for shard in (*hot, cold)), "bytes") as advance:
         for layer in range(model.n_layer):
             try:
                 _check_layer(_Layer(model, layer, hot, cold, advance))
             except (_Difference, GgufError) as difference:
                 raise _failed(model, f"layer {layer}: {difference}") from None
+    for shard in (*hot, cold):
+        shard.artefact.verify()
 
 
 class _Difference(Exception):
-    """What differs, in half a sentence."""
+    """The difference; completes the sentence "layer N: ..."."""
 
 
 def _failed(model: Model, cause: str) -> PinferError:
-    return PinferError(f"the shards are not {model.name}: {cause}", f"make them again: pinfer split {model.path}")
+    return PinferError(f"the shards do not match {model.name}: {cause}", f"make them again: pinfer split {model.path}")
 
 
 @dataclass(frozen=True)
@@ -61,8 +60,6 @@ class _Layer:
 
 
 def _check_layer(at: _Layer) -> None:
-    import numpy as np
-
     cold = at.cold.neurons[at.number]
     everywhere = np.concatenate([*(shard.neurons[at.number] for shard in at.hot), cold])
     times = np.bincount(everywhere, minlength=at.model.n_ff)
@@ -89,16 +86,9 @@ def _check_biases(at: _Layer, shard: ShardFile, neurons: NDArray[np.int32]) -> N
 
 
 def _same_rows(found: NDArray[np.uint8], wanted: NDArray[np.uint8], neurons: NDArray[np.int32], what: str) -> None:
-    import numpy as np
-
     if not np.array_equal(found, wanted):
         first = int(np.argmax((found != wanted).any(axis=1)))
         raise _Difference(f"the {what} row of neuron {neurons[first]} differs")
-
-
-def _pieces(n: int, bytes_each: int) -> Iterator[slice]:
-    step = max(1, _PIECE // bytes_each)
-    return (slice(start, min(start + step, n)) for start in range(0, n, step))
 
 
 def _check_rows(at: _Layer, shard: ShardFile, neurons: NDArray[np.int32]) -> None:
@@ -110,23 +100,21 @@ def _check_rows(at: _Layer, shard: ShardFile, neurons: NDArray[np.int32]) -> Non
             continue
         name = f"blk.{at.number}.ffn_{kind}.weight"
         entry = shard.artefact.tensor(name)
-        if entry.shape != (model.n_embd, len(neurons)) or entry.type != tensor.type:
-            raise _Difference(f"{name} of {shard.artefact.path.name} has another shape or type than the model")
+        if entry.type != tensor.type:
+            raise _Difference(f"{name} of {shard.artefact.path.name} has another type than the model")
         rows = shard.artefact.raw(name)
         what = f"{shard.artefact.kind} {kind}"
-        for piece in _pieces(len(neurons), tensor.row_bytes):
+        for piece in pieces(len(neurons), tensor.row_bytes):
             _same_rows(rows[piece], model.raw(tensor)[neurons[piece]], neurons[piece], what)
             at.advance((piece.stop - piece.start) * tensor.row_bytes)
             at.release()
 
 
-def _down(at: _Layer, shard: ShardFile, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """The down matrix of the model and that of a shard, which has to have this shape."""
+def _down(at: _Layer, shard: ShardFile) -> tuple[Tensor, Tensor]:
+    """The down matrix of the model and that of a shard."""
     down, name = at.model.ffn[at.number].down, down_name(shard.artefact.kind, at.number)
     assert down is not None
     entry = shard.artefact.tensor(name)
-    if entry.shape != shape:
-        raise _Difference(f"{name} has another shape than its neurons")
     if entry.type_name not in DOWN_TYPES:
         raise _Difference(f"the {shard.artefact.kind} down rows are of type {entry.type_name}")
     return down, entry
@@ -134,7 +122,7 @@ def _down(at: _Layer, shard: ShardFile, shape: tuple[int, int]) -> tuple[Tensor,
 
 def _check_hot_down(at: _Layer, shard: ShardFile, neurons: NDArray[np.int32]) -> None:
     model = at.model
-    down, entry = _down(at, shard, (len(neurons), model.n_embd))
+    down, entry = _down(at, shard)
     rows = shard.artefact.raw(entry.name)
     for start in range(0, model.n_embd, _ROWS):
         some = slice(start, min(start + _ROWS, model.n_embd))
@@ -147,14 +135,14 @@ def _check_hot_down(at: _Layer, shard: ShardFile, neurons: NDArray[np.int32]) ->
 
 def _check_cold_down(at: _Layer, neurons: NDArray[np.int32]) -> None:
     model = at.model
-    down, entry = _down(at, at.cold, (model.n_embd, len(neurons)))
+    down, entry = _down(at, at.cold)
     rows = at.cold.artefact.raw(entry.name)
     block, size = type_size(entry.type)
     for start in range(0, model.n_embd, _ROWS):
         end = min(start + _ROWS, model.n_embd)
         wanted = ggml.dequantise(model.raw(down)[start:end], down.type, down.row_length)
         columns = slice(start // block * size, end // block * size)
-        for piece in _pieces(len(neurons), 4 * (end - start)):
+        for piece in pieces(len(neurons), 4 * (end - start)):
             found = ggml.dequantise(rows[piece, columns], entry.type, end - start)
             _close(found, wanted[:, neurons[piece]].T, entry.type, "cold")
             at.advance((piece.stop - piece.start) * (columns.stop - columns.start))
@@ -163,8 +151,6 @@ def _check_cold_down(at: _Layer, neurons: NDArray[np.int32]) -> None:
 
 def _close(found: NDArray[np.float32], wanted: NDArray[np.float32], ggml_type: int, shard: str) -> None:
     """Checks that no value is further off than its type explains; blocks run along the last axis."""
-    import numpy as np
-
     name = type_name(ggml_type)
     error = DOWN_TYPES[name]
     n, length = wanted.shape

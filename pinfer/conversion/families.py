@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Iterable
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from gguf import MODEL_ARCH, GGUFWriter, get_tensor_name_map
@@ -37,6 +37,10 @@ _SMOOTH = {
 """config.json's names of what libllama's graph computes, if that has no exact zeros"""
 
 
+def _unchanged(checkpoint: Checkpoint, name: str, values: NDArray[Any]) -> NDArray[Any]:
+    return values
+
+
 @dataclass(frozen=True)
 class Family:
     """How the checkpoints of one kind become GGUF."""
@@ -46,11 +50,22 @@ class Family:
     graph_activation: str
     """what libllama's graph of ``arch`` computes: ``relu2``, ``silu`` or ``gelu``"""
     metadata: Callable[[Checkpoint, GGUFWriter], None]
-    tensors: Callable[[Checkpoint], list[PlannedTensor]]
-    require_expressible: Callable[[Checkpoint], None] = lambda checkpoint: None
-    """raises PinferError for members of the family that libllama's graph cannot compute"""
+    change: Change = _unchanged
+    """what becomes of a tensor's values, given its name in the GGUF"""
+    tied_by_default: bool = False
+    """whether the original's config class takes the output for the embedding"""
+    output: Literal["maybe", "never", "always"] = "maybe"
+    """whether the graph has the output as a tensor apart from the embedding"""
     biases: frozenset[str] | None = None
     """tensors whose biases the graph adds (``attn_q``); None: of all"""
+    rope_factors: tuple[str, ...] = ()
+    """kinds of rope scaling by single frequencies that the graph computes"""
+    require_expressible: Callable[[Checkpoint], None] = lambda checkpoint: None
+    """raises PinferError for members of the family that libllama's graph cannot compute"""
+    missing_tensors: Callable[[Checkpoint, Container[str]], list[PlannedTensor]] = lambda checkpoint, names: []
+    """constants for what the graph needs and a checkpoint may lack, given the names it has"""
+    tensors: Callable[[Checkpoint], list[PlannedTensor]] | None = None
+    """the tensors, where gguf's map of names does not do"""
 
 
 # --- what most families share ----------------------------------------------------------------------------------------
@@ -93,41 +108,36 @@ def _add_shape(checkpoint: Checkpoint, header: GGUFWriter) -> None:
     header.add_vocab_size(checkpoint.integer("vocab_size"))
 
 
-def _add_heads(checkpoint: Checkpoint, header: GGUFWriter, rotated_share: float, *, allows_part: bool = False) -> None:
+def _add_metadata(
+    checkpoint: Checkpoint, header: GGUFWriter, *, eps: str = "rms_norm_eps", share: float = 1.0, all_dims: bool = True
+) -> None:
+    """Keys of a family with one kind of norm, whose epsilon is ``eps`` in config.json.
+
+    ``share`` of a head's dimensions are rotated if config.json does not say; ``all_dims``: the graph rotates no less.
+    """
+    _add_shape(checkpoint, header)
+    add_eps = header.add_layer_norm_rms_eps if eps == "rms_norm_eps" else header.add_layer_norm_eps
+    add_eps(checkpoint.number(eps, default=1e-6 if eps == "rms_norm_eps" else 1e-5, zero=True))
     head_dim = _head_dim(checkpoint)
     header.add_key_length(head_dim)
     header.add_value_length(head_dim)
-    add_rope(checkpoint, header, rotated_dims(checkpoint, head_dim, rotated_share, allows_part=allows_part))
+    add_rope(checkpoint, header, rotated_dims(checkpoint, head_dim, share, allows_part=not all_dims))
 
 
-def _add_llama_metadata(checkpoint: Checkpoint, header: GGUFWriter) -> None:
-    _add_shape(checkpoint, header)
-    header.add_layer_norm_rms_eps(checkpoint.number("rms_norm_eps", default=1e-6, zero=True))
-    _add_heads(checkpoint, header, 1.0)
-
-
-def is_tied(checkpoint: Checkpoint, by_default: bool) -> bool:
+def _is_tied(checkpoint: Checkpoint, by_default: bool) -> bool:
     """Whether the output is the embedding. ``by_default`` is what the original's config class assumes."""
     return "lm_head.weight" not in checkpoint.tensors or checkpoint.flag("tie_word_embeddings", by_default)
 
 
-def _unchanged(checkpoint: Checkpoint, name: str, values: NDArray[Any]) -> NDArray[Any]:
-    return values
-
-
-def _mapped_tensors(
-    arch: str, change: Change, tied_by_default: bool, output: str, factors: tuple[str, ...], checkpoint: Checkpoint
-) -> list[PlannedTensor]:
-    """Tensors under the gguf package's names for them.
-
-    ``output``: whether the graph's output ``maybe``, ``never`` or ``always`` is a tensor apart from the embedding.
-    ``factors``: the kinds of rope scaling by single frequencies that the graph knows.
-    """
-    names = get_tensor_name_map(MODEL_ARCH[arch.upper()], checkpoint.integer("num_hidden_layers", "n_layer"))
-    tied = is_tied(checkpoint, tied_by_default)
-    if output == "never" and not tied:
-        raise PinferError(f"{checkpoint.folder} has an output of its own, libllama's {arch} has not", ANOTHER_MODEL)
-    planned = rope_tensors(checkpoint, factors, _head_dim(checkpoint))
+def _mapped_tensors(family: Family, checkpoint: Checkpoint) -> list[PlannedTensor]:
+    """Tensors under the gguf package's names for them."""
+    names = get_tensor_name_map(MODEL_ARCH[family.arch.upper()], _n_layer(checkpoint))
+    tied = _is_tied(checkpoint, family.tied_by_default)
+    if family.output == "never" and not tied:
+        raise PinferError(
+            f"{checkpoint.folder} has an output of its own, libllama's {family.arch} has not", ANOTHER_MODEL
+        )
+    planned = rope_tensors(checkpoint, family.rope_factors, _head_dim(checkpoint))
     for name, tensor in checkpoint.tensors.items():
         if _UNUSED.search(name) or (tied and name == "lm_head.weight"):
             continue
@@ -137,28 +147,15 @@ def _mapped_tensors(
                 f"{name} of {checkpoint.folder} is not a tensor of {checkpoint.model_type} models that libllama knows",
                 "check that config.json belongs to these weights",
             )
-        planned.append(_plan_tensor(checkpoint, tensor, mapped, change))
-        if mapped == "token_embd.weight" and tied and output == "always":
-            planned.append(_plan_tensor(checkpoint, tensor, "output.weight", change))
-    return planned
+        targets = [mapped, "output.weight"] if mapped == "token_embd.weight" and tied else [mapped]
+        for target in targets if family.output == "always" else [mapped]:
+            load = partial(_load_changed, family.change, checkpoint, tensor, target)
+            planned.append(PlannedTensor(target, tensor.shape[::-1], tensor.n_bytes, load=load))
+    return planned + family.missing_tensors(checkpoint, {tensor.name for tensor in planned})
 
 
-def _plan_tensor(checkpoint: Checkpoint, tensor: CheckpointTensor, name: str, change: Change) -> PlannedTensor:
-    def load() -> NDArray[Any]:
-        return change(checkpoint, name, tensor.load())
-
-    return PlannedTensor(name, tensor.shape[::-1], tensor.n_bytes, load=load)
-
-
-def _mapped(
-    arch: str,
-    change: Change = _unchanged,
-    *,
-    tied_by_default: bool = False,
-    output: str = "maybe",
-    factors: tuple[str, ...] = (),
-) -> Callable[[Checkpoint], list[PlannedTensor]]:
-    return partial(_mapped_tensors, arch, change, tied_by_default, output, factors)
+def _load_changed(change: Change, checkpoint: Checkpoint, tensor: CheckpointTensor, name: str) -> NDArray[Any]:
+    return change(checkpoint, name, tensor.load())
 
 
 # --- llama and its relatives -----------------------------------------------------------------------------------------
@@ -175,7 +172,7 @@ def _interleave_rotation(checkpoint: Checkpoint, name: str, values: NDArray[Any]
 
 
 def _add_minicpm_metadata(checkpoint: Checkpoint, header: GGUFWriter) -> None:
-    _add_llama_metadata(checkpoint, header)
+    _add_metadata(checkpoint, header)
     n_embd, n_layer = checkpoint.integer("hidden_size"), checkpoint.integer("num_hidden_layers")
     header.add_embedding_scale(checkpoint.number("scale_emb", default=1.0))
     header.add_residual_scale(checkpoint.number("scale_depth", default=1.0) / n_layer**0.5)
@@ -193,12 +190,6 @@ def _require_plain_minicpm(checkpoint: Checkpoint) -> None:
 # --- squared ReLU ----------------------------------------------------------------------------------------------------
 
 
-def _add_nemotron_metadata(checkpoint: Checkpoint, header: GGUFWriter) -> None:
-    _add_shape(checkpoint, header)
-    header.add_layer_norm_eps(checkpoint.number("norm_eps", default=1e-5, zero=True))
-    _add_heads(checkpoint, header, 0.5, allows_part=True)
-
-
 def _require_expressible_nemotron(checkpoint: Checkpoint) -> None:
     n_embd, n_head, head_dim = checkpoint.integer("hidden_size"), _heads(checkpoint)[0], _head_dim(checkpoint)
     if n_head * head_dim != n_embd:
@@ -214,20 +205,11 @@ def _one_plus_norm(checkpoint: Checkpoint, name: str, values: NDArray[Any]) -> N
     return values.astype(np.float32) + 1 if name.endswith("norm.weight") else values
 
 
-def _add_jais2_metadata(checkpoint: Checkpoint, header: GGUFWriter) -> None:
-    _add_shape(checkpoint, header)
-    header.add_layer_norm_eps(checkpoint.number("layer_norm_eps", default=1e-5, zero=True))
-    _add_heads(checkpoint, header, 1.0)
-
-
-def _jais2_tensors(checkpoint: Checkpoint) -> list[PlannedTensor]:
-    """Biases that the graph needs and a checkpoint lacks are zeros."""
-    planned = _mapped("jais2")(checkpoint)
-    names = {tensor.name for tensor in planned}
+def _jais2_biases(checkpoint: Checkpoint, names: Container[str]) -> list[PlannedTensor]:
     n_embd, n_ff = checkpoint.integer("hidden_size"), checkpoint.integer("intermediate_size")
     sizes = {"attn_output": n_embd, "ffn_up": n_ff, "ffn_down": n_embd}
     wanted = [(f"blk.{i}.{part}.bias", n) for i in range(_n_layer(checkpoint)) for part, n in sizes.items()]
-    return planned + [PlannedTensor.constant(name, n, 0.0) for name, n in wanted if name not in names]
+    return [PlannedTensor.constant(name, n, 0.0) for name, n in wanted if name not in names]
 
 
 def _add_plm_metadata(checkpoint: Checkpoint, header: GGUFWriter) -> None:
@@ -299,60 +281,67 @@ def _require_expressible_falcon(checkpoint: Checkpoint) -> None:
 
 # --- the families ----------------------------------------------------------------------------------------------------
 
-_FACTORS = ("llama3", "longrope", "su")
 _QKV = frozenset({"attn_q", "attn_k", "attn_v"})
-_NORMS = frozenset({"attn_norm", "ffn_norm", "output_norm"})
-_LLAMA = Family("llama", True, "silu", _add_llama_metadata, _mapped("llama", _interleave_rotation, factors=_FACTORS))
+_NORMS = frozenset({"attn_norm", "attn_norm_2", "ffn_norm", "output_norm"})
+_LLAMA = Family(
+    "llama",
+    True,
+    "silu",
+    _add_metadata,
+    _interleave_rotation,
+    rope_factors=("llama3", "longrope", "su"),
+)
 _FAMILIES: dict[str, Family] = {
     "llama": _LLAMA,
     "sparsellama": _LLAMA,
     "mistral": _LLAMA,
     "bamboo": _LLAMA,
     "turbosparsemistral": _LLAMA,
-    "minicpm": Family(
-        "minicpm",
-        True,
-        "silu",
-        _add_minicpm_metadata,
-        _mapped("minicpm", _interleave_rotation, tied_by_default=True, factors=_FACTORS),
-        _require_plain_minicpm,
+    "minicpm": replace(
+        _LLAMA,
+        arch="minicpm",
+        metadata=_add_minicpm_metadata,
+        tied_by_default=True,
+        require_expressible=_require_plain_minicpm,
     ),
     "arcee": Family(
-        "arcee",
-        False,
-        "relu2",
-        _add_llama_metadata,
-        _mapped("arcee", _interleave_rotation, factors=("llama3",)),
-        biases=_QKV,
+        "arcee", False, "relu2", _add_metadata, _interleave_rotation, biases=_QKV, rope_factors=("llama3",)
     ),
     "nemotron": Family(
         "nemotron",
         False,
         "relu2",
-        _add_nemotron_metadata,
-        _mapped("nemotron", _one_plus_norm, output="always"),
-        _require_expressible_nemotron,
+        partial(_add_metadata, eps="norm_eps", share=0.5, all_dims=False),
+        _one_plus_norm,
+        output="always",
+        require_expressible=_require_expressible_nemotron,
     ),
-    "jais2": Family("jais2", False, "relu2", _add_jais2_metadata, _jais2_tensors),
+    "jais2": Family(
+        "jais2", False, "relu2", partial(_add_metadata, eps="layer_norm_eps"), missing_tensors=_jais2_biases
+    ),
     "plm": Family(
         "plm",
         False,
         "relu2",
         _add_plm_metadata,
-        _mapped("plm", tied_by_default=True, output="never"),
-        _require_expressible_plm,
+        tied_by_default=True,
+        output="never",
         biases=frozenset(),
+        require_expressible=_require_expressible_plm,
     ),
     "falcon": Family(
         "falcon",
         False,
         "gelu",
         _add_falcon_metadata,
-        _mapped("falcon", _ungroup_heads, tied_by_default=True),
-        _require_expressible_falcon,
-        biases=_NORMS | {"attn_norm_2"},
+        _ungroup_heads,
+        tied_by_default=True,
+        biases=_NORMS,
+        require_expressible=_require_expressible_falcon,
     ),
-    "opt": Family("gpt2", False, "gelu", add_opt_metadata, opt_tensors, require_expressible_opt),
+    "opt": Family(
+        "gpt2", False, "gelu", add_opt_metadata, require_expressible=require_expressible_opt, tensors=opt_tensors
+    ),
 }
 _FAMILIES |= {"RefinedWeb": _FAMILIES["falcon"], "RefinedWebModel": _FAMILIES["falcon"]}
 
@@ -372,7 +361,7 @@ def plan_checkpoint(checkpoint: Checkpoint, activation: str | None = None) -> Co
     family.require_expressible(checkpoint)
     _n_layer(checkpoint)
     found, threshold = (activation, 0.0) if activation else _activation(checkpoint, family)
-    tensors = _in_order(family.tensors(checkpoint))
+    tensors = _in_order(family.tensors(checkpoint) if family.tensors else _mapped_tensors(family, checkpoint))
     _check_tensors(checkpoint, family, tensors)
     return ConvertPlan(
         arch=family.arch,

@@ -17,7 +17,6 @@ than it saves at the wanted recall gets what `pinfer train` would give it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -27,17 +26,29 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pinfer.artefacts import paths
-from pinfer.artefacts.predictor import LayerPredictor, PredictorWriter, quantised, row_bytes
+from pinfer.artefacts.predictor import LayerPredictor, PredictorWriter, quantised
 from pinfer.artefacts.profile import SamplesFile
 from pinfer.conversion.powerinfer_file import PowerInferFile, open_powerinfer
 from pinfer.errors import PinferError
+from pinfer.gguf_io.reader import row_bytes
 from pinfer.interrupt import interruptible
 from pinfer.model import Model, dequantize, open_model
 from pinfer.predictors.data import HeldBack, LayerData, parts
 from pinfer.predictors.thresholds import calibrate, one_threshold
 from pinfer.profile import ProfileOptions, profile
 from pinfer.progress import NULL_PROGRESS, Progress
-from pinfer.train import MIN_SAMPLES, Fitted, LayerReport, TrainOptions, exact_cost, fit_layer, scores, tested
+from pinfer.train import (
+    MIN_SAMPLES,
+    Fitted,
+    LayerReport,
+    TrainOptions,
+    TrainReport,
+    exact_cost,
+    fit_layer,
+    scores,
+    summary,
+    tested,
+)
 
 if TYPE_CHECKING:
     from pinfer.predictors.data import Matrix
@@ -75,59 +86,41 @@ class ImportOptions:
 
 
 @dataclass(frozen=True)
-class ImportedLayer:
-    """What became of one layer's predictor. Recalls and candidates are shares."""
+class ImportedLayer(LayerReport):
+    """What became of one layer's predictor, with recalls as shares."""
 
-    layer: int
     imported: bool
     """False: the file has none or it costs more than it saves, and this is what `pinfer train` makes"""
-    kind: str
-    rank: int
-    recall: float
-    """of the activation mass"""
     recall_active: float
-    """of the neurons that fire"""
-    candidates: float
-    active: float
+    """of the active neurons; ``recall`` is of the activation mass"""
     sign_recall: float | None
-    """of the activation mass at threshold 0, PowerInfer's own rule; None: the file has no predictor for this layer"""
+    """``recall`` at threshold 0, PowerInfer's own rule; None: the file has no predictor for this layer"""
     sign_recall_active: float | None
     sign_candidates: float | None
-    predictor_bytes: int
-    expected_bytes: float
-    exact_bytes: float
 
 
 @dataclass(frozen=True)
-class ImportReport:
+class ImportReport(TrainReport):
     """What was imported and where it was written. Shares are means over the layers."""
 
-    path: Path
+    layers: tuple[ImportedLayer, ...]
     source: Path
     corpus: str
     """the text it was measured on"""
-    n_samples: int
     n_test: int
     """tokens that the recalls and candidates were measured on, kept apart from those of the thresholds"""
     n_imported: int
     """layers that kept the file's predictor"""
     sparse_threshold: float
-    """the score from which on PowerInfer computes a neuron, in its own units"""
-    predictor_bytes: int
-    recall: float
+    """PowerInfer computes a neuron if its score exceeds this"""
     recall_active: float
-    candidates: float
-    active: float
     sign_recall: float | None
     sign_recall_active: float | None
     sign_candidates: float | None
-    expected_bytes: float
-    exact_bytes: float
-    layers: tuple[ImportedLayer, ...]
 
     def to_json(self) -> dict[str, object]:
         """The report as plain JSON values."""
-        return {**asdict(self), "path": str(self.path), "source": str(self.source)}
+        return {**super().to_json(), "source": str(self.source)}
 
     def notes(self) -> list[str]:
         """How many layers were imported, and how much text the measured recall rests on; a line each."""
@@ -162,10 +155,13 @@ def import_predictor(
     file, model = open_powerinfer(source), open_model(model_path)
     _check(file, model)
     samples, corpus = _samples(model, options, progress)
-    path = paths.artefact_dir(model.path, model.fingerprint, for_writing=True) / paths.PREDICTOR
     train = TrainOptions(recall=options.recall, type="f16" if model.n_embd % _BLOCK else "q4_0")
     layers: list[ImportedLayer] = []
-    with PredictorWriter(path, train.type) as writer, progress.task("predictor", model.n_layer, "layers") as advance:
+    with (
+        paths.writing_to(model, progress) as folder,
+        PredictorWriter(folder / paths.PREDICTOR, train.type) as writer,
+        progress.task("predictor", model.n_layer, "layers") as advance,
+    ):
         for layer in range(model.n_layer):
             work = partial(_import_layer, file, model, layer, samples, train, options.keep)
             predictor, report = interruptible(work)
@@ -174,7 +170,7 @@ def import_predictor(
             advance(1)
         settings = {**asdict(options), "command": "convert", "source": source.name, "n_samples": samples.n_samples}
         n_bytes = writer.finish(model, settings)
-    return _report(path, file, corpus, samples.n_samples, n_bytes, layers)
+    return _report(folder / paths.PREDICTOR, file, corpus, samples.n_samples, n_bytes, layers)
 
 
 def _check(file: PowerInferFile, model: Model) -> None:
@@ -199,6 +195,8 @@ def _samples(model: Model, options: ImportOptions, progress: Progress) -> tuple[
     # PowerInfer computes only ReLU, so the activation of its models need not be checked.
     settings = ProfileOptions(options.dataset, options.n_tokens, n_threads=options.n_threads, force=True)
     profiled = profile(model.path, settings, progress)
+    if profiled.interrupted:  # alone it keeps what was counted; here Ctrl-C is meant for the whole command
+        raise KeyboardInterrupt
     if profiled.n_samples < MIN_SAMPLES or profiled.samples_path is None:
         raise PinferError(
             f"{profiled.corpus} gave {profiled.n_samples} samples, too few to measure a predictor on",
@@ -223,7 +221,14 @@ def _import_layer(
     held = HeldBack.of(data, test)
     predictor, report = tested(data, layer, fitted, held) if fitted and pays else fit_layer(data, layer, options)
     by_sign = scores(fitted.a, fitted.b, held.x, "mlp") > 0 if fitted else None
-    return predictor, _layer_report(report, pays, _recall_active(held, _named(predictor, held)), held, by_sign)
+    return predictor, ImportedLayer(
+        **vars(report),
+        imported=pays,
+        recall_active=_recall_active(held, _named(predictor, held)),
+        sign_recall=None if by_sign is None else held.recall(by_sign),
+        sign_recall_active=None if by_sign is None else _recall_active(held, by_sign),
+        sign_candidates=None if by_sign is None else float(by_sign.mean()),
+    )
 
 
 def _named(predictor: LayerPredictor, held: HeldBack) -> NDArray[np.bool_]:
@@ -231,27 +236,6 @@ def _named(predictor: LayerPredictor, held: HeldBack) -> NDArray[np.bool_]:
     if predictor.b is None or predictor.t is None:
         return np.ones(held.mass.shape, dtype=bool)
     return scores(predictor.a, predictor.b, held.x, predictor.kind) > predictor.t
-
-
-def _layer_report(
-    report: LayerReport, imported: bool, recall_active: float, held: HeldBack, by_sign: NDArray[np.bool_] | None
-) -> ImportedLayer:
-    return ImportedLayer(
-        layer=report.layer,
-        imported=imported,
-        kind=report.kind,
-        rank=report.rank,
-        recall=report.recall,
-        recall_active=recall_active,
-        candidates=report.candidates,
-        active=report.active,
-        sign_recall=None if by_sign is None else held.recall(by_sign),
-        sign_recall_active=None if by_sign is None else _recall_active(held, by_sign),
-        sign_candidates=None if by_sign is None else float(by_sign.mean()),
-        predictor_bytes=report.predictor_bytes,
-        expected_bytes=report.expected_bytes,
-        exact_bytes=report.exact_bytes,
-    )
 
 
 def _recall_active(held: HeldBack, named: NDArray[np.bool_]) -> float:
@@ -264,29 +248,21 @@ def _recall_active(held: HeldBack, named: NDArray[np.bool_]) -> float:
 def _report(
     path: Path, file: PowerInferFile, corpus: str, n_samples: int, n_bytes: int, layers: list[ImportedLayer]
 ) -> ImportReport:
-    def mean(values: Iterator[float | None]) -> float:
-        known = [value for value in values if value is not None]
+    def mean(name: str) -> float:
+        known = [value for layer in layers if (value := getattr(layer, name)) is not None]
         return math.fsum(known) / len(known)
 
     return ImportReport(
-        path=path,
+        **vars(summary(path, n_samples, n_bytes, list(layers))),
         source=file.path,
         corpus=corpus,
-        n_samples=n_samples,
         n_test=len(range(*parts(n_samples)[2].indices(n_samples))),
         n_imported=sum(layer.imported for layer in layers),
         sparse_threshold=file.sparse_threshold,
-        predictor_bytes=n_bytes,
-        recall=mean(layer.recall for layer in layers),
-        recall_active=mean(layer.recall_active for layer in layers),
-        candidates=mean(layer.candidates for layer in layers),
-        active=mean(layer.active for layer in layers),
-        sign_recall=mean(layer.sign_recall for layer in layers),
-        sign_recall_active=mean(layer.sign_recall_active for layer in layers),
-        sign_candidates=mean(layer.sign_candidates for layer in layers),
-        expected_bytes=math.fsum(layer.expected_bytes for layer in layers),
-        exact_bytes=math.fsum(layer.exact_bytes for layer in layers),
-        layers=tuple(layers),
+        recall_active=mean("recall_active"),
+        sign_recall=mean("sign_recall"),
+        sign_recall_active=mean("sign_recall_active"),
+        sign_candidates=mean("sign_candidates"),
     )
 
 
@@ -365,8 +341,8 @@ def _fit(rebased: Rebased, data: LayerData, held: HeldBack, recall: float) -> Fi
     """The predictor with the thresholds that keep ``recall`` on ``held``, and with the best mean."""
     n_ff, n_embd = data.weight.shape
     rank = len(rebased.a)
-    n_bytes = rank * row_bytes(n_embd, rebased.types[0])
-    n_bytes += n_ff * (row_bytes(rank, rebased.types[1]) + _THRESHOLD_BYTES)
+    n_bytes = rank * row_bytes(rebased.types[0], n_embd)
+    n_bytes += n_ff * (row_bytes(rebased.types[1], rank) + _THRESHOLD_BYTES)
 
     def fit(mean: float, b: Matrix, part: LayerData, on: HeldBack) -> Fitted:
         a = rebased.first(mean)

@@ -1,8 +1,8 @@
-"""The tokenizer of a checkpoint folder → the ``tokenizer.`` keys of a GGUF, checked against the tokenizer itself.
+"""Converts the tokenizer of a checkpoint folder to the ``tokenizer.`` keys of a GGUF, checked against the original.
 
-llama.cpp knows a byte-level tokenizer's way to cut a text into words by a name alone. The name is found by trial: with
-each candidate the vocabulary is loaded into libllama, and the first that gives the very ids of the checkpoint's own
-tokenizer on every probe is taken. Nothing is written that did not agree.
+llama.cpp identifies a byte-level tokenizer's way of splitting text by a name only. The name is found by trial: the
+vocabulary is loaded into libllama with each candidate, and the first that gives the same ids as the checkpoint's own
+tokenizer for every probe is used. If none does, nothing is written.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from pinfer.llama.vocab import LlamaVocab, VocabFile
 
 __all__ = ["TokenizerReport", "add_tokenizer"]
 
-# One name of each way to cut text that llama.cpp knows. Those that take a token whole when it is in the vocabulary
-# (tokenizer.json's ignore_merges) are a set of their own.
+# One name for each way of splitting that llama.cpp knows. The first set takes a word whole if it is in the vocabulary
+# (tokenizer.json's ignore_merges).
 _WHOLE_TOKEN = ("llama-bpe", "glm4", "tekken", "minicpm5", "youtu")
 _BY_MERGES = (
     "gpt-2", "falcon", "qwen2", "smaug-bpe", "jais-2", "starcoder", "qwen35", "gpt-4o", "deepseek-llm",
@@ -57,18 +57,18 @@ class TokenizerReport:
     n_tokens: int
     """tokens of the checkpoint; the rest of the embedding's rows became unused tokens"""
     verified_with: str
-    """the library that runs the original: ``tokenizers`` or ``sentencepiece``"""
+    """the library that ran the original: ``tokenizers`` or ``sentencepiece``"""
     n_strings: int
-    """texts whose ids were equal"""
+    """texts compared; all had equal ids"""
     notes: tuple[str, ...]
-    """what libllama does otherwise than the original, a line each"""
+    """where libllama differs from the original, a line each"""
 
 
 def add_tokenizer(folder: Path, config: Mapping[str, Any], n_vocab: int, header: GGUFWriter) -> TokenizerReport:
     """Adds the tokenizer of ``folder`` to ``header``; ``config`` is config.json, ``n_vocab`` the embedding's rows.
 
-    Raises PinferError where there is no tokenizer, where it is damaged or of a kind llama.cpp does not know, and where
-    libllama would give other ids than the original for an ordinary text.
+    Raises PinferError if there is no tokenizer, if it is damaged or of a kind that llama.cpp does not know, or if
+    libllama would give other ids than the original for ordinary text.
     """
     tokenizer_config = read_object(folder / "tokenizer_config.json") or {}
     vocabulary = read_vocabulary(folder, tokenizer_config, n_vocab)
@@ -80,9 +80,7 @@ def add_tokenizer(folder: Path, config: Mapping[str, Any], n_vocab: int, header:
 
     pre, n_strings, found = _verify(vocabulary, texts, specials, keys)
     if vocabulary.model == "llama" and tokenizer_config.get("legacy") is False:
-        found.append(
-            "after a special token llama.cpp puts a space before the text, the checkpoint's tokenizer does not"
-        )
+        found.append("after a special token llama.cpp inserts a space, the checkpoint's tokenizer does not")
     _write(header, vocabulary, texts, specials, keys)
     header.add_tokenizer_pre(pre)
     template = _chat_template(folder, tokenizer_config)
@@ -98,11 +96,11 @@ def add_tokenizer(folder: Path, config: Mapping[str, Any], n_vocab: int, header:
     )
 
 
-# --- the vocabulary made whole ---------------------------------------------------------------------------------------
+# --- completing the vocabulary ---------------------------------------------------------------------------------------
 
 
 def _finish(vocabulary: Vocabulary, n_vocab: int) -> list[str]:
-    """Puts the added tokens into their places. Those without a row in the embedding are left out, with a note."""
+    """Adds the added tokens; those without a row in the embedding are left out, with a note."""
     if len(vocabulary.tokens) > n_vocab:
         raise PinferError(
             f"{vocabulary.source} has {len(vocabulary.tokens)} tokens, the model's embedding has {n_vocab} rows",
@@ -123,12 +121,12 @@ def _finish(vocabulary: Vocabulary, n_vocab: int) -> list[str]:
 
 
 def _fill_holes(vocabulary: Vocabulary, n_vocab: int) -> list[str]:
-    """The text of every row: what the tokenizer does not use gets a name that occurs nowhere else."""
+    """The text of every row of the embedding; unused rows get unique names."""
     seen: dict[str, int] = {}
     for id_, text in enumerate(vocabulary.tokens):
         if text is None:
             continue
-        # libllama ends the whole process where two tokens share a text, and renames empty ones.
+        # libllama ends the process if two tokens share a text, and renames empty ones.
         if text in seen or not text:
             raise PinferError(
                 f"{vocabulary.source} has the token {text!r} twice, as {seen.get(text, id_)} and {id_}", DOWNLOAD_AGAIN
@@ -156,7 +154,7 @@ def _special_ids(
     vocabulary: Vocabulary,
     texts: Sequence[str],
 ) -> dict[str, int]:
-    """Ids by GGUF's names. The tokenizer's own files win over the model's, and those over the vocabulary's defaults."""
+    """Ids by GGUF's names, from the tokenizer's files, else the model's, else the vocabulary's defaults."""
     by_text = {text: id_ for id_, text in enumerate(texts)}
     special_map = read_object(folder / "special_tokens_map.json") or {}
     generation = read_object(folder / "generation_config.json") or {}
@@ -180,7 +178,7 @@ def _special_ids(
         if name == "eos":
             listed = generation.get("eos_token_id", config.get("eos_token_id"))
             ends = [i for i in ids[1:] if isinstance(listed, list) and i in listed]
-    # Where several tokens end an answer, GGUF has two more places for them.
+    # If several tokens end an answer, GGUF has two more keys for them.
     found |= dict(zip(("eot", "eom"), ends, strict=False))
     if "eos" not in found:
         raise PinferError(
@@ -192,16 +190,16 @@ def _special_ids(
 def _around(
     tokenizer_config: Mapping[str, Any], config: Mapping[str, Any], vocabulary: Vocabulary, specials: dict[str, int]
 ) -> dict[str, bool]:
-    """Whether BOS and EOS are put around a text; BOS becomes whatever the tokenizer does put before it."""
+    """Whether BOS and EOS are added to a text; ``specials`` gets the tokens that the tokenizer actually adds."""
     before, after = vocabulary.original.around()
     if len(before) > 1 or len(after) > 1:
         raise PinferError(
             f"{vocabulary.source} puts {len(before)} tokens before and {len(after)} after every text",
-            "llama.cpp can put one of each",
+            "use another model: llama.cpp can add one of each",
         )
     keys = {"add_bos_token": bool(before), "add_eos_token": bool(after)}
     if vocabulary.source.name == "vocab.json" and config.get("model_type") == "opt":
-        keys["add_bos_token"] = True  # GPT-2's files do not say so, OPT was trained so
+        keys["add_bos_token"] = True  # OPT was trained so, but GPT-2's files do not say it
     for name in keys:
         if isinstance(tokenizer_config.get(name), bool):
             keys[name] = tokenizer_config[name]
@@ -215,7 +213,7 @@ def _around(
 
 
 def _chat_template(folder: Path, tokenizer_config: Mapping[str, Any]) -> str | list[dict[str, str]] | None:
-    """The chat template: a file of its own wins over tokenizer_config.json's, as in transformers."""
+    """The chat template: from its own file, else from tokenizer_config.json, as in transformers."""
     inline: Any = tokenizer_config.get("chat_template")
     if isinstance(inline, list):
         named = {
@@ -247,7 +245,7 @@ def _write(
     specials: Mapping[str, int],
     keys: Mapping[str, bool],
 ) -> None:
-    """Every key but the pre-tokenizer's name and the chat template."""
+    """Adds every key except the pre-tokenizer's name and the chat template."""
     header.add_tokenizer_model(vocabulary.model)
     header.add_token_list(list(texts))
     header.add_token_types(vocabulary.types)
@@ -263,23 +261,23 @@ def _write(
         header.add_add_space_prefix(vocabulary.add_space_prefix)
 
 
-# --- the proof -------------------------------------------------------------------------------------------------------
+# --- comparing with the original -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _Probes:
-    """Texts with the ids that the original gives."""
+    """Texts and the ids that the original gives."""
 
     texts: list[str]
     ids: list[list[int]]
     changed: list[str]
-    """texts that the original rewrites first: libllama sees them as they are, and nothing can be expected"""
+    """texts that the original rewrites first; libllama does not, so their ids may differ"""
 
 
 def _verify(
     vocabulary: Vocabulary, texts: Sequence[str], specials: Mapping[str, int], keys: Mapping[str, bool]
 ) -> tuple[str, int, list[str]]:
-    """The pre-tokenizer's name, the number of equal texts, and what libllama does otherwise."""
+    """The pre-tokenizer's name, the number of equal texts, and where libllama differs."""
     probes = _probes(vocabulary, texts)
     first: str | None = None
     with tempfile.TemporaryDirectory(prefix="pinfer-") as folder:
@@ -305,7 +303,7 @@ def _verify(
 def _probes(vocabulary: Vocabulary, texts: Sequence[str]) -> _Probes:
     wanted = list(plain_probes())
     wanted += vocabulary_probes(_readable(vocabulary, texts))
-    # What looks like a control token is compared apart: there libllama has fewer means.
+    # Texts with control tokens are compared separately, because libllama handles those differently.
     apart = [t.text for t in vocabulary.added if t.special or not t.plain or vocabulary.model == "llama"]
     wanted = [text for text in dict.fromkeys(wanted) if not any(token in text for token in apart)]
     changed = [text for text in wanted if vocabulary.original.is_changed(text)]
@@ -315,7 +313,7 @@ def _probes(vocabulary: Vocabulary, texts: Sequence[str]) -> _Probes:
 
 
 def _readable(vocabulary: Vocabulary, texts: Sequence[str]) -> list[str]:
-    """The tokens that are whole text by themselves, as a reader sees them."""
+    """Tokens that are valid text by themselves, decoded."""
     found = []
     for text, kind in zip(texts, vocabulary.types, strict=True):
         if kind != NORMAL:
@@ -331,9 +329,9 @@ def _readable(vocabulary: Vocabulary, texts: Sequence[str]) -> list[str]:
 
 
 def _candidates(vocabulary: Vocabulary, path: Path) -> Iterator[str]:
-    """Names of pre-tokenizers: the likely ones, then those that agree on the vocabulary's first merges.
+    """Names of pre-tokenizers: likely ones, then those that agree on a vocabulary of the first merges only.
 
-    Loading a large vocabulary once for each name would take minutes. ``path`` is where the small one is written.
+    Loading a large vocabulary for every name would take minutes. The small one is written to ``path``.
     """
     if vocabulary.model == "llama":
         yield "default"
@@ -353,7 +351,7 @@ def _candidates(vocabulary: Vocabulary, path: Path) -> Iterator[str]:
 
 
 def _small(vocabulary: Vocabulary, path: Path) -> tuple[VocabFile, _Probes]:
-    """The tokenizer with no more than its first merges, and what it makes of the probes."""
+    """The tokenizer with only its first merges, and its ids for the probes."""
     merges = vocabulary.merges[:_SMALL_MERGES]
     pairs = [tuple(merge.split(" ")) for merge in merges]
     tokens = list(dict.fromkeys([*BYTES, *(text for pair in pairs for text in (*pair, "".join(pair)))]))
@@ -371,7 +369,7 @@ def _small(vocabulary: Vocabulary, path: Path) -> tuple[VocabFile, _Probes]:
 
 
 def _guess(pre_tokenizer: Mapping[str, Any]) -> list[str]:
-    """Names that the description in tokenizer.json suggests."""
+    """Names suggested by the description in tokenizer.json."""
     steps = pre_tokenizer.get("pretokenizers") or [pre_tokenizer]
     kinds = [step.get("type") for step in steps]
     patterns = " ".join(str((step.get("pattern") or {}).get("Regex", "")) for step in steps)
@@ -401,7 +399,7 @@ def _short(ids: Sequence[int]) -> str:
 def _notes(
     vocabulary: Vocabulary, probes: _Probes, vocab: LlamaVocab, keys: Mapping[str, bool], specials: Mapping[str, int]
 ) -> list[str]:
-    """What of the rest differs: rewritten texts, added tokens as text, added tokens as such; BOS and EOS never do."""
+    """Differences beyond plain text: rewritten texts, and added tokens. BOS and EOS never differ."""
     around = vocab.tokenize("a", add_special=True)
     inner = vocab.tokenize("a")
     before = [specials["bos"]] if keys["add_bos_token"] else []
@@ -418,9 +416,8 @@ def _notes(
     ]
     if different:
         notes.append(
-            "the tokenizer rewrites some texts before it reads them (its normalizer, characters it has no token for), "
-            "llama.cpp does not: "
-            f"{different[0]!r} gives other tokens"
+            "the tokenizer rewrites some texts before splitting them (its normalizer, characters it has no token for), "
+            f"llama.cpp does not: {different[0]!r} gives other tokens"
         )
     kept = [token for token in vocabulary.added if vocabulary.types[token.id] in (CONTROL, USER_DEFINED, UNKNOWN)]
     marked = [text for token in kept[:: max(1, len(kept) // 20)] for text in special_probes(token.text)]

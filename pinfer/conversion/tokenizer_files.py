@@ -11,7 +11,7 @@ from typing import Any
 
 from pinfer.conversion.checkpoint import read_object
 from pinfer.conversion.hints import DOWNLOAD_AGAIN
-from pinfer.conversion.tokenizer_original import Added, JsonTokenizer, Original, SentencePiece
+from pinfer.conversion.tokenizer_original import Added, JsonTokenizer, SentencePiece
 from pinfer.errors import PinferError
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # enum llama_token_type
@@ -26,7 +26,7 @@ class Vocabulary:
     model: str
     """``llama``: SentencePiece's BPE by scores; ``gpt2``: byte-level BPE by merges"""
     source: Path
-    original: Original
+    original: JsonTokenizer | SentencePiece
     tokens: list[str | None]
     types: list[int]
     added: list[Added]

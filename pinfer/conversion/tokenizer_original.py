@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from sentencepiece import SentencePieceProcessor
 from tokenizers import AddedToken, Tokenizer
@@ -38,24 +38,6 @@ class Added:
     """a control token, not text"""
     plain: bool = True
     """it matches anywhere and takes no white space with it; llama.cpp supports no other kind"""
-
-
-class Original(Protocol):
-    """The tokenizer of the checkpoint."""
-
-    library: str
-
-    def encode(self, texts: Sequence[str], *, parse_special: bool) -> list[list[int]]:
-        """Ids of each text without BOS and EOS; with ``parse_special``, control tokens in it are read as such."""
-        ...
-
-    def is_changed(self, text: str) -> bool:
-        """Whether the tokenizer rewrites ``text`` before splitting it, in a way that libllama cannot."""
-        ...
-
-    def around(self) -> tuple[list[int], list[int]]:
-        """Ids that it puts before and after every text."""
-        ...
 
 
 class JsonTokenizer:
@@ -102,10 +84,12 @@ class JsonTokenizer:
         ]
 
     def encode(self, texts: Sequence[str], *, parse_special: bool) -> list[list[int]]:
+        """Ids of each text without BOS and EOS; with ``parse_special``, control tokens in it are read as such."""
         self.tokenizer.encode_special_tokens = not parse_special
         return [e.ids for e in self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def is_changed(self, text: str) -> bool:
+        """Whether the tokenizer rewrites ``text`` before splitting it, in a way that libllama cannot."""
         if self._dropped and not self._dropped.isdisjoint(text.encode()):
             return True
         if self._normalizer is not None:
@@ -121,6 +105,7 @@ class JsonTokenizer:
         return type(self.tokenizer.pre_tokenizer).__name__ == "Metaspace"
 
     def around(self) -> tuple[list[int], list[int]]:
+        """Ids that it puts before and after every text."""
         inner = self.tokenizer.encode("a", add_special_tokens=False).ids
         whole = self.tokenizer.encode("a", add_special_tokens=True).ids
         for start in range(len(whole) - len(inner) + 1):
@@ -130,7 +115,7 @@ class JsonTokenizer:
 
 
 class SentencePiece:
-    """A ``tokenizer.model``, run by the sentencepiece library."""
+    """A ``tokenizer.model``, run by the sentencepiece library. Methods are those of JsonTokenizer."""
 
     library = "sentencepiece"
 

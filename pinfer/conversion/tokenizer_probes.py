@@ -100,7 +100,7 @@ def plain_probes() -> Sequence[str]:
 
 
 def vocabulary_probes(texts: Sequence[str]) -> Iterator[str]:
-    """Texts out of tokens' own texts, spread over the vocabulary: alone, after a space, and next to each other."""
+    """Texts made of tokens from all over the vocabulary: alone, after a space, and next to each other."""
     step = max(1, len(texts) // _MAX_FROM_VOCABULARY)
     chosen = texts[::step]
     for i, text in enumerate(chosen):

@@ -104,6 +104,19 @@ def type_size(ggml_type: int) -> tuple[int, int]:
         raise GgufError(f"tensor type {ggml_type} is unknown") from None
 
 
+def type_number(name: str) -> int:
+    """Number of a ggml type, from the gguf package's name for it in any case."""
+    return int(GGMLQuantizationType[name.upper()])
+
+
+def row_bytes(ggml_type: int | str, length: int) -> int:
+    """Bytes of a row of a ggml type, given by number or name. Raises GgufError if its blocks do not divide the row."""
+    block, size = type_size(type_number(ggml_type) if isinstance(ggml_type, str) else ggml_type)
+    if length % block:
+        raise GgufError(f"rows of {length} elements are not a multiple of {block}")
+    return length // block * size
+
+
 def type_name(ggml_type: int) -> str:
     """Name of a ggml type number, as the gguf package spells it."""
     return GGMLQuantizationType(ggml_type).name
@@ -150,6 +163,10 @@ class GgufFile:
         """Length of an array without decoding it; 0 if the key is missing or not an array."""
         value = self._values.get(key)
         return value.count if isinstance(value, _Array) else 0
+
+    def array_offset(self, key: str) -> int:
+        """Bytes from the start of the file to the first item of an array."""
+        return int(self._values[key].offset)
 
     @cached_property
     def _map(self) -> mmap.mmap:
@@ -259,12 +276,13 @@ def _read_tensor(cursor: _Cursor) -> Tensor:
         raise GgufError(f"tensor {name!r} has {n_dims} dimensions")
     shape = tuple(cursor.scalar("Q") for _ in range(n_dims))
     kind, offset = cursor.scalar("I"), cursor.scalar("Q")
-    block, n_bytes = type_size(kind)
-    if shape[0] % block:
-        raise GgufError(f"rows of tensor {name!r} have {shape[0]} elements, not a multiple of {block}")
-    if 0 in shape:
+    try:
+        n_bytes = row_bytes(kind, shape[0]) * prod(shape[1:])
+    except GgufError as error:
+        raise GgufError(f"tensor {name!r}: {error}") from None
+    if n_bytes == 0:
         raise GgufError(f"tensor {name!r} is empty")
-    return Tensor(name, kind, type_name(kind), shape, offset, n_bytes * (shape[0] // block) * prod(shape[1:]))
+    return Tensor(name, kind, type_name(kind), shape, offset, n_bytes)
 
 
 def _read(path: Path, data: mmap.mmap) -> GgufFile:

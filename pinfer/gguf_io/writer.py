@@ -6,24 +6,28 @@ A file is written under a temporary name, fsynced and renamed, so that an interr
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import os
+import secrets
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from math import prod
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
 
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFWriter
+from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter
 from numpy.typing import NDArray
 
-from pinfer.errors import PinferError
-from pinfer.gguf_io.reader import type_size
+from pinfer.errors import NO_SPACE, PinferError
+from pinfer.gguf_io.reader import read_gguf, row_bytes, type_number
 
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+CHECKSUMS = "pinfer.checksums"
+"""key of the checksums of all tensors, in the order of the file"""
+
+_TOKEN = secrets.token_hex(4)
+"""in the names of this process's temporary files; process numbers repeat in other containers"""
 _TYPE_NAMES = {"f4": "F32", "f2": "F16", "f8": "F64", "i1": "I8", "i2": "I16", "i4": "I32", "i8": "I64"}
 
 
@@ -33,15 +37,13 @@ def temporary_file(path: Path, kind: str = "") -> Iterator[Path]:
 
     Other commands recognise it as in use by its lock, which ends with this process even if that is killed.
     """
-    name = path.with_name(f".{path.name}.{kind}{os.getpid()}.tmp")
-    file = os.open(name, os.O_CREAT | os.O_RDWR, 0o666)
-    try:
+    name = path.with_name(f".{path.name}.{kind}{_TOKEN}.tmp")
+    with contextlib.ExitStack() as stack:
+        stack.callback(name.unlink, missing_ok=True)  # registered first: Ctrl-C may come as soon as the file is there
+        file = stack.enter_context(name.open("ab"))
         with contextlib.suppress(OSError):  # a file system without locks
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield name
-    finally:
-        name.unlink(missing_ok=True)
-        os.close(file)
 
 
 def _remove_leftovers(path: Path) -> None:
@@ -57,14 +59,24 @@ class GgufFileWriter:
 
     ``with GgufFileWriter(path, "llama") as out`` puts the file in place at the end of the block, or removes every trace
     of it if the block raises. ``replace_together`` puts several files in place at once. ``elsewhere`` tells a user with
-    a full disk how to write to another one. Raises PinferError if the disk is full or cannot be written.
+    a full disk how to write to another one. The ``checksum`` of each tensor's bytes goes into the header. Raises
+    PinferError if the disk is full or cannot be written.
     """
 
-    def __init__(self, path: Path, arch: str, *, alignment: int = 32, elsewhere: str = "name another folder") -> None:
+    def __init__(
+        self,
+        path: Path,
+        arch: str,
+        *,
+        alignment: int = 32,
+        elsewhere: str = "name another folder",
+        checksum: Callable[[NDArray[Any]], int] | None = None,
+    ) -> None:
         self.path = path
         self._alignment = alignment
         self._elsewhere = elsewhere
-        self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        self._checksum = checksum
+        self._temporary = path.with_name(f".{path.name}.{_TOKEN}.tmp")
         self._held = contextlib.ExitStack()
         self._file: BinaryIO | None = None
         self._finished = False
@@ -81,11 +93,8 @@ class GgufFileWriter:
 
     def declare(self, name: str, shape: Sequence[int], ggml_type: int | str) -> None:
         """Declares a tensor. ``shape`` is in GGUF's order; the type is ggml's number or a name (``"I8"``)."""
-        kind = GGMLQuantizationType[ggml_type] if isinstance(ggml_type, str) else GGMLQuantizationType(ggml_type)
-        block, n_bytes = type_size(kind)
-        if shape[0] % block:
-            raise ValueError(f"{name}: rows of {shape[0]} do not fit {kind.name}")
-        n_bytes *= shape[0] // block * prod(shape[1:])
+        kind = GGMLQuantizationType(type_number(ggml_type) if isinstance(ggml_type, str) else ggml_type)
+        n_bytes = row_bytes(kind, shape[0]) * prod(shape[1:])
         self.header.add_tensor_info(name, tuple(shape)[::-1], np.dtype(np.int8), n_bytes, raw_dtype=kind)
         self._sizes[name] = n_bytes
 
@@ -124,6 +133,9 @@ class GgufFileWriter:
                     f"{self.path.name} needs {needed / 1e6:.1f} MB, {self.path.parent} has {free / 1e6:.1f} MB free",
                     f"free some space, or {self._elsewhere}",
                 )
+            if self._checksum and self._sizes:
+                zeros = [0] * len(self._sizes)
+                self.header.add_key_value(CHECKSUMS, zeros, GGUFValueType.ARRAY, sub_type=GGUFValueType.UINT64)
             self._held.enter_context(temporary_file(self.path))
             self.header.write_header_to_file(self._temporary)
             assert self.header.fout is not None
@@ -136,6 +148,16 @@ class GgufFileWriter:
         self._queue = list(self._sizes)
         self._left = self._sizes[self._queue[0]] if self._queue else 0
         self._write_small()
+
+    def _write_checksums(self, checksum: Callable[[NDArray[Any]], int]) -> None:
+        """Reads the tensors back, mostly from the page cache, and replaces the zeros in the header."""
+        assert self._file is not None
+        written = read_gguf(self._temporary)
+        self._file.seek(written.array_offset(CHECKSUMS))
+        for tensor in written.tensors.values():
+            self._file.write(checksum(written.raw(tensor)).to_bytes(8, "little"))
+            written.release()
+        self._file.flush()
 
     def reserve(self) -> None:
         """Gives the temporary file its final length, so that it can be read before its tensors are written."""
@@ -176,7 +198,7 @@ class GgufFileWriter:
             raise self._error(error) from error
 
     def _error(self, error: OSError) -> PinferError:
-        if error.errno in _NO_SPACE:
+        if error.errno in NO_SPACE:
             return PinferError(
                 f"no space left while writing {self.path}; what was there before is untouched",
                 f"free some space, or {self._elsewhere}",
@@ -197,6 +219,8 @@ class GgufFileWriter:
         assert self._file is not None
         try:
             self._file.flush()
+            if self._checksum and self._sizes:
+                self._write_checksums(self._checksum)
             os.fsync(self._file.fileno())
             self._file.close()
         except OSError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -10,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pinfer.errors import PinferError
+from pinfer.errors import NO_SPACE, PinferError
 from pinfer.progress import Progress
 
 if TYPE_CHECKING:
@@ -151,7 +150,7 @@ def explain(error: Exception, repo: str, filename: str = "") -> PinferError:
         error = error.__cause__
     what = f"{filename} of {repo}" if filename else repo
     status = getattr(getattr(error, "response", None), "status_code", None)
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if isinstance(error, OSError) and error.errno in NO_SPACE:
         return PinferError(f"no space left while downloading {what}", _SPACE_HINT)
     if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
         return PinferError(

@@ -1,10 +1,10 @@
-"""Models of the Hugging Face hub: which files of a repository make the model that ``-hf`` names, and where they lie."""
+"""Models on the Hugging Face hub: which files of a repository ``-hf`` means, and their paths once downloaded."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,9 +16,9 @@ _NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?::(?P<wanted>[^:]+))?")
 _PART = re.compile(r"-(?P<part>\d{5})-of-(?P<count>\d{5})\.gguf$", re.IGNORECASE)
 _QUANT = re.compile(r"[-.](?P<quant>[A-Za-z0-9_]+)$")
 
-# Without a quant it is the one that llama.cpp takes; without any of these, the first file.
+# Without a quant in the name, the first of these that exists, as in llama.cpp; else the first file.
 _DEFAULT_QUANTS = ("Q4_K_M", "Q8_0")
-# GGUFs that go with a model and are none: projectors, statistics for quantising, small models that guess ahead.
+# GGUFs that accompany a model: projectors, statistics for quantising, draft models.
 _COMPANIONS = ("mmproj", "imatrix", "mtp-", "eagle3-", "dflash-", "dspark-")
 
 _TOKENIZER_FILES = (
@@ -31,12 +31,16 @@ _TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.json",
     "chat_template.jinja",
+    "generation_config.json",
 )
+
+# Files that list the shards of the weights; the first that a repository has is used.
+_INDICES = {"model.safetensors.index.json": "*.safetensors", "pytorch_model.bin.index.json": "pytorch_model*.bin"}
 
 
 @dataclass(frozen=True)
 class HubName:
-    """``user/repo``, and the quant or file behind the colon."""
+    """``user/repo``, and the quant or file after the colon."""
 
     repo: str
     wanted: str = ""
@@ -50,78 +54,76 @@ def parse_name(text: str) -> HubName:
     match = _NAME.fullmatch(text)
     if match is None:
         raise PinferError(
-            f"{text!r} names no model of the hub", "write it like -hf user/repo, -hf user/repo:q4_0 or user/repo:FILE"
+            f"{text!r} is not the name of a model on the hub",
+            "write it like -hf user/repo, -hf user/repo:q4_0 or -hf user/repo:FILE",
         )
     return HubName(match["repo"], match["wanted"] or "")
 
 
 def fetch_gguf(name: str, progress: Progress = NULL_PROGRESS, *, offline: bool = False) -> Path:
-    """The GGUF that ``name`` stands for (see ``parse_name``), in the hub's cache, fetched if it is not there.
+    """The GGUF that ``name`` means (see ``parse_name``) in the hub's cache, downloaded if it is not there.
 
-    With ``offline``, or where the hub cannot be reached, it is what the cache has. Raises PinferError.
+    With ``offline``, or if the hub cannot be reached, the cache is used. Raises PinferError.
     """
     which = parse_name(name)
+    cause: PinferError | None = None
+    if not (offline or is_offline()):
+        try:
+            chosen = choose_gguf(_list_files(which.repo), which)
+            return fetch_files(which.repo, [chosen], Path(chosen).name, progress)[0]
+        except PinferError:
+            raise
+        except Exception as error:  # depends on the HTTP client
+            cause = explain(error, which.repo)
     cached = cached_files(which.repo)
-    if offline or is_offline():
-        return cached[choose_gguf(_known(which.repo, cached), which)]
     try:
-        names = _list_files(which.repo)
-    except Exception as error:  # whatever its HTTP client of the day raises
-        return _from_cache(cached, which, error, progress)
-    chosen = choose_gguf(names, which)
-    try:
-        return fetch_files(which.repo, [chosen], Path(chosen).name, progress)[0]
-    except Exception as error:
-        if chosen in cached:
-            return _from_cache({chosen: cached[chosen]}, HubName(which.repo, chosen), error, progress)
-        raise explain(error, which.repo, chosen) from error
+        path = cached[choose_gguf(_require_cached(which.repo, cached), which)]
+    except PinferError as error:
+        raise cause or error from None
+    if cause is not None:
+        progress.note(f"{cause.message}; taking {path.name} from the cache")
+    return path
 
 
 def fetch_checkpoint(repo: str, progress: Progress = NULL_PROGRESS, *, offline: bool = False) -> Path:
-    """Folder in the hub's cache with a checkpoint as its makers published it: config.json, weights, tokenizer.
+    """Folder in the hub's cache with config.json, weights and tokenizer of a checkpoint, downloaded if needed.
 
-    Weights are safetensors, or pickled ones where there are no others. With ``offline``, or where the hub cannot be
-    reached, it is what the cache has, if that is whole. Raises PinferError.
+    Weights are safetensors, or pickled files if there are no others. With ``offline``, or if the hub cannot be reached,
+    the cache is used if it is complete. Raises PinferError.
     """
     which = parse_name(repo)
     if which.wanted:
-        raise PinferError(f"a checkpoint is a whole repository, {which} names a part of it", f"write {which.repo}")
-    cached = cached_files(which.repo)
-    try:
-        names: Iterable[str] = _known(repo, cached) if offline or is_offline() else _list_files(repo)
-    except PinferError:
-        raise
-    except Exception as error:
-        if "config.json" not in cached:
-            raise explain(error, repo) from error
-        progress.note(f"{explain(error, repo).message}; taking what the cache has")
-        offline = True
+        raise PinferError(f"a checkpoint is a whole repository, {which} is a part of it", f"write {which.repo}")
+    cached = cached_files(repo)
     if offline or is_offline():
+        return _cached_checkpoint(repo, _require_cached(repo, cached))
+    try:
+        names = set(_list_files(repo))
+    except Exception as error:
+        cause = explain(error, repo)
+        if "config.json" not in cached:
+            raise cause from error
+        progress.note(f"{cause.message}; taking what the cache has")
         return _cached_checkpoint(repo, cached)
-    names = set(names)
     if "config.json" not in names:
         raise _no_checkpoint(repo, names)
     try:
-        # The first file tells the commit; the others are taken from the same one.
-        config = fetch_files(repo, ["config.json"], "config.json", progress)[0]
-        commit = config.parent.name
-
-        def fetch(wanted: Sequence[str], label: str) -> None:
-            fetch_files(repo, wanted, label, progress, revision=commit)
-
+        # The first file gives the commit; all others are taken from the same one.
+        folder = fetch_files(repo, ["config.json"], "config.json", progress)[0].parent
         index = next((name for name in _INDICES if name in names), None)
-        if index is not None and not _single_file(names, index):
-            fetch([index], index)
-        fetch(_weights(repo, names, config.parent) + _tokenizer(names), repo)
+        if index is not None and _whole(index) not in names:
+            fetch_files(repo, [index], index, progress, revision=folder.name)
+        wanted = _weights(repo, names, folder) + [name for name in _TOKENIZER_FILES if name in names]
+        fetch_files(repo, wanted, repo, progress, revision=folder.name)
     except PinferError:
         raise
     except Exception as error:
         raise explain(error, repo) from error
-    return config.parent
+    return folder
 
 
 def choose_gguf(names: Iterable[str], which: HubName) -> str:
-    """The file among ``names`` that is meant, as llama.cpp chooses. Raises PinferError when there is none."""
+    """The file among ``names`` that is meant, chosen as in llama.cpp. Raises PinferError if there is none."""
     names = sorted(names)
     models = [name for name in names if _is_model(name)]
     if which.wanted.lower().endswith(".gguf"):
@@ -137,7 +139,7 @@ def choose_gguf(names: Iterable[str], which: HubName) -> str:
     if part := _PART.search(first):
         raise PinferError(
             f"{first} of {which.repo} is one of {int(part['count'])} parts",
-            f"fetch them (hf download {which.repo} --include '{_PART.sub('', first)}*' --local-dir .) and join them: "
+            f"download all (hf download {which.repo} --include '{_PART.sub('', first)}*' --local-dir .) and merge: "
             "llama-gguf-split --merge FIRST_PART whole.gguf",
         )
     return first
@@ -151,7 +153,7 @@ def _is_model(name: str) -> bool:
 
 
 def _of_quant(names: Iterable[str], quant: str) -> list[str]:
-    """Files with the quant in their name as a word: F16 is not found in BF16."""
+    """Files with the quant as a word in their name: F16 does not match BF16."""
     pattern = re.compile(rf"(?<![A-Za-z0-9]){re.escape(quant)}[.-]", re.IGNORECASE)
     return [name for name in names if pattern.search(name)]
 
@@ -164,26 +166,15 @@ def _nothing_fits(names: Iterable[str], models: Iterable[str], which: HubName) -
         return PinferError(f"{which.repo} has no GGUF {which.wanted}", f"name one that it has: {there}")
     if any(name.endswith(".safetensors") or Path(name).match("pytorch_model*.bin") for name in names):
         return PinferError(
-            f"{which.repo} has no GGUF but a checkpoint", f"make a GGUF: pinfer convert -hf {which.repo}"
+            f"{which.repo} has a checkpoint, not a GGUF", f"make a GGUF: pinfer convert -hf {which.repo}"
         )
     return PinferError(f"{which.repo} has no GGUF", "name another repository")
 
 
-def _known(repo: str, cached: Mapping[str, Path]) -> Iterable[str]:
+def _require_cached(repo: str, cached: Mapping[str, Path]) -> Mapping[str, Path]:
     if not cached:
-        raise PinferError(f"the cache has nothing of {repo}", "run the command without --offline (HF_HUB_OFFLINE) once")
+        raise PinferError(f"the cache has nothing of {repo}", "run the command once without --offline (HF_HUB_OFFLINE)")
     return cached
-
-
-def _from_cache(cached: Mapping[str, Path], which: HubName, error: Exception, progress: Progress) -> Path:
-    """What the cache has, where the hub does not answer; its error where that is nothing."""
-    cause = explain(error, which.repo)
-    try:
-        path = cached[choose_gguf(cached, which)]
-    except PinferError:
-        raise cause from error
-    progress.note(f"{cause.message}; taking {path.name} from the cache")
-    return path
 
 
 def _list_files(repo: str) -> list[str]:
@@ -194,56 +185,43 @@ def _list_files(repo: str) -> list[str]:
     return [file.rfilename for file in found.siblings or []]
 
 
-# Of the files that tell which shards there are, the first that a repository has is used.
-_INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+def _whole(index: str) -> str:
+    """The file that has all weights, where they are not in shards."""
+    return index.removesuffix(".index.json")
 
 
-def _single_file(names: Iterable[str], index: str) -> bool:
-    """Whether the weights are in one file after all."""
-    return index.removesuffix(".index.json") in names
-
-
-def _weights(repo: str, names: Iterable[str], folder: Path) -> list[str]:
-    """Files of the weights: one file, else what the index names, else every one at the top; safetensors first."""
-    names = set(names)
-    for index, pattern in zip(_INDICES, ("*.safetensors", "pytorch_model*.bin"), strict=True):
-        whole = index.removesuffix(".index.json")
-        if whole in names:
-            return [whole]
+def _weights(repo: str, names: Collection[str], folder: Path) -> list[str]:
+    """Files of the weights: the whole file, else the shards in the index, else all in the top folder."""
+    for index, pattern in _INDICES.items():
+        if _whole(index) in names:
+            return [_whole(index)]
         if index in names:
             return _indexed(repo, folder / index)
-        at_top = sorted(name for name in names if "/" not in name and Path(name).match(pattern))
-        if at_top:
-            return at_top
+        if found := sorted(name for name in names if "/" not in name and Path(name).match(pattern)):
+            return found
     raise _no_checkpoint(repo, names)
 
 
 def _indexed(repo: str, index: Path) -> list[str]:
     try:
-        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
-        raise PinferError(f"{index.name} of {repo} cannot be read", "the repository is damaged; use another") from None
-    return shards
-
-
-def _tokenizer(names: Iterable[str]) -> list[str]:
-    names = set(names)
-    return [name for name in (*_TOKENIZER_FILES, "generation_config.json") if name in names]
+        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
+        raise PinferError(f"{index.name} of {repo} is damaged", "use another repository") from None
 
 
 def _cached_checkpoint(repo: str, cached: Mapping[str, Path]) -> Path:
-    """The checkpoint in the cache, if every file of it is in one snapshot."""
+    """Folder of the checkpoint in the cache, if one snapshot has all of its files."""
     config = cached.get("config.json")
     if config is None:
         raise _no_checkpoint(repo, cached)
     here = {name for name, path in cached.items() if path == config.parent / name}
     missing = [name for name in _weights(repo, here, config.parent) if name not in here]
     if missing:
-        raise PinferError(f"the cache lacks {missing[0]} of {repo}", "run the command without --offline once")
+        raise PinferError(f"the cache lacks {missing[0]} of {repo}", "run the command once without --offline")
     return config.parent
 
 
 def _no_checkpoint(repo: str, names: Iterable[str]) -> PinferError:
     if any(_is_model(name) for name in names):
-        return PinferError(f"{repo} has GGUFs, and no checkpoint to convert", f"use it as it is: pinfer run -hf {repo}")
-    return PinferError(f"{repo} has no checkpoint: config.json and safetensors are wanted", "name another repository")
+        return PinferError(f"{repo} has GGUFs, not a checkpoint to convert", f"use it as it is: pinfer run -hf {repo}")
+    return PinferError(f"{repo} has no checkpoint (config.json and safetensors)", "name another repository")

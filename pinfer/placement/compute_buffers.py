@@ -1,7 +1,7 @@
-"""Compute buffers on a device, counted by libllama itself: it lays out its graphs for a model it gives no memory to.
+"""The size of libllama's compute buffers on a device, for a model that is loaded without memory for its weights.
 
-The numbers are those it would ask the device for with the same layers, context and batch, read from its log, where
-they stand to a hundredth of a MiB; no public function of it names them.
+libllama plans its graphs for the same layers, context and batch as in a real run and logs the size of each buffer to a
+hundredth of a MiB. No public function returns it.
 """
 
 from __future__ import annotations
@@ -14,34 +14,35 @@ from typing import Any
 
 from pinfer.errors import PinferError
 from pinfer.llama import log
-from pinfer.llama.engine import PluginConfig, _configure_plugin, ffn_overrides
+from pinfer.llama.cache_types import CacheTypes, ggml_type_name
+from pinfer.llama.engine import PluginConfig, configure_plugin, ffn_overrides
 from pinfer.llama.ggml import load_library
 from pinfer.model import Model
 
 _LINE = re.compile(r"(\S+) compute buffer size = +([0-9.]+) MiB")
 _STEP = 0.005 * 2**20
-"""how far a number of the log may be below the true one"""
+"""largest rounding error of a logged number, in bytes"""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What the size of the buffers hangs on."""
+    """What determines the buffer sizes."""
 
     n_gpu_layers: int
     n_ctx: int
-    n_batch: int
-    cache_type: str
+    n_ubatch: int
+    cache_types: CacheTypes
 
 
 def count_compute_bytes(model: Model, device: str, layout: Layout) -> int:
-    """Bytes of libllama's compute buffer on ``device``, whose memory is looked at but not used.
+    """Bytes of libllama's compute buffer on ``device``; nothing is allocated there.
 
-    The FFN's weights go to the plugin, as when the model is run, and CPU layers stay on the CPU whatever the batch.
-    Raises PinferError when libllama refuses the model or the context.
+    The FFN's weights go to the plugin, as in a run, and layers on the CPU stay there whatever the batch. Raises
+    PinferError when libllama refuses the model or the context, or does not log the size.
     """
     from llama_cpp import llama_cpp as llama
 
-    _configure_plugin(model.path, PluginConfig.of(model))
+    configure_plugin(model.path, PluginConfig.of(model))
     llama.llama_backend_init()
     log.capture()
     handle = _device(device)
@@ -66,17 +67,22 @@ def count_compute_bytes(model: Model, device: str, layout: Layout) -> int:
         llama.llama_free(context)
     finally:
         llama.llama_model_free(loaded)
+    sizes = {name: float(size) for name, size in _LINE.findall(log.captured())}
     name = _buffer_type(handle)
-    found = [float(size) for at, size in _LINE.findall(log.captured()) if at == name]
-    return int(found[-1] * 2**20 + _STEP) + 1 if found else 0
+    if name not in sizes and (layout.n_gpu_layers or not sizes):
+        raise PinferError(
+            f"libllama's log does not tell the compute buffer of {device}",
+            "install the llama-cpp-python that pinfer requires: pip install --force-reinstall pinfer",
+        )
+    return int(sizes[name] * 2**20 + _STEP) + 1 if name in sizes else 0
 
 
 def _context_params(llama: Any, layout: Layout) -> Any:
     params = llama.llama_context_default_params()
     params.n_ctx = layout.n_ctx
-    params.n_batch = params.n_ubatch = layout.n_batch
+    params.n_batch = params.n_ubatch = layout.n_ubatch
     params.n_seq_max = params.n_outputs_max = 1
-    params.type_k = params.type_v = getattr(llama, f"GGML_TYPE_{layout.cache_type.upper()}")
+    params.type_k, params.type_v = (getattr(llama, ggml_type_name(kind)) for kind in layout.cache_types)
     params.op_offload = False
     return params
 

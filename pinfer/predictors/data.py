@@ -6,14 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeAlias
 
+import numpy as np
+from numpy.typing import NDArray
+
 from pinfer.artefacts.profile import SamplesFile
 from pinfer.errors import PinferError
 from pinfer.model import Model, Tensor, dequantize
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
     Matrix: TypeAlias = NDArray[np.float32]
 
 # Held back from the fit: for finding thresholds, and for the recall that is reported.
@@ -59,8 +59,6 @@ class LayerData:
     @staticmethod
     def read(model: Model, layer: int, samples: SamplesFile) -> LayerData:
         """Layer ``layer`` of ``model``; of its matrices only the predicted one is held as float32."""
-        import numpy as np
-
         ffn = model.ffn[layer]
         first = ffn.gate if model.gated else ffn.up
         if first is None or ffn.up is None or ffn.down is None:
@@ -91,8 +89,6 @@ class LayerData:
 
 def _column_norms(model: Model, down: Tensor) -> Matrix:
     """Length of each column of the down matrix ``[n_embd, n_ff]``."""
-    import numpy as np
-
     squares = np.zeros(model.n_ff, dtype=np.float64)
     for begin in range(0, down.n_rows, _CHUNK_ROWS):
         rows = dequantize(model, down, slice(begin, min(begin + _CHUNK_ROWS, down.n_rows)))
@@ -102,8 +98,6 @@ def _column_norms(model: Model, down: Tensor) -> Matrix:
 
 def relu(v: Matrix, threshold: float) -> Matrix:
     """``v`` where it exceeds ``threshold``, else 0."""
-    import numpy as np
-
     return np.where(v > np.float32(threshold), v, np.float32(0))
 
 
@@ -121,8 +115,6 @@ class HeldBack:
     @staticmethod
     def of(data: LayerData, part: slice) -> HeldBack:
         """The samples ``part`` of a layer."""
-        import numpy as np
-
         x = data.x[part].astype(np.float32)
         z = x @ data.weight.T
         z += data.bias
@@ -141,8 +133,6 @@ class HeldBack:
 
     def recall(self, named: NDArray[np.bool_]) -> float:
         """Share of the mass that these candidates ``[n, n_ff]`` keep."""
-        import numpy as np
-
         total = float(self.mass.sum(dtype=np.float64))
         return float(self.mass.sum(where=named, dtype=np.float64)) / total if total else 1.0
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
+import numpy as np
+from numpy.typing import NDArray
 
+if TYPE_CHECKING:
     from pinfer.predictors.data import Matrix
 
 # Half the distance between levels that suits normal weights best, in units of their deviation, by bits.
@@ -31,7 +31,6 @@ def few_bits(weight: Matrix, covariance: NDArray[np.float64], bits: int) -> Matr
 
     ``covariance`` ``[n_embd, n_embd]`` is that of the FFN inputs. Each neuron is rounded by itself.
     """
-    import numpy as np
     from scipy.linalg import cholesky, solve_triangular
 
     n_ff, n_embd = weight.shape

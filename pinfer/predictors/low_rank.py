@@ -10,10 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
+import numpy as np
+from numpy.typing import NDArray
 
+if TYPE_CHECKING:
     from pinfer.predictors.data import Matrix
 
 # Added to the covariance in units of its mean eigenvalue, times n_embd / samples: few samples, less trust in them.
@@ -28,8 +28,6 @@ _ITERATIONS = 2
 
 def covariance(x: Matrix) -> NDArray[np.float64]:
     """Covariance ``[n_embd, n_embd]`` of FFN inputs ``[n, n_embd]``, positive definite however few there are."""
-    import numpy as np
-
     n, n_embd = x.shape
     centred = x - x.mean(axis=0, dtype=np.float64).astype(np.float32)
     c: NDArray[np.float64] = (centred.T @ centred).astype(np.float64) / n
@@ -52,7 +50,6 @@ class Spectrum:
     @staticmethod
     def of(weight: Matrix, covariance: NDArray[np.float64]) -> Spectrum:
         """From the predicted matrix and the covariance of its inputs."""
-        import numpy as np
         from scipy.linalg import cholesky
 
         root = cholesky(covariance, lower=True, check_finite=False)
@@ -64,7 +61,6 @@ class Spectrum:
         A x has variance 1 in each direction, so B holds the weights by importance and a block of it one scale. A
         common factor keeps A well inside the range of half floats.
         """
-        import numpy as np
         from scipy.linalg import solve_triangular
 
         # The right singular vectors of W L are the eigenvectors of Lᵀ WᵀW L, which is small whatever n_ff is.
@@ -75,7 +71,6 @@ class Spectrum:
 
     def _eigenvectors(self, k: int) -> Matrix:
         """Of Lᵀ WᵀW L those ``[n_embd, k]`` with the largest eigenvalues, these falling."""
-        import numpy as np
         from scipy.linalg import eigh
 
         n = len(self.root)
@@ -99,7 +94,6 @@ class Spectrum:
 
 def _orthonormal(v: Matrix) -> Matrix:
     """Columns that span what those of ``v`` ``[n, k]`` span, nearly orthonormal; k much less than n."""
-    import numpy as np
     from scipy.linalg import cholesky, solve_triangular
 
     # By the products of the columns, which is a tenth of the work of a QR decomposition. The shift is for directions

@@ -16,12 +16,12 @@ import math
 from functools import cache
 from typing import TYPE_CHECKING
 
+import numpy as np
+from numpy.typing import NDArray
+
 from pinfer.predictors.data import relu
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
     from pinfer.predictors.data import HeldBack, LayerData, Matrix
 
 # Samples whose float64 sums are taken at a time.
@@ -38,8 +38,6 @@ _PRICE_STEPS = 20000
 
 def calibrate(scores: Matrix, held: HeldBack, data: LayerData, recall: float) -> Matrix:
     """Thresholds ``[n_ff]`` for ``scores`` ``[n, n_ff]``: the fewest candidates that keep ``recall`` of the mass."""
-    import numpy as np
-
     slope, constant, deviation = _regress(held.z, scores)
     # With a threshold a neuron begins there. That it begins with a leap is left out of what is expected of it, which
     # makes the prices less apt but not the recall: that is counted in true masses.
@@ -56,8 +54,6 @@ def calibrate(scores: Matrix, held: HeldBack, data: LayerData, recall: float) ->
 
 def one_threshold(scores: Matrix, held: HeldBack, recall: float) -> float:
     """The highest threshold for all neurons at which the candidates keep ``recall`` of the mass."""
-    import numpy as np
-
     fired = np.flatnonzero(held.mass)
     if not len(fired):
         return math.inf
@@ -70,8 +66,6 @@ def one_threshold(scores: Matrix, held: HeldBack, recall: float) -> float:
 
 def _regress(z: Matrix, scores: Matrix) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
     """Slope, constant and residual deviation of each column of ``z`` on that of ``scores``."""
-    import numpy as np
-
     n, n_ff = z.shape
     z_mean, s_mean = z.mean(axis=0), scores.mean(axis=0)
     z_square, s_square, product = (np.zeros(n_ff) for _ in range(3))
@@ -98,8 +92,6 @@ def _regress(z: Matrix, scores: Matrix) -> tuple[NDArray[np.float64], NDArray[np
 
 def worths(data: LayerData, held: HeldBack) -> NDArray[np.float64]:
     """What one unit of the predicted factor of f_i adds to the output: ‖d_i‖, times the other factor when gated."""
-    import numpy as np
-
     if data.partner is None:
         return data.down_norm.astype(np.float64)
     # mass = relu(z) |u| ‖d‖, so its ratio to relu(z) is the mean of the other factor where the neuron fires. Neurons
@@ -120,8 +112,6 @@ def _highest_price(standard: Matrix, worth: NDArray[np.float64], mass: Matrix, r
     the price is below w gain(s), so the mass is summed by that value, from the dearest down; the price is rounded down
     by less than one percent.
     """
-    import numpy as np
-
     if not len(mass):
         return math.inf
     value = np.log(np.maximum(worth, 1e-30)) + log_gain(standard, power)
@@ -136,7 +126,6 @@ def _highest_price(standard: Matrix, worth: NDArray[np.float64], mass: Matrix, r
 
 def gain(u: NDArray[np.float64], power: int) -> NDArray[np.float64]:
     """E[max(0, u + e)^power] for standard normal e: u Φ(u) + φ(u), or (1 + u²) Φ(u) + u φ(u)."""
-    import numpy as np
     from scipy.special import ndtr
 
     phi, density = ndtr(u), np.exp(-u * u / 2) / math.sqrt(2 * math.pi)
@@ -146,16 +135,12 @@ def gain(u: NDArray[np.float64], power: int) -> NDArray[np.float64]:
 @cache
 def _gain_table(power: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """u between -_GAIN_LIMIT and _GAIN_LIMIT, and log(gain(u))."""
-    import numpy as np
-
     u = np.linspace(-_GAIN_LIMIT, _GAIN_LIMIT, round(2 * _GAIN_LIMIT / _GAIN_STEP) + 1)
     return u, np.log(gain(u, power))
 
 
 def log_gain(u: Matrix, power: int) -> Matrix:
     """log(gain(u)), never too high; above the table the normal part no longer matters, below it the neuron does not."""
-    import numpy as np
-
     table = _gain_table(power)[1].astype(np.float32)
     inside = table[np.clip((u + _GAIN_LIMIT) / _GAIN_STEP, 0, len(table) - 1).astype(np.intp)]
     result: Matrix = np.where(u > _GAIN_LIMIT, power * np.log(np.maximum(u, 1.0)), inside)
@@ -164,8 +149,6 @@ def log_gain(u: Matrix, power: int) -> Matrix:
 
 def inverse_gain(value: NDArray[np.float64], power: int) -> NDArray[np.float64]:
     """u with ``gain(u) = value``; -inf, always a candidate, where the value is too small for the table."""
-    import numpy as np
-
     at, table = _gain_table(power)
     with np.errstate(divide="ignore"):
         log_value = np.log(value)

@@ -1,4 +1,4 @@
-"""The originals of the tiny checkpoints: transformers' own models, and what lives as remote code from its definition.
+"""The originals of the tiny checkpoints: models of transformers, and families with remote code by their definition.
 
 Each function takes what config.json holds and returns transformers' class, the config it is built from, and a function
 that makes a loaded model the original where transformers' class alone is not it.
@@ -40,7 +40,7 @@ def _auto(config: Mapping[str, Any]) -> Original:
 
 
 def _known(config: Mapping[str, Any], **known: Any) -> dict[str, Any]:
-    """The config as a class of transformers takes it that does not know the remote code's keys."""
+    """The config for a class of transformers that does not know the remote code's keys."""
     ours = {"architectures", "auto_map", "model_type", "transformers_version", "torch_dtype"}
     remote = {"hidden_act_param", "scale_emb", "scale_depth", "dim_model_base"}
     return {key: config[key] for key in config if key not in ours | remote} | known

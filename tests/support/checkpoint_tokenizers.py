@@ -77,17 +77,17 @@ def _sentencepiece(folder: Path, add_bos: bool, **ids: Any) -> None:
 
 
 def llama(folder: Path) -> None:
-    """SentencePiece BPE with byte fallback, no normalisation and one digit per token, as LLaMA's and Mistral's."""
+    """LLaMA's and Mistral's: SentencePiece BPE with byte fallback, no normalisation, one digit per token."""
     _sentencepiece(folder, add_bos=True)
 
 
 def nemotron(folder: Path) -> None:
-    """Minitron's: SentencePiece with other ids for the special tokens, and nothing before a text."""
+    """Minitron's: SentencePiece with other ids for the special tokens, and no BOS."""
     _sentencepiece(folder, add_bos=False, pad_id=0, unk_id=1, bos_id=2, eos_id=3)
 
 
 def opt(folder: Path) -> None:
-    """GPT-2's byte-level BPE as vocab.json and merges.txt, with OPT's special tokens and </s> in front of a text."""
+    """GPT-2's byte-level BPE as vocab.json and merges.txt, with OPT's special tokens and </s> before a text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     _train(tokenizer, ["<s>", "<pad>", "</s>", "<unk>"])
@@ -151,7 +151,7 @@ _SPACES = {
 
 
 def _words(numbers: str, spaces: str) -> Regex:
-    """How tiktoken's descendants cut a text; they differ in the digits they take together and in runs of spaces."""
+    """How tokenizers derived from tiktoken split text; they differ in groups of digits and runs of spaces."""
     return Regex(
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
         + _NUMBERS[numbers]
@@ -161,7 +161,7 @@ def _words(numbers: str, spaces: str) -> Regex:
 
 
 def _split_bpe(words: Regex, before: list[str], after: list[str], ignore_merges: bool = False) -> Tokenizer:
-    """Byte-level BPE over the words, with special tokens before and after the learned ones."""
+    """Byte-level BPE with special tokens before and after the learned ones."""
     tokenizer = Tokenizer(models.BPE(ignore_merges=ignore_merges))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -194,7 +194,7 @@ def _save_fast(tokenizer: Tokenizer, folder: Path, tokenizer_class: str, **speci
 
 
 def arcee(folder: Path) -> None:
-    """AFM's, which is Llama 3's kind: words that are tokens need no merges, and <|begin_of_text|> before a text."""
+    """AFM's, like Llama 3's: words that are tokens need no merges; <|begin_of_text|> before a text."""
     after = ["<|begin_of_text|>", "<|end_of_text|>", "<|im_start|>", "<|im_end|>", "<|finetune_right_pad_id|>"]
     tokenizer = _split_bpe(_words("three", "all"), [], after, ignore_merges=True)
     bos = after[0]
@@ -206,7 +206,7 @@ def arcee(folder: Path) -> None:
 
 
 def jais2(folder: Path) -> None:
-    """Jais-2's: runs of spaces are cut into powers of two."""
+    """Jais-2's: runs of spaces are split into powers of two."""
     after = ["<|eot_id|>", "<|im_end|>"]
     tokenizer = _split_bpe(_words("three", "powers"), ["<|endoftext|>"], after)
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
@@ -214,7 +214,7 @@ def jais2(folder: Path) -> None:
 
 
 def plm(folder: Path) -> None:
-    """PLM's, which is Qwen2's: NFC first, one digit at a time, nothing before a text."""
+    """PLM's, which is Qwen2's: NFC normalisation, one digit per token, no BOS."""
     after = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     tokenizer = _split_bpe(_words("one", "all"), [], after)
     tokenizer.normalizer = normalizers.NFC()

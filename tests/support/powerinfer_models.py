@@ -40,7 +40,7 @@ def _spm_keys() -> dict[str, TypedValue]:
 
 
 def _bpe_keys() -> dict[str, TypedValue]:
-    """The vocabulary of a shipped model, as files of 2023 have it: without the name of the pre-tokenizer."""
+    """The vocabulary of a model in this repository as in files of 2023: without the pre-tokenizer's name."""
     file = read_gguf(BPE_MODEL)
     names = ("model", "tokens", "token_type", "merges", "bos_token_id", "eos_token_id")
     return {f"tokenizer.ggml.{name}": file.typed(f"tokenizer.ggml.{name}") for name in names}
@@ -61,7 +61,7 @@ def _keys(arch: str, tokenizer: dict[str, TypedValue], **more: str | float | boo
 
 
 class _Random:
-    """Matrices that keep the size of what goes through them."""
+    """Matrices that keep the norm of their inputs."""
 
     def __init__(self, seed: int) -> None:
         self._rng = np.random.default_rng(seed)
@@ -108,7 +108,7 @@ def bamboo(seed: int = 0, n_ff: int = N_FF) -> Weights:
 
 
 def falcon(seed: int = 0, n_ff: int = N_FF, two_norms: bool = False) -> Weights:
-    """Attention and FFN side by side; with two norms as in the larger models."""
+    """Parallel attention and FFN; the larger models have two norms."""
     random = _Random(seed)
     tokenizer = _bpe_keys()
     n_vocab = len(tokenizer["tokenizer.ggml.tokens"].value)
@@ -133,7 +133,7 @@ def falcon(seed: int = 0, n_ff: int = N_FF, two_norms: bool = False) -> Weights:
 
 
 def opt(seed: int = 0, n_ff: int = N_FF, biases: bool = True) -> Weights:
-    """As OPT's checkpoints have it: query, key and value apart, the two rows of no position, tied output."""
+    """As in OPT's checkpoints: separate query, key and value, two unused position rows, tied output."""
     random = _Random(seed)
     tokenizer = _bpe_keys()
     n_vocab = len(tokenizer["tokenizer.ggml.tokens"].value)
@@ -156,7 +156,7 @@ def opt(seed: int = 0, n_ff: int = N_FF, biases: bool = True) -> Weights:
 
 
 def as_gpt2(weights: Weights) -> Weights:
-    """OPT in libllama's gpt2 graph, put together from its parts here."""
+    """OPT in libllama's gpt2 graph, assembled here from its parts."""
     tensors = {}
     for name, values in weights.tensors.items():
         if "attn_q." in name:

@@ -1,4 +1,4 @@
-"""Writes PowerInfer files as its own converter does, from models that are given as plain matrices."""
+"""Writes PowerInfer files as its own converter does, from plain matrices."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Weights:
 
 
 def value(item: str | int | float | bool) -> TypedValue:
-    """A metadata value of the type that GGUF files give it."""
+    """A metadata value with its usual GGUF type."""
     kinds = {bool: gguf.GGUFValueType.BOOL, int: gguf.GGUFValueType.UINT32, float: gguf.GGUFValueType.FLOAT32}
     return TypedValue(kinds.get(type(item), gguf.GGUFValueType.STRING), None, item)
 
@@ -87,7 +87,7 @@ def _writer(path: Path, weights: Weights) -> gguf.GGUFWriter:
 
 
 def _add(out: gguf.GGUFWriter, name: str, values: Matrix, kind_name: str) -> None:
-    """Vectors stay F32; rows that are no whole number of blocks become F16."""
+    """Vectors stay F32; rows that do not divide into blocks become F16."""
     kind = gguf.GGMLQuantizationType["F32" if values.ndim == 1 else kind_name]
     block, size = type_size(kind)
     if values.shape[-1] % block:

@@ -1,4 +1,4 @@
-"""Small tokenizers built like those of the supported model families, and texts of every kind to try them with."""
+"""Small tokenizers built like those of the supported families, and texts of many kinds to test them with."""
 
 from __future__ import annotations
 
@@ -208,7 +208,7 @@ def write_byte_level(folder: Path, name: str, tokenizer: Any) -> None:
 
 
 def write_opt(folder: Path, tokenizer: Any) -> None:
-    """The files of an OPT checkpoint: GPT-2's two, and the special tokens beside them."""
+    """The files of an OPT checkpoint: GPT-2's two and the special tokens."""
     model = json.loads(tokenizer.to_str())["model"]
     write_json(folder / "vocab.json", model["vocab"])
     pairs = [" ".join(pair) if isinstance(pair, list) else pair for pair in model["merges"]]
@@ -231,7 +231,7 @@ SENTENCEPIECE: Mapping[str, Mapping[str, Any]] = {
 
 
 def train_sentencepiece(**options: Any) -> bytes:
-    """A ``tokenizer.model`` with the settings that Llama's was made with, but for ``options``."""
+    """A ``tokenizer.model`` with the settings of Llama's, overridden by ``options``."""
     from sentencepiece import SentencePieceTrainer
 
     written = io.BytesIO()
