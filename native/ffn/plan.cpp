@@ -239,6 +239,10 @@ bool check_ffn(pinfer_model * m, const pinfer_ffn & f) {
                                  "; load the model that was configured");
         return false;
     }
+    if (const pinfer_artefact * file = pinfer_model_damaged_file(m)) {
+        pinfer_model_fail(m, pinfer_artefact_damage(file));
+        return false;
+    }
     if (m->layers[il].checked) {
         return true;
     }

@@ -160,6 +160,11 @@ struct writer {
     }
 
     void write(const std::string & path) {
+        std::vector<uint64_t> checksums;
+        for (ggml_tensor * t = ggml_get_first_tensor(ctx); t; t = ggml_get_next_tensor(ctx, t)) {
+            checksums.push_back(pinfer_checksum(t->data, ggml_nbytes(t)));
+        }
+        gguf_set_arr_data(gguf, "pinfer.checksums", GGUF_TYPE_UINT64, checksums.data(), checksums.size());
         check(gguf_write_to_file(gguf, path.c_str(), false), "write " + path);
         gguf_free(gguf);
         ggml_free(ctx);
