@@ -11,6 +11,7 @@ import re
 import signal
 import socket
 import subprocess
+import sys
 import time
 import urllib.request
 from dataclasses import replace
@@ -158,6 +159,37 @@ def test_artefacts_beside_the_model_are_used(tiny_relu2: Path) -> None:
     done = complete(tiny_relu2, "--load-mode", "none")
     last_line_starts(done, stock_text.stdout[:40])
     assert "with shards of" in said(done)[0]
+
+
+def test_pinfer_exec(tiny_reglu: Path, tmp_path: Path) -> None:
+    expected = greedy_text(tiny_reglu, PluginConfig.of(open_model(tiny_reglu)))
+    pinfer = [sys.executable, "-m", "pinfer", "exec"]
+    flags = ["-m", str(tiny_reglu), "-p", PROMPT, "-n", "12", "--temp", "0", "-t", "1", "-no-cnv", "--no-warmup"]
+
+    def execute(*command: str) -> subprocess.CompletedProcess[str]:
+        env = environment(preload=False)
+        return subprocess.run(
+            [*pinfer, *command],
+            env=env,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=240,
+            check=False,
+        )
+
+    done = execute(str(stock("completion")), *flags)
+    last_line_starts(done, expected)
+    assert said(done)[0].startswith("tiny-reglu.gguf: computed by pinfer as reglu, exact")
+    done = execute("--activation", "other", str(stock("completion")), *flags)
+    assert "left to llama.cpp" in said(done)[0]
+    done = execute("--artefacts", str(tmp_path / "none"), "--", str(stock("completion")), *flags)
+    assert done.returncode == 1
+    assert "is not a folder" in done.stderr
+    done = execute("llama-nothing")
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "there is no program llama-nothing" in done.stderr
 
 
 # --- what must stop the load ----------------------------------------------------------------------
