@@ -19,12 +19,13 @@ from pinfer.artefacts.placement import GROUP, PlacementFile, new_placement_id
 from pinfer.artefacts.predictor import PredictorFile
 from pinfer.artefacts.profile import ProfileFile
 from pinfer.artefacts.shards import DownTypes, cold_neuron_bytes, down_types, hot_neuron_bytes
+from pinfer.llama.cache_types import cache_type_bytes
 from pinfer.model import Model, open_model
 from pinfer.placement.budget import Budget, SolveOptions, make_budget
 from pinfer.placement.cost_model import LayerCost, PredictorCost, dense_seconds, layer_cost
 from pinfer.placement.integer_program import Counts, Layer, Placed, place, place_greedily
 from pinfer.placement.machine import Machine
-from pinfer.placement.model_bytes import cache_type_bytes, kv_bytes, layer_bytes, output_bytes
+from pinfer.placement.model_bytes import kv_bytes, layer_bytes, output_bytes
 from pinfer.progress import NULL_PROGRESS, Progress
 
 __all__ = ["SolveOptions", "SolveReport", "solve"]
@@ -109,7 +110,8 @@ def solve(model_path: Path, options: SolveOptions, progress: Progress = NULL_PRO
     """Writes placement.gguf. Raises PinferError for invalid devices or options and if the solver fails."""
     model = open_model(model_path, options.activation)
     model.require_sparse()
-    cache_type_bytes(options.cache_type)
+    for cache_type in options.cache_types:
+        cache_type_bytes(cache_type)
     with paths.writing_to(model, progress) as folder:
         return _solve(model, folder, options, progress)
 
@@ -129,7 +131,7 @@ def _solve(model: Model, folder: Path, options: SolveOptions, progress: Progress
         vram=budget.vram,
         n_gpu_layers=budget.n_gpu_layers,
         n_ctx=budget.n_ctx,
-        report=report.to_json(),
+        report={**report.to_json(), "cache_types": budget.cache_types},
         order=order,
         vram_device=tuple(device.vram for device in report.devices) or (0,),
         vram_needed=tuple(sum(device.n_bytes.values()) for device in report.devices) or (0,),
@@ -288,7 +290,7 @@ def _dense_seconds(model: Model, budget: Budget) -> float:
     first_on_device = model.n_layer + 1 - budget.n_gpu_layers
     seconds = dense_seconds(output_bytes(model), budget.n_gpu_layers > 0, budget.machine)
     for layer in range(model.n_layer):
-        n_bytes = layer_bytes(model, layer) + kv_bytes(model, layer, budget.n_ctx, budget.cache_type) / 2
+        n_bytes = layer_bytes(model, layer) + kv_bytes(model, layer, budget.n_ctx, budget.cache_types) / 2
         seconds += dense_seconds(n_bytes, layer >= first_on_device, budget.machine)
     return seconds
 

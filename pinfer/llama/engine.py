@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from pinfer.errors import PinferError
 from pinfer.llama import log
+from pinfer.llama.cache_types import DEFAULT_CACHE, CacheTypes, ggml_type_name
 from pinfer.llama.devices import physical_cores
 from pinfer.llama.ggml import load_library
 from pinfer.llama.plugin import is_loaded, load_plugin
@@ -73,6 +74,7 @@ class Engine:
         n_batch: int = 512,
         n_threads: int | None = None,
         n_gpu_layers: int = 0,
+        cache_types: CacheTypes = DEFAULT_CACHE,
         f32_attention: bool = False,
         repack: bool = True,
     ) -> None:
@@ -87,6 +89,7 @@ class Engine:
         self._context: Any = None
         self._batch: Any = None
         self._f32_attention = f32_attention
+        self._cache_types = ("f32", "f32") if f32_attention else cache_types
         self._n_threads = n_threads or physical_cores()
         self._hot_devices = plugin.device if plugin is not None and plugin.hot else None
         configure_plugin(model_path, plugin)
@@ -143,8 +146,7 @@ class Engine:
         params.no_perf = True
         arch = ctypes.create_string_buffer(64)
         llama.llama_model_meta_val_str(self._model, b"general.architecture", arch, len(arch))
-        if self._f32_attention:
-            params.type_k = params.type_v = llama.GGML_TYPE_F32
+        params.type_k, params.type_v = (getattr(llama, ggml_type_name(kind)) for kind in self._cache_types)
         if self._f32_attention or arch.value in NO_FLASH_ATTENTION:
             params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
         log.capture()

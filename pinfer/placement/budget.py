@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pinfer.errors import PinferError
+from pinfer.llama.cache_types import CacheTypes
 from pinfer.llama.devices import list_devices
 from pinfer.model import Model
 from pinfer.placement.compute_buffers import Layout, count_compute_bytes
@@ -32,13 +33,18 @@ class SolveOptions:
     vram: int | Sequence[int] | None = None
     """bytes for all devices together or for each; None: the free memory of the devices"""
     n_ctx: int | None = None
-    n_batch: int = 512
+    n_ubatch: int = 512
     device: str | None = None
     """names separated by commas; dense layers go to the first"""
     machine: Path | None = None
     time_limit: float = 10.0
     activation: str | None = None
-    cache_type: str = "f16"
+    cache_type_k: str = "f16"
+    cache_type_v: str = "f16"
+
+    @property
+    def cache_types(self) -> CacheTypes:
+        return self.cache_type_k, self.cache_type_v
 
     @property
     def device_names(self) -> tuple[str, ...]:
@@ -87,7 +93,7 @@ class Budget:
 
     machine: Machine
     n_ctx: int
-    cache_type: str
+    cache_types: CacheTypes
     devices: tuple[DeviceBudget, ...]
 
     @property
@@ -124,13 +130,13 @@ def make_budget(model: Model, row_bytes: int, options: SolveOptions, progress: P
 
         def compute(n_gpu_layers: int) -> int:
             if not is_here:
-                return compute_bytes(model, n_ctx, options.n_batch)
-            layout = Layout(n_gpu_layers, n_ctx, options.n_batch, options.cache_type)
+                return compute_bytes(model, n_ctx, options.n_ubatch)
+            layout = Layout(n_gpu_layers, n_ctx, options.n_ubatch, options.cache_types)
             return count_compute_bytes(model, first.device.name, layout)
 
         room = first.vram - first.device.overhead
-        devices[0] = replace(first, dense=fit_dense(model, room, n_ctx, options.cache_type, compute))
-    return Budget(machine, n_ctx, options.cache_type, tuple(devices))
+        devices[0] = replace(first, dense=fit_dense(model, room, n_ctx, options.cache_types, compute))
+    return Budget(machine, n_ctx, options.cache_types, tuple(devices))
 
 
 def _machine_and_vram(

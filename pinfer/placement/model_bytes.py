@@ -10,8 +10,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from pinfer.errors import PinferError
-from pinfer.gguf_io.reader import type_number, type_size
+from pinfer.llama.cache_types import CacheTypes, cache_type_bytes
 from pinfer.model import Model
 
 # Buffers start at multiples of this on all of ggml's devices; CUDA pads rows of some types to it.
@@ -24,7 +23,6 @@ _HOT_TOKENS = 256
 _FLASH_WIDTHS = (64, 80, 96, 112, 128, 256)
 # Alignment of tensors and fragmentation.
 _SLACK = 1.05
-_CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
 _FFN_MATRIX = re.compile(r"blk\.\d+\.ffn_(up|gate|down)\.(weight|bias)")
 
 
@@ -40,14 +38,6 @@ class DensePart:
     @property
     def total(self) -> int:
         return self.dense_weights + self.kv_cache + self.compute_buffers
-
-
-def cache_type_bytes(cache_type: str) -> float:
-    """Bytes per value of a KV cache type. Raises PinferError for one that llama.cpp does not have."""
-    if cache_type.lower() not in _CACHE_TYPES:
-        raise PinferError(f"there is no cache type {cache_type!r}", f"use one of: {', '.join(_CACHE_TYPES)}")
-    block, size = type_size(type_number(cache_type))
-    return size / block
 
 
 def _aligned(n: float) -> int:
@@ -70,13 +60,13 @@ def layer_bytes(model: Model, layer: int) -> int:
     )
 
 
-def kv_bytes(model: Model, layer: int, n_ctx: int, cache_type: str) -> int:
+def kv_bytes(model: Model, layer: int, n_ctx: int, cache_types: CacheTypes) -> int:
     """The KV cache of a layer for a whole context."""
     n_tokens = -(-n_ctx // _CACHE_STEP) * _CACHE_STEP
-    return _aligned(model.kv_bytes_per_token(layer, cache_type_bytes(cache_type)) * n_tokens)
+    return _aligned(model.kv_bytes_per_token(layer, *map(cache_type_bytes, cache_types)) * n_tokens)
 
 
-def compute_bytes(model: Model, n_ctx: int, n_batch: int) -> int:
+def compute_bytes(model: Model, n_ctx: int, n_ubatch: int) -> int:
     """An upper bound of llama.cpp's compute buffers on a device that is not in this machine."""
     n_head = max(model.n_head, default=1)
     n_head_kv = max(model.n_head_kv, default=1)
@@ -87,7 +77,7 @@ def compute_bytes(model: Model, n_ctx: int, n_batch: int) -> int:
     layer = 2 * model.n_embd + heads + n_ctx // 2
     if not {model.head_dim_k, model.head_dim_v} <= set(_FLASH_WIDTHS):
         layer += 2 * n_head * n_ctx
-    values = max(layer * n_batch, model.n_vocab + 2 * model.n_embd)
+    values = max(layer * n_ubatch, model.n_vocab + 2 * model.n_embd)
     return _aligned(_SLACK * 4 * values) + (256 << 10)
 
 
@@ -105,7 +95,7 @@ def hot_buffers(model: Model, n_hot: int) -> int:
     return _aligned(activations + converted + ends)
 
 
-def fit_dense(model: Model, room: int, n_ctx: int, cache_type: str, compute: Callable[[int], int]) -> DensePart:
+def fit_dense(model: Model, room: int, n_ctx: int, cache_types: CacheTypes, compute: Callable[[int], int]) -> DensePart:
     """The most dense layers that fit into ``room`` bytes with their KV cache and compute buffers; possibly none.
 
     ``compute`` gives the bytes of the compute buffers for a number of layers (``n_gpu_layers``).
@@ -114,7 +104,7 @@ def fit_dense(model: Model, room: int, n_ctx: int, cache_type: str, compute: Cal
     for layer in reversed(range(model.n_layer)):
         last = parts[-1]
         weights = last.dense_weights + layer_bytes(model, layer)
-        cache = last.kv_cache + kv_bytes(model, layer, n_ctx, cache_type)
+        cache = last.kv_cache + kv_bytes(model, layer, n_ctx, cache_types)
         parts.append(DensePart(last.n_gpu_layers + 1, weights, cache, 0))
     fitting = [part for part in parts if part.total <= room]
     # The buffers hardly depend on the number of layers, so the last size is a good guess for the next.
