@@ -119,6 +119,7 @@ demo: build
 test test-sanitize: export OMP_WAIT_POLICY ?= passive
 
 test: build
+	@ninja --quiet -C $(NATIVE) -j $(JOBS) stock
 	@$(BIN)/ctest --test-dir $(NATIVE) --output-on-failure --no-tests=error
 	@$(BIN)/python -m pytest -q -n $(TEST_JOBS) --dist loadfile
 

@@ -119,6 +119,17 @@ std::string folder_of(const std::string & path, const std::string & fingerprint)
     return "";
 }
 
+// The devices that a placement was solved for; empty where it names none.
+std::string devices_of(const std::string & placement) {
+    std::string          devices;
+    gguf_context * const gguf = access(placement.c_str(), R_OK) == 0 ? pinfer_gguf_open(placement.c_str()) : nullptr;
+    if (gguf) {
+        pinfer_gguf_str(gguf, "pinfer.placement.device", &devices);
+        gguf_free(gguf);
+    }
+    return devices == "none" ? "" : devices;
+}
+
 bool find_artefacts(pinfer_model * m, bool named, std::string * err) {
     pinfer_settings & s      = m->settings;
     std::string       folder = named ? text_of("PINFER_ARTEFACTS") : "", fingerprint;
@@ -142,7 +153,8 @@ bool find_artefacts(pinfer_model * m, bool named, std::string * err) {
         for (std::string path = found("hot.gguf"); !path.empty(); path = found("hot-" + std::to_string(s.hot.size()) + ".gguf")) {
             s.hot.push_back(path);
         }
-        s.devices = named ? parts_of(text_of("PINFER_DEVICE")) : std::vector<std::string>{};
+        const std::string devices = named ? text_of("PINFER_DEVICE") : "";
+        s.devices                 = parts_of(devices.empty() ? devices_of(folder + "/placement.gguf") : devices);
     }
     return true;
 }
