@@ -219,7 +219,7 @@ def test_a_budget_is_kept_as_the_device_itself_counts(
 # --- not an RPC server ------------------------------------------------------------------------------------------------
 
 
-def runner(model: Path, *args: str, timeout: float = 60, **options: str) -> tuple[int, list[str], float]:
+def runner(model: Path, *args: str, timeout: float = 60, **options: Any) -> tuple[int, list[str], float]:
     """Exit code, lines on stderr, seconds."""
     begin = time.monotonic()
     done = run(model, "-p", PROMPT, "-n", 4, "--temp", 0, *args, timeout=timeout, **options)
