@@ -83,7 +83,7 @@ $(STAMPS)/dependencies: pyproject.toml $(STAMPS)/llama
 $(BIN)/pinfer: $(STAMPS)/dependencies
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > $(STAMPS)/purelib
 	echo '$(CURDIR)' > "$$(cat $(STAMPS)/purelib)/pinfer.pth"
-	printf '#!%s\nimport sys\n\nfrom pinfer.cli.app import main\n\nsys.exit(main())\n' $(BIN)/python > $@
+	printf '#!%s\nimport sys\n\nfrom pinfer.__main__ import main\n\nsys.exit(main())\n' $(BIN)/python > $@
 	chmod +x $@
 
 # --- the native part -------------------------------------------------------------------------------------------------
@@ -119,6 +119,7 @@ demo: build
 test test-sanitize: export OMP_WAIT_POLICY ?= passive
 
 test: build
+	@ninja --quiet -C $(NATIVE) -j $(JOBS) stock
 	@$(BIN)/ctest --test-dir $(NATIVE) --output-on-failure --no-tests=error
 	@$(BIN)/python -m pytest -q -n $(TEST_JOBS) --dist loadfile
 

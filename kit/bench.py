@@ -196,7 +196,7 @@ class Bench:
 
     def _run_pinfer(self, threads: int, n_gen: int) -> Measured:
         batches = ",".join(map(str, self.case.batches))
-        options = ["--compare", "none", "-r", "1", "-p", "0", "-n", str(n_gen), "-b", batches, "-t", str(threads)]
+        options = ["--compare", "none", "-r", "1", "-p", "0", "-n", str(n_gen), "-np", batches, "-t", str(threads)]
         with Meter(self.on_gpu) as meter:
             found = self._pinfer("bench", *options, "--text", str(DATA / "heldout.txt"), "--json")
         report = json.loads(found)

@@ -43,6 +43,10 @@ class BenchOptions(ExecutionOptions):
     repetitions: int = 5
     n_ctx: int = 0
     """context per sequence; 0: as much as the test needs"""
+    n_batch: int = 2048
+    """tokens of a prompt that are submitted together"""
+    n_ubatch: int = 512
+    """tokens that are computed together"""
     compare: Literal["dense", "none"] = "dense"
     text: Path | None = None
     n_stream_bytes: int = 1 << 30
@@ -136,6 +140,7 @@ class _Setup:
             "plugin": None if config is None else asdict(config) | {"hot": config.hot_paths},
             "n_threads": self.execution.n_threads,
             "n_gpu_layers": self.execution.n_gpu_layers,
+            "cache_types": self.execution.cache_types,
             "rpc": self.rpc,
         }
 
@@ -154,7 +159,7 @@ def _tests(model: Model, options: BenchOptions) -> list[Case]:
     tests = [Case(n, 0, 1) for n in options.n_prompt if n > 0]
     tests += [Case(0, n, b) for n in options.n_gen if n > 0 for b in options.n_seq]
     if not tests or options.repetitions < 1 or any(b < 1 for b in options.n_seq):
-        raise PinferError("there is nothing to measure", "use -p or -n above 0, and -b and -r of at least 1")
+        raise PinferError("there is nothing to measure", "use -p or -n above 0, and -np and -r of at least 1")
     longest = max(t.n_prompt + t.n_gen for t in tests)
     if options.n_ctx and options.n_ctx < longest:
         raise PinferError(
@@ -228,7 +233,7 @@ def _measure(
             kind = "pp" if test.n_prompt else "tg"
             n_ctx = max(options.n_ctx, test.n_prompt + test.n_gen)
             for worker in workers.values():
-                worker.ask("open", n_ctx=n_ctx, n_seq=test.n_seq)
+                worker.ask("open", n_ctx=n_ctx, n_seq=test.n_seq, n_batch=options.n_batch, n_ubatch=options.n_ubatch)
                 worker.ask("time", kind=kind, streams=streams)
                 advance(1)
             runs: dict[str, list[tuple[int, dict[str, Any]]]] = {side: [] for side in workers}
@@ -266,10 +271,10 @@ def _token_bytes(test: Case, stats: Stats | None, setup: _Setup) -> TokenBytes |
     if test.n_prompt or test.n_seq > 1 or setup.execution.n_gpu_layers or not limit.can_count(model):
         return None
     if stats is None:
-        return limit.dense_bytes(model, test.n_gen)
+        return limit.dense_bytes(model, test.n_gen, setup.execution.cache_types)
     if plugin is None or plugin.hot is not None:
         return None
-    return limit.sparse_bytes(model, test.n_gen, stats, plugin.cold, plugin.predictor)
+    return limit.sparse_bytes(model, test.n_gen, stats, plugin.cold, plugin.predictor, setup.execution.cache_types)
 
 
 def _ratios(tests: Sequence[Case], results: Sequence[Result]) -> tuple[Ratio, ...]:

@@ -80,7 +80,14 @@ def evaluate(model_path: Path, options: EvalOptions, progress: Progress = NULL_P
     n_ctx = options.n_ctx or min(model.n_ctx_train or MAX_CONTEXT, MAX_CONTEXT)
 
     def open_engine(config: PluginConfig | None, n_gpu_layers: int = 0) -> Engine:
-        return Engine(model.path, plugin=config, n_ctx=n_ctx, n_threads=execution.n_threads, n_gpu_layers=n_gpu_layers)
+        return Engine(
+            model.path,
+            plugin=config,
+            n_ctx=n_ctx,
+            n_threads=execution.n_threads,
+            n_gpu_layers=n_gpu_layers,
+            cache_types=execution.cache_types,
+        )
 
     with open_engine(dense) as engine:
         windows = _windows(engine, options, n_ctx)

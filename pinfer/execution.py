@@ -12,6 +12,7 @@ from pinfer.artefacts.placement import PlacementFile
 from pinfer.artefacts.predictor import PredictorFile
 from pinfer.artefacts.shards import ShardFile, hot_name
 from pinfer.errors import PinferError
+from pinfer.llama.cache_types import DEFAULT_CACHE, CacheTypes, cache_type_bytes
 from pinfer.llama.devices import physical_cores
 from pinfer.llama.engine import PluginConfig
 from pinfer.model import ACTIVATIONS, Model
@@ -41,6 +42,9 @@ class ExecutionOptions:
     """0: the model's"""
     n_threads: int | None = None
     """None: physical cores"""
+    cache_type_k: str | None = None
+    cache_type_v: str | None = None
+    """types of the KV cache; None: as solved, else F16"""
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,7 @@ class Execution:
     """layers whose attention is on the first device"""
     n_ctx: int
     n_threads: int
+    cache_types: CacheTypes
     vram: int
     """the placement's budget in bytes, 0 without a placement"""
     vram_needed: tuple[int, ...]
@@ -101,10 +106,20 @@ def decide(model: Model, options: ExecutionOptions) -> Execution:
         n_gpu_layers=n_gpu_layers if options.n_gpu_layers is None else options.n_gpu_layers,
         n_ctx=n_ctx if options.n_ctx is None else options.n_ctx or trained,
         n_threads=options.n_threads or physical_cores(),
+        cache_types=_cache_types(options, placement),
         vram=placement.vram if placement else 0,
         vram_needed=placement.vram_needed if placement and options.device is None else (),
         notes=tuple(notes),
     )
+
+
+def _cache_types(options: ExecutionOptions, placement: PlacementFile | None) -> CacheTypes:
+    solved = placement.report.get("cache_types") if placement else None
+    solved_k, solved_v = solved if isinstance(solved, list) and len(solved) == 2 else DEFAULT_CACHE
+    types = options.cache_type_k or str(solved_k), options.cache_type_v or str(solved_v)
+    for cache_type in types:
+        cache_type_bytes(cache_type)  # raises for an unknown one
+    return types
 
 
 def _why_dense(model: Model, options: ExecutionOptions) -> list[str]:

@@ -39,6 +39,7 @@ class Model:
             n_ctx=self.execution.n_ctx,
             n_threads=self.execution.n_threads,
             n_gpu_layers=self.execution.n_gpu_layers,
+            cache_types=self.execution.cache_types,
         )
 
     def generate(self, prompt: str, n_tokens: int = 128, *, temperature: float = 0.0, seed: int = 0) -> str:

@@ -116,9 +116,9 @@ class Model:
         """The tensor's bytes in the mapped file, ``[n_rows, row_bytes]``, read-only."""
         return self.gguf.raw(tensor)
 
-    def kv_bytes_per_token(self, layer: int, bytes_per_value: float) -> float:
-        """Bytes of one token in the KV cache of a layer."""
-        return self.n_head_kv[layer] * (self.head_dim_k + self.head_dim_v) * bytes_per_value
+    def kv_bytes_per_token(self, layer: int, k_bytes: float, v_bytes: float) -> float:
+        """Bytes of one token in a layer's KV cache, given the bytes of a key's and of a value's number."""
+        return self.n_head_kv[layer] * (self.head_dim_k * k_bytes + self.head_dim_v * v_bytes)
 
 
 def dequantize(

@@ -115,11 +115,9 @@ def prepare(
     open_stages = _stages(model, folder, options)
     if open_stages:
         _announce(model, estimate(model, options), open_stages, folder, progress)
-    with progress.task("prepare", 4, "stages") as advance:
-        advance(4 - len(open_stages))
-        for stage in open_stages.values():
-            stage(progress)
-            advance(1)
+    for number, (name, stage) in enumerate(open_stages.items(), start=1):
+        progress.note(f"[{number}/{len(open_stages)}] {name}")
+        stage(progress)
     return _report(model, folder, tuple(open_stages), time.monotonic() - begin)
 
 
@@ -186,15 +184,13 @@ def estimate(model: Model, options: PrepareOptions) -> Estimate:
 def _announce(model: Model, expected: Estimate, stages: Iterable[str], folder: Path, progress: Progress) -> None:
     """One line before the work starts. Raises PinferError if the disk is too small."""
     minutes = max(1, round(expected.seconds / 60))
-    gib = expected.disk / (1 << 30)
-    progress.note(
-        f"preparing {model.name}: {', '.join(stages)}; about {minutes} min and up to {gib:.1f} GiB in {folder}"
-    )
+    disk = f"{expected.disk / (1 << 30):.1f} GiB" if expected.disk >= 1 << 30 else f"{max(1, expected.disk >> 20)} MiB"
+    progress.note(f"preparing {model.name}: {', '.join(stages)}; about {minutes} min and up to {disk} in {folder}")
     existing = sum(file.stat().st_size for file in folder.rglob("*.gguf"))
     free = shutil.disk_usage(folder).free
     if expected.disk > free + existing:
         raise PinferError(
-            f"{folder} has {free / (1 << 30):.1f} GiB free, preparing takes up to {gib:.1f} GiB",
+            f"{folder} has {free / (1 << 30):.1f} GiB free, preparing takes up to {disk}",
             "free some space, or name another folder: export PINFER_HOME=FOLDER",
         )
 

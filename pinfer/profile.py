@@ -1,4 +1,4 @@
-"""Counts which neurons fire on a text, at the speed of prefill, and keeps FFN inputs for training the predictor."""
+"""`pinfer profile`: counts which neurons fire on a text and keeps FFN inputs to train the predictor on."""
 
 from __future__ import annotations
 
@@ -98,9 +98,8 @@ def share_of_most(count: NDArray[np.int64], share: float = MOST) -> float:
 def profile(model_path: Path, options: ProfileOptions, progress: Progress = NULL_PROGRESS) -> ProfileReport:
     """Run ``options.n_tokens`` tokens of text through the model and count what fires; write profile and samples.
 
-    After Ctrl-C what was counted is written all the same, and the report says ``interrupted``. Raises PinferError for a
-    model without exact zeros or with another activation than it claims, a data set that cannot be had, or a folder that
-    cannot be written.
+    After Ctrl-C the counts so far are written, and the report says ``interrupted``. Raises PinferError for a model that
+    has no exact zeros or another activation than it claims, for an unavailable data set and for a read-only folder.
     """
     _check(options)
     model = open_model(model_path, options.activation)
@@ -120,7 +119,7 @@ def _profile(model: Model, folder: Path, options: ProfileOptions, progress: Prog
     check = None if sure else _ActivationCheck(model, progress)
     windows: list[list[int]] = []
     if check:
-        # On the CPU, where the FFN is not in the way of what the user wants on the GPU.
+        # On the CPU, so that stock llama.cpp does not fill the GPU with the FFN.
         with Engine(model.path, n_ctx=n_ctx, n_batch=BATCH, n_threads=options.n_threads, repack=False) as engine:
             windows = _collect(engine, corpus, options.n_tokens, n_ctx, progress)
             check.read_by_stock(engine, windows)
@@ -179,7 +178,7 @@ def _n_samples(options: ProfileOptions, model: Model, n_tokens: int) -> int:
 
 
 def _stride(n_tokens: int, n_samples: int, n_ctx: int) -> int:
-    """Every how many tokens one is kept: prime to the context, or the samples would favour some positions in it."""
+    """One token in this many is kept; coprime to the context, so that no position in it is favoured."""
     stride = max(1, n_tokens // max(1, n_samples))
     while math.gcd(stride, n_ctx) != 1:
         stride -= 1
@@ -187,7 +186,7 @@ def _stride(n_tokens: int, n_samples: int, n_ctx: int) -> int:
 
 
 def windows_of(engine: Engine, documents: Iterator[str], n_ctx: int) -> Iterator[list[int]]:
-    """Each document cut into sequences of at most ``n_ctx`` tokens, every one begun as the vocabulary asks."""
+    """Documents cut into sequences of at most ``n_ctx`` tokens, with the BOS token if the vocabulary wants one."""
     head = [engine.bos] if engine.bos is not None else []
     for document in documents:
         tokens = engine.tokenize(document, bos=False)
@@ -197,7 +196,7 @@ def windows_of(engine: Engine, documents: Iterator[str], n_ctx: int) -> Iterator
 
 
 def _collect(engine: Engine, corpus: Corpus, n_tokens: int, n_ctx: int, progress: Progress) -> list[list[int]]:
-    """Sequences of ``n_tokens`` tokens in all, or of all there are. Raises PinferError where there are none."""
+    """Sequences with ``n_tokens`` tokens in all, fewer if the text is shorter. Raises PinferError if it is empty."""
     windows: list[list[int]] = []
     left = n_tokens
     for window in windows_of(engine, corpus.documents(), n_ctx):
@@ -214,7 +213,7 @@ def _collect(engine: Engine, corpus: Corpus, n_tokens: int, n_ctx: int, progress
 
 
 class _ActivationCheck:
-    """The check that a model computes what it claims: some tokens by stock llama.cpp, then the same by the plugin."""
+    """Checks that a model computes what it claims: some tokens in stock llama.cpp, then the same in the plugin."""
 
     def __init__(self, model: Model, progress: Progress) -> None:
         self._model = model
@@ -243,7 +242,7 @@ class _ActivationCheck:
 def _count(
     engine: Engine, windows: Sequence[Sequence[int]], n_tokens: int, held: HeldInterrupt, progress: Progress
 ) -> float:
-    """Run the windows through the observed model, until Ctrl-C; seconds taken."""
+    """Runs the windows through the observed model until the end or Ctrl-C; returns the seconds taken."""
     begin = time.monotonic()
     with progress.task("profile", n_tokens, "tokens") as advance:
         for window in windows:

@@ -28,6 +28,8 @@ _CONTEXT = ("-c", "--ctx-size")
 _LAYERS = ("-ngl", "--gpu-layers", "--n-gpu-layers")
 _FLASH_ATTENTION = ("-fa", "--flash-attn")
 _DEVICE = ("-dev", "--device")
+_CACHE_K = ("-ctk", "--cache-type-k")
+_CACHE_V = ("-ctv", "--cache-type-v")
 _FILES = (
     "-f",
     "--file",
@@ -170,6 +172,9 @@ def start(
     choose(_CONTEXT, execution.n_ctx)
     if execution.plugin is not None:
         choose(_LAYERS, execution.n_gpu_layers)
+    for names, kind in zip((_CACHE_K, _CACHE_V), execution.cache_types, strict=True):
+        if kind != "f16":
+            choose(names, kind)
     if options.device == NO_DEVICE:
         choose(_DEVICE, "none")
     if execution.model.arch in _NO_FLASH_ATTENTION:

@@ -144,7 +144,7 @@ def show(model_path: Path, options: ShowOptions) -> ShowReport:
         n_vocab=model.n_vocab,
         parts=_parts(model.tensors),
         kv_bytes_per_1k=round(
-            sum(model.kv_bytes_per_token(layer, _KV_BYTES) for layer in range(model.n_layer)) * KV_TOKENS
+            sum(model.kv_bytes_per_token(layer, _KV_BYTES, _KV_BYTES) for layer in range(model.n_layer)) * KV_TOKENS
         ),
         artefact_folder=folder,
         artefacts=artefacts,

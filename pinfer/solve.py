@@ -1,8 +1,7 @@
-"""`pinfer solve`: which neurons go to the devices, within a budget of their memory (PowerInfer, section 6).
+"""`pinfer solve`: chooses the neurons for the devices within a memory budget (PowerInfer, section 6).
 
-The budget is filled in this order: output and dense layers with their KV cache and compute buffers, as many as fit on
-the first device, then hot neurons on all devices by the integer program. Predictors stay beside the cold neurons they
-choose from, on the CPU.
+The first device takes the output and as many dense layers as fit, with their KV cache and compute buffers. The integer
+program then fills all devices with hot neurons. Predictors stay on the CPU, with the cold neurons they select.
 """
 
 from __future__ import annotations
@@ -20,23 +19,24 @@ from pinfer.artefacts.placement import GROUP, PlacementFile, new_placement_id
 from pinfer.artefacts.predictor import PredictorFile
 from pinfer.artefacts.profile import ProfileFile
 from pinfer.artefacts.shards import DownTypes, cold_neuron_bytes, down_types, hot_neuron_bytes
+from pinfer.llama.cache_types import cache_type_bytes
 from pinfer.model import Model, open_model
 from pinfer.placement.budget import Budget, SolveOptions, make_budget
 from pinfer.placement.cost_model import LayerCost, PredictorCost, dense_seconds, layer_cost
 from pinfer.placement.integer_program import Counts, Layer, Placed, place, place_greedily
 from pinfer.placement.machine import Machine
-from pinfer.placement.model_bytes import cache_type_bytes, kv_bytes, layer_bytes, output_bytes
+from pinfer.placement.model_bytes import kv_bytes, layer_bytes, output_bytes
 from pinfer.progress import NULL_PROGRESS, Progress
 
 __all__ = ["SolveOptions", "SolveReport", "solve"]
 
-# By how much another use of the memory has to be faster before it is worth a word.
+# Speedup from which another use of the memory is worth mentioning.
 _WORTH_SAYING = 1.05
 
 
 @dataclass(frozen=True)
 class DeviceReport:
-    """What one device gets."""
+    """What is placed on one device."""
 
     name: str
     vram: int
@@ -48,7 +48,7 @@ class DeviceReport:
 
 @dataclass(frozen=True)
 class SolveReport:
-    """What goes where, how good that is, and what it is expected to bring."""
+    """The placement, its quality and the predicted speeds."""
 
     placement: Path
     device: str
@@ -79,7 +79,7 @@ class SolveReport:
     tokens_per_s_dense: float
     """predicted for dense FFNs with the same device memory"""
     tokens_per_s_hot_first: float
-    """predicted with no dense layer on a device and hot neurons in their place, placed greedily"""
+    """predicted with hot neurons, placed greedily, instead of dense layers on the devices"""
     machine: Machine
 
     @property
@@ -93,7 +93,7 @@ class SolveReport:
 
 @dataclass(frozen=True)
 class _Problem:
-    """What is to be placed, and where."""
+    """The neurons to place, and the memory for them."""
 
     model: Model
     budget: Budget
@@ -107,10 +107,11 @@ class _Problem:
 
 
 def solve(model_path: Path, options: SolveOptions, progress: Progress = NULL_PROGRESS) -> SolveReport:
-    """Writes placement.gguf. Raises PinferError when devices or options make no sense or the solver fails."""
+    """Writes placement.gguf. Raises PinferError for invalid devices or options and if the solver fails."""
     model = open_model(model_path, options.activation)
     model.require_sparse()
-    cache_type_bytes(options.cache_type)
+    for cache_type in options.cache_types:
+        cache_type_bytes(cache_type)
     with paths.writing_to(model, progress) as folder:
         return _solve(model, folder, options, progress)
 
@@ -130,7 +131,7 @@ def _solve(model: Model, folder: Path, options: SolveOptions, progress: Progress
         vram=budget.vram,
         n_gpu_layers=budget.n_gpu_layers,
         n_ctx=budget.n_ctx,
-        report=report.to_json(),
+        report={**report.to_json(), "cache_types": budget.cache_types},
         order=order,
         vram_device=tuple(device.vram for device in report.devices) or (0,),
         vram_needed=tuple(sum(device.n_bytes.values()) for device in report.devices) or (0,),
@@ -143,18 +144,18 @@ def _settings(options: SolveOptions) -> dict[str, object]:
 
 
 def _say_what_else(problem: _Problem, report: SolveReport, progress: Progress) -> None:
-    """Notes about budgets that could be used better."""
+    """Suggests better uses of the budget."""
     if report.vram and not any(report.n_bytes.values()):
-        progress.note("nothing fits into this budget, or nothing in it would pay: everything stays on the CPU")
+        progress.note("nothing fits into this budget or would be faster there: everything stays on the CPU")
     if report.tokens_per_s_hot_first > report.tokens_per_s * _WORTH_SAYING:
         progress.note(
-            f"dense layers come first; with hot neurons alone on the device {report.tokens_per_s_hot_first:.1f} "
-            f"tokens/s would be expected instead of {report.tokens_per_s:.1f}"
+            f"dense layers are placed first; hot neurons alone would give {report.tokens_per_s_hot_first:.1f} tokens/s "
+            f"instead of {report.tokens_per_s:.1f}, as predicted"
         )
     if report.tokens_per_s_dense > report.tokens_per_s * _WORTH_SAYING and _fits_whole(problem):
         progress.note(
-            f"the whole model fits on {report.devices[0].name}, where dense FFNs need no way back to the CPU: "
-            f"{report.tokens_per_s_dense:.1f} tokens/s would be expected instead of {report.tokens_per_s:.1f} from "
+            f"the whole model fits on {report.devices[0].name}, where dense FFNs would give an expected "
+            f"{report.tokens_per_s_dense:.1f} tokens/s instead of {report.tokens_per_s:.1f}: "
             f"pinfer run {problem.model.path} --dense -ngl all"
         )
 
@@ -165,11 +166,11 @@ def _ranked(
     """Neurons by falling impact, and how often each fires per token, in that order."""
     path = folder / paths.PROFILE
     if not path.exists() and vram == 0:
-        progress.note("no profile (pinfer profile makes one): neurons stay in the order of the model")
+        progress.note("no profile (run pinfer profile to make one): neurons keep the order of the model")
         order = tuple(np.arange(model.n_ff, dtype=np.int32) for _ in range(model.n_layer))
         return order, tuple(np.zeros(model.n_ff) for _ in range(model.n_layer))
     profile = ProfileFile.read(path, model)
-    # Equally frequent neurons: the one that gives more comes first.
+    # Equally frequent neurons are ordered by their mass.
     order = tuple(
         np.lexsort((-mass, -count)).astype(np.int32) for count, mass in zip(profile.count, profile.mass, strict=True)
     )
@@ -177,7 +178,7 @@ def _ranked(
 
 
 def _predictors(model: Model, folder: Path) -> list[PredictorCost | None]:
-    """What the predictor of each layer costs, where there is one."""
+    """Size and candidates of each layer's predictor, None without one."""
     path = folder / paths.PREDICTOR
     if not path.exists():
         return [None] * model.n_layer
@@ -215,12 +216,12 @@ def _program_layer(
     least, most, alone = [], [], []
     for index, (device, n) in enumerate(zip(machine.devices, cost.most_groups(), strict=True)):
         if device.own_memory:
-            # No count pays: a least count beyond all groups keeps the layer off the device.
+            # If no count pays, a least count beyond all groups keeps the layer off the device.
             least.append(cost.least_groups(index) or len(impact) + 1)
             most.append(max(least[-1], n))
             alone.append(max(least[-1], cost.most_alone(index)))
         else:
-            # A CPU device shares the memory and the cores of the cold side: no speed to weigh, only the budget.
+            # A CPU device shares memory and cores with the cold side, so only the budget limits it.
             least.append(1)
             most.append(len(impact))
             alone.append(len(impact))
@@ -279,17 +280,17 @@ def _report(problem: _Problem, path: Path, placed: Placed) -> SolveReport:
 
 
 def _hot_first(problem: _Problem) -> float:
-    """Tokens per second without dense layers on a device, where a layer's largest share is not limited."""
+    """Predicted tokens per second without dense layers on a device."""
     bare = replace(problem, budget=problem.budget.without_dense())
     return 1 / bare.seconds(place_greedily(bare.layers, bare.budget.rooms(bare.model, GROUP)))
 
 
 def _dense_seconds(model: Model, budget: Budget) -> float:
-    """Seconds per token for all but the FFNs, in a context that is half full."""
+    """Seconds per token without the FFNs, in a half-full context."""
     first_on_device = model.n_layer + 1 - budget.n_gpu_layers
     seconds = dense_seconds(output_bytes(model), budget.n_gpu_layers > 0, budget.machine)
     for layer in range(model.n_layer):
-        n_bytes = layer_bytes(model, layer) + kv_bytes(model, layer, budget.n_ctx, budget.cache_type) / 2
+        n_bytes = layer_bytes(model, layer) + kv_bytes(model, layer, budget.n_ctx, budget.cache_types) / 2
         seconds += dense_seconds(n_bytes, layer >= first_on_device, budget.machine)
     return seconds
 
@@ -299,7 +300,7 @@ def _ffn_bytes(model: Model) -> int:
 
 
 def _fits_whole(problem: _Problem) -> bool:
-    """Whether the first device has room for the FFNs as they are, and stock libllama computes what the model has."""
+    """Whether the first device has room for all FFNs and stock libllama computes this model correctly."""
     model, devices = problem.model, problem.budget.devices
     if not model.stock_computes_it:
         return False
@@ -308,7 +309,7 @@ def _fits_whole(problem: _Problem) -> bool:
 
 
 def _dense_ffn_seconds(model: Model, budget: Budget) -> float:
-    """Seconds per token for the FFNs read whole, as many as fit on the devices, one side after the other."""
+    """Seconds per token for dense FFNs, as many as fit on the devices, one side after the other."""
     rest = _ffn_bytes(model)
     seconds = 0.0
     for device in budget.devices:

@@ -46,12 +46,12 @@ _BAND = 512 << 20
 _COLUMNS = 256
 """columns are read in multiples of this, which every block length divides"""
 _TILE = 64
-"""columns that are transposed at once, where blocks are no longer"""
+"""columns transposed at once, unless the blocks of the type are longer"""
 
 
 @dataclass(frozen=True)
 class SplitOptions:
-    """What the command line can set."""
+    """Options of ``pinfer split``."""
 
     down_type: str | None = None
     verify: bool = False
@@ -72,7 +72,7 @@ class SplitReport:
     n_hot: int
     n_cold: int
     order: str
-    """where the order of the neurons comes from: ``placement``, ``profile`` or ``model``"""
+    """source of the order of the neurons: ``placement``, ``profile`` or ``model``"""
     hot_down_types: tuple[str, ...]
     cold_down_types: tuple[str, ...]
     seconds: float
@@ -87,7 +87,7 @@ def split(model_path: Path, options: SplitOptions, progress: Progress = NULL_PRO
     """Writes all shards beside the model, replacing older ones together and removing those of further devices.
 
     The placement decides what is hot. Without one every neuron is cold, ordered by the profile if there is one. With
-    ``options.verify`` the written files are read again and proven to be the model before they replace the old ones.
+    ``options.verify`` the new files are read back and compared with the model before they replace the old ones.
     """
     started = time.monotonic()
     model = open_model(model_path, options.activation)
@@ -139,7 +139,7 @@ def _write_shards(
 ) -> None:
     shards = (*hot, cold)
     n_bytes = sum(shard.n_bytes for shard in shards)
-    for shard in shards:  # the first looks whether there is room for all
+    for shard in shards:  # the first checks the free space for all
         shard.begin(also=n_bytes - shard.n_bytes if shard is shards[0] else 0)
     with ThreadPoolExecutor(_n_threads(model)) as threads, progress.task("split", n_bytes, "bytes") as advance:
         for layer in range(model.n_layer):
@@ -160,7 +160,7 @@ def _names(types: Iterator[int]) -> tuple[str, ...]:
 
 
 def _plan(model: Model, folder: Path, options: SplitOptions, progress: Progress) -> tuple[ShardPlan, str]:
-    """Which neurons go where, in which order and type, and where that order comes from."""
+    """The neurons of each shard, their order and types, and the source of that order."""
     types = tuple(down_types(model, layer, options.down_type) for layer in range(model.n_layer))
     if options.down_type is not None:
         got = {type_name(t.cold) for t in types} | {type_name(t.hot) for t in types}
@@ -172,7 +172,7 @@ def _plan(model: Model, folder: Path, options: SplitOptions, progress: Progress)
         return ShardPlan(placement.id, hot, placement.cold(), types), "placement"
     order, source = _order_without_placement(model, folder)
     where = "their profile" if source == "profile" else "the model"
-    progress.note(f"no placement (pinfer solve makes one): every neuron stays cold, in the order of {where}")
+    progress.note(f"no placement (run pinfer solve to make one): every neuron stays cold, in the order of {where}")
     none = tuple(neurons[:0] for neurons in order)
     return ShardPlan(new_placement_id(), (none,), order, types), source
 
@@ -258,7 +258,7 @@ def _transposed_down(
 ) -> NDArray[np.uint8]:
     """Down rows of some neurons in the target type, ``[len(neurons), row_bytes]``.
 
-    The columns are read in the order of the file, a block of them at a time, and land where their neuron belongs.
+    Columns are read in the order of the file, a block at a time, and written to the rows of their neurons.
     """
     tensor = model.ffn[layer].down
     assert tensor is not None
@@ -289,7 +289,7 @@ def _convert_columns(
     block, size = type_size(tensor.type)
     keep = _keeps_bytes(tensor.type, target)
     raw = np.ascontiguousarray(model.raw(tensor)[:, first // block * size : end // block * size])
-    # A tile's floats and their transposition stay in the cache.
+    # Small tiles keep the floats and their transpose in the cache.
     width = max(_TILE, block)
     for start in range(0, end - first, width):
         n_columns = min(width, end - first - start)

@@ -175,7 +175,7 @@ def test_parallel_decoding_keeps_sequences_apart(tiny_relu2: Path) -> None:
     from pinfer.benchmark.worker import BenchEngine
 
     with BenchEngine(tiny_relu2, plugin=None, n_threads=1, n_gpu_layers=0) as bench_engine:
-        bench_engine.open_context(8, len(streams))
+        bench_engine.open_context(8, len(streams), 512, 512)
         assert bench_engine.time_decoding(streams) > 0
         logits = bench_engine._llama.llama_get_logits(bench_engine._context)
         together = np.ctypeslib.as_array(logits, shape=(2, bench_engine.n_vocab))
@@ -358,7 +358,7 @@ def pinfer(tmp_path: Path) -> CommandLine:
 
 
 def test_the_command_prints_records_and_nothing_else_on_stdout(tiny_relu2: Path, pinfer: CommandLine) -> None:
-    words = ("bench", tiny_relu2, "-p", "32", "-n", "8", "-b", "1,2", "-r", "2", "-t", "2", "-o", "jsonl")
+    words = ("bench", tiny_relu2, "-p", "32", "-n", "8", "-np", "1,2", "-r", "2", "-t", "2", "-o", "jsonl")
     outcome = pinfer(*words)
     assert outcome.code == 0, outcome.err
     records = [json.loads(line) for line in outcome.out.splitlines()]
@@ -366,7 +366,7 @@ def test_the_command_prints_records_and_nothing_else_on_stdout(tiny_relu2: Path,
         (name, side) for name in ("pp32", "tg8", "tg8 ×2") for side in (SPARSE, DENSE)
     ]
     assert all(len(r["samples_ts"]) == 2 for r in records)
-    wrong = pinfer("bench", tiny_relu2, "-b", "many")
+    wrong = pinfer("bench", tiny_relu2, "-np", "many")
     assert wrong.code == 2
     assert "'many' is not a valid list of numbers" in wrong.err_lines[-1]
 
@@ -379,7 +379,7 @@ def test_every_flag_arrives(monkeypatch: pytest.MonkeyPatch, tiny_relu2: Path) -
         raise PinferError("caught")
 
     monkeypatch.setattr(stage, "bench", catch)
-    words = "-p 1,2 -n 3 -b 4 -r 6 -t 7 -c 8 -ngl 9 --compare none --dense --exact --no-artefacts --device d --text t"
+    words = "-p 1,2 -n 3 -np 4 -r 6 -t 7 -c 8 -ngl 9 --compare none --dense --exact --no-artefacts --device d --text t"
     for flags in ((), (*words.split(), "--rpc", "h:1", "--activation", "relu2")):
         assert app.run_cli(["bench", str(tiny_relu2), *flags]) == 1
     default, given = caught

@@ -37,7 +37,7 @@ for path in map(Path, sys.argv[2:]):
     model = open_model(path)
     for n_gpu_layers in (0, 1, 2, model.n_layer + 1):
         for n_ctx, n_batch in ((256, 64), (2048, 512), (8192, 512), (4096, 32)):
-            counted = count_compute_bytes(model, "RPC0", Layout(n_gpu_layers, n_ctx, n_batch, "f16"))
+            counted = count_compute_bytes(model, "RPC0", Layout(n_gpu_layers, n_ctx, n_batch, ("f16", "f16")))
             rows.append([path.name, n_gpu_layers, n_ctx, n_batch, counted, compute_bytes(model, n_ctx, n_batch)])
 print(json.dumps(rows))
 """
@@ -52,7 +52,7 @@ remote.connect(sys.argv[1])
 reports = []
 for vram in map(json.loads, sys.argv[3:]):
     device = "RPC0,CPU" if isinstance(vram, list) else "RPC0"
-    reports.append(solve(Path(sys.argv[2]), SolveOptions(vram=vram, n_ctx=256, n_batch=64, device=device)).to_json())
+    reports.append(solve(Path(sys.argv[2]), SolveOptions(vram=vram, n_ctx=256, n_ubatch=64, device=device)).to_json())
 print(json.dumps(reports))
 """
 

@@ -195,7 +195,7 @@ def test_a_budget_is_kept_as_the_device_itself_counts(
     text = tmp_path / "text.txt"
     text.write_text(TEXT)
     assert pinfer("profile", tiny_relu2, "--dataset", text, "--tokens", "256", "--samples", "0").code == 0
-    sizes = ("-c", "256", "-b", "64")
+    sizes = ("-c", "256", "-ub", "64")
     for budget in (4, 12):
         with RpcGate(server.endpoint, memory=64 << 20) as gate:
             where = ("--rpc", gate.endpoint, "--vram", f"{budget}M", "--device", "RPC0")
@@ -219,7 +219,7 @@ def test_a_budget_is_kept_as_the_device_itself_counts(
 # --- not an RPC server ------------------------------------------------------------------------------------------------
 
 
-def runner(model: Path, *args: str, timeout: float = 60, **options: str) -> tuple[int, list[str], float]:
+def runner(model: Path, *args: str, timeout: float = 60, **options: Any) -> tuple[int, list[str], float]:
     """Exit code, lines on stderr, seconds."""
     begin = time.monotonic()
     done = run(model, "-p", PROMPT, "-n", 4, "--temp", 0, *args, timeout=timeout, **options)

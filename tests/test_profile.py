@@ -216,7 +216,7 @@ def test_interrupt_while_writing_loses_nothing(tiny_relu2: Path, monkeypatch: py
         signal.raise_signal(signal.SIGINT)
         replace_together(writers)
 
-    monkeypatch.setattr("pinfer.gguf_io.writer.replace_together", replace_slowly)
+    monkeypatch.setattr("pinfer.profile.replace_together", replace_slowly)
     report = profile(tiny_relu2, ProfileOptions(str(TEXT), 64, n_threads=1))
     assert (report.interrupted, report.tokens) == (True, 64)
     assert _read(report, open_model(tiny_relu2))[0].tokens == 64
@@ -231,7 +231,7 @@ def test_interrupt_before_anything_was_counted_leaves_the_old_profile(
     with pytest.raises(KeyboardInterrupt):
         profile(tiny_relu2, ProfileOptions(str(TEXT), 64, n_threads=1))
     assert report.path.read_bytes() == before
-    assert sorted(p.name for p in report.path.parent.rglob("*")) == ["profile.gguf", "samples", "samples.gguf"]
+    assert sorted(p.name for p in report.path.parent.rglob("*")) == [".lock", "profile.gguf", "samples", "samples.gguf"]
 
 
 def test_model_without_exact_zeros_is_refused(tiny_reglu: Path) -> None:
@@ -250,8 +250,8 @@ def test_model_without_exact_zeros_is_refused(tiny_reglu: Path) -> None:
     ("options", "message"),
     [
         (ProfileOptions(str(TEXT), 0), "cannot profile 0 tokens"),
-        (ProfileOptions(str(TEXT), 5, n_ctx=-1), "a context of -1 tokens holds no text"),
-        (ProfileOptions(str(TEXT), 5, n_ctx=1), "a context of 1 tokens holds no text"),
+        (ProfileOptions(str(TEXT), 5, n_ctx=-1), "a context of -1 tokens is not possible"),
+        (ProfileOptions(str(TEXT), 5, n_ctx=1), "a context of 1 tokens is not possible"),
         (ProfileOptions(str(TEXT), 5, n_samples=-1), "cannot be negative"),
         (ProfileOptions("no-such-file", 5), "unknown data set 'no-such-file'"),
     ],

@@ -596,7 +596,8 @@ def test_a_pasted_line_arrives_whole(tiny_relu2: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mode", ["exact", "dense"])
 def test_ctrl_c_ends_a_run_with_130(tiny_relu2: Path, mode: str) -> None:
-    command = run_command(tiny_relu2, "-p", PROMPT, *ENDLESS, **{mode: True})
+    options: dict[str, Any] = {mode: True}
+    command = run_command(tiny_relu2, "-p", PROMPT, *ENDLESS, **options)
     with started(command) as (process, _, out, err):
         read_until(out.fileno(), len(PROMPT) + 20)
         process.send_signal(signal.SIGINT)

@@ -12,9 +12,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -252,7 +252,7 @@ def test_it_ends_within_seconds_in_the_middle_of_answers(folder: Path, signum: s
         responses = [server.stream(prompt, n_predict=-1, ignore_eos=True) for prompt in PROMPTS[:4]]
         for response in responses:
             assert response.read(64)
-        waiting = threading.Thread(target=lambda: [_read(server, prompt) for prompt in PROMPTS], daemon=True)
+        waiting = threading.Thread(target=_read, args=(server, PROMPTS), daemon=True)
         waiting.start()
         begin = time.monotonic()
         server.process.send_signal(signum)
@@ -261,11 +261,10 @@ def test_it_ends_within_seconds_in_the_middle_of_answers(folder: Path, signum: s
         assert "[ active " in server.log.read_text().splitlines()[-1]
 
 
-def _read(server: Server, prompt: str) -> None:
-    try:
-        server.complete(prompt, n_predict=-1, ignore_eos=True)
-    except (OSError, http.client.HTTPException, AssertionError):
-        return  # the server has gone
+def _read(server: Server, prompts: Sequence[str]) -> None:
+    for prompt in prompts:
+        with suppress(OSError, http.client.HTTPException, AssertionError):  # the server has gone
+            server.complete(prompt, n_predict=-1, ignore_eos=True)
 
 
 def test_what_cannot_be_served_is_one_line(folder: Path, tmp_path: Path) -> None:

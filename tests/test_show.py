@@ -149,7 +149,8 @@ def test_heads_that_differ_by_layer(tmp_path: Path, capsys: pytest.CaptureFixtur
     out.add_head_count_kv([2, 1])
     out.add_key_length(16)
     out.add_value_length(8)
-    out.add_tensor("token_embd.weight", np.zeros((32, 64), np.float32))
+    for name in ("token_embd.weight", "output_norm.weight"):
+        out.add_tensor(name, np.zeros((32, 64), np.float32))
     out.write_header_to_file()
     out.write_kv_data_to_file()
     out.write_tensors_to_file()

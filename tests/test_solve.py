@@ -23,7 +23,9 @@ from pinfer.artefacts.placement import GROUP, PlacementFile
 from pinfer.artefacts.predictor import LayerPredictor, PredictorWriter
 from pinfer.artefacts.shards import down_types, hot_neuron_bytes
 from pinfer.errors import PinferError
+from pinfer.execution import ExecutionOptions, decide
 from pinfer.llama import devices, log
+from pinfer.llama.cache_types import DEFAULT_CACHE
 from pinfer.model import Model, open_model
 from pinfer.placement import budget
 from pinfer.placement.compute_buffers import Layout, count_compute_bytes
@@ -86,12 +88,14 @@ def test_a_budget_is_filled_and_never_exceeded(
     model: Model, machine_file: Path, vram: int, n_ctx: int, cache_type: str
 ) -> None:
     """Counted anew from what the placement says, not from the solver's own sums."""
-    options = SolveOptions(vram=vram, n_ctx=n_ctx, n_batch=64, machine=machine_file, cache_type=cache_type)
+    options = SolveOptions(
+        vram=vram, n_ctx=n_ctx, n_ubatch=64, machine=machine_file, cache_type_k=cache_type, cache_type_v=cache_type
+    )
     all_that_pays = sum(solve(model.path, replace(options, vram=1 << 30)).n_hot)
     report = solve(model.path, options)
     placement = PlacementFile.read(report.placement, model)
     assert placement.n_hot == report.n_hot
-    total = _dense_bytes(model, placement.n_gpu_layers, n_ctx, cache_type)
+    total = _dense_bytes(model, placement.n_gpu_layers, n_ctx, (cache_type, cache_type))
     neuron = [hot_neuron_bytes(model, layer, down_types(model, layer, None)) for layer in range(model.n_layer)]
     hot = sum(n * size for n, size in zip(placement.n_hot, neuron, strict=True))
     total += hot + hot_buffers(model, max(placement.n_hot))
@@ -104,17 +108,17 @@ def test_a_budget_is_filled_and_never_exceeded(
     assert sum(t.n_bytes for t in _tensors(shard) if not t.name.endswith("neurons")) <= hot
 
 
-def _dense_bytes(model: Model, n_gpu_layers: int, n_ctx: int, cache_type: str) -> int:
+def _dense_bytes(model: Model, n_gpu_layers: int, n_ctx: int, cache_types: tuple[str, str]) -> int:
     if n_gpu_layers == 0:
         return 0
     on_device = range(model.n_layer + 1 - n_gpu_layers, model.n_layer)
     total = output_bytes(model) + compute_bytes(model, n_ctx, 64)
-    return total + sum(layer_bytes(model, i) + kv_bytes(model, i, n_ctx, cache_type) for i in on_device)
+    return total + sum(layer_bytes(model, i) + kv_bytes(model, i, n_ctx, cache_types) for i in on_device)
 
 
 def test_several_devices_share_the_hot_neurons(model: Model, tmp_path: Path) -> None:
     path = _machine_with(tmp_path, GPU, {**GPU, "name": "CUDA1", "bandwidth": 4e11})
-    options = SolveOptions(vram=(12 * MIB, 8 * MIB), n_ctx=128, n_batch=64, machine=path)
+    options = SolveOptions(vram=(12 * MIB, 8 * MIB), n_ctx=128, n_ubatch=64, machine=path)
     report = solve(model.path, options)
     first, second = report.devices
     assert report.device == "CUDA0,CUDA1"
@@ -156,11 +160,11 @@ def _machine_with(folder: Path, *devices: dict[str, Any]) -> Path:
 def test_what_a_driver_takes_is_counted_once_for_each_user(model: Model, tmp_path: Path) -> None:
     """libllama and the hot part open the device each for itself."""
     path = _machine_with(tmp_path, {**GPU, "overhead": 2 * MIB})
-    report = solve(model.path, SolveOptions(vram=30 * MIB, n_ctx=128, n_batch=64, machine=path))
+    report = solve(model.path, SolveOptions(vram=30 * MIB, n_ctx=128, n_ubatch=64, machine=path))
     assert report.n_bytes["driver"] == 4 * MIB
     assert 0 < _used(report) <= 30 * MIB
     noting = _Noting()
-    report = solve(model.path, SolveOptions(vram=2 * MIB, n_ctx=128, n_batch=64, machine=path), noting)
+    report = solve(model.path, SolveOptions(vram=2 * MIB, n_ctx=128, n_ubatch=64, machine=path), noting)
     assert (_used(report), report.n_gpu_layers, sum(report.n_hot)) == (0, 0, 0)
     assert "everything stays on the CPU" in noting.notes[0]
 
@@ -174,7 +178,7 @@ def _tensors(path: Path) -> Any:
 def test_more_memory_brings_more_activations_to_the_device(model: Model, machine_file: Path) -> None:
     shares = []
     for vram in (6 * MIB, 10 * MIB, 12 * MIB, 15 * MIB, 30 * MIB):
-        report = solve(model.path, SolveOptions(vram=vram, n_batch=64, machine=machine_file))
+        report = solve(model.path, SolveOptions(vram=vram, n_ubatch=64, machine=machine_file))
         assert report.greedy <= report.objective <= report.bound
         shares.append(report.hot_activations)
     assert shares == sorted(shares)
@@ -184,7 +188,7 @@ def test_more_memory_brings_more_activations_to_the_device(model: Model, machine
 
 def test_the_hottest_neurons_are_the_hot_ones(model: Model, machine_file: Path) -> None:
     profile = write_profile(_folder(model) / paths.PROFILE, model, seed=3)
-    report = solve(model.path, SolveOptions(vram=12 * MIB, n_batch=64, machine=machine_file))
+    report = solve(model.path, SolveOptions(vram=12 * MIB, n_ubatch=64, machine=machine_file))
     placement = PlacementFile.read(report.placement, model)
     assert any(0 < n < model.n_ff for n in placement.n_hot)
     activations = 0
@@ -199,11 +203,11 @@ def test_the_hottest_neurons_are_the_hot_ones(model: Model, machine_file: Path) 
 def test_a_slow_way_to_the_device_keeps_layers_off_it(model: Model, tmp_path: Path) -> None:
     path = tmp_path / "slow.json"
     path.write_text(json.dumps({**MACHINE, "devices": [{**GPU, "sync_seconds": 1.0}]}))
-    report = solve(model.path, SolveOptions(vram=30 * MIB, n_batch=64, machine=path))
+    report = solve(model.path, SolveOptions(vram=30 * MIB, n_ubatch=64, machine=path))
     assert report.n_hot == (0,) * model.n_layer
     # In between, a layer gets its least count or nothing.
     path.write_text(json.dumps({**MACHINE, "devices": [{**GPU, "sync_seconds": 2e-5}]}))
-    report = solve(model.path, SolveOptions(vram=30 * MIB, n_batch=64, machine=path))
+    report = solve(model.path, SolveOptions(vram=30 * MIB, n_ubatch=64, machine=path))
     machine = read_machine(path)
     profile = write_profile(_folder(model) / paths.PROFILE, model)
     for layer, n in enumerate(report.n_hot):
@@ -290,34 +294,34 @@ def test_a_budget_too_small_for_dense_layers_is_one_of_hot_neurons(model: Model,
     assert noting.notes == []
     report = solve(model.path, SolveOptions(vram=4096, machine=machine_file), noting)
     assert _used(report) == 0
-    assert noting.notes == ["nothing fits into this budget, or nothing in it would pay: everything stays on the CPU"]
+    assert noting.notes == ["nothing fits into this budget or would be faster there: everything stays on the CPU"]
 
 
 def test_it_is_said_when_hot_neurons_alone_would_be_faster(model: Model, tmp_path: Path) -> None:
     noting = _Noting()
     path = _machine_with(tmp_path, GPU)
-    report = solve(model.path, SolveOptions(vram=30 * MIB, n_ctx=128, n_batch=64, machine=path), noting)
+    report = solve(model.path, SolveOptions(vram=30 * MIB, n_ctx=128, n_ubatch=64, machine=path), noting)
     assert report.tokens_per_s_hot_first < report.tokens_per_s
     assert not any("hot neurons alone" in note for note in noting.notes)
     # Each dense layer there costs more of the way to the device than it saves.
     noting = _Noting()
     slow = _machine_with(tmp_path, {**GPU, "sync_seconds": 1e-3})
-    report = solve(model.path, SolveOptions(vram=30 * MIB, n_ctx=128, n_batch=64, machine=slow), noting)
+    report = solve(model.path, SolveOptions(vram=30 * MIB, n_ctx=128, n_ubatch=64, machine=slow), noting)
     assert report.tokens_per_s_hot_first > 1.05 * report.tokens_per_s
-    assert "with hot neurons alone" in noting.notes[0]
+    assert "hot neurons alone would give" in noting.notes[0]
 
 
 def test_it_is_said_when_the_model_fits_as_it_is(model: Model, tmp_path: Path) -> None:
     path = _machine_with(tmp_path, {**GPU, "sync_seconds": 5e-6})
     noting = _Noting()
     # Stock libllama would compute SiLU for this one.
-    solve(model.path, SolveOptions(vram=30 * MIB, n_ctx=128, n_batch=64, machine=path), noting)
+    solve(model.path, SolveOptions(vram=30 * MIB, n_ctx=128, n_ubatch=64, machine=path), noting)
     shape = Shape(activation="relu2", arch="arcee", type="Q4_0", n_layer=4, n_embd=512, n_ff=3072, n_vocab=512)
     model = open_model(write_small_model(tmp_path / "native.gguf", shape))
     write_profile(_folder(model) / paths.PROFILE, model)
-    solve(model.path, SolveOptions(vram=10 * MIB, n_ctx=128, n_batch=64, machine=path), noting)
+    solve(model.path, SolveOptions(vram=10 * MIB, n_ctx=128, n_ubatch=64, machine=path), noting)
     assert not any("fits" in note for note in noting.notes)
-    report = solve(model.path, SolveOptions(vram=30 * MIB, n_ctx=128, n_batch=64, machine=path), noting)
+    report = solve(model.path, SolveOptions(vram=30 * MIB, n_ctx=128, n_ubatch=64, machine=path), noting)
     assert report.tokens_per_s_dense > 1.05 * report.tokens_per_s
     assert noting.notes[-1].startswith("the whole model fits on CUDA0")
     assert noting.notes[-1].endswith(f"pinfer run {model.path} --dense -ngl all")
@@ -327,7 +331,7 @@ def test_dense_layers_fill_the_budget_from_the_output_back(model: Model) -> None
     def compute(n_gpu_layers: int) -> int:
         return compute_bytes(model, 512, 64) + 1000 * n_gpu_layers
 
-    parts = [fit_dense(model, room * MIB // 8, 512, "f16", compute) for room in range(120)]
+    parts = [fit_dense(model, room * MIB // 8, 512, DEFAULT_CACHE, compute) for room in range(120)]
     sizes = [part.n_gpu_layers for part in parts]
     assert sizes == sorted(sizes)
     assert set(sizes) == set(range(model.n_layer + 2))
@@ -346,11 +350,11 @@ def test_the_device_of_this_machine(model: Model, monkeypatch: pytest.MonkeyPatc
     if len(devices.list_devices()) == 1:
         report = solve(model.path, SolveOptions(), noting)
         assert (report.vram, report.device, sum(report.n_hot)) == (0, "none", 0)
-        assert noting.notes == ["no GPU here: every neuron stays on the CPU"]
+        assert noting.notes == ["no GPU found: every neuron stays on the CPU"]
         with pytest.raises(PinferError, match="--vram has 3 sizes for 2 devices"):
             solve(model.path, SolveOptions(vram=(1, 2, 3), device="CUDA0,CUDA1"))
         assert solve(model.path, SolveOptions(vram=(20 * MIB, 20 * MIB))).device == "none,none1"
-        report = solve(model.path, SolveOptions(vram=30 * MIB, n_batch=64), noting)
+        report = solve(model.path, SolveOptions(vram=30 * MIB, n_ubatch=64), noting)
         assert report.device == "none"
         assert sum(report.n_hot) > 0
         assert "running this placement needs one" in noting.notes[1]
@@ -444,7 +448,7 @@ def test_a_log_that_does_not_tell_the_buffer_is_an_error(tiny_relu2: Path, monke
     """As when another libllama words it otherwise: 0 bytes would break every budget."""
     monkeypatch.setattr(log, "captured", lambda: "CPU: the buffer takes 3 MiB")
     with pytest.raises(PinferError, match="log does not tell the compute buffer of CPU"):
-        count_compute_bytes(open_model(tiny_relu2), "CPU", Layout(0, 64, 32, "f16"))
+        count_compute_bytes(open_model(tiny_relu2), "CPU", Layout(0, 64, 32, DEFAULT_CACHE))
 
 
 def test_a_machine_survives_its_file(tmp_path: Path) -> None:
@@ -494,17 +498,17 @@ def test_a_machine_file_that_makes_no_sense_is_one_line(tmp_path: Path, content:
 
 def test_what_does_not_exist_is_refused(model: Model) -> None:
     with pytest.raises(PinferError, match="there is no cache type 'q3_9'; use one of: f32, f16"):
-        solve(model.path, SolveOptions(vram=0, cache_type="q3_9"))
+        solve(model.path, SolveOptions(vram=0, cache_type_k="q3_9"))
 
 
 def test_the_report_is_json_and_lies_in_the_placement(model: Model, machine_file: Path) -> None:
-    report = solve(model.path, SolveOptions(vram=20 * MIB, n_batch=64, machine=machine_file))
+    report = solve(model.path, SolveOptions(vram=20 * MIB, n_ubatch=64, machine=machine_file))
     told = json.loads(json.dumps(report.to_json()))
     placement = PlacementFile.read(report.placement, model)
     assert placement.report == told
     assert told["machine"]["devices"][0]["name"] == told["devices"][0]["name"] == placement.device == "CUDA0"
     assert told["n_bytes"]["hot_neurons"] > 0
-    again = solve(model.path, SolveOptions(vram=20 * MIB, n_batch=64, machine=machine_file))
+    again = solve(model.path, SolveOptions(vram=20 * MIB, n_ubatch=64, machine=machine_file))
     assert PlacementFile.read(again.placement, model).id != placement.id
     assert again.n_hot == report.n_hot
 
@@ -537,8 +541,18 @@ def test_cache_and_buffers_are_what_libllama_takes(tiny_relu2: Path) -> None:
     lines = [line.split() for line in done.stdout.splitlines()]
     assert len(lines) == 3
     for n_ctx, n_batch, cache, compute in lines:
-        counted = sum(kv_bytes(model, layer, int(n_ctx), "f16") for layer in range(model.n_layer))
+        counted = sum(kv_bytes(model, layer, int(n_ctx), DEFAULT_CACHE) for layer in range(model.n_layer))
         assert counted == pytest.approx(float(cache) * MIB, rel=0.01)
         # What libllama counts without giving a model memory is what it takes when it does.
-        layout = Layout(0, int(n_ctx), int(n_batch), "f16")
+        layout = Layout(0, int(n_ctx), int(n_batch), DEFAULT_CACHE)
         assert count_compute_bytes(model, "CPU", layout) == pytest.approx(float(compute) * MIB, rel=0.15)
+
+
+def test_a_run_takes_the_cache_types_that_were_solved_for(model: Model, machine_file: Path) -> None:
+    options = SolveOptions(vram=20 * MIB, n_ubatch=64, machine=machine_file, cache_type_k="q8_0", cache_type_v="f32")
+    solve(model.path, options)
+    assert decide(model, ExecutionOptions()).cache_types == ("q8_0", "f32")
+    assert decide(model, ExecutionOptions(cache_type_v="bf16")).cache_types == ("q8_0", "bf16")
+    assert decide(model, ExecutionOptions(no_artefacts=True)).cache_types == DEFAULT_CACHE
+    with pytest.raises(PinferError, match="no cache type"):
+        decide(model, ExecutionOptions(cache_type_k="q3_9"))

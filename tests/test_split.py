@@ -361,7 +361,7 @@ def test_verification_finds_shards_of_two_placements(tmp_path: Path) -> None:
     _place(model, [64, 64])
     split(model.path, SplitOptions())
     report.hot.write_bytes(old)
-    with pytest.raises(PinferError, match="of different placements"):
+    with pytest.raises(PinferError, match="from different placements"):
         verify.verify_shards(model, report.hot_shards, report.cold)
 
 
@@ -482,7 +482,7 @@ def test_a_placement_that_makes_no_sense_is_damage(tmp_path: Path) -> None:
     twice[0] = twice[1]
     broken = PlacementFile(placement.id, (64, 64), "CPU", 0, 0, 512, {}, (twice, placement.order[1]))
     broken.write(_folder(model.path) / paths.PLACEMENT, model, {})
-    with pytest.raises(PinferError, match="the order of layer 0 does not name each neuron once"):
+    with pytest.raises(PinferError, match="the order of layer 0 does not contain each neuron once"):
         split(model.path, SplitOptions())
 
 

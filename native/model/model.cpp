@@ -50,7 +50,7 @@ static bool shards_are_whole(const pinfer_model & m, std::string * err) {
 // The hot shards, one to a device, of the placement that the cold shard is of.
 static bool read_hot(pinfer_model * m, const pinfer_origin & origin, std::string * err) {
     const pinfer_settings & s = m->settings;
-    if (!s.devices.empty() && s.devices.size() != s.hot.size()) {
+    if (!s.hot.empty() && !s.devices.empty() && s.devices.size() != s.hot.size()) {
         *err = s.hot[0] + " is one of " + std::to_string(s.hot.size()) + " hot shards, but " + std::to_string(s.devices.size()) +
                " devices are named; name as many with --device, or make the shards anew with: pinfer solve " + s.model +
                " --device, then pinfer split";
@@ -107,6 +107,14 @@ static bool read_files(pinfer_model * m, std::string * err) {
     return read_hot(m, origin, err) && (!m->cold || shards_are_whole(*m, err));
 }
 
+static void open_trace(const pinfer_model & m) {
+    std::vector<std::string> devices;
+    for (const auto & h : m.hot) {
+        devices.push_back(h->name);
+    }
+    pinfer_trace_open(devices);
+}
+
 static bool open_devices(pinfer_model * m, std::string * err) {
     const std::vector<std::string> & devices = m->settings.devices;
     for (size_t i = 0; i < m->hot.size(); i++) {
@@ -117,6 +125,17 @@ static bool open_devices(pinfer_model * m, std::string * err) {
     if (m->predictor) {
         pinfer_predictor_arrange(m->predictor.get(), m->cold ? &m->cold->layers : nullptr);
     }
+    return true;
+}
+
+bool pinfer_model_open(pinfer_model * m, std::string * err) {
+    if (m->settings.n_batch_dense <= 0) {
+        m->settings.n_batch_dense = N_BATCH_DENSE;
+    }
+    if (!read_files(m, err) || !open_devices(m, err)) {
+        return false;
+    }
+    open_trace(*m);
     return true;
 }
 
@@ -184,17 +203,16 @@ bool pinfer_model_configure(const pinfer_settings & settings, std::string * err)
     if (!open_devices(model.get(), err)) {
         return false;
     }
-    std::vector<std::string> devices;
-    for (const auto & h : model->hot) {
-        devices.push_back(h->name);
-    }
-    pinfer_trace_open(devices);
-
-    registry &                  r = models();
-    std::lock_guard<std::mutex> enter(r.mutex);
-    model->order        = ++r.n_configured;
-    r.models[model->id] = model;
+    open_trace(*model);
+    pinfer_model_add(model);
     return true;
+}
+
+void pinfer_model_add(const std::shared_ptr<pinfer_model> & m) {
+    registry &                  r = models();
+    std::lock_guard<std::mutex> lock(r.mutex);
+    m->order        = ++r.n_configured;
+    r.models[m->id] = m;
 }
 
 void pinfer_model_release(const pinfer_file_id & id) {

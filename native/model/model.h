@@ -39,7 +39,19 @@ struct pinfer_settings {
     bool operator==(const pinfer_settings &) const = default;
 };
 
+// What -ot takes for the tensors of FFNs.
+#define PINFER_FFN_TENSORS "\\.ffn_(up|gate|down)\\.(weight|bias)"
+
+enum pinfer_model_state {
+    PINFER_MODEL_OPEN,       // its artefacts are open
+    PINFER_MODEL_RECOGNISED, // by its header, in a program that knows nothing of pinfer: they are opened when its weights come
+};
+
 struct pinfer_model {
+    std::atomic<pinfer_model_state> state{PINFER_MODEL_OPEN};
+    std::string                     refusal; // why a recognised model must not be loaded; empty: it may
+    std::atomic<bool>               asked{false}; // libllama wanted to know whether its FFN may lie in the plugin's buffers
+
     pinfer_file_id  id;
     pinfer_settings settings;
     pinfer_header   header; // empty where the rule is OTHER
@@ -77,6 +89,10 @@ struct pinfer_model {
 
 // Opens what the settings name, checks it, and puts it in the place of an earlier configuration; see pinfer_configure().
 bool pinfer_model_configure(const pinfer_settings & settings, std::string * err);
+// The parts of it: opens what m->settings name, and puts m among the models.
+bool pinfer_model_open(pinfer_model * m, std::string * err);
+void pinfer_model_add(const std::shared_ptr<pinfer_model> & m);
+
 // At once, or with the last buffer that holds weights of it.
 void pinfer_model_release(const pinfer_file_id & id);
 

@@ -1,17 +1,22 @@
 // backend.cpp: the ggml backend "PINFER": backend, device, registry.
+#include "automatic.h"
 #include "buffer.h"
 #include "engine.h"
 #include "ggml-backend-impl.h"
 #include "match.h"
 
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
+#include <dlfcn.h>
 #include <exception>
 #include <new>
 
 #ifndef PINFER_GGML_VERSION
 #    error "PINFER_GGML_VERSION must name the ggml version of the headers, e.g. \"0.25.3\""
 #endif
+
+extern "C" PINFER_API ggml_backend_reg_t ggml_backend_init(void);
 
 static ggml_backend_reg_t pinfer_reg();
 static ggml_backend_dev_t pinfer_device();
@@ -98,6 +103,7 @@ static ggml_backend_t device_init_backend(ggml_backend_dev_t dev, const char *) 
     if (!pinfer_team_init(&engine->team)) {
         return nullptr;
     }
+    pinfer_automatic_say_idle();
     return new ggml_backend{
         .guid    = backend_guid(),
         .iface   = backend_interface,
@@ -121,7 +127,10 @@ static bool device_supports_op(ggml_backend_dev_t, const ggml_tensor * op) try {
     if (!claim.weight) {
         return pinfer_engine_must_refuse(op);
     }
-    const auto              m   = pinfer_model_of_weight(claim.weight);
+    const auto m = pinfer_model_of_weight(claim.weight);
+    if (m) {
+        m->asked = true;
+    }
     const pinfer_activation act = m ? m->rule().act : PINFER_ACT_OTHER;
     // behind an adapter the products are not claimed, but the activation must still be the model's
     return act != PINFER_ACT_OTHER && (!claim.adapted || act != PINFER_ACT_GRAPH);
@@ -190,6 +199,17 @@ static ggml_backend_reg_t pinfer_reg() {
         .context = nullptr,
     };
     return &reg;
+}
+
+// A program that was started with LD_PRELOAD=libggml-pinfer.so, and is linked with libllama, gets the backend before main():
+// llama.cpp loads no backend by itself where one is linked in.
+__attribute__((constructor)) static void register_preloaded() {
+    const char * const preload = getenv("LD_PRELOAD");
+    if (preload && strstr(preload, "libggml-pinfer") && dlsym(RTLD_DEFAULT, "llama_model_load_from_file")) {
+        if (ggml_backend_reg_t reg = ggml_backend_init()) {
+            ggml_backend_register(reg);
+        }
+    }
 }
 
 // Called by ggml_backend_load(). The structures above follow one version of ggml; another may have moved their fields.

@@ -3,6 +3,7 @@
 #include "buffer.h"
 
 #include "artefact.h"
+#include "automatic.h"
 #include "ggml-backend-impl.h"
 
 #include <algorithm>
@@ -77,7 +78,8 @@ std::shared_ptr<pinfer_model> model_being_loaded(const ggml_tensor * weight) {
         if (entry->d_name[0] == '.' || fstat(fd, &st) != 0 || !S_ISREG(st.st_mode)) {
             continue;
         }
-        const auto m = pinfer_model_of(pinfer_file_id{st.st_dev, st.st_ino});
+        const pinfer_file_id id{st.st_dev, st.st_ino};
+        const auto           m = pinfer_automatic_on() ? pinfer_automatic_recognise(fd, id) : pinfer_model_of(id);
         known |= m != nullptr;
         if (m && (!model || m->order > model->order) && has_tensor(*m, weight)) {
             found = {m, fd};
@@ -232,6 +234,9 @@ ggml_backend_buffer_t buft_alloc_buffer(ggml_backend_buffer_type_t buft, size_t 
     const auto loading = last_load.model.lock();
     if (loading && is_open_as(last_load.fd, loading->id)) {
         memory->model = loading;
+        if (!pinfer_automatic_open(loading.get())) {
+            return nullptr;
+        }
     }
     return make_buffer(buft, std::move(memory), size);
 } catch (const std::bad_alloc &) {
@@ -271,6 +276,9 @@ ggml_backend_buffer_t pinfer_buffer_from_host(ggml_backend_dev_t device, void * 
     memory->mapped        = mapped_file(data, size, &file);
     if (memory->mapped) {
         memory->model = pinfer_model_of(file);
+    }
+    if (memory->model && !pinfer_automatic_open(memory->model.get())) {
+        return nullptr;
     }
     return make_buffer(pinfer_buffer_type(device), std::move(memory), size);
 } catch (const std::bad_alloc &) {

@@ -11,9 +11,6 @@
 #include <cstdio>
 #include <cstring>
 
-// What -ot takes for the tensors of FFNs.
-#define PINFER_FFN_TENSORS "\\.ffn_(up|gate|down)\\.(weight|bias)"
-
 static bool is_view(const ggml_tensor * t) {
     return t->op == GGML_OP_NONE || t->op == GGML_OP_VIEW || t->op == GGML_OP_RESHAPE || t->op == GGML_OP_PERMUTE ||
            t->op == GGML_OP_TRANSPOSE;
@@ -148,7 +145,14 @@ static std::shared_ptr<pinfer_model> model_to_refuse(const ggml_tensor * op, int
 
 bool pinfer_engine_must_refuse(const ggml_tensor * op) {
     int layer = -1;
-    return is_embedding_lookup(op) && model_to_refuse(op, &layer);
+    if (!is_embedding_lookup(op)) {
+        return false;
+    }
+    if (!op->src[0]->data) { // while a model loads: where it must not be, its embedding is claimed, and then gets no buffer
+        const auto m = pinfer_model_of_weight(op->src[0]);
+        return m && !m->refusal.empty();
+    }
+    return model_to_refuse(op, &layer) != nullptr;
 }
 
 static ggml_status refuse(const ggml_tensor * op) {

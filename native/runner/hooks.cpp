@@ -21,14 +21,19 @@ namespace {
 pinfer_run * run = nullptr;
 
 std::string formatted(const char * format, va_list args) {
-    va_list again;
-    va_copy(again, args);
-    const int   n = vsnprintf(nullptr, 0, format, again);
-    std::string text(n > 0 ? (size_t) n : 0, '\0');
-    va_end(again);
-    vsnprintf(text.data(), text.size() + 1, format, args);
+    char *    buffer = nullptr;
+    const int n      = vasprintf(&buffer, format, args);
+    const std::string text(buffer, n > 0 ? (size_t) n : 0);
+    free(buffer);
     return text;
 }
+
+// `text`: what printf would have made of the variable arguments.
+#define PINFER_FORMATTED(text, format)          \
+    va_list args;                               \
+    va_start(args, format);                     \
+    std::string text = formatted(format, args); \
+    va_end(args)
 
 // "llama_model_load: error loading model: x" -> "error loading model: x"
 std::string without_function_name(const std::string & line) {
@@ -57,21 +62,15 @@ void on_log(enum ggml_log_level level, const char * text, void * user_data) {
 }
 
 // All of the text to stdout; a reader that has gone ends the process quietly.
-void stdout_write(const char * text, size_t n) {
-    while (n > 0) {
-        const ssize_t written = write(STDOUT_FILENO, text, n);
-        if (written < 0 && errno == EINTR) {
-            continue;
-        }
-        if (written < 0) {
-            if (errno != EPIPE) {
-                pinfer_say_error(std::string("cannot write to stdout: ") + strerror(errno));
-            }
-            pinfer_leave(errno == EPIPE ? PINFER_EXIT_CLOSED_PIPE : PINFER_EXIT_ERROR);
-        }
-        text += written;
-        n -= (size_t) written;
+void stdout_write(const std::string & text) {
+    if (fwrite(text.data(), 1, text.size(), stdout) == text.size() && fflush(stdout) == 0) {
+        return;
     }
+    if (errno == EPIPE) {
+        pinfer_leave(PINFER_EXIT_CLOSED_PIPE);
+    }
+    pinfer_say_error(std::string("cannot write to stdout: ") + strerror(errno));
+    pinfer_leave(PINFER_EXIT_ERROR);
 }
 
 // --- signals ----------------------------------------------------------------------------------------------------------
@@ -116,21 +115,13 @@ bool pinfer_params_parse(int argc, char ** argv, common_params & params, llama_e
     params.verbosity      = completion ? LOG_LEVEL_OUTPUT : params.verbosity;
     params.warmup         = params.warmup && !completion;  // a run that ends soon would only start later
     if (!common_params_parse(argc, argv, params, ex, print_usage)) {
-        if (!run->options.hint.empty()) {
-            fprintf(stderr, "%s\n", run->options.hint.c_str());
-        }
         exit(PINFER_EXIT_USAGE);
     }
     run->answer.model = params.model.path;
-    run->interactive  = params.interactive || params.interactive_first || params.conversation_mode != COMMON_CONVERSATION_MODE_DISABLED;
+    run->interactive  = !completion || params.interactive || params.interactive_first;
     run->verbose      = params.verbosity > LOG_LEVEL_ERROR;
-    if (completion && !run->interactive) {
-        params.simple_io      = true;  // the terminal stays as it is
-        params.display_prompt = params.display_prompt || run->options.json;
-    }
-    if (!isatty(STDOUT_FILENO)) {
-        params.simple_io = true;
-    }
+    params.simple_io  = params.simple_io || !run->interactive || !isatty(STDOUT_FILENO);  // the terminal stays as it is
+    params.display_prompt = params.display_prompt || run->options.json;
     // llama.cpp loads a draft model and lets it idle unless --spec-type is given, or the draft's file says what it is for.
     auto & speculative = params.speculative;
     if (speculative.types == std::vector{ COMMON_SPECULATIVE_TYPE_NONE } && !speculative.draft.mparams.path.empty() &&
@@ -231,10 +222,7 @@ void pinfer_completion_accept(common_sampler * sampler, llama_token token, bool 
 }
 
 void pinfer_completion_print(const char * format, ...) {
-    va_list args;
-    va_start(args, format);
-    const std::string text = formatted(format, args);
-    va_end(args);
+    PINFER_FORMATTED(text, format);
     // Only tokens come as "%s". The rest is for a terminal: "[end of text]", line breaks, "Interrupted by user".
     const bool token = strcmp(format, "%s") == 0;
     if (!token && !run->interactive) {
@@ -242,23 +230,17 @@ void pinfer_completion_print(const char * format, ...) {
     }
     (run->generating ? run->answer.text : run->answer.prompt) += text;
     if (!run->options.json) {
-        fflush(stdout);
-        stdout_write(text.data(), text.size());
+        stdout_write(text);
     }
 }
 
 void pinfer_completion_error(const char * format, ...) {
-    va_list args;
-    va_start(args, format);
-    error_keep(formatted(format, args));
-    va_end(args);
+    PINFER_FORMATTED(text, format);
+    error_keep(text);
 }
 
 void pinfer_completion_warn(const char * format, ...) {
-    va_list args;
-    va_start(args, format);
-    std::string text = formatted(format, args);
-    va_end(args);
+    PINFER_FORMATTED(text, format);
     if (text.find("context full") != std::string::npos) {
         run->answer.context_full = true;
         text = "the context is full; -c makes it larger";
@@ -271,10 +253,9 @@ void pinfer_completion_end(const llama_context * ctx, const common_sampler * sam
     run->answer.seed        = common_sampler_get_seed(sampler);
     const std::string shown = run->answer.prompt + run->answer.text;
     if (run->options.json) {
-        const std::string json = pinfer_report_json(ctx, run->answer);
-        stdout_write(json.data(), json.size());
+        stdout_write(pinfer_report_json(ctx, run->answer));
     } else if (!shown.empty() && shown.back() != '\n') {
-        stdout_write("\n", 1);
+        stdout_write("\n");
     }
     pinfer_run_end(*run, ctx);
     if (pending.load() != 0) {
@@ -288,10 +269,7 @@ void pinfer_completion_end(const llama_context * ctx, const common_sampler * sam
 // --- llama_cli --------------------------------------------------------------------------------------------------------
 
 void console::pinfer_log(const char * format, ...) {
-    va_list args;
-    va_start(args, format);
-    const std::string text = formatted(format, args);
-    va_end(args);
+    PINFER_FORMATTED(text, format);
     // The answer comes as "%s", and "\n" ends it. Messages, and the prompt signs between turns, are for a terminal.
     if (isatty(STDOUT_FILENO) || strcmp(format, "%s") == 0 || strcmp(format, "\n") == 0) {
         console::log("%s", text.c_str());

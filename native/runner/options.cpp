@@ -29,8 +29,6 @@ bool model_flag_set(pinfer_model_options & model, const std::string & name, cons
         const char * bytes = strchr(value, '=');
         model.devices.push_back(bytes ? std::string(value, bytes) : value);
         model.needed.push_back(bytes ? strtoull(bytes + 1, nullptr, 10) : 0);
-    } else if (name == "batch-dense") {
-        model.n_batch_dense = atoi(value);
     } else {
         return false;
     }
@@ -43,8 +41,6 @@ bool flag_set(pinfer_options & options, const std::string & name, const char * v
         options.models.back().path = value;
     } else if (name == "rpc") {
         options.rpc = value;
-    } else if (name == "hint") {
-        options.hint = value;
     } else if (name == "vram") {
         options.vram = strtoull(value, nullptr, 10);
     } else if (options.models.empty() || !model_flag_set(options.models.back(), name, value, err)) {

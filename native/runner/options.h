@@ -18,14 +18,12 @@ struct pinfer_model_options {
     std::vector<std::string> hot;            // a shard a device
     std::vector<std::string> devices;        // ggml device of each hot shard; empty: the GPUs in order
     std::vector<uint64_t>    needed;         // bytes that must be free on each of them; 0: not known
-    int32_t                  n_batch_dense = 0;
 };
 
 struct pinfer_options {
     std::string                       verb;       // completion, cli or server; flags: list the flags of all three
     std::vector<pinfer_model_options> models;     // none: stock llama.cpp
     std::string                       rpc;        // RPC servers, host:port[,host:port]
-    std::string                       hint;       // said after llama.cpp has refused a flag
     uint64_t                          vram = 0;   // budget to report beside the device memory in use; 0: all of it
     bool                              json = false;
     std::vector<char *>               rest;       // llama.cpp's command line, program name included, NULL at the end

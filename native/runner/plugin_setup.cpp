@@ -76,7 +76,6 @@ bool model_configure(const pinfer_model_options & model, std::string & err) {
     params.hot_paths            = model.hot.empty() ? nullptr : hot.data();
     params.devices              = model.devices.empty() ? nullptr : devices.data();
     params.activation           = model.activation;
-    params.n_batch_dense        = model.n_batch_dense;
     params.activation_threshold = model.threshold;
     if (!pinfer_configure(&params, cause, sizeof(cause))) {
         err = cause;

@@ -1,6 +1,6 @@
-"""Writing and opening pinfer's artefacts: what every file of docs/formats.md has in common.
+"""Writes and opens pinfer's artefacts: what all files of docs/formats.md have in common.
 
-An artefact that is opened has been checked: it is whole, of this format version, of the kind asked for, of this model.
+Opening an artefact checks that it is complete, of this format version, of the right kind and of this model.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def made_by(kind: str, model: Model) -> str:
 
 
 class ArtefactWriter(GgufFileWriter):
-    """Writes one artefact: what all of them carry, then what its kind adds."""
+    """Writes one artefact. It begins with the keys and ends with the checksums that all artefacts have."""
 
     def __init__(
         self,
@@ -65,7 +65,7 @@ class ArtefactWriter(GgufFileWriter):
         self.header.add_string("pinfer.settings", json.dumps(dict(settings), sort_keys=True))
 
     def add_str(self, key: str, value: str) -> None:
-        """A string; GGUF has no place for an empty one, so that is left out and reads as ``""``."""
+        """A string. GGUF cannot store an empty one: it is left out and read as ``""``."""
         self.header.add_string(key, value)
 
     def add_u32(self, key: str, value: int) -> None:
@@ -95,7 +95,7 @@ class ArtefactWriter(GgufFileWriter):
 
 @dataclass(frozen=True)
 class Artefact:
-    """An artefact that was opened and checked."""
+    """An artefact that has been opened and checked."""
 
     path: Path
     kind: str
@@ -105,7 +105,7 @@ class Artefact:
     """the command that makes it"""
 
     def damaged(self, cause: str) -> PinferError:
-        """The error to raise when the content makes no sense."""
+        """The error to raise for invalid content."""
         return PinferError(f"{self.path} is damaged: {cause}", f"make it again: {self.made_by}")
 
     def verify(self, progress: Progress = NULL_PROGRESS) -> None:
@@ -131,7 +131,7 @@ class Artefact:
         return float(self._get(key, (int, float)))
 
     def get_str(self, key: str) -> str:
-        """A string, ``""`` where the key is absent."""
+        """A string; ``""`` if the key is missing."""
         return str(self._get(key, str)) if key in self.gguf else ""
 
     def get_list(self, key: str, length: int) -> list[Any]:
@@ -152,9 +152,9 @@ class Artefact:
         return self.gguf.tensors[name]
 
     def array(self, name: str, shape: Sequence[int] | None = None, type_name: str | None = None) -> NDArray[Any]:
-        """A tensor of plain numbers where it lies, axes in numpy's order, read-only.
+        """A tensor of plain numbers, mapped from the file, axes in numpy's order, read-only.
 
-        ``shape`` is GGUF's order and is checked where given, as is the type.
+        ``shape``, in GGUF's order, and the type are checked if given.
         """
         tensor = self.tensor(name)
         if shape is not None and tensor.shape != tuple(shape):
@@ -164,7 +164,7 @@ class Artefact:
         return self.gguf.array(tensor)
 
     def raw(self, name: str) -> NDArray[np.uint8]:
-        """A tensor's bytes where they lie, ``[n_rows, row_bytes]``, read-only."""
+        """A tensor's bytes ``[n_rows, row_bytes]``, mapped from the file, read-only."""
         return self.gguf.raw(self.tensor(name))
 
 

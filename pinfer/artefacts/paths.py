@@ -1,4 +1,4 @@
-"""Where the artefacts of a model lie: ``MODEL.pinfer/`` beside it, or under ``$PINFER_HOME``.
+"""Finds the artefacts of a model: ``MODEL.pinfer/`` beside it, or a folder under ``$PINFER_HOME``.
 
 native/runner/artefacts.cpp looks for them by the same rules.
 """
@@ -12,12 +12,15 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import platformdirs
 
 from pinfer.errors import PinferError
-from pinfer.model import Model
 from pinfer.progress import NULL_PROGRESS, Progress
+
+if TYPE_CHECKING:
+    from pinfer.model import Model  # numpy, which `pinfer --help` does not wait for
 
 PROFILE = "profile.gguf"
 SAMPLES = "samples/samples.gguf"
@@ -27,7 +30,7 @@ HOT = "hot.gguf"
 COLD = "cold.gguf"
 _LOCK = ".lock"
 
-# In the model hub's shared cache a model is a link to a file that is called by its hash.
+# In the hub's shared cache a model is a link to a file named by its hash.
 _HUB_BLOB = re.compile(r"[0-9a-f]{40,}")
 
 
@@ -38,9 +41,9 @@ def pinfer_home() -> Path:
 
 
 def _candidates(model_path: Path, fingerprint: str) -> tuple[Path, ...]:
-    """Where artefacts may lie, the place to write to first in front.
+    """Folders that may hold the artefacts; the first is preferred for writing.
 
-    The hub's cache may be emptied at any time: what took hours does not lie there.
+    Users empty the hub's cache, so artefacts that took hours to make are kept elsewhere.
     """
     model_path = model_path.resolve()
     digits = fingerprint[:12]
@@ -50,14 +53,14 @@ def _candidates(model_path: Path, fingerprint: str) -> tuple[Path, ...]:
 
 
 def _is_writable(folder: Path) -> bool:
-    """Whether files could be made in ``folder``, as far as can be told without making one."""
+    """Whether ``folder`` looks writable; nothing is created to find out."""
     if folder.is_dir():
         return os.access(folder, os.W_OK | os.X_OK)
     return not folder.exists() and folder.parent.is_dir() and os.access(folder.parent, os.W_OK | os.X_OK)
 
 
 def _try_to_write(folder: Path) -> str:
-    """Makes the folder and a file in it, for permissions alone do not tell; returns the cause where that fails."""
+    """Creates the folder and a file in it, since permissions do not tell all; returns the cause of a failure."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -67,10 +70,10 @@ def _try_to_write(folder: Path) -> str:
 
 
 def artefact_dir(model_path: Path, fingerprint: str, *, for_writing: bool) -> Path:
-    """The folder of a model's artefacts; made if ``for_writing``.
+    """The folder of a model's artefacts; created if ``for_writing``.
 
-    For reading, the folder that a writer would take comes first, so that what was written last is found; the other one
-    is taken when only it exists. Raises PinferError when neither place can be written.
+    Reading prefers the folder that writing would use, where the newest artefacts are, and uses the other one if only
+    that exists. Raises PinferError if neither can be written.
     """
     places = _candidates(model_path, fingerprint)
     if not for_writing:
@@ -82,9 +85,7 @@ def artefact_dir(model_path: Path, fingerprint: str, *, for_writing: bool) -> Pa
         if not cause:
             return place
         causes.append(f"{place} ({cause})")
-    raise PinferError(
-        f"cannot write to {' nor to '.join(causes)}", "name a folder that can be written: export PINFER_HOME=FOLDER"
-    )
+    raise PinferError(f"cannot write to {' nor to '.join(causes)}", "name a writable folder: export PINFER_HOME=FOLDER")
 
 
 @contextmanager

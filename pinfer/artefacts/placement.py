@@ -1,4 +1,4 @@
-"""placement.gguf: which neurons go to the device, and what the solver expected of it (docs/formats.md)."""
+"""placement.gguf: the neurons of each device, and the predictions of the solver (docs/formats.md)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pinfer.artefacts.artefact import Artefact, ArtefactWriter, open_artefact
 from pinfer.model import Model
 
 GROUP = 64
-"""Neurons enter the device in groups of this many, so that hot matrices can be cut into blocks."""
+"""Neurons are placed in groups of this many, so that the blocks of quantised types divide hot matrices."""
 
 
 def new_placement_id() -> str:
@@ -29,7 +29,7 @@ def _n_devices(device: str) -> int:
 
 
 def _ends(n_hot: Sequence[int], n_layer: int) -> list[tuple[int, ...]]:
-    """Where in its layer's order the neurons of each device end, per layer; zeros before the first device."""
+    """Ends of each device's neurons in the order of its layer, per layer; zeros before the first device."""
     ends = [(0,) * n_layer]
     for start in range(0, len(n_hot), n_layer):
         more = n_hot[start : start + n_layer]
@@ -48,7 +48,7 @@ def _vram_device(file: Artefact, vram: int, n_devices: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class PlacementFile:
-    """What placement.gguf holds."""
+    """The content of placement.gguf."""
 
     id: str
     n_hot: tuple[int, ...]
@@ -63,9 +63,9 @@ class PlacementFile:
     order: tuple[NDArray[np.int32], ...]
     """per layer ``[n_ff]``: neurons by falling impact; the first are the first device's, the next the second's, …"""
     vram_device: tuple[int, ...] = ()
-    """budget of each device; of one device it is ``vram``; empty where it is not known"""
+    """budget of each device; ``vram`` for a single one; empty if not known"""
     vram_needed: tuple[int, ...] = ()
-    """what of it is placed on each device, which has to be free when the model is run; empty where it is not known"""
+    """bytes used of each device, which must be free when the model runs; empty if not known"""
 
     @property
     def n_devices(self) -> int:
@@ -94,7 +94,7 @@ class PlacementFile:
                 raise file.damaged(f"layer {layer} has {ends[-1]} hot neurons of {model.n_ff}")
             neurons = file.array(f"blk.{layer}.order", (model.n_ff,), "I32").copy()
             if not np.array_equal(np.sort(neurons), np.arange(model.n_ff, dtype=np.int32)):
-                raise file.damaged(f"the order of layer {layer} does not name each neuron once")
+                raise file.damaged(f"the order of layer {layer} does not contain each neuron once")
             order.append(neurons)
         try:
             report = json.loads(file.get_str("pinfer.placement.report") or "{}")

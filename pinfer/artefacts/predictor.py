@@ -1,4 +1,4 @@
-"""predictor.gguf: per layer the low-rank factors and thresholds that name the candidates (docs/formats.md)."""
+"""predictor.gguf: per layer the factors and thresholds that select the candidates (docs/formats.md)."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ KINDS = ("low_rank", "mlp", *FEW_BITS, "none")
 
 @dataclass(frozen=True)
 class LayerPredictor:
-    """One layer: neuron i is a candidate when ``(B (A x))_i > t_i``; rank 0 makes every neuron one."""
+    """One layer: neuron i is a candidate if ``(B (A x))_i > t_i``; with rank 0 every neuron is one."""
 
     rank: int
     recall: float
@@ -44,14 +44,14 @@ class LayerPredictor:
     t: NDArray[np.float32] | None = None
     """``[n_ff]``"""
     kind: str = "low_rank"
-    """what the file calls it; ``none`` whenever the rank is 0"""
+    """its name in the file; ``none`` if the rank is 0"""
     types: tuple[str, str] | None = None
-    """of A and B, where they are not those of the other layers"""
+    """of A and B, if they differ from the other layers'"""
 
 
 @dataclass(frozen=True)
 class PredictorFile:
-    """predictor.gguf, opened and checked; factors are dequantised when a layer is asked for."""
+    """predictor.gguf, opened and checked; ``layer`` dequantises the factors."""
 
     artefact: Artefact
     kind: tuple[str, ...]
@@ -116,7 +116,7 @@ def _shapes(kind: str, rank: int, model: Model) -> dict[str, tuple[int, ...]]:
 
 
 class PredictorWriter:
-    """Writes predictor.gguf. Ranks stand in its header and are known last: factors wait in a nameless temporary file.
+    """Writes predictor.gguf. Its header needs the ranks of all layers, so factors wait in an unnamed temporary file.
 
     Use it as a context manager. Raises PinferError or OSError when the disk is full or cannot be written.
     """
@@ -134,7 +134,7 @@ class PredictorWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        # Closing flushes; what is left to flush after a full disk is not wanted.
+        # Closing flushes, which fails on a full disk; the data is not needed any more.
         with suppress(OSError):
             self._spool.close()
 
@@ -163,7 +163,7 @@ class PredictorWriter:
         return a.upper(), b.upper()
 
     def finish(self, model: Model, settings: Mapping[str, object]) -> int:
-        """Write the file, whole or not at all; returns the bytes of its tensors."""
+        """Writes the complete file or none; returns the bytes of its tensors."""
         with ArtefactWriter(self._path, "predictor", model, settings) as out:
             out.add_str_array("pinfer.predictor.kind", [layer.kind for layer in self._layers])
             out.add_u32_array("pinfer.predictor.rank", [layer.rank for layer in self._layers])
@@ -189,7 +189,7 @@ def quantise(rows: NDArray[np.float32], factor_type: str) -> NDArray[Any]:
 
 
 def quantised(rows: NDArray[np.float32], factor_type: str) -> NDArray[np.float32]:
-    """The values that ``rows`` have once they are stored in a factor type; storing those again changes nothing."""
+    """``rows`` after a round trip through a factor type; another round trip changes nothing."""
     data = quantise(rows, factor_type)
     if factor_type.upper() == "F16":
         return data.astype(np.float32)
@@ -204,7 +204,7 @@ def packed(levels: NDArray[np.float32], bits: int) -> NDArray[np.uint8]:
 
 
 def unpacked(codes: NDArray[Any], bits: int) -> NDArray[np.float32]:
-    """Levels of codes that ``packed`` has made."""
+    """Inverse of ``packed``."""
     shifts = np.arange(8 // bits, dtype=np.uint8) * bits
     each = codes.view(np.uint8)[:, :, None] >> shifts & (2**bits - 1)
     levels: NDArray[np.float32] = 2 * each.reshape(len(codes), -1).astype(np.float32) - np.float32(2**bits - 1)

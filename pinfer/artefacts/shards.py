@@ -1,4 +1,4 @@
-"""hot.gguf (one per device) and cold.gguf: types, sizes and tensors of the shards (docs/formats.md)."""
+"""The shards hot.gguf (one per device) and cold.gguf: types, sizes and tensors (docs/formats.md)."""
 
 from __future__ import annotations
 
@@ -68,9 +68,9 @@ def stale_hot_shards(folder: Path, n_devices: int) -> list[Path]:
 
 @dataclass(frozen=True)
 class QuantisationError:
-    """Most that a value changes by conversion: ``relative`` to the largest value of its block, or ``absolute``.
+    """Largest change of a value by conversion: ``relative`` to the largest value of its block, plus ``absolute``.
 
-    The absolute part is what a block scale that is a subnormal half leaves of very small values.
+    The absolute part covers very small values, whose block scale is a subnormal half.
     """
 
     relative: float
@@ -150,7 +150,7 @@ def _n_biases(f: FfnTensors) -> int:
 
 
 def hot_neuron_bytes(model: Model, layer: int, types: DownTypes) -> int:
-    """Bytes that one hot neuron of this layer takes on the device (matrices and biases)."""
+    """Bytes of one hot neuron of this layer on the device (matrices and biases)."""
     f = model.ffn[layer]
     assert f.up is not None
     gate = f.gate.row_bytes if f.gate is not None else 0
@@ -162,7 +162,7 @@ def hot_neuron_bytes(model: Model, layer: int, types: DownTypes) -> int:
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """What goes into the shards, by layer."""
+    """The neurons and types of all shards, by layer."""
 
     placement_id: str
     hot: tuple[tuple[NDArray[np.int32], ...], ...]
@@ -234,9 +234,9 @@ class ShardFile:
     artefact: Artefact
     placement_id: str
     neurons: tuple[NDArray[np.int32], ...]
-    """per layer; empty where the layer has no neurons in this shard"""
+    """per layer; empty for a layer without neurons in this shard"""
     down_type: tuple[int, ...]
-    """per layer; meaningless where the layer has no neurons in this shard"""
+    """per layer; not used for a layer without neurons in this shard"""
 
     @classmethod
     def read(cls, path: Path, kind: str, model: Model) -> Self:
@@ -247,7 +247,7 @@ class ShardFile:
             name = f"blk.{layer}.neurons"
             ids = file.array(name, type_name="I32").reshape(-1) if file.has(name) else np.empty(0, np.int32)
             if len(ids) and not 0 <= ids.min() <= ids.max() < model.n_ff:
-                raise file.damaged(f"layer {layer} names neurons that the model has not")
+                raise file.damaged(f"layer {layer} names neurons that the model does not have")
             neurons.append(ids)
             for name, shape in _shapes(kind, model, layer, len(ids)).items() if len(ids) else ():
                 if file.tensor(name).shape != shape:
@@ -257,6 +257,6 @@ class ShardFile:
         return cls(file, file.get_str("pinfer.placement.id"), tuple(neurons), types)
 
     def describe_types(self) -> str:
-        """The down types in use, for people."""
+        """The down types in use, as text."""
         used = {t for t, n in zip(self.down_type, self.neurons, strict=True) if len(n)}
         return ", ".join(sorted(type_name(t) for t in used)) or "none"

@@ -1,4 +1,4 @@
-"""Proves that the shards are the model: each neuron once, rows byte for byte, down within its type's error."""
+"""Proves that shards hold the whole model: each neuron once, equal rows, down within the error of its type."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _ROWS = 256
 
 
 def verify_shards(model: Model, hot_paths: Sequence[Path], cold_path: Path, progress: Progress = NULL_PROGRESS) -> None:
-    """Reads all shards again and compares them with the model. Raises PinferError that names the first difference."""
+    """Compares all shards with the model and with their checksums. Raises PinferError with the first difference."""
     hot = tuple(ShardFile.read(path, "hot", model) for path in hot_paths)
     cold = ShardFile.read(cold_path, "cold", model)
     if len({shard.placement_id for shard in (*hot, cold)}) > 1:
-        raise _failed(model, "the hot and the cold shards are of different placements")
+        raise _failed(model, "the hot and the cold shards come from different placements")
     with progress.task("verify", sum(shard.artefact.gguf.size for shard in (*hot, cold)), "bytes") as advance:
         for layer in range(model.n_layer):
             try:
@@ -37,11 +37,11 @@ def verify_shards(model: Model, hot_paths: Sequence[Path], cold_path: Path, prog
 
 
 class _Difference(Exception):
-    """What differs, in half a sentence."""
+    """The difference; completes the sentence "layer N: ..."."""
 
 
 def _failed(model: Model, cause: str) -> PinferError:
-    return PinferError(f"the shards are not {model.name}: {cause}", f"make them again: pinfer split {model.path}")
+    return PinferError(f"the shards do not match {model.name}: {cause}", f"make them again: pinfer split {model.path}")
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,9 @@ from statistics import fmean
 from pinfer.artefacts.artefact import open_artefact
 from pinfer.artefacts.shards import ShardFile
 from pinfer.gguf_io.reader import row_bytes
+from pinfer.llama.cache_types import DEFAULT_CACHE, CacheTypes, cache_type_bytes
 from pinfer.llama.plugin import Stats
 from pinfer.model import Model, Tensor
-
-_KV_VALUE_BYTES = 2.0  # the cache is F16
 
 
 @dataclass(frozen=True)
@@ -54,13 +53,20 @@ def can_count(model: Model) -> bool:
     return all(f.up is not None and f.down is not None for f in model.ffn)
 
 
-def dense_bytes(model: Model, n_tokens: int) -> TokenBytes:
+def dense_bytes(model: Model, n_tokens: int, cache: CacheTypes = DEFAULT_CACHE) -> TokenBytes:
     """Stock libllama: every matrix, and the average size of the cache while ``n_tokens`` are decoded."""
     ffn = sum(t.n_bytes for t in _ffn_matrices(model).values())
-    return TokenBytes(_dense_weights(model), ffn, 0.0, _kv_bytes(model, n_tokens))
+    return TokenBytes(_dense_weights(model), ffn, 0.0, _kv_bytes(model, n_tokens, cache))
 
 
-def sparse_bytes(model: Model, n_tokens: int, stats: Stats, cold: Path | None, predictor: Path | None) -> TokenBytes:
+def sparse_bytes(
+    model: Model,
+    n_tokens: int,
+    stats: Stats,
+    cold: Path | None,
+    predictor: Path | None,
+    cache: CacheTypes = DEFAULT_CACHE,
+) -> TokenBytes:
     """What the plugin read, from its ``stats`` over ``n_tokens`` decoded one at a time."""
     neuron = neuron_bytes(model, cold)
     # Layers of tokens that no counter includes were computed by ggml's CPU backend.
@@ -72,7 +78,7 @@ def sparse_bytes(model: Model, n_tokens: int, stats: Stats, cold: Path | None, p
         + n_dense * neuron.ffn
     )
     named = _predictor_bytes(predictor, model) if predictor is not None and stats.n_tokens else 0
-    return TokenBytes(_dense_weights(model), ffn / n_tokens, named, _kv_bytes(model, n_tokens))
+    return TokenBytes(_dense_weights(model), ffn / n_tokens, named, _kv_bytes(model, n_tokens, cache))
 
 
 def neuron_bytes(model: Model, cold: Path | None) -> NeuronBytes:
@@ -103,8 +109,9 @@ def _dense_weights(model: Model) -> float:
     return float(sum(t.row_bytes if name in looked_up else t.n_bytes for name, t in tensors.items() if name not in ffn))
 
 
-def _kv_bytes(model: Model, n_tokens: int) -> float:
-    per_token = sum(model.kv_bytes_per_token(layer, _KV_VALUE_BYTES) for layer in range(model.n_layer))
+def _kv_bytes(model: Model, n_tokens: int, cache: CacheTypes) -> float:
+    k_bytes, v_bytes = map(cache_type_bytes, cache)
+    per_token = sum(model.kv_bytes_per_token(layer, k_bytes, v_bytes) for layer in range(model.n_layer))
     return per_token * (n_tokens + 1) / 2
 
 

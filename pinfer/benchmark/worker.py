@@ -19,23 +19,23 @@ from pathlib import Path
 from typing import IO, Any
 
 from pinfer.errors import PinferError
+from pinfer.llama.cache_types import DEFAULT_CACHE
 from pinfer.llama.devices import list_devices, measure_bandwidth
 from pinfer.llama.engine import Engine, PluginConfig
 from pinfer.llama.ggml import load_library
 from pinfer.llama.plugin import load_plugin
 from pinfer.llama.rpc import connect
 
-N_BATCH, N_UBATCH = 2048, 512  # llama-bench's defaults
 _NO_VOCABULARY = 0  # enum llama_vocab_type
 
 
 class BenchEngine(Engine):
     """An engine that opens a new context for each test, with the test's number of sequences."""
 
-    def open_context(self, n_ctx: int, n_seq: int) -> None:
-        """A context of ``n_ctx`` tokens for each of ``n_seq`` sequences, with llama-bench's batch sizes."""
-        n_batch = max(n_seq, min(N_BATCH, n_ctx))
-        self._open_context(n_ctx * n_seq, n_batch, min(n_batch, N_UBATCH), n_seq)
+    def open_context(self, n_ctx: int, n_seq: int, n_batch: int, n_ubatch: int) -> None:
+        """A context of ``n_ctx`` tokens for each of ``n_seq`` sequences."""
+        n_batch = max(n_seq, min(n_batch, n_ctx))
+        self._open_context(n_ctx * n_seq, n_batch, min(n_batch, n_ubatch), n_seq)
 
     def time_prompt(self, tokens: Sequence[int]) -> float:
         """Seconds to process a prompt in batches, with logits for its last token only."""
@@ -98,14 +98,26 @@ class Worker:
         return method(**command)
 
     def do_load(
-        self, model: str, plugin: dict[str, Any] | None, n_threads: int, n_gpu_layers: int = 0, rpc: str | None = None
+        self,
+        model: str,
+        plugin: dict[str, Any] | None,
+        n_threads: int,
+        n_gpu_layers: int = 0,
+        cache_types: Sequence[str] = DEFAULT_CACHE,
+        rpc: str | None = None,
     ) -> dict[str, object]:
         """Load the model with this plugin configuration, or without the plugin (``None``)."""
         if rpc is not None:
             connect(rpc)
         config = None if plugin is None else _plugin_config(plugin)
         self._engine = BenchEngine(
-            Path(model), plugin=config, n_ctx=32, n_batch=32, n_threads=n_threads, n_gpu_layers=n_gpu_layers
+            Path(model),
+            plugin=config,
+            n_ctx=32,
+            n_batch=32,
+            n_threads=n_threads,
+            n_gpu_layers=n_gpu_layers,
+            cache_types=(cache_types[0], cache_types[1]),
         )
         self._sparse = plugin is not None
         isa = load_plugin().isa() if self._sparse else ""
@@ -114,8 +126,8 @@ class Worker:
     def do_tokenize(self, text: str) -> list[int]:
         return self._loaded().tokenize(text)
 
-    def do_open(self, n_ctx: int, n_seq: int) -> None:
-        self._loaded().open_context(n_ctx, n_seq)
+    def do_open(self, n_ctx: int, n_seq: int, n_batch: int = 2048, n_ubatch: int = 512) -> None:
+        self._loaded().open_context(n_ctx, n_seq, n_batch, n_ubatch)
 
     def do_time(self, kind: str, streams: list[list[int]]) -> dict[str, object]:
         """Run a test once (``pp``: a prompt, ``tg``: decoding) with counters that start at zero."""

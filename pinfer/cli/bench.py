@@ -15,6 +15,8 @@ from pinfer.cli.formats import format_bytes, percent
 from pinfer.cli.options import (
     ActivationOpt,
     ArtefactsOpt,
+    CacheTypeKOpt,
+    CacheTypeVOpt,
     Choice,
     DenseOpt,
     DeviceOpt,
@@ -23,6 +25,7 @@ from pinfer.cli.options import (
     NoArtefactsOpt,
     RpcOpt,
     ThreadsOpt,
+    UbatchOpt,
     parse_list,
     settings,
     with_model,
@@ -46,7 +49,7 @@ def bench(
         str, typer.Option("-n", "--n-gen", metavar="N[,N]", help="Numbers of tokens to decode; 0 skips them.")
     ] = "128",
     n_seq: Annotated[
-        str, typer.Option("-b", "--parallel", metavar="N[,N]", help="Numbers of sequences to decode in parallel.")
+        str, typer.Option("-np", "--parallel", metavar="N[,N]", help="Numbers of sequences to decode in parallel.")
     ] = "1,4,16",
     repetitions: Annotated[
         int, typer.Option("-r", "--repetitions", min=1, metavar="N", help="Repetitions of each test.")
@@ -56,10 +59,16 @@ def bench(
         int,
         typer.Option("-c", "--ctx-size", min=0, metavar="N", help="Context per sequence; 0 uses what the test needs."),
     ] = 0,
+    n_batch: Annotated[
+        int, typer.Option("-b", "--batch-size", min=1, metavar="N", help="Logical batch: tokens submitted together.")
+    ] = 2048,
+    n_ubatch: UbatchOpt = 512,
     n_gpu_layers: LayersOpt = None,
     text: Annotated[
         Path | None, typer.Option("--text", metavar="FILE", help="Text to take the tokens from. [default: built-in]")
     ] = None,
+    cache_type_k: CacheTypeKOpt = None,
+    cache_type_v: CacheTypeVOpt = None,
     exact: ExactOpt = False,
     dense: DenseOpt = False,
     artefacts: ArtefactsOpt = None,
@@ -80,10 +89,13 @@ def bench(
             "an RPC server serves one process at a time; measure one side: --compare none, or --dense",
             param_hint="--rpc",
         )
-    lists = {"n_prompt": parse_list(n_prompt, "-p"), "n_gen": parse_list(n_gen, "-n"), "n_seq": parse_list(n_seq, "-b")}
-    path = choice.path()
+    lists = {
+        "n_prompt": parse_list(n_prompt, "-p"),
+        "n_gen": parse_list(n_gen, "-n"),
+        "n_seq": parse_list(n_seq, "-np"),
+    }
     options = settings(stage.BenchOptions, {**locals(), **lists})
-    print_bench(stage.bench(path, options, ui.stderr_progress()), "json" if as_json else output)
+    print_bench(stage.bench(choice.path(), options, ui.stderr_progress()), "json" if as_json else output)
 
 
 def print_bench(report: BenchReport, output: str) -> None:

@@ -12,6 +12,8 @@ from pinfer.cli.formats import percent
 from pinfer.cli.options import (
     ActivationOpt,
     ArtefactsOpt,
+    CacheTypeKOpt,
+    CacheTypeVOpt,
     Choice,
     DeviceOpt,
     ExactOpt,
@@ -43,6 +45,8 @@ def evaluate(
         ),
     ] = 4096,
     n_ctx: WindowOpt = 0,
+    cache_type_k: CacheTypeKOpt = None,
+    cache_type_v: CacheTypeVOpt = None,
     exact: ExactOpt = False,
     artefacts: ArtefactsOpt = None,
     no_artefacts: NoArtefactsOpt = False,

@@ -174,6 +174,17 @@ ActivationOpt = Annotated[
     Literal["relu", "relu2", "reglu", "drelu"] | None,
     typer.Option("--activation", help="Activation of the FFN, if the model does not name it."),
 ]
+CacheTypeKOpt = Annotated[
+    str | None,
+    typer.Option("-ctk", "--cache-type-k", metavar="TYPE", help="Type of the K cache. [default: as solved, else f16]"),
+]
+CacheTypeVOpt = Annotated[
+    str | None,
+    typer.Option("-ctv", "--cache-type-v", metavar="TYPE", help="Type of the V cache. [default: as solved, else f16]"),
+]
+UbatchOpt = Annotated[
+    int, typer.Option("-ub", "--ubatch-size", min=1, metavar="N", help="Physical batch: tokens computed together.")
+]
 ExactOpt = Annotated[bool, typer.Option("--exact", help="Lossless: do not use the predictor.")]
 DenseOpt = Annotated[bool, typer.Option("--dense", help="Use stock libllama, for comparison.")]
 ArtefactsOpt = Annotated[

@@ -16,6 +16,7 @@ from pinfer.cli.options import (
     PlacedOnOpt,
     ReservedOpt,
     RpcOpt,
+    UbatchOpt,
     VramOpt,
     parse_sizes,
     settings,
@@ -32,9 +33,7 @@ def solve(
     choice: Choice,
     vram: VramOpt = None,
     n_ctx: ReservedOpt = None,
-    n_batch: Annotated[
-        int, typer.Option("-b", "--batch-size", min=1, metavar="N", help="Batch size to reserve memory for.")
-    ] = 512,
+    n_ubatch: UbatchOpt = 512,
     device: PlacedOnOpt = None,
     rpc: RpcOpt = None,
     machine: Annotated[
@@ -43,7 +42,12 @@ def solve(
     time_limit: Annotated[
         float, typer.Option("--time-limit", min=0.1, metavar="SECONDS", help="Time limit of the solver.")
     ] = 10.0,
-    cache_type: Annotated[str, typer.Option("--cache-type", metavar="TYPE", help="Type of the KV cache.")] = "f16",
+    cache_type_k: Annotated[
+        str, typer.Option("-ctk", "--cache-type-k", metavar="TYPE", help="Type of the K cache.")
+    ] = "f16",
+    cache_type_v: Annotated[
+        str, typer.Option("-ctv", "--cache-type-v", metavar="TYPE", help="Type of the V cache.")
+    ] = "f16",
     activation: ActivationOpt = None,
     as_json: JsonOpt = False,
 ) -> None:

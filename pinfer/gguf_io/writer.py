@@ -38,14 +38,12 @@ def temporary_file(path: Path, kind: str = "") -> Iterator[Path]:
     Other commands recognise it as in use by its lock, which ends with this process even if that is killed.
     """
     name = path.with_name(f".{path.name}.{kind}{_TOKEN}.tmp")
-    file = os.open(name, os.O_CREAT | os.O_RDWR, 0o666)
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.callback(name.unlink, missing_ok=True)  # registered first: Ctrl-C may come as soon as the file is there
+        file = stack.enter_context(name.open("ab"))
         with contextlib.suppress(OSError):  # a file system without locks
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield name
-    finally:
-        name.unlink(missing_ok=True)
-        os.close(file)
 
 
 def _remove_leftovers(path: Path) -> None:

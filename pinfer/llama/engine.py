@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 
 from pinfer.errors import PinferError
 from pinfer.llama import log
-from pinfer.llama import plugin as native
+from pinfer.llama.cache_types import DEFAULT_CACHE, CacheTypes, ggml_type_name
 from pinfer.llama.devices import physical_cores
 from pinfer.llama.ggml import load_library
+from pinfer.llama.plugin import is_loaded, load_plugin
 from pinfer.model import Model
 
 DEVICE_NAME = b"PINFER"
@@ -61,8 +62,7 @@ class Engine:
     """A loaded model with one context and one sequence; a context manager that frees both at the end.
 
     ``plugin=None`` gives stock libllama, even in a process that has loaded the plugin. Engines of several models may be
-    open at the same time, each with its own plugin settings. Two engines of one model need the same settings; a second one
-    with others is refused.
+    open at the same time, each with its own plugin settings. Two engines of one model must have the same settings.
     """
 
     def __init__(
@@ -74,6 +74,7 @@ class Engine:
         n_batch: int = 512,
         n_threads: int | None = None,
         n_gpu_layers: int = 0,
+        cache_types: CacheTypes = DEFAULT_CACHE,
         f32_attention: bool = False,
         repack: bool = True,
     ) -> None:
@@ -88,6 +89,7 @@ class Engine:
         self._context: Any = None
         self._batch: Any = None
         self._f32_attention = f32_attention
+        self._cache_types = ("f32", "f32") if f32_attention else cache_types
         self._n_threads = n_threads or physical_cores()
         self._hot_devices = plugin.device if plugin is not None and plugin.hot else None
         configure_plugin(model_path, plugin)
@@ -144,8 +146,7 @@ class Engine:
         params.no_perf = True
         arch = ctypes.create_string_buffer(64)
         llama.llama_model_meta_val_str(self._model, b"general.architecture", arch, len(arch))
-        if self._f32_attention:
-            params.type_k = params.type_v = llama.GGML_TYPE_F32
+        params.type_k, params.type_v = (getattr(llama, ggml_type_name(kind)) for kind in self._cache_types)
         if self._f32_attention or arch.value in NO_FLASH_ATTENTION:
             params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
         log.capture()
@@ -308,8 +309,8 @@ class Engine:
         if self._model:
             self._llama.llama_model_free(self._model)
             self._model = None
-        if self._configured is not None and native.is_loaded():
-            native.load_plugin().release(self._configured)
+        if self._configured is not None and is_loaded():
+            load_plugin().release(self._configured)
         self._configured = None
 
     def __enter__(self) -> Self:
@@ -340,10 +341,10 @@ def require_loadable(path: Path) -> None:
 def configure_plugin(model_path: Path, config: PluginConfig | None) -> None:
     if config is None:
         # Once loaded, the plugin's device stays in the process: it has to be told to keep out of this model's way.
-        if native.is_loaded():
-            native.load_plugin().configure(model_path, activation="other")
+        if is_loaded():
+            load_plugin().configure(model_path, activation="other")
         return
-    native.load_plugin().configure(
+    load_plugin().configure(
         model_path,
         predictor=config.predictor,
         hot=config.hot,
@@ -380,5 +381,5 @@ def _dense_devices(hot_devices: str) -> ctypes.Array[ctypes.c_void_p]:
 
 
 def _why_not_decoded(status: int) -> str:
-    failure = native.load_plugin().last_failure() if native.is_loaded() else None
+    failure = load_plugin().last_failure() if is_loaded() else None
     return failure or f"libllama cannot decode (status {status}): {log.last_words()}"

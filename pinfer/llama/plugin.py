@@ -1,7 +1,7 @@
 """The native part as Python sees it: where plugin and runner lie, and ``native/include/pinfer.h`` through ctypes.
 
-The plugin serves any number of models in one process, each named by the path of its GGUF; see the header for the order of the
-calls.
+The plugin serves any number of models in one process, each named by the path of its GGUF. The header gives the order
+of the calls.
 """
 
 from __future__ import annotations
@@ -230,9 +230,9 @@ class PluginLibrary:
     ) -> None:
         """``pinfer_configure``: check and open the artefacts of ``model``, in place of its earlier configuration.
 
-        Raises PinferError, and leaves the earlier configuration, while a model loaded from this file is in use with other
-        settings. Without a predictor it is exact mode, without an activation the graph's own; ``other`` leaves the model to
-        llama.cpp; ``n_batch_dense=0`` is the default.
+        Raises PinferError, and keeps the earlier configuration, while a model loaded from this file is in use with
+        other settings. Without a predictor the mode is exact; without an activation the graph's own is used;
+        ``other`` leaves the model to llama.cpp; ``n_batch_dense=0`` is the default.
         Several hot shards go to as many devices, named in a sequence or in a list with commas; by default to the GPUs.
         With an ``activation_threshold`` what a ReLU lets through has to exceed it.
         """
@@ -256,7 +256,7 @@ class PluginLibrary:
         self._library.pinfer_release(os.fsencode(model))
 
     def stats(self, model: Path | None = None) -> Stats:
-        """The counters of ``model`` since it was configured or they were reset; None: of all configured models together."""
+        """Counters of ``model`` since it was configured or they were reset; None: the sum over all models."""
         stats = _Stats()
         self._library.pinfer_get_stats(_path_bytes(model), ctypes.byref(stats))
         return Stats(**{name: getattr(stats, name) for name, _ in _Stats._fields_})

@@ -1,4 +1,4 @@
-"""Which devices to solve for, how much memory of each, and what of it is left for hot neurons."""
+"""Chooses the devices, the memory to use of each, and what the dense layers leave for hot neurons."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pinfer.errors import PinferError
+from pinfer.llama.cache_types import CacheTypes
 from pinfer.llama.devices import list_devices
 from pinfer.model import Model
 from pinfer.placement.compute_buffers import Layout, count_compute_bytes
@@ -16,29 +17,34 @@ from pinfer.placement.model_bytes import DensePart, compute_bytes, fit_dense, ho
 from pinfer.progress import NULL_PROGRESS, Progress
 
 _DEFAULT_CTX = 4096
-# Left free where no --vram is given: what drivers and other programs take between now and the run.
+# Kept free unless --vram is given: drivers and other programs may take it before the run.
 _MARGIN_BYTES = 256 << 20
 _MARGIN_SHARE = 0.04
 _MOST_BYTES = 1 << 60
-# A card assumed where --vram is given on a machine without one; only a prediction hangs on it.
+# The card assumed when --vram is given on a machine without one; it affects the predicted speeds only.
 _ASSUMED_BANDWIDTH = 5e11
 _ASSUMED_SYNC = 5e-5
 
 
 @dataclass(frozen=True)
 class SolveOptions:
-    """What the command line can set."""
+    """Options of ``pinfer solve``."""
 
     vram: int | Sequence[int] | None = None
-    """bytes, of all devices together or of each; None: what is free on the devices, 0 without one"""
+    """bytes for all devices together or for each; None: the free memory of the devices"""
     n_ctx: int | None = None
-    n_batch: int = 512
+    n_ubatch: int = 512
     device: str | None = None
-    """names, separated by commas; dense layers go to the first"""
+    """names separated by commas; dense layers go to the first"""
     machine: Path | None = None
     time_limit: float = 10.0
     activation: str | None = None
-    cache_type: str = "f16"
+    cache_type_k: str = "f16"
+    cache_type_v: str = "f16"
+
+    @property
+    def cache_types(self) -> CacheTypes:
+        return self.cache_type_k, self.cache_type_v
 
     @property
     def device_names(self) -> tuple[str, ...]:
@@ -47,7 +53,7 @@ class SolveOptions:
 
     @property
     def vram_list(self) -> tuple[int, ...]:
-        """Empty where none is given."""
+        """Empty if not given."""
         if self.vram is None:
             return ()
         return (self.vram,) if isinstance(self.vram, int) else tuple(self.vram)
@@ -55,7 +61,7 @@ class SolveOptions:
 
 @dataclass(frozen=True)
 class DeviceBudget:
-    """The memory of one device to use, and what its dense part takes of it."""
+    """The memory to use of one device, and the part of the model that runs densely there."""
 
     device: HotDevice
     vram: int
@@ -68,7 +74,7 @@ class DeviceBudget:
         return max(0, self.vram - self.dense.total - overheads)
 
     def parts(self, model: Model, n_hot: int, hot_bytes: int) -> dict[str, int]:
-        """Bytes by what they are for, with ``hot_bytes`` of neurons of which no layer has more than ``n_hot``."""
+        """Bytes by purpose, for ``hot_bytes`` of neurons and at most ``n_hot`` of them in one layer."""
         users = (self.dense.n_gpu_layers > 0) + (n_hot > 0)
         return {
             "dense_weights": self.dense.dense_weights,
@@ -87,7 +93,7 @@ class Budget:
 
     machine: Machine
     n_ctx: int
-    cache_type: str
+    cache_types: CacheTypes
     devices: tuple[DeviceBudget, ...]
 
     @property
@@ -105,7 +111,7 @@ class Budget:
         return tuple(Room(device.room, fixed, per_group) for device in self.devices)
 
     def without_dense(self) -> Budget:
-        """The same memory, all of it for hot neurons."""
+        """The same memory, used for hot neurons only."""
         bare = tuple(replace(d, dense=DensePart(0, 0, 0, 0)) for d in self.devices)
         return replace(self, devices=bare)
 
@@ -113,7 +119,7 @@ class Budget:
 def make_budget(model: Model, row_bytes: int, options: SolveOptions, progress: Progress = NULL_PROGRESS) -> Budget:
     """Finds the devices and fills the first with dense layers. ``row_bytes`` is the size of a cold neuron.
 
-    Raises PinferError for devices and budgets that do not go together or are not there.
+    Raises PinferError for devices that do not exist and for budgets that do not match them.
     """
     machine, vram, is_here = _machine_and_vram(model, row_bytes, options, progress)
     n_ctx = options.n_ctx or min(model.n_ctx_train or _DEFAULT_CTX, _DEFAULT_CTX)
@@ -124,19 +130,19 @@ def make_budget(model: Model, row_bytes: int, options: SolveOptions, progress: P
 
         def compute(n_gpu_layers: int) -> int:
             if not is_here:
-                return compute_bytes(model, n_ctx, options.n_batch)
-            layout = Layout(n_gpu_layers, n_ctx, options.n_batch, options.cache_type)
+                return compute_bytes(model, n_ctx, options.n_ubatch)
+            layout = Layout(n_gpu_layers, n_ctx, options.n_ubatch, options.cache_types)
             return count_compute_bytes(model, first.device.name, layout)
 
         room = first.vram - first.device.overhead
-        devices[0] = replace(first, dense=fit_dense(model, room, n_ctx, options.cache_type, compute))
-    return Budget(machine, n_ctx, options.cache_type, tuple(devices))
+        devices[0] = replace(first, dense=fit_dense(model, room, n_ctx, options.cache_types, compute))
+    return Budget(machine, n_ctx, options.cache_types, tuple(devices))
 
 
 def _machine_and_vram(
     model: Model, row_bytes: int, options: SolveOptions, progress: Progress
 ) -> tuple[Machine, tuple[int, ...], bool]:
-    """The machine to solve for, the bytes to use of each of its devices, and whether these are in this machine."""
+    """The machine, the bytes to use of each of its devices, and whether it is this machine."""
     if options.machine is not None:
         machine, is_here = _described(options.machine, options), False
     elif options.vram_list and not any(options.vram_list):
@@ -144,7 +150,7 @@ def _machine_and_vram(
     else:
         machine, is_here = _found(model.n_embd, row_bytes, options, progress)
     if not machine.devices:
-        progress.note("no GPU here: every neuron stays on the CPU")
+        progress.note("no GPU found: every neuron stays on the CPU")
         return machine, (), False
     vram = _shares(machine.devices, options.vram_list)
     if max(vram) >= _MOST_BYTES:
@@ -157,7 +163,7 @@ def _machine_and_vram(
 
 
 def _described(path: Path, options: SolveOptions) -> Machine:
-    """The machine of a file with the devices that are asked for, or that --vram has numbers for."""
+    """The machine of a file, with the devices that --device names or --vram has sizes for."""
     machine = read_machine(path)
     by_name = {device.name.lower(): device for device in machine.devices}
     for name in options.device_names:
@@ -173,7 +179,7 @@ def _described(path: Path, options: SolveOptions) -> Machine:
 
 
 def _found(n_embd: int, row_bytes: int, options: SolveOptions, progress: Progress) -> tuple[Machine, bool]:
-    """This machine; with a budget given and no GPU in it, as if it had what is asked for."""
+    """This machine; if it has no GPU but a budget is given, with an assumed one."""
     gpus = [device for device in list_devices() if device.kind != "cpu"]
     try:
         if not options.device_names and len(options.vram_list) > 1 and gpus:
@@ -187,8 +193,8 @@ def _found(n_embd: int, row_bytes: int, options: SolveOptions, progress: Progres
     if chosen or not options.vram_list:
         return probe(chosen, n_embd, row_bytes), True
     progress.note(
-        f"no GPU here: speeds are those of a card with {_ASSUMED_BANDWIDTH / 1e9:.0f} GB/s (--machine FILE describes "
-        "another), and running this placement needs one"
+        f"no GPU found: assuming a card with {_ASSUMED_BANDWIDTH / 1e9:.0f} GB/s (use --machine FILE for "
+        "another); running this placement needs one"
     )
     names = options.device_names or tuple(f"none{i or ''}" for i in range(len(options.vram_list)))
     assumed = tuple(
@@ -199,7 +205,7 @@ def _found(n_embd: int, row_bytes: int, options: SolveOptions, progress: Progres
 
 
 def _shares(devices: Sequence[HotDevice], wanted: Sequence[int]) -> tuple[int, ...]:
-    """Bytes to use of each device: as given, else one number divided by what is free on them, else what is free."""
+    """Bytes to use of each device: as given, or one size divided by their free memory, or their free memory."""
     free = [max(0, d.memory_free - max(_MARGIN_BYTES, int(d.memory_free * _MARGIN_SHARE))) for d in devices]
     if not wanted:
         return tuple(free)

@@ -14,6 +14,7 @@ from typing import Any
 
 from pinfer.errors import PinferError
 from pinfer.llama import log
+from pinfer.llama.cache_types import CacheTypes, ggml_type_name
 from pinfer.llama.engine import PluginConfig, configure_plugin, ffn_overrides
 from pinfer.llama.ggml import load_library
 from pinfer.model import Model
@@ -29,8 +30,8 @@ class Layout:
 
     n_gpu_layers: int
     n_ctx: int
-    n_batch: int
-    cache_type: str
+    n_ubatch: int
+    cache_types: CacheTypes
 
 
 def count_compute_bytes(model: Model, device: str, layout: Layout) -> int:
@@ -79,9 +80,9 @@ def count_compute_bytes(model: Model, device: str, layout: Layout) -> int:
 def _context_params(llama: Any, layout: Layout) -> Any:
     params = llama.llama_context_default_params()
     params.n_ctx = layout.n_ctx
-    params.n_batch = params.n_ubatch = layout.n_batch
+    params.n_batch = params.n_ubatch = layout.n_ubatch
     params.n_seq_max = params.n_outputs_max = 1
-    params.type_k = params.type_v = getattr(llama, f"GGML_TYPE_{layout.cache_type.upper()}")
+    params.type_k, params.type_v = (getattr(llama, ggml_type_name(kind)) for kind in layout.cache_types)
     params.op_offload = False
     return params
 

@@ -1,7 +1,7 @@
-"""How long a token takes, by the bytes it has to read: what the solver weighs and what it predicts.
+"""Predicts the time of a token from the bytes it reads; the solver places neurons by it.
 
-Decoding is bound by memory. A layer's dense part is read where it lies; then the device reads its hot neurons, all of
-them, while the CPU reads the rows of the cold neurons that fire (and what tells which do); the slowest side decides.
+Decoding is bound by memory. Each side reads the dense part of the layers it holds. Of the FFN the device reads all of
+its hot neurons while the CPU reads the predictor and the rows of the cold neurons that fire; the slower side decides.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pinfer.placement.machine import Machine
 
 @dataclass(frozen=True)
 class PredictorCost:
-    """What the predictor of one layer costs and names. Without one every neuron is a candidate (exact mode)."""
+    """Size and candidates of one layer's predictor. Without one every neuron is a candidate (exact mode)."""
 
     n_bytes: int
     candidates: float
@@ -28,7 +28,7 @@ class PredictorCost:
 
 @dataclass(frozen=True)
 class LayerCost:
-    """Seconds that the FFN of one layer takes on each side, by the number of hot groups, ``[n_groups + 1]`` each."""
+    """Seconds per token of one layer's FFN on each side, by the number of hot groups, ``[n_groups + 1]`` each."""
 
     cpu: NDArray[np.float64]
     """by the hot groups of all devices together"""
@@ -36,7 +36,7 @@ class LayerCost:
     """by the device's own hot groups; 0 for none"""
 
     def least_groups(self, device: int) -> int:
-        """C_l,d: the fewest groups that a device does sooner than the CPU, synchronisation included; 0 if none."""
+        """C_l,d: the fewest groups that a device computes faster than the CPU, synchronisation included; 0 if none."""
         pays = self.cpu[0] - self.cpu >= self.devices[device]
         pays[0] = False
         return int(np.argmax(pays)) if pays.any() else 0
@@ -44,8 +44,8 @@ class LayerCost:
     def most_groups(self) -> tuple[int, ...]:
         """The groups of each device after which the layer would wait for it: it reads all its neurons at every token.
 
-        The devices and the CPU work at the same time, so the best time of a layer is the smallest T in which the CPU
-        does what is left by the devices after each has done as many groups as it can within T.
+        The devices and the CPU work in parallel. The best time of a layer is the smallest T such that the CPU can
+        compute within T what remains after each device has taken as many groups as it can compute within T.
         """
         if not self.devices:
             return ()
@@ -56,11 +56,11 @@ class LayerCost:
         return tuple(int(np.searchsorted(seconds, within, side="right")) - 1 for seconds in self.devices)
 
     def most_alone(self, device: int) -> int:
-        """The same where no other device has a part of the layer, as when their memory is full."""
+        """The same if no other device has a part of the layer, for example because their memory is full."""
         return LayerCost(self.cpu, (self.devices[device],)).most_groups()[0]
 
     def seconds(self, n_groups: Sequence[int]) -> float:
-        """All sides work at the same time; ``n_groups`` is per device."""
+        """All sides work in parallel; ``n_groups`` is per device."""
         on_devices = (float(seconds[n]) for seconds, n in zip(self.devices, n_groups, strict=True))
         return max(float(self.cpu[sum(n_groups)]), *on_devices, 0.0)
 
@@ -81,7 +81,7 @@ def layer_cost(
     rest = cold_neuron_bytes(model, layer, types) - first
     named = np.ones_like(frequency)
     if predictor is not None:
-        # The candidates are the neurons that fire and others like them, so they are spread as the active ones are.
+        # Candidates are assumed to be distributed like the neurons that fire.
         named = np.minimum(1.0, frequency * predictor.candidates / max(float(frequency.mean()), 1e-12))
     read = (first * named + rest * frequency) / (machine.cpu_bandwidth * machine.scattered)
     starts = np.arange(0, len(frequency), group)
@@ -97,7 +97,7 @@ def layer_cost(
 
 
 def dense_seconds(n_bytes: float, on_device: bool, machine: Machine) -> float:
-    """Seconds to read dense weights or cache on one side, with the way there and back on the (first) device."""
+    """Seconds to read dense weights or cache on one side, with a synchronisation on the (first) device."""
     if on_device and machine.devices:
         return n_bytes / machine.devices[0].bandwidth + machine.devices[0].sync_seconds
     return n_bytes / machine.cpu_bandwidth

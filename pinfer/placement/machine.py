@@ -1,17 +1,17 @@
-"""What the solver has to know about a machine, measured here or read from a file.
+"""Describes a machine to the solver: measured here or read from a file.
 
 The file of ``--machine`` is JSON; sizes in bytes, speeds in bytes per second, times in seconds::
 
     {"name": "desktop",
      "n_threads": 16,
      "cpu_bandwidth": 6.0e10,       weights that a matrix-vector product on the CPU reads per second
-     "scattered": 0.45,             share of it that is left for rows of one neuron lying apart
+     "scattered": 0.45,             share of it reached when reading scattered rows of single neurons
      "devices": [{"name": "CUDA0", "description": "RTX 4090", "kind": "gpu",
                   "memory_total": 25757220864, "memory_free": 25000000000,
                   "bandwidth": 9.0e11, "sync_seconds": 3.0e-5, "overhead": 120000000}]}
 
-``devices`` is empty for a machine without one; a ``kind`` is ``gpu``, ``igpu`` or ``cpu`` (a second CPU device), and
-``overhead``, 0 where it is left out, what a driver takes for itself. One device, or null, may also stand in ``device``.
+``devices`` is empty for a machine without one. ``kind`` is ``gpu``, ``igpu`` or ``cpu`` (a second CPU device), and
+``overhead`` (default 0) is the memory that a driver takes for itself. ``device`` with one object or null also works.
 ``pinfer solve --json`` prints such an object under ``machine``.
 """
 
@@ -37,7 +37,7 @@ _KINDS = ("gpu", "igpu", "cpu")
 
 @dataclass(frozen=True)
 class HotDevice:
-    """A device that is to hold hot neurons."""
+    """A device for hot neurons."""
 
     name: str
     description: str
@@ -47,33 +47,33 @@ class HotDevice:
     bandwidth: float
     sync_seconds: float
     overhead: int = 0
-    """bytes that computing takes beside the buffers that are asked for: code, workspaces, rounding"""
+    """bytes used besides the allocated buffers: code, workspaces, rounding"""
 
     @property
     def own_memory(self) -> bool:
-        """False for a CPU device: what it would hold lies in the same memory already."""
+        """False for a CPU device, which shares the main memory."""
         return self.kind != "cpu"
 
 
 @dataclass(frozen=True)
 class Machine:
-    """The numbers that decide what goes where."""
+    """The numbers that decide a placement."""
 
     name: str
     n_threads: int
     cpu_bandwidth: float
     scattered: float
     devices: tuple[HotDevice, ...]
-    """in the order in which they are filled; dense layers go to the first one"""
+    """in the order they are filled; dense layers go to the first"""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
 def choose_devices(wanted: Sequence[str]) -> tuple[Device, ...]:
-    """The devices of these names (any case), else the first GPU if there is one.
+    """The devices of these names (in any case); without names the first GPU, if any.
 
-    Raises PinferError for an unknown name and for one that is named twice.
+    Raises PinferError for a name that is unknown or given twice.
     """
     devices = list_devices()
     if not wanted:
@@ -92,7 +92,7 @@ def choose_devices(wanted: Sequence[str]) -> tuple[Device, ...]:
 
 
 def probe(chosen: Sequence[Device], n_embd: int, row_bytes: int) -> Machine:
-    """Measures this machine in about a second: its memory, and each chosen device by ggml graphs.
+    """Measures this machine's memory and, with ggml graphs, each chosen device; takes about a second.
 
     ``row_bytes`` is the size of one neuron in memory.
     """
@@ -110,7 +110,7 @@ def probe(chosen: Sequence[Device], n_embd: int, row_bytes: int) -> Machine:
 
 
 def _probe_device(device: Device, n_threads: int, n_embd: int) -> HotDevice:
-    # Before anything else has run there: what a driver takes, it takes once.
+    # Measured first: a driver takes its memory once, on first use.
     overhead = measure_overhead(device, n_threads, n_embd)
     sync = measure_sync(device.name, n_threads, n_embd)
     limit = _CPU_BYTES if device.kind == "cpu" else _DEVICE_BYTES
@@ -128,7 +128,7 @@ def _probe_device(device: Device, n_threads: int, n_embd: int) -> HotDevice:
 
 
 def _measure_scattered(row_bytes: int, n_bytes: int) -> float:
-    """How much slower every tenth row, at random, is read than the same number of rows in a piece."""
+    """Speed of reading every tenth row at random, relative to the same number of consecutive rows."""
     n_rows = max(n_bytes // row_bytes, 64)
     memory = np.ones((n_rows, row_bytes), dtype=np.uint8)
     n_picked = max(n_rows // 10, 4)

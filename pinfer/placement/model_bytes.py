@@ -1,7 +1,7 @@
-"""What takes device memory beside the hot neurons: dense weights, KV cache and buffers.
+"""Device memory besides the hot neurons: dense weights, KV cache and buffers.
 
-llama.cpp's ``n_gpu_layers`` counts from the output: 1 is the output matrix, 2 adds the last layer, and so on. Of an
-offloaded layer everything goes to the device but the matrices of its FFN, which pinfer owns.
+llama.cpp's ``n_gpu_layers`` counts from the output: 1 is the output matrix, 2 adds the last layer, and so on. An
+offloaded layer goes to the device except for the matrices of its FFN, which belong to pinfer.
 """
 
 from __future__ import annotations
@@ -10,27 +10,25 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from pinfer.errors import PinferError
-from pinfer.gguf_io.reader import type_number, type_size
+from pinfer.llama.cache_types import CacheTypes, cache_type_bytes
 from pinfer.model import Model
 
-# Buffers start at multiples of this on every device ggml knows; rows of some CUDA types are padded to as much.
+# Buffers start at multiples of this on all of ggml's devices; CUDA pads rows of some types to it.
 _ALIGNMENT = 512
-# llama.cpp cuts its cache in steps of this many tokens.
+# llama.cpp rounds the size of its cache up to a multiple of this many tokens.
 _CACHE_STEP = 256
 # Tokens that a hot device computes at once (PINFER_HOT_TOKENS of the plugin).
 _HOT_TOKENS = 256
-# Widths of attention heads for which ggml's GPU backends have a flash attention, which needs no matrix of scores.
+# Head sizes with flash attention in ggml's GPU backends, which needs no matrix of scores.
 _FLASH_WIDTHS = (64, 80, 96, 112, 128, 256)
-# Ends of tensors, and holes between them that none fits into.
+# Alignment of tensors and fragmentation.
 _SLACK = 1.05
-_CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
 _FFN_MATRIX = re.compile(r"blk\.\d+\.ffn_(up|gate|down)\.(weight|bias)")
 
 
 @dataclass(frozen=True)
 class DensePart:
-    """The part of a model that runs densely, by where it lies; bytes."""
+    """The dense part of a model on the device, in bytes."""
 
     n_gpu_layers: int
     dense_weights: int
@@ -40,14 +38,6 @@ class DensePart:
     @property
     def total(self) -> int:
         return self.dense_weights + self.kv_cache + self.compute_buffers
-
-
-def cache_type_bytes(cache_type: str) -> float:
-    """Bytes per value of a KV cache type. Raises PinferError for one that llama.cpp does not have."""
-    if cache_type.lower() not in _CACHE_TYPES:
-        raise PinferError(f"there is no cache type {cache_type!r}", f"use one of: {', '.join(_CACHE_TYPES)}")
-    block, size = type_size(type_number(cache_type))
-    return size / block
 
 
 def _aligned(n: float) -> int:
@@ -63,39 +53,39 @@ def output_bytes(model: Model) -> int:
 
 
 def layer_bytes(model: Model, layer: int) -> int:
-    """Everything of a layer but the matrices of its FFN."""
+    """A layer without the matrices of its FFN."""
     prefix = f"blk.{layer}."
     return sum(
         _aligned(t.n_bytes) for t in model.tensors if t.name.startswith(prefix) and not _FFN_MATRIX.fullmatch(t.name)
     )
 
 
-def kv_bytes(model: Model, layer: int, n_ctx: int, cache_type: str) -> int:
+def kv_bytes(model: Model, layer: int, n_ctx: int, cache_types: CacheTypes) -> int:
     """The KV cache of a layer for a whole context."""
     n_tokens = -(-n_ctx // _CACHE_STEP) * _CACHE_STEP
-    return _aligned(model.kv_bytes_per_token(layer, cache_type_bytes(cache_type)) * n_tokens)
+    return _aligned(model.kv_bytes_per_token(layer, *map(cache_type_bytes, cache_types)) * n_tokens)
 
 
-def compute_bytes(model: Model, n_ctx: int, n_batch: int) -> int:
-    """An upper estimate of llama.cpp's compute buffers on a device that is not here to be asked."""
+def compute_bytes(model: Model, n_ctx: int, n_ubatch: int) -> int:
+    """An upper bound of llama.cpp's compute buffers on a device that is not in this machine."""
     n_head = max(model.n_head, default=1)
     n_head_kv = max(model.n_head_kv, default=1)
     heads = n_head * model.head_dim_k + n_head_kv * (model.head_dim_k + model.head_dim_v) + n_head * model.head_dim_v
     n_ctx = -(-n_ctx // _CACHE_STEP) * _CACHE_STEP
-    # Per token, of 4 bytes: in a layer the residual stream, what is made of it, the heads, and the mask in 16 bits. The
-    # logits, at the end, are those of one token; they are never there at the same time.
+    # Values of 4 bytes per token: residual stream, normalised copy, heads, and the mask in 16 bits. The logits of one
+    # token follow at the end, when the layers' buffers are free again.
     layer = 2 * model.n_embd + heads + n_ctx // 2
     if not {model.head_dim_k, model.head_dim_v} <= set(_FLASH_WIDTHS):
         layer += 2 * n_head * n_ctx
-    values = max(layer * n_batch, model.n_vocab + 2 * model.n_embd)
+    values = max(layer * n_ubatch, model.n_vocab + 2 * model.n_embd)
     return _aligned(_SLACK * 4 * values) + (256 << 10)
 
 
 def hot_buffers(model: Model, n_hot: int) -> int:
-    """Device memory that the hot part takes beside its neurons, when no layer has more than ``n_hot`` of them there.
+    """Device memory of the hot part besides its neurons, with at most ``n_hot`` of them in a layer.
 
-    The activations of as many tokens as it is given at once (``pinfer_hot_compute_bytes`` of the plugin), what products
-    of 16 bits convert, and the ends of buffers and of quantised rows.
+    Activations of one batch of tokens (``pinfer_hot_compute_bytes`` of the plugin), operands converted to 16 bits, and
+    the padding of buffers and of quantised rows.
     """
     if n_hot == 0:
         return 0
@@ -105,8 +95,8 @@ def hot_buffers(model: Model, n_hot: int) -> int:
     return _aligned(activations + converted + ends)
 
 
-def fit_dense(model: Model, room: int, n_ctx: int, cache_type: str, compute: Callable[[int], int]) -> DensePart:
-    """As many dense layers as fit into ``room`` bytes, their KV cache and compute buffers included; perhaps none.
+def fit_dense(model: Model, room: int, n_ctx: int, cache_types: CacheTypes, compute: Callable[[int], int]) -> DensePart:
+    """The most dense layers that fit into ``room`` bytes with their KV cache and compute buffers; possibly none.
 
     ``compute`` gives the bytes of the compute buffers for a number of layers (``n_gpu_layers``).
     """
@@ -114,10 +104,10 @@ def fit_dense(model: Model, room: int, n_ctx: int, cache_type: str, compute: Cal
     for layer in reversed(range(model.n_layer)):
         last = parts[-1]
         weights = last.dense_weights + layer_bytes(model, layer)
-        cache = last.kv_cache + kv_bytes(model, layer, n_ctx, cache_type)
+        cache = last.kv_cache + kv_bytes(model, layer, n_ctx, cache_types)
         parts.append(DensePart(last.n_gpu_layers + 1, weights, cache, 0))
     fitting = [part for part in parts if part.total <= room]
-    # Buffers hardly hang on the number of layers, so what they take now is a good guess of what they will.
+    # The buffers hardly depend on the number of layers, so the last size is a good guess for the next.
     buffers = 0
     while fitting:
         part = fitting[-1]

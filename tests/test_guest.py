@@ -1,0 +1,322 @@
+"""The plugin in programs that know nothing of it, and several models in one process.
+
+The programs are llama.cpp's own, built without a change: ``ninja -C build/native stock``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import time
+import urllib.request
+from dataclasses import replace
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+from support.rpc_server import RpcServer
+from support.shards import write_shards
+
+from pinfer.errors import PinferError
+from pinfer.llama import plugin as native
+from pinfer.llama.engine import Engine, PluginConfig
+from pinfer.model import open_model
+
+TEXT = Path(__file__).parent / "data" / "heldout.txt"
+PROMPT = "Once upon a time"
+
+
+def stock(program: str) -> Path:
+    path = native.native_folder() / "bin" / f"llama-{program}"
+    assert path.is_file(), f"{path} is not built; type: ninja -C {native.native_folder()} stock"
+    return path
+
+
+def environment(*, preload: bool = True, **variables: str) -> dict[str, str]:
+    """The environment of a stock program; sanitizer runtimes preloaded into Python are not for it."""
+    clean = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+    return clean | ({"LD_PRELOAD": str(native.plugin_path())} if preload else {}) | variables
+
+
+def run(program: str, *arguments: str | Path, **settings: str | bool) -> subprocess.CompletedProcess[str]:
+    command = [str(stock(program)), *map(str, arguments)]
+    env = environment(**settings)  # type: ignore[arg-type]
+    return subprocess.run(
+        command, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=240, check=False
+    )
+
+
+def said(done: subprocess.CompletedProcess[str]) -> list[str]:
+    """The plugin's own lines."""
+    return [line.removeprefix("pinfer: ") for line in done.stderr.splitlines() if line.startswith("pinfer: ")]
+
+
+def complete(model: Path, *arguments: str | Path, **settings: str | bool) -> subprocess.CompletedProcess[str]:
+    greedy = ("-p", PROMPT, "-n", "12", "--temp", "0", "-t", "1", "-no-cnv", "--no-warmup", "--no-perf")
+    return run("completion", "-m", model, *greedy, *arguments, **settings)
+
+
+def perplexity(model: Path, *arguments: str | Path, **settings: str | bool) -> float:
+    options = ("-f", TEXT, "-c", "128", "-b", "128", "--chunks", "4", "-t", "1", "--no-warmup")
+    done = run("perplexity", "-m", model, *options, *arguments, **settings)
+    found = re.search(r"\[4\]([0-9.]+)", done.stdout)
+    assert found, done.stderr[-2000:]
+    return float(found.group(1))
+
+
+def greedy_text(model: Path, plugin: PluginConfig | None, n: int = 12) -> str:
+    with Engine(model, plugin=plugin, n_ctx=256, n_threads=1) as engine:
+        prompt = engine.tokenize(PROMPT)
+        return PROMPT + engine.detokenize(engine.generate(prompt, n))
+
+
+def last_line_starts(done: subprocess.CompletedProcess[str], text: str) -> None:
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip().startswith(text.strip()), (done.stdout, text)
+
+
+# --- every program of llama.cpp -------------------------------------------------------------------
+
+
+def test_completion_is_taken_over_by_the_header(tiny_reglu: Path) -> None:
+    """ReGLU, where llama.cpp would compute SwiGLU: the text is that of an engine with the plugin."""
+    expected = greedy_text(tiny_reglu, PluginConfig.of(open_model(tiny_reglu)))
+    done = complete(tiny_reglu)
+    last_line_starts(done, expected)
+    how = "computed by pinfer as reglu, exact, without artefacts"
+    assert said(done) == [f"tiny-reglu.gguf: {how}; to make them, type: pinfer profile {tiny_reglu}"]
+
+
+def test_perplexity_bench_and_chat(tiny_reglu: Path) -> None:
+    with_plugin, without = perplexity(tiny_reglu), perplexity(tiny_reglu, preload=False)
+    assert with_plugin < 0.95 * without, "llama.cpp alone computes SwiGLU"
+    taken = "tiny-reglu.gguf: computed by pinfer as reglu, exact"
+    for settings in ({}, {"preload": False, "GGML_BACKEND_PATH": str(native.plugin_path())}):
+        bench = run("bench", "-m", tiny_reglu, "-p", "16", "-n", "4", "-r", "1", "-t", "1", "-o", "json", **settings)  # type: ignore[arg-type]
+        assert bench.returncode == 0, bench.stderr[-2000:]
+        assert len(json.loads(bench.stdout)) == 2
+        assert said(bench)[0].startswith(taken)
+    chat = run("cli", "-m", tiny_reglu, "-p", "Hello", "-n", "4", "-t", "1", "--single-turn", "--no-warmup")
+    assert chat.returncode == 0, chat.stderr[-2000:]
+    assert said(chat)[0].startswith(taken)
+
+
+def test_the_server(tiny_reglu: Path, tmp_path: Path) -> None:
+    expected = greedy_text(tiny_reglu, PluginConfig.of(open_model(tiny_reglu)))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = tmp_path / "server.txt"
+    command = [str(stock("server")), "-m", str(tiny_reglu), "--port", str(port), "-t", "1", "-c", "256", "--no-warmup"]
+    with log.open("wb") as file:
+        server = subprocess.Popen(command, env=environment(), stdin=subprocess.DEVNULL, stdout=file, stderr=file)
+    try:
+        deadline = time.monotonic() + 120
+        body = json.dumps({"prompt": PROMPT, "n_predict": 12, "temperature": 0, "cache_prompt": False}).encode()
+        while True:
+            try:
+                request = urllib.request.Request(f"http://127.0.0.1:{port}/completion", body)
+                with urllib.request.urlopen(request, timeout=60) as answer:
+                    text = json.load(answer)["content"]
+                break
+            except OSError:
+                assert server.poll() is None, log.read_text()[-2000:]
+                assert time.monotonic() < deadline, log.read_text()[-2000:]
+                time.sleep(0.1)
+        assert expected.startswith(PROMPT + text) or (PROMPT + text).startswith(expected)
+        assert "pinfer: tiny-reglu.gguf: computed by pinfer as reglu, exact" in log.read_text()
+    finally:
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(timeout=60) == 0
+
+
+def test_a_model_without_zeros_is_left_alone(tiny_reglu: Path) -> None:
+    done = complete(tiny_reglu, PINFER_ACTIVATION="other")
+    assert done.returncode == 0
+    assert said(done) == ["tiny-reglu.gguf: left to llama.cpp: its FFN (llama) is not of the ReLU family"]
+
+
+def test_artefacts_beside_the_model_are_used(tiny_relu2: Path) -> None:
+    report = write_shards(tiny_relu2, 0.5)
+    stock_text = complete(tiny_relu2, preload=False)
+    done = complete(tiny_relu2)
+    last_line_starts(done, stock_text.stdout[:40])
+    folder = report.cold.parent
+    assert said(done) == [
+        f"tiny-relu2.gguf: computed by pinfer as relu2, exact, with shards of {folder}, hot neurons on CPU"
+    ]
+    # read into memory instead of mapped: the model is known all the same
+    done = complete(tiny_relu2, "--load-mode", "none")
+    last_line_starts(done, stock_text.stdout[:40])
+    assert "with shards of" in said(done)[0]
+
+
+# --- what must stop the load ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("variables", "reason"),
+    [
+        ({"PINFER_ACTIVATION": "typo"}, "PINFER_ACTIVATION=typo is not an activation"),
+        ({"PINFER_ARTEFACTS": "nowhere"}, "PINFER_ARTEFACTS=nowhere is not a folder"),
+        ({"PINFER_MODEL": "nowhere.gguf"}, "PINFER_MODEL=nowhere.gguf is not a file"),
+        ({"PINFER_ACTIVATION_THRESHOLD": "-1"}, "PINFER_ACTIVATION_THRESHOLD=-1 is not a number of 0 or more"),
+    ],
+)
+def test_wrong_settings_stop_the_load(tiny_reglu: Path, variables: dict[str, str], reason: str) -> None:
+    done = complete(tiny_reglu, **variables)
+    assert done.returncode == 1
+    assert PROMPT not in done.stdout
+    assert [line for line in said(done) if reason in line] == said(done)[:1]
+
+
+def test_artefacts_of_another_model_stop_the_load(tiny_relu2: Path, tiny_reglu: Path) -> None:
+    foreign = write_shards(tiny_relu2, 0.5).cold.parent
+    done = complete(tiny_reglu, PINFER_ARTEFACTS=str(foreign))
+    assert done.returncode == 1
+    assert "was made from another model than" in said(done)[0]
+    assert "pinfer split" in said(done)[0]
+
+
+def test_an_ffn_on_a_device_with_another_activation_is_refused(tiny_reglu: Path) -> None:
+    """-ngl without the override: llama.cpp would compute SwiGLU there."""
+    with RpcServer() as server:
+        server.wait_until_it_listens()
+        done = complete(tiny_reglu, "-ngl", "99", "--rpc", server.endpoint, "-fit", "off")
+    assert done.returncode != 0
+    assert "-ot '\\.ffn_(up|gate|down)\\.(weight|bias)=PINFER'" in said(done)[-1], done.stderr[-2000:]
+    assert " was computed" not in done.stderr
+    expected = greedy_text(tiny_reglu, PluginConfig.of(open_model(tiny_reglu)), 4)
+    override = ("-ot", r"\.ffn_(up|gate|down)\.(weight|bias)=PINFER")
+    with RpcServer() as server:
+        server.wait_until_it_listens()
+        done = complete(tiny_reglu, "-ngl", "99", "--rpc", server.endpoint, "-fit", "off", *override)
+    last_line_starts(done, expected)
+
+
+# --- adapters -------------------------------------------------------------------------------------
+
+
+def write_adapter(path: Path, model: Path, parts: tuple[str, ...]) -> Path:
+    """A LoRA of rank 4 for the given FFN matrices of every layer, strong enough to change the words."""
+    opened = open_model(model)
+    rng = np.random.default_rng(3)
+    out = gguf.GGUFWriter(path, opened.arch)
+    out.add_string("general.type", "adapter")
+    out.add_string("adapter.type", "lora")
+    out.add_float32("adapter.lora.alpha", 4.0)
+    for layer in range(opened.n_layer):
+        for part in parts:
+            scale = 0.2 if part == "down" else 0.13
+            n_in, n_out = (opened.n_ff, opened.n_embd) if part == "down" else (opened.n_embd, opened.n_ff)
+            name = f"blk.{layer}.ffn_{part}.weight"
+            out.add_tensor(f"{name}.lora_a", rng.normal(0, scale, (4, n_in)).astype(np.float32))
+            out.add_tensor(f"{name}.lora_b", rng.normal(0, scale, (n_out, 4)).astype(np.float32))
+    out.write_header_to_file()
+    out.write_kv_data_to_file()
+    out.write_tensors_to_file()
+    out.close()
+    return path
+
+
+@pytest.mark.parametrize("parts", [("down",), ("up",), ("up", "down")])
+@pytest.mark.parametrize("shards", [False, True])
+def test_an_adapter_is_not_overlooked(tiny_relu2: Path, tmp_path: Path, parts: tuple[str, ...], shards: bool) -> None:
+    """A LoRA on ffn_down reads the activation that a sparse FFN need not write."""
+    adapter = write_adapter(tmp_path / "lora.gguf", tiny_relu2, parts)
+    without = perplexity(tiny_relu2, preload=False)
+    expected = perplexity(tiny_relu2, "--lora", adapter, preload=False)
+    assert abs(expected / without - 1) > 0.01, "the adapter changes the model"
+    if shards:
+        write_shards(tiny_relu2, 0.5)
+    assert perplexity(tiny_relu2, "--lora", adapter) == pytest.approx(expected, rel=1e-3)
+    # in short batches, too, where neurons are left out
+    assert perplexity(tiny_relu2, "-ub", "8", "--lora", adapter) == pytest.approx(expected, rel=1e-3)
+
+
+# --- several models in one process ----------------------------------------------------------------
+
+
+def test_another_model_than_the_named_one(tiny_relu2: Path, tiny_reglu: Path) -> None:
+    """PINFER_MODEL and its settings are about one file; another is computed by its own header."""
+    foreign = write_shards(tiny_relu2, 0.5).cold.parent
+    expected = greedy_text(tiny_reglu, PluginConfig.of(open_model(tiny_reglu)))
+    done = complete(tiny_reglu, PINFER_MODEL=str(tiny_relu2), PINFER_ARTEFACTS=str(foreign), PINFER_ACTIVATION="relu2")
+    last_line_starts(done, expected)
+    assert said(done)[0].startswith("tiny-reglu.gguf: computed by pinfer as reglu, exact, without artefacts")
+
+
+def test_two_engines_are_each_themselves(tiny_relu2: Path, tiny_reglu: Path) -> None:
+    shards = write_shards(tiny_relu2, 0.5)
+    sparse = PluginConfig("relu2", hot=shards.hot, cold=shards.cold, device="CPU")
+    gated = PluginConfig.of(open_model(tiny_reglu))
+    alone = [greedy_text(tiny_relu2, sparse), greedy_text(tiny_reglu, gated)]
+    plugin = native.load_plugin()
+    with (
+        Engine(tiny_relu2, plugin=sparse, n_ctx=256, n_threads=1) as first,
+        Engine(tiny_reglu, plugin=gated, n_ctx=256, n_threads=1) as second,
+    ):
+        texts = [PROMPT + e.detokenize(e.generate(e.tokenize(PROMPT), 12)) for e in (first, second)]
+        assert texts == alone
+        stats = [plugin.stats(tiny_relu2), plugin.stats(tiny_reglu)]
+        assert stats[0].n_hot > 0
+        assert stats[1].n_hot == 0
+        assert stats[1].n_tokens > 0
+        assert plugin.stats().n_tokens == stats[0].n_tokens + stats[1].n_tokens
+        assert plugin.stats().hot_bytes == stats[0].hot_bytes > 0
+        plugin.reset_stats(tiny_reglu)
+        assert plugin.stats(tiny_reglu).n_tokens == 0
+        assert plugin.stats(tiny_relu2) == stats[0]
+    assert plugin.stats().hot_bytes == 0, "closing an engine frees its devices"
+
+
+def test_two_engines_of_one_model_need_the_same_settings(tiny_relu2: Path) -> None:
+    config = PluginConfig("relu2")
+    with Engine(tiny_relu2, plugin=config, n_ctx=64, n_threads=1) as first:
+        tokens = first.generate([1, 2, 3], 8)
+        for other in (replace(config, n_batch_dense=1), PluginConfig("relu"), None):
+            with pytest.raises(PinferError, match="in use with other settings"):
+                Engine(tiny_relu2, plugin=other, n_ctx=64, n_threads=1)
+        with Engine(tiny_relu2, plugin=config, n_ctx=64, n_threads=1) as second:
+            assert second.generate([1, 2, 3], 8) == tokens
+        assert first.generate([1, 2, 3], 8) == tokens
+        assert native.load_plugin().stats(tiny_relu2).n_tokens > 0
+    assert native.load_plugin().stats(tiny_relu2).n_tokens == 0
+
+
+def test_a_refused_configuration_leaves_the_earlier_one(tiny_relu2: Path) -> None:
+    shards = write_shards(tiny_relu2, 0.5)
+    plugin = native.load_plugin()
+    plugin.configure(tiny_relu2, hot=shards.hot, cold=shards.cold, device="CPU", activation="relu2")
+    assert (taken := plugin.stats(tiny_relu2).hot_bytes) > 0
+    with pytest.raises(PinferError, match=r"missing\.gguf"):
+        plugin.configure(tiny_relu2, cold=Path("missing.gguf"), activation="relu2")
+    assert plugin.stats(tiny_relu2).hot_bytes == taken
+    with pytest.raises(PinferError, match="no device named NONE"):
+        plugin.configure(tiny_relu2, hot=shards.hot, cold=shards.cold, device="NONE", activation="relu2")
+    assert plugin.stats(tiny_relu2).hot_bytes == 0
+    plugin.release(tiny_relu2)
+
+
+# --- shards that are not the model's --------------------------------------------------------------
+
+
+def test_rows_of_other_weights_are_refused(tiny_relu2: Path) -> None:
+    """A shard whose fingerprint was forged: its rows are compared with the model's when they are first used."""
+    shards = write_shards(tiny_relu2, 0.5)
+    reader = gguf.GGUFReader(shards.cold)
+    tensor = next(t for t in reader.tensors if t.name == "blk.1.ffn_up.weight")
+    with shards.cold.open("r+b") as file:
+        file.seek(int(tensor.data_offset))
+        file.write(bytes(int(tensor.n_bytes)))
+    config = PluginConfig("relu2", hot=shards.hot, cold=shards.cold, device="CPU")
+    with (
+        Engine(tiny_relu2, plugin=config, n_ctx=64, n_threads=1) as engine,
+        pytest.raises(PinferError, match=r"cold\.gguf does not hold the neurons of layer 1.*pinfer split"),
+    ):
+        engine.generate([1, 2, 3], 2)
