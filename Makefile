@@ -125,7 +125,7 @@ test: build
 
 soak: export OMP_WAIT_POLICY ?= passive
 soak: build
-	@PINFER_SOAK_SECONDS=600 $(BIN)/python -m pytest -q tests/test_serve.py -k many_clients
+	@PINFER_SOAK_SECONDS=600 $(BIN)/python -m pytest -q tests/test_serve.py -k many_clients --timeout 900
 
 # `make test` compares with recorded results of transformers; this target checks the recordings, in an environment with
 # PyTorch. TORCH chooses another build of PyTorch than the default one, which includes CUDA.
