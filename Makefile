@@ -150,7 +150,7 @@ SANITIZED_TESTS := $(patsubst %,tests/test_%.py,native exact run profile bad_inp
 test-sanitize: build/sanitize/build.ninja
 	@ninja --quiet -C build/sanitize -j $(JOBS)
 	@UBSAN_OPTIONS=print_stacktrace=1 $(BIN)/ctest --test-dir build/sanitize --output-on-failure --no-tests=error
-	@PINFER_NATIVE_DIR=$(CURDIR)/build/sanitize LD_PRELOAD="$$(g++ -print-file-name=libasan.so)" \
+	@PINFER_NATIVE_DIR=$(CURDIR)/build/sanitize LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
 	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	    $(BIN)/python -m pytest -q $(SANITIZED_TESTS)
 

@@ -11,6 +11,7 @@ import re
 import signal
 import socket
 import subprocess
+import sys
 import time
 import urllib.request
 from dataclasses import replace
@@ -26,6 +27,8 @@ from pinfer.errors import PinferError
 from pinfer.llama import plugin as native
 from pinfer.llama.engine import Engine, PluginConfig
 from pinfer.model import open_model
+from pinfer.profile import ProfileOptions, profile
+from pinfer.train import TrainOptions, train
 
 TEXT = Path(__file__).parent / "data" / "heldout.txt"
 PROMPT = "Once upon a time"
@@ -63,10 +66,12 @@ def complete(model: Path, *arguments: str | Path, **settings: str | bool) -> sub
 
 def perplexity(model: Path, *arguments: str | Path, **settings: str | bool) -> float:
     options = ("-f", TEXT, "-c", "128", "-b", "128", "--chunks", "4", "-t", "1", "--no-warmup")
-    done = run("perplexity", "-m", model, *options, *arguments, **settings)
-    found = re.search(r"\[4\]([0-9.]+)", done.stdout)
-    assert found, done.stderr[-2000:]
-    return float(found.group(1))
+    for _ in range(5):  # llama.cpp logs from a thread of its own, which may end before it has written the last line
+        done = run("perplexity", "-m", model, *options, *arguments, **settings)
+        assert done.returncode == 0, done.stderr[-2000:]
+        if found := re.search(r"\[4\]([0-9.]+)", done.stdout):
+            return float(found.group(1))
+    raise AssertionError(done.stdout[-300:] + done.stderr[-2000:])
 
 
 def greedy_text(model: Path, plugin: PluginConfig | None, n: int = 12) -> str:
@@ -154,6 +159,37 @@ def test_artefacts_beside_the_model_are_used(tiny_relu2: Path) -> None:
     done = complete(tiny_relu2, "--load-mode", "none")
     last_line_starts(done, stock_text.stdout[:40])
     assert "with shards of" in said(done)[0]
+
+
+def test_pinfer_exec(tiny_reglu: Path, tmp_path: Path) -> None:
+    expected = greedy_text(tiny_reglu, PluginConfig.of(open_model(tiny_reglu)))
+    pinfer = [sys.executable, "-m", "pinfer", "exec"]
+    flags = ["-m", str(tiny_reglu), "-p", PROMPT, "-n", "12", "--temp", "0", "-t", "1", "-no-cnv", "--no-warmup"]
+
+    def execute(*command: str) -> subprocess.CompletedProcess[str]:
+        env = environment(preload=False)
+        return subprocess.run(
+            [*pinfer, *command],
+            env=env,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=240,
+            check=False,
+        )
+
+    done = execute(str(stock("completion")), *flags)
+    last_line_starts(done, expected)
+    assert said(done)[0].startswith("tiny-reglu.gguf: computed by pinfer as reglu, exact")
+    done = execute("--activation", "other", str(stock("completion")), *flags)
+    assert "left to llama.cpp" in said(done)[0]
+    done = execute("--artefacts", str(tmp_path / "none"), "--", str(stock("completion")), *flags)
+    assert done.returncode == 1
+    assert "is not a folder" in done.stderr
+    done = execute("llama-nothing")
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "there is no program llama-nothing" in done.stderr
 
 
 # --- what must stop the load ----------------------------------------------------------------------
@@ -306,14 +342,52 @@ def test_a_refused_configuration_leaves_the_earlier_one(tiny_relu2: Path) -> Non
 # --- shards that are not the model's --------------------------------------------------------------
 
 
-def test_rows_of_other_weights_are_refused(tiny_relu2: Path) -> None:
-    """A shard whose fingerprint was forged: its rows are compared with the model's when they are first used."""
-    shards = write_shards(tiny_relu2, 0.5)
-    reader = gguf.GGUFReader(shards.cold)
-    tensor = next(t for t in reader.tensors if t.name == "blk.1.ffn_up.weight")
-    with shards.cold.open("r+b") as file:
+def overwrite(path: Path, name: str, *, checksum: bool) -> None:
+    """Zeros in place of a tensor; with ``checksum`` its checksum is made to fit."""
+    reader = gguf.GGUFReader(path)
+    place = [t.name for t in reader.tensors].index(name)
+    tensor = reader.tensors[place]
+    sums = reader.fields["pinfer.checksums"]
+    fits = native.load_plugin().checksum(np.zeros(int(tensor.n_bytes), np.uint8))
+    at = sums.offset + sum(part.nbytes for part in sums.parts[: sums.data[0]]) + 8 * place
+    with path.open("r+b") as file:
+        if checksum:
+            file.seek(at)
+            file.write(fits.to_bytes(8, "little"))
         file.seek(int(tensor.data_offset))
         file.write(bytes(int(tensor.n_bytes)))
+
+
+@pytest.mark.parametrize("name", ["cold.gguf", "hot.gguf", "predictor.gguf"])
+def test_damage_inside_an_artefact_is_noticed(tiny_relu2: Path, name: str) -> None:
+    shards = write_shards(tiny_relu2, 0.5)
+    profile(tiny_relu2, ProfileOptions(str(TEXT), 512, n_threads=1))
+    predictor = train(tiny_relu2, TrainOptions()).path
+    tensors = {
+        "cold.gguf": "blk.1.ffn_down_t.weight",
+        "hot.gguf": "blk.0.ffn_down.weight",
+        "predictor.gguf": "blk.1.pred_t",
+    }
+    path = shards.cold.parent / name
+    overwrite(path, tensors[name], checksum=False)
+    config = PluginConfig("relu2", hot=shards.hot, cold=shards.cold, device="CPU", predictor=predictor)
+    with (
+        Engine(tiny_relu2, plugin=config, n_ctx=256, n_threads=1) as engine,
+        pytest.raises(
+            PinferError, match=rf"{name} is damaged: tensor {tensors[name]} does not have its checksum.*pinfer "
+        ),
+    ):
+        engine.generate([1, 2, 3], 200)
+    maker = "pinfer train" if name == "predictor.gguf" else "pinfer split"
+    done = complete(tiny_relu2)
+    assert "does not have its checksum" in done.stderr
+    assert maker in done.stderr
+
+
+def test_rows_of_other_weights_are_refused(tiny_relu2: Path) -> None:
+    """A shard with forged fingerprint and checksums: its rows are compared with the model's at first use."""
+    shards = write_shards(tiny_relu2, 0.5)
+    overwrite(shards.cold, "blk.1.ffn_up.weight", checksum=True)
     config = PluginConfig("relu2", hot=shards.hot, cold=shards.cold, device="CPU")
     with (
         Engine(tiny_relu2, plugin=config, n_ctx=64, n_threads=1) as engine,

@@ -8,6 +8,8 @@
 
 #include <algorithm>
 #include <cstring>
+#include <fcntl.h>
+#include <unistd.h>
 
 namespace {
 
@@ -229,6 +231,20 @@ bool is_of(const pinfer_hot & hot, const pinfer_ffn & f) {
     return layer.n == 0 || (same(f.up, layer.up, layer.up_bias) && (!f.gated() || same(f.gate, layer.gate, layer.gate_bias)));
 }
 
+// Whether a row of the weight in memory is that of the model's file. Models of one shape that are read into memory at the same
+// time, and not mapped, could be taken for each other.
+bool is_of_file(const pinfer_model & m, const pinfer_product & p, const pinfer_matrix & header) {
+    const int fd = open(m.settings.model.c_str(), O_RDONLY | O_CLOEXEC);
+    if (fd < 0) {
+        return true; // moved away since
+    }
+    const size_t         row = ggml_row_size(p.weight->type, p.weight->ne[0]), at = (size_t) (p.weight->ne[1] / 2) * row;
+    std::vector<uint8_t> of_file(row);
+    const ssize_t        got = pread(fd, of_file.data(), row, (off_t) (header.offset + at));
+    close(fd);
+    return got == (ssize_t) row && memcmp(of_file.data(), (const uint8_t *) p.weight->data + at, row) == 0;
+}
+
 // Whether f is what the model's header says, whenever it is computed, and what the shards hold, when it is computed first.
 bool check_ffn(pinfer_model * m, const pinfer_ffn & f) {
     const auto        il    = (size_t) f.layer;
@@ -239,8 +255,17 @@ bool check_ffn(pinfer_model * m, const pinfer_ffn & f) {
                                  "; load the model that was configured");
         return false;
     }
+    if (const pinfer_artefact * file = pinfer_model_damaged_file(m)) {
+        pinfer_model_fail(m, pinfer_artefact_damage(file));
+        return false;
+    }
     if (m->layers[il].checked) {
         return true;
+    }
+    if (!is_of_file(*m, f.up, m->header.layers[il].up)) {
+        pinfer_model_fail(m, "the weights of " + layer + " are not those of " + m->settings.model +
+                                 "; load models of the same shape one after the other");
+        return false;
     }
     const pinfer_artefact * other = m->cold && !is_of(m->cold->layers[il], f) ? &m->cold->file : nullptr;
     for (const auto & hot : m->hot) {

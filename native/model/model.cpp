@@ -267,6 +267,36 @@ void pinfer_model_fail(pinfer_model * m, const std::string & why) {
     }
 }
 
+template <typename F> static void each_file(const pinfer_model * m, F && f) {
+    if (m->predictor) {
+        f(m->predictor->file);
+    }
+    if (m->cold) {
+        f(m->cold->file);
+    }
+    for (const auto & hot : m->hot) {
+        f(hot->file);
+    }
+}
+
+const pinfer_artefact * pinfer_model_damaged_file(const pinfer_model * m) {
+    const pinfer_artefact * damaged = nullptr;
+    each_file(m, [&](const pinfer_artefact & file) { damaged = !damaged && file.verifier.is_damaged() ? &file : damaged; });
+    return damaged;
+}
+
+void pinfer_model_finish_check(const pinfer_model * m) {
+    const double seconds = 10.0;
+    each_file(m, [&](const pinfer_artefact & file) {
+        if (!file.verifier.wait(seconds)) {
+            fprintf(stderr, "pinfer: %s was not checked to its end; to check it, type: pinfer show %s --verify\n", file.path.c_str(),
+                    m->settings.model.c_str());
+        } else if (file.verifier.is_damaged() && m->failure.empty()) {
+            fprintf(stderr, "pinfer: the words above may be wrong: %s\n", pinfer_artefact_damage(&file).c_str());
+        }
+    });
+}
+
 // --- where its weights lie --------------------------------------------------------------------------------------------
 
 void pinfer_model_place(pinfer_model * m, const ggml_tensor * weight) {

@@ -104,6 +104,13 @@ std::vector<std::shared_ptr<pinfer_model>> pinfer_models();
 // Keeps the reason for who asks for it, or says it. The mutex is held.
 void pinfer_model_fail(pinfer_model * m, const std::string & why);
 
+// The first of its artefacts that was found to be damaged; null: none so far.
+const pinfer_artefact * pinfer_model_damaged_file(const pinfer_model * m);
+
+// Waits, some seconds at most, until its artefacts have been compared with their checksums, and says on stderr what differs:
+// it may have been used already.
+void pinfer_model_finish_check(const pinfer_model * m);
+
 // Weights come and go.
 void pinfer_model_place(pinfer_model * m, const ggml_tensor * weight);
 void pinfer_model_hold(pinfer_model * m);

@@ -29,6 +29,7 @@ static const char * backend_get_name(ggml_backend_t) {
 
 static void backend_free(ggml_backend_t backend) {
     pinfer_engine * e = (pinfer_engine *) backend->context;
+    pinfer_engine_finish(e);
     pinfer_team_free(&e->team);
     delete e;
     delete backend;

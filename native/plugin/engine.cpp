@@ -214,6 +214,13 @@ static ggml_status compute_node(pinfer_engine * e, ggml_tensor * node) {
     return compute_single(e, m.get(), node);
 }
 
+void pinfer_engine_finish(pinfer_engine * e) {
+    if (const auto m = e->used.lock()) {
+        std::lock_guard<std::mutex> lock(m->mutex);
+        pinfer_model_finish_check(m.get());
+    }
+}
+
 ggml_status pinfer_engine_compute(pinfer_engine * e, ggml_cgraph * graph) {
     ggml_tensor ** nodes = graph->nodes;
     const int      n     = graph->n_nodes;
@@ -248,7 +255,9 @@ ggml_status pinfer_engine_compute(pinfer_engine * e, ggml_cgraph * graph) {
         const plan_entry & p      = plan[(size_t) i];
         ggml_status        status = GGML_STATUS_SUCCESS;
         if (p.ends >= 0) {
-            status = compute_ffn(e, models[(size_t) p.ends].get(), ffns[(size_t) p.ends]);
+            const auto & m = models[(size_t) p.ends];
+            e->used        = m;
+            status         = compute_ffn(e, m.get(), ffns[(size_t) p.ends]);
         } else if (!p.inside && !is_view(nodes[i])) {
             status = compute_node(e, nodes[i]);
         }

@@ -1,15 +1,21 @@
 // engine.h: computes the nodes of a split that libllama's scheduler gives to the plugin.
 #pragma once
 
+#include "model.h"
 #include "team.h"
 
+#include <memory>
 #include <vector>
 
 // One per backend instance, so one per llama_context.
 struct pinfer_engine {
     pinfer_team                      team;
     std::vector<const ggml_tensor *> activation_done; // per layer: the last activation node computed here
+    std::weak_ptr<pinfer_model>      used;            // whose FFNs it computed last
 };
+
+// Says of artefacts that were used before they were checked whether they are damaged.
+void pinfer_engine_finish(pinfer_engine * e);
 
 // All nodes of a split, in order.
 ggml_status pinfer_engine_compute(pinfer_engine * e, ggml_cgraph * graph);

@@ -1,6 +1,7 @@
 // artefact.cpp: mapping and checking of pinfer's GGUF files, and the fingerprint that ties them to a model.
 #include "artefact.h"
 
+#include <algorithm>
 #include <cerrno>
 #include <cinttypes>
 #include <cmath>
@@ -65,6 +66,37 @@ struct hash128 {
     }
 };
 
+// Bytes of a file.
+struct region {
+    size_t offset = 0, size = 0;
+};
+
+const size_t FINGERPRINT_BLOCK = 4096;
+
+// What a fingerprint reads besides the header: of every tensor the first block, and two more at places that differ from tensor
+// to tensor; of small tensors all.
+std::vector<region> fingerprinted(const gguf_context * gguf, size_t file_size) {
+    std::vector<region> out;
+    const size_t        base = gguf_get_data_offset(gguf);
+    for (int64_t i = 0; i < gguf_get_n_tensors(gguf); i++) {
+        const size_t begin = base + gguf_get_tensor_offset(gguf, i), size = gguf_get_tensor_size(gguf, i);
+        const size_t n_blocks = size / FINGERPRINT_BLOCK;
+        if (begin > file_size || size > file_size - begin) {
+            out.push_back({begin, size}); // cannot be read, which is told there
+        } else if (n_blocks <= 3) {
+            for (size_t at = 0; at < size; at += FINGERPRINT_BLOCK) {
+                out.push_back({begin + at, std::min(FINGERPRINT_BLOCK, size - at)});
+            }
+        } else {
+            const size_t spread = (size_t) ((uint64_t) (i + 1) * 0x9e3779b97f4a7c15ull >> 32); // golden ratio
+            out.push_back({begin, FINGERPRINT_BLOCK});
+            out.push_back({begin + (1 + spread % (n_blocks - 1)) * FINGERPRINT_BLOCK, FINGERPRINT_BLOCK});
+            out.push_back({begin + (n_blocks - 1) * FINGERPRINT_BLOCK, FINGERPRINT_BLOCK});
+        }
+    }
+    return out;
+}
+
 // "reglu", "reglu above 0.01"
 std::string described(const char * activation, float threshold) {
     char text[64];
@@ -108,7 +140,43 @@ bool check_shape(pinfer_artefact * a, const pinfer_origin & origin, std::string 
     return true;
 }
 
+// Whether an artefact without checksums is refused. Those of pinfer 0.1 have none.
+const bool CHECKSUMS_REQUIRED = true;
+
+bool start_verifier(pinfer_artefact * a, std::string * err) {
+    const int64_t id        = find_key(a->gguf, "pinfer.checksums", GGUF_TYPE_UINT64, true);
+    const int64_t n_tensors = gguf_get_n_tensors(a->gguf);
+    if (id < 0) {
+        return !CHECKSUMS_REQUIRED || n_tensors == 0 || fail(err, a->path + " has no checksums (pinfer.checksums)" + a->remake);
+    }
+    if ((int64_t) gguf_get_arr_n(a->gguf, id) != n_tensors) {
+        return pinfer_artefact_damaged(a, "it does not have a checksum for each tensor", err);
+    }
+    const uint64_t * const            checksums = (const uint64_t *) gguf_get_arr_data(a->gguf, id);
+    std::vector<pinfer_checked_bytes> all;
+    for (int64_t i = 0; i < n_tensors; i++) {
+        all.push_back({.name     = gguf_get_tensor_name(a->gguf, i),
+                       .offset   = gguf_get_data_offset(a->gguf) + gguf_get_tensor_offset(a->gguf, i),
+                       .size     = gguf_get_tensor_size(a->gguf, i),
+                       .checksum = checksums[i]});
+    }
+    const int fd = open(a->path.c_str(), O_RDONLY | O_CLOEXEC);
+    if (fd < 0) {
+        return fail(err, "cannot open " + a->path + ": " + strerror(errno) + a->remake);
+    }
+    a->verifier.start(fd, std::move(all));
+    return true;
+}
+
 } // namespace
+
+std::string pinfer_artefact_damage(const pinfer_artefact * a) {
+    std::string err;
+    if (a->verifier.is_damaged()) {
+        pinfer_artefact_damaged(a, "tensor " + a->verifier.damage() + " does not have its checksum", &err);
+    }
+    return err;
+}
 
 pinfer_artefact::~pinfer_artefact() {
     if (map) {
@@ -172,7 +240,7 @@ bool pinfer_artefact_open(pinfer_artefact * a, const char * path, const char * k
     if (gguf_get_alignment(a->gguf) % 32 != 0) {
         return pinfer_artefact_damaged(a, "its tensors are not aligned to 32 bytes", err);
     }
-    return check_activation(a, origin, err) && check_shape(a, origin, err);
+    return check_activation(a, origin, err) && check_shape(a, origin, err) && start_verifier(a, err);
 }
 
 bool pinfer_artefact_tensor(const pinfer_artefact * a, const char * name, ggml_type type, int64_t ne0, int64_t ne1,
@@ -293,16 +361,15 @@ bool pinfer_fingerprint_file(const char * path, std::string * out, std::string *
         close(fd);
         return fail(err, std::string(path) + " is not a GGUF file or its header is damaged");
     }
-    const size_t header = gguf_get_data_offset(gguf);
+    const size_t              header = gguf_get_data_offset(gguf), size = (size_t) st.st_size;
+    const std::vector<region> regions = fingerprinted(gguf, size);
     gguf_free(gguf);
 
-    const size_t size = (size_t) st.st_size;
-    bool         ok   = header <= size;
-    hash128      hash;
+    bool    ok = header <= size;
+    hash128 hash;
     hash.word(size);
-
-    std::vector<uint8_t> buf(header);
-    auto read_at = [&](size_t offset, size_t n) {
+    std::vector<uint8_t> buf(ok ? std::max(header, FINGERPRINT_BLOCK) : 0);
+    const auto           read_at = [&](size_t offset, size_t n) {
         size_t done = 0;
         while (done < n) {
             const ssize_t got = pread(fd, buf.data() + done, n - done, (off_t) (offset + done));
@@ -314,20 +381,12 @@ bool pinfer_fingerprint_file(const char * path, std::string * out, std::string *
         hash.bytes(buf.data(), n);
         return true;
     };
+    for (const region & r : regions) { // asked for together, so that a disk may serve them in its own order
+        posix_fadvise(fd, (off_t) r.offset, (off_t) r.size, POSIX_FADV_WILLNEED);
+    }
     ok = ok && read_at(0, header);
-
-    const size_t n_blocks = 64;
-    const size_t block    = 4096;
-    buf.resize(buf.size() > block ? buf.size() : block);
-    const size_t data = ok ? size - header : 0;
-    if (data <= n_blocks * block) {
-        for (size_t at = 0; ok && at < data; at += block) {
-            ok = read_at(header + at, data - at < block ? data - at : block);
-        }
-    } else {
-        for (size_t i = 0; ok && i < n_blocks; i++) {
-            ok = read_at(header + (data - block) / (n_blocks - 1) * i, block);
-        }
+    for (const region & r : regions) {
+        ok = ok && r.offset + r.size <= size && read_at(r.offset, r.size);
     }
     close(fd);
     if (!ok) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "activation.h"
+#include "checksum.h"
 #include "ggml.h"
 #include "gguf.h"
 #include "header.h"
@@ -19,6 +20,8 @@ struct pinfer_artefact {
     size_t         size = 0;
     pinfer_rule    rule; // it was made for
     int64_t        n_layer = 0, n_embd = 0, n_ff = 0;
+
+    pinfer_verifier verifier;
 
     pinfer_artefact() = default;
     pinfer_artefact(const pinfer_artefact &) = delete;
@@ -54,6 +57,9 @@ bool pinfer_artefact_tensor(const pinfer_artefact * a, const char * name, ggml_t
 
 // Gives back the memory that pages within these bytes of a mapped artefact take; they are read anew when touched.
 void pinfer_artefact_release(const void * data, size_t size);
+
+// "PATH is damaged: ..." as soon as a checksum was found to differ, else empty.
+std::string pinfer_artefact_damage(const pinfer_artefact * a);
 
 // Writes "PATH is damaged: CAUSE; COMMAND" and returns false.
 bool pinfer_artefact_damaged(const pinfer_artefact * a, const std::string & cause, std::string * err);

@@ -33,7 +33,9 @@ static pinfer_matrix matrix_of(const gguf_context * gguf, int64_t tensor) {
     const int64_t * ne = gguf_get_tensor_ne(gguf, tensor);
     pinfer_matrix   m;
     if (ne[2] == 1 && ne[3] == 1) {
-        m = {.ne = {ne[0], ne[1]}, .type = gguf_get_tensor_type(gguf, tensor)};
+        m = {.ne     = {ne[0], ne[1]},
+             .type   = gguf_get_tensor_type(gguf, tensor),
+             .offset = gguf_get_data_offset(gguf) + gguf_get_tensor_offset(gguf, tensor)};
     }
     return m;
 }

@@ -13,6 +13,7 @@
 struct pinfer_matrix {
     int64_t   ne[2] = {0, 0};
     ggml_type type  = GGML_TYPE_F32;
+    size_t    offset = 0; // of its data in the file
 
     bool is(const ggml_tensor * t) const {
         return ne[1] > 0 && t->ne[0] == ne[0] && t->ne[1] == ne[1] && t->ne[2] == 1 && t->ne[3] == 1 && t->type == type;

@@ -5,6 +5,7 @@
 #include "ggml-backend-impl.h"
 #include "ggml-cpu.h"
 
+#include <algorithm>
 #include <condition_variable>
 #include <cstring>
 #include <deque>
@@ -41,6 +42,7 @@ struct fake_device {
     bool          pinned; // has host memory of its own
     fake_fault    fault    = FAKE_WORKS;
     int           n_graphs = 0; // computed
+    int           n_open = 0, most_open = 0; // backends of it
     fake_meeting * meeting = nullptr;
 
     ggml_backend_device device = {};
@@ -58,6 +60,7 @@ struct fake_backend {
     std::thread                       thread;
 
     explicit fake_backend(fake_device * d) : device(d) {
+        d->most_open = std::max(d->most_open, ++d->n_open);
         if (d->queued) {
             thread = std::thread([this] { work(); });
         }
@@ -73,6 +76,7 @@ struct fake_backend {
             thread.join();
         }
         ggml_backend_free(cpu);
+        device->n_open--;
     }
 
     void work() {

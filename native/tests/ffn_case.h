@@ -14,6 +14,7 @@
 #include <cstdio>
 #include <cstring>
 #include <fcntl.h>
+#include <mutex>
 #include <random>
 #include <string>
 #include <unistd.h>
@@ -160,6 +161,11 @@ struct writer {
     }
 
     void write(const std::string & path) {
+        std::vector<uint64_t> checksums;
+        for (ggml_tensor * t = ggml_get_first_tensor(ctx); t; t = ggml_get_next_tensor(ctx, t)) {
+            checksums.push_back(pinfer_checksum(t->data, ggml_nbytes(t)));
+        }
+        gguf_set_arr_data(gguf, "pinfer.checksums", GGUF_TYPE_UINT64, checksums.data(), checksums.size());
         check(gguf_write_to_file(gguf, path.c_str(), false), "write " + path);
         gguf_free(gguf);
         ggml_free(ctx);
@@ -304,12 +310,15 @@ inline std::vector<float> run_graph(const model & m, const std::vector<float> & 
         ub = named(ggml_new_tensor_1d(wctx, GGML_TYPE_F32, N_FF), "blk.0.ffn_up.bias");
         db = named(ggml_new_tensor_1d(wctx, GGML_TYPE_F32, N_EMBD), "blk.0.ffn_down.bias");
     }
-    // as libllama does: with the file open it asks where a weight may go, then gets memory for it
+    // as libllama does: with the file open it asks where a weight may go, then gets memory for it; one model after the other
+    static std::mutex            loading;
+    std::unique_lock<std::mutex> lock(loading);
     const int  file    = open(path, O_RDONLY);
     const bool claimed = ggml_backend_dev_supports_op(ggml_backend_get_device(pinfer), up);
     ggml_backend_buffer_t weights = ggml_backend_alloc_ctx_tensors(wctx, pinfer);
     check(claimed || expected != GGML_STATUS_SUCCESS, std::string("the FFN of ") + path + " is not claimed");
     close(file);
+    lock.unlock();
     ggml_backend_buffer_set_usage(weights, GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
     auto fill = [](ggml_tensor * t, const void * data) {
         if (t) {

@@ -15,6 +15,7 @@ from pinfer import __version__
 from pinfer.cli.bench import bench
 from pinfer.cli.convert import convert
 from pinfer.cli.eval import evaluate
+from pinfer.cli.exec import CONTEXT, exec_program
 from pinfer.cli.exits import describe_os_error, fail, mute, wrong_usage
 from pinfer.cli.library import list_models, remove
 from pinfer.cli.prepare import prepare
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from typer._click import Context, HelpFormatter
 
 _GROUPS = {
-    "Use a model": ("run", "serve", "show"),
+    "Use a model": ("run", "serve", "exec", "show"),
     "Prepare it": ("convert", "prepare", "profile", "train", "solve", "split"),
     "Measure it": ("eval", "bench"),
     "Clean up": ("list", "rm"),
@@ -81,6 +82,7 @@ def _root(
 for _command in (convert, prepare, profile, train, solve, split):
     app.command()(_command)
 register_run(app)
+app.command("exec", context_settings=CONTEXT)(exec_program)
 app.command("eval")(evaluate)
 for _command in (bench, show):
     app.command()(_command)
