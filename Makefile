@@ -84,7 +84,7 @@ $(STAMPS)/dependencies: pyproject.toml $(STAMPS)/llama
 $(BIN)/pinfer: $(STAMPS)/dependencies
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > $(STAMPS)/purelib
 	echo '$(CURDIR)' > "$$(cat $(STAMPS)/purelib)/pinfer.pth"
-	printf '#!%s\nimport sys\n\nfrom pinfer.cli.app import main\n\nsys.exit(main())\n' $(BIN)/python > $@
+	printf '#!%s\nimport sys\n\nfrom pinfer.__main__ import main\n\nsys.exit(main())\n' $(BIN)/python > $@
 	chmod +x $@
 
 # --- the native part -------------------------------------------------------------------------------------------------
@@ -126,7 +126,7 @@ test: build
 
 soak: export OMP_WAIT_POLICY ?= passive
 soak: build
-	@PINFER_SOAK_SECONDS=600 $(BIN)/python -m pytest -q tests/test_serve.py -k many_clients
+	@PINFER_SOAK_SECONDS=600 $(BIN)/python -m pytest -q tests/test_serve.py -k many_clients --timeout 900
 
 # `make test` compares with recorded results of transformers; this target checks the recordings, in an environment with
 # PyTorch. TORCH chooses another build of PyTorch than the default one, which includes CUDA.

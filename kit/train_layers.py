@@ -15,7 +15,7 @@ from pinfer.artefacts.predictor import PredictorWriter
 from pinfer.artefacts.profile import SamplesFile
 from pinfer.model import open_model
 from pinfer.predictors.data import LayerData
-from pinfer.train import KINDS, TrainOptions, fit_layer, summary
+from pinfer.predictors.fitting import KINDS, TrainOptions, fit_layer, summary
 
 WIDE = 3072
 

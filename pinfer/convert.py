@@ -21,11 +21,19 @@ from gguf import GGMLQuantizationType, GGUFWriter
 from gguf.quants import quantize
 from numpy.typing import NDArray
 
+from pinfer.artefacts import paths
+from pinfer.artefacts.profile import SamplesFile
 from pinfer.conversion.checkpoint import Checkpoint, is_checkpoint, open_checkpoint
 from pinfer.conversion.families import plan_checkpoint
 from pinfer.conversion.plan import ConvertPlan, PlannedTensor
-from pinfer.conversion.powerinfer_file import is_powerinfer, plan_powerinfer
-from pinfer.conversion.powerinfer_predictor import ImportOptions, ImportReport, has_predictor, import_predictor
+from pinfer.conversion.powerinfer_file import is_powerinfer, open_powerinfer, plan_powerinfer
+from pinfer.conversion.powerinfer_predictor import (
+    ImportOptions,
+    ImportReport,
+    check_import,
+    has_predictor,
+    import_layers,
+)
 from pinfer.conversion.tokenizer import TokenizerReport, add_tokenizer
 from pinfer.errors import PinferError
 from pinfer.gguf_io.writer import GgufFileWriter, temporary_file
@@ -33,8 +41,10 @@ from pinfer.hub.corpus import HUB_SOURCES, open_corpus
 from pinfer.llama.devices import physical_cores
 from pinfer.llama.engine import require_loadable
 from pinfer.llama.quantise import estimated_bytes, quantise
-from pinfer.model import ACTIVATION_KEY, ACTIVATIONS, THRESHOLD_KEY, open_model
-from pinfer.progress import Progress
+from pinfer.model import ACTIVATION_KEY, ACTIVATIONS, THRESHOLD_KEY, Model, open_model
+from pinfer.predictors.fitting import MIN_SAMPLES
+from pinfer.profile import ProfileOptions, profile
+from pinfer.progress import NULL_PROGRESS, Progress
 
 PLAIN = ("f32", "f16", "bf16")
 _FILE_TYPES = {"f32": 0, "f16": 1, "bf16": 32, "q4_0": 2}
@@ -200,6 +210,40 @@ def _missing_text(source: Path, options: ConvertOptions, progress: Progress) -> 
     if next(corpus.documents(), None) is None:
         raise PinferError(f"{options.dataset} has no text", "use another one: --dataset c4|wikitext|FILE")
     return None
+
+
+def import_predictor(
+    source: Path, model_path: Path, options: ImportOptions, progress: Progress = NULL_PROGRESS
+) -> ImportReport:
+    """Writes predictor.gguf of ``model_path``, which was converted from ``source``, and reports how well it predicts.
+
+    Uses the samples of `pinfer profile`; if there are none, the model is profiled here. Raises PinferError if the file
+    has no predictor, if the model was not made from it, or if the text cannot be read.
+    """
+    file, model = open_powerinfer(source), open_model(model_path)
+    check_import(file, model, options)
+    samples, corpus = _samples(model, options, progress)
+    return import_layers(file, model, samples, corpus, options, progress)
+
+
+def _samples(model: Model, options: ImportOptions, progress: Progress) -> tuple[SamplesFile, str]:
+    """The samples of the model and the name of their text. Profiles the model if there are too few."""
+    path = paths.artefact_dir(model.path, model.fingerprint, for_writing=False) / paths.SAMPLES
+    if path.exists():
+        samples = SamplesFile.read(path, model)
+        if samples.n_samples >= MIN_SAMPLES:
+            return samples, str(samples.artefact.settings.get("dataset", ""))
+    # PowerInfer computes only ReLU, so the activation of its models need not be checked.
+    settings = ProfileOptions(options.dataset, options.n_tokens, n_threads=options.n_threads, force=True)
+    profiled = profile(model.path, settings, progress)
+    if profiled.interrupted:  # alone it keeps what was counted; here Ctrl-C is meant for the whole command
+        raise KeyboardInterrupt
+    if profiled.n_samples < MIN_SAMPLES or profiled.samples_path is None:
+        raise PinferError(
+            f"{profiled.corpus} gave {profiled.n_samples} samples, too few to measure a predictor on",
+            "use a longer text: --dataset c4|wikitext|FILE",
+        )
+    return SamplesFile.read(profiled.samples_path, model), profiled.corpus
 
 
 def _import_predictor(

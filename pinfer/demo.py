@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import shlex
+import socket
 import subprocess
 import sys
+import time
+import urllib.request
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -53,6 +56,43 @@ def _command(words: tuple[str, ...]) -> list[str]:
 def _show(words: tuple[str, ...]) -> None:
     print(f"\n$ pinfer {shlex.join(words)}", flush=True)
     subprocess.run(_command(words), cwd=ROOT, check=True)
+
+
+def _chat() -> None:
+    words = ("run", str(MODEL), "-n", "32", "--temp", "0")
+    print(f"\n$ echo {shlex.quote(PROMPT)} | pinfer {shlex.join(words)}", flush=True)
+    subprocess.run(_command(words), cwd=ROOT, check=True, input=PROMPT.encode() + b"\n")
+
+
+def _ask_a_server() -> None:
+    """One request to `pinfer serve`."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    words = ("serve", str(MODEL), "--port", port, "--log-disable")
+    print(f"\n$ pinfer {shlex.join(words)} &", flush=True)
+    address = f"http://127.0.0.1:{port}"
+    body = json.dumps({"prompt": PROMPT, "n_predict": 32, "temperature": 0})
+    with subprocess.Popen(_command(words), cwd=ROOT) as server:
+        try:
+            _wait_for(f"{address}/health", server)
+            print(f"$ curl {address}/completion -d {shlex.quote(body)}", flush=True)
+            with urllib.request.urlopen(f"{address}/completion", data=body.encode(), timeout=60) as answer:
+                print(json.loads(answer.read())["content"], flush=True)
+        finally:
+            server.terminate()
+
+
+def _wait_for(address: str, server: subprocess.Popen[bytes]) -> None:
+    """Until the address answers; CalledProcessError where the server ends before."""
+    while True:
+        if (code := server.poll()) is not None:
+            raise subprocess.CalledProcessError(code or 1, server.args)
+        try:
+            urllib.request.urlopen(address, timeout=10).close()
+            return
+        except OSError:
+            time.sleep(0.1)
 
 
 def _generate(flags: tuple[str, ...]) -> Run:
@@ -105,6 +145,8 @@ def main() -> int:
     try:
         for words in PIPELINE:
             _show(words)
+        _chat()
+        _ask_a_server()
         _compare()
     except subprocess.CalledProcessError as error:
         print(f"pinfer: the demo stopped: {shlex.join(error.cmd)} exited with code {error.returncode}", file=sys.stderr)

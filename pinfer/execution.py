@@ -64,7 +64,9 @@ class Execution:
     vram: int
     """the placement's budget in bytes, 0 without a placement"""
     vram_needed: tuple[int, ...]
-    """bytes that must be free on each device of ``plugin.device``; empty if unknown"""
+    """bytes that must be free on each of ``devices``; empty if unknown"""
+    devices: tuple[str, ...]
+    """ggml devices named by the user or the placement, for hot neurons and dense layers; empty: libllama chooses"""
     notes: tuple[str, ...]
     """what the user should know, one line each"""
 
@@ -109,6 +111,7 @@ def decide(model: Model, options: ExecutionOptions) -> Execution:
         cache_types=_cache_types(options, placement),
         vram=placement.vram if placement else 0,
         vram_needed=placement.vram_needed if placement and options.device is None else (),
+        devices=_devices(options, placement, bool(found.hot)),
         notes=tuple(notes),
     )
 
@@ -120,6 +123,14 @@ def _cache_types(options: ExecutionOptions, placement: PlacementFile | None) -> 
     for cache_type in types:
         cache_type_bytes(cache_type)  # raises for an unknown one
     return types
+
+
+def _devices(options: ExecutionOptions, placement: PlacementFile | None, is_hot: bool) -> tuple[str, ...]:
+    if options.device is not None:
+        names = options.device
+    else:
+        names = placement.device if placement and (is_hot or placement.n_gpu_layers) else ""
+    return () if names == NO_DEVICE else tuple(name for name in names.split(",") if name)
 
 
 def _why_dense(model: Model, options: ExecutionOptions) -> list[str]:

@@ -152,8 +152,6 @@ def start(
     )
     execution = decide(open_model(model, activation=options.activation), options)
     command = [str(runner_path()), program, *_plugin_flags(execution)]
-    if execution.plugin is not None and not execution.plugin.hot and options.device not in (None, NO_DEVICE):
-        command += ["--pinfer-device", options.device]  # nothing lies there, but a wrong name is an error
     draft = flags.value(program, _DRAFT)
     if draft is not None and not options.dense:
         beside = decide(open_model(Path(draft)), replace(options, activation=None, artefacts=None, device=None))
@@ -201,9 +199,8 @@ def _plugin_flags(execution: Execution) -> list[str]:
             words += [f"--pinfer-{name}", str(path)]
     for path in plugin.hot_paths:
         words += ["--pinfer-hot", str(path)]
-    devices = plugin.device.split(",") if plugin.device else []
-    needed = execution.vram_needed if len(execution.vram_needed) == len(devices) else (0,) * len(devices)
-    for device, n_bytes in zip(devices, needed, strict=True):
+    needed = execution.vram_needed or (0,) * len(execution.devices)
+    for device, n_bytes in zip(execution.devices, needed, strict=False):
         words += ["--pinfer-device", f"{device}={n_bytes}"]
     if execution.vram:
         words += ["--pinfer-vram", str(execution.vram)]

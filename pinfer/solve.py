@@ -19,7 +19,7 @@ from pinfer.artefacts.placement import GROUP, PlacementFile, new_placement_id
 from pinfer.artefacts.predictor import PredictorFile
 from pinfer.artefacts.profile import ProfileFile
 from pinfer.artefacts.shards import DownTypes, cold_neuron_bytes, down_types, hot_neuron_bytes
-from pinfer.llama.cache_types import cache_type_bytes
+from pinfer.llama.cache_types import CacheTypes, cache_type_bytes
 from pinfer.model import Model, open_model
 from pinfer.placement.budget import Budget, SolveOptions, make_budget
 from pinfer.placement.cost_model import LayerCost, PredictorCost, dense_seconds, layer_cost
@@ -80,6 +80,7 @@ class SolveReport:
     """predicted for dense FFNs with the same device memory"""
     tokens_per_s_hot_first: float
     """predicted with hot neurons, placed greedily, instead of dense layers on the devices"""
+    cache_types: CacheTypes
     machine: Machine
 
     @property
@@ -88,7 +89,12 @@ class SolveReport:
         return sum(self.n_hot) / (self.n_layer * self.n_ff)
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "placement": str(self.placement), "hot_share": self.hot_share}
+        return {
+            **asdict(self),
+            "placement": str(self.placement),
+            "hot_share": self.hot_share,
+            "cache_types": list(self.cache_types),
+        }
 
 
 @dataclass(frozen=True)
@@ -131,7 +137,7 @@ def _solve(model: Model, folder: Path, options: SolveOptions, progress: Progress
         vram=budget.vram,
         n_gpu_layers=budget.n_gpu_layers,
         n_ctx=budget.n_ctx,
-        report={**report.to_json(), "cache_types": budget.cache_types},
+        report=report.to_json(),
         order=order,
         vram_device=tuple(device.vram for device in report.devices) or (0,),
         vram_needed=tuple(sum(device.n_bytes.values()) for device in report.devices) or (0,),
@@ -275,6 +281,7 @@ def _report(problem: _Problem, path: Path, placed: Placed) -> SolveReport:
         tokens_per_s_cold=1 / problem.seconds(nothing),
         tokens_per_s_dense=1 / (_dense_seconds(model, budget) + _dense_ffn_seconds(model, budget)),
         tokens_per_s_hot_first=_hot_first(problem),
+        cache_types=budget.cache_types,
         machine=budget.machine,
     )
 

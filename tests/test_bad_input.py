@@ -508,7 +508,7 @@ def test_vram_too_small_for_anything(command: CommandLine) -> None:
         ("solve", "--device", "GPU99"),
         ("solve", "--machine", "nowhere.json"),
         ("solve", "--machine", "text.txt"),
-        ("solve", "--cache-type", "q1"),
+        ("solve", "--cache-type-k", "q1"),
         ("split", "--down-type", "Q1_9"),
         ("run", "-f", "nowhere.txt"),
         ("run", "-p", "One", "--hot-device", "GPU99"),

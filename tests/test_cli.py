@@ -487,7 +487,7 @@ def test_every_flag_of_the_other_commands_arrives(monkeypatch: pytest.MonkeyPatc
     words = {
         "profile": "--dataset c4 --tokens 1k -c 3 --samples 4 -t 5 -ngl 6 --activation relu --force",
         "train": f"--recall 0.9 --max-rank 7 --type {other_type} --activation relu",
-        "solve": "--vram 1G --ctx 2 -b 3 --device d --machine m --time-limit 4 --cache-type q8_0 --activation relu",
+        "solve": "--vram 1G --ctx 2 -ub 3 --device d --machine m --time-limit 4 -ctk q8_0 -ctv q4_0 --activation relu",
         "split": "--down-type Q8_0 --verify --activation relu",
     }
     for name, flags in words.items():

@@ -21,15 +21,15 @@ from pinfer.conversion.powerinfer_predictor import (
     Rebased,
     constant,
     has_predictor,
-    import_predictor,
     without_scale,
 )
+from pinfer.convert import import_predictor
 from pinfer.errors import PinferError
 from pinfer.llama.engine import NEVER_DENSE, Engine, PluginConfig
 from pinfer.llama.plugin import load_plugin
 from pinfer.model import open_model
+from pinfer.predictors.fitting import scores
 from pinfer.profile import ProfileOptions, profile
-from pinfer.train import scores
 
 TEXT = str(ROOT / "tests" / "data" / "profile.txt")
 HELD_OUT = ROOT / "tests" / "data" / "heldout.txt"

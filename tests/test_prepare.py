@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from support.command_line import MODELS, ROOT, CommandLine
@@ -75,7 +76,7 @@ def test_a_model_with_nothing_to_skip(synthetic: Path, pinfer: CommandLine) -> N
 
 
 def test_a_full_disk_is_noticed_before_the_work(tiny_relu2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shutil.disk_usage", lambda _: (1 << 40, 1 << 40, 1 << 20))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1 << 20))
     with pytest.raises(PinferError, match=r"0\.0 GiB free"):
         prepare(tiny_relu2, QUICK)
     assert artefact_files(_folder(tiny_relu2)) == ()

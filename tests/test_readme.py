@@ -42,7 +42,7 @@ def _commands() -> list[list[str]]:
 def test_pasted_commands_name_files_and_flags_that_exist() -> None:
     """Flags of `run` are left out: they are llama.cpp's."""
     commands = _commands()
-    assert {command[1] for command in commands} >= {"profile", "train", "solve", "split", "run", "eval"}
+    assert {command[1] for command in commands} >= {"prepare", "run", "eval"}
     sections = re.split(r"^## ", (ROOT / "docs" / "cli.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
     for command in commands:
         section = next((s for s in sections if s.startswith(f"pinfer {command[1]}\n")), None)

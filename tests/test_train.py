@@ -22,9 +22,10 @@ from pinfer.gguf_io.reader import row_bytes
 from pinfer.model import Model, dequantize, open_model
 from pinfer.predictors.data import HeldBack, LayerData, parts
 from pinfer.predictors.few_bits import few_bits
+from pinfer.predictors.fitting import KINDS, SCATTERED_COST, TrainOptions, fit_layer, scores
 from pinfer.predictors.low_rank import Spectrum, covariance
 from pinfer.predictors.thresholds import calibrate, gain, inverse_gain, log_gain
-from pinfer.train import KINDS, SCATTERED_COST, TrainOptions, fit_layer, scores, train
+from pinfer.train import train
 
 Matrix = NDArray[np.float32]
 

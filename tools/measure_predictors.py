@@ -23,9 +23,9 @@ from pinfer.gguf_io.reader import row_bytes
 from pinfer.model import open_model
 from pinfer.predictors.data import HeldBack, LayerData, parts
 from pinfer.predictors.few_bits import few_bits
+from pinfer.predictors.fitting import SCATTERED_COST
 from pinfer.predictors.low_rank import Spectrum, covariance
 from pinfer.predictors.thresholds import calibrate
-from pinfer.train import SCATTERED_COST
 
 Matrix = NDArray[np.float32]
 

@@ -7,6 +7,7 @@
 #include "speculative.h"
 #include "run.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cerrno>
 #include <climits>
@@ -114,6 +115,7 @@ bool pinfer_params_parse(int argc, char ** argv, common_params & params, llama_e
     const bool completion = ex == LLAMA_EXAMPLE_COMPLETION;
     params.verbosity      = completion ? LOG_LEVEL_OUTPUT : params.verbosity;
     params.warmup         = params.warmup && !completion;  // a run that ends soon would only start later
+    params.n_outputs_max  = completion ? 1 : params.n_outputs_max;  // it looks at the last token's logits alone
     if (!common_params_parse(argc, argv, params, ex, print_usage)) {
         exit(PINFER_EXIT_USAGE);
     }
@@ -156,14 +158,14 @@ bool pinfer_params_parse(int argc, char ** argv, common_params & params, llama_e
     if (run->options.models.size() > 1) {
         add(params.speculative.draft.tensor_buft_overrides);
     }
-    // Beside hot neurons the dense layers lie on one device.
+    // The dense layers lie on the devices that were named; beside hot neurons, on one device.
     const pinfer_model_options & model = run->options.models[0];
-    if (params.devices.empty() && !model.hot.empty()) {
-        for (size_t i = 0; i < ggml_backend_dev_count() && params.devices.empty(); i++) {
-            ggml_backend_dev_t               dev  = ggml_backend_dev_get(i);
-            const enum ggml_backend_dev_type type = ggml_backend_dev_type(dev);
-            if ((type == GGML_BACKEND_DEVICE_TYPE_GPU || type == GGML_BACKEND_DEVICE_TYPE_IGPU) &&
-                (model.devices.empty() || model.devices[0] == ggml_backend_dev_name(dev))) {
+    if (params.devices.empty() && !(model.hot.empty() && model.devices.empty())) {
+        for (size_t i = 0; i < ggml_backend_dev_count() && (model.hot.empty() || params.devices.empty()); i++) {
+            ggml_backend_dev_t               dev   = ggml_backend_dev_get(i);
+            const enum ggml_backend_dev_type type  = ggml_backend_dev_type(dev);
+            const bool                       named = std::count(model.devices.begin(), model.devices.end(), ggml_backend_dev_name(dev)) > 0;
+            if ((type == GGML_BACKEND_DEVICE_TYPE_GPU || type == GGML_BACKEND_DEVICE_TYPE_IGPU) && (named || model.devices.empty())) {
                 params.devices.push_back(dev);
             }
         }

@@ -3,6 +3,7 @@
 #include "pinfer.h"
 #include "plugin_setup.h"
 #include "run.h"
+#include "ui.h"
 
 #include <algorithm>
 #include <atomic>
@@ -49,6 +50,11 @@ int program_run(void) {
     if (run.options.verb == "cli") {
         return llama_cli(argc, argv);
     }
+#ifndef LLAMA_UI_HAS_ASSETS
+    if (!getenv("LLAMA_SERVER_ROUTER_PORT")) {
+        pinfer_say_note("this build has no web page, only the API; `make web-ui` adds the page (needs npm)");
+    }
+#endif
     setenv("LLAMA_APP_CMD", "server", 1);  // a router starts its models as `pinfer-runner server ...`
     return llama_server(argc, argv);
 }

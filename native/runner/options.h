@@ -16,7 +16,7 @@ struct pinfer_model_options {
     std::string              predictor;      // empty: exact mode
     std::string              cold;           // empty: neurons are read from the model
     std::vector<std::string> hot;            // a shard a device
-    std::vector<std::string> devices;        // ggml device of each hot shard; empty: the GPUs in order
+    std::vector<std::string> devices;        // ggml devices: one for each hot shard, or for dense layers alone; empty: the GPUs
     std::vector<uint64_t>    needed;         // bytes that must be free on each of them; 0: not known
 };
 

@@ -74,7 +74,7 @@ bool model_configure(const pinfer_model_options & model, std::string & err) {
     params.predictor_path       = path(model.predictor);
     params.cold_path            = path(model.cold);
     params.hot_paths            = model.hot.empty() ? nullptr : hot.data();
-    params.devices              = model.devices.empty() ? nullptr : devices.data();
+    params.devices              = model.hot.empty() || model.devices.empty() ? nullptr : devices.data();
     params.activation           = model.activation;
     params.activation_threshold = model.threshold;
     if (!pinfer_configure(&params, cause, sizeof(cause))) {

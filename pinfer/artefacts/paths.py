@@ -12,12 +12,15 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import platformdirs
 
 from pinfer.errors import PinferError
-from pinfer.model import Model
 from pinfer.progress import NULL_PROGRESS, Progress
+
+if TYPE_CHECKING:
+    from pinfer.model import Model  # numpy, which `pinfer --help` does not wait for
 
 PROFILE = "profile.gguf"
 SAMPLES = "samples/samples.gguf"

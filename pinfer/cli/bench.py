@@ -94,9 +94,8 @@ def bench(
         "n_gen": parse_list(n_gen, "-n"),
         "n_seq": parse_list(n_seq, "-np"),
     }
-    path = choice.path()
     options = settings(stage.BenchOptions, {**locals(), **lists})
-    print_bench(stage.bench(path, options, ui.stderr_progress()), "json" if as_json else output)
+    print_bench(stage.bench(choice.path(), options, ui.stderr_progress()), "json" if as_json else output)
 
 
 def print_bench(report: BenchReport, output: str) -> None:

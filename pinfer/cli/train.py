@@ -11,7 +11,7 @@ from pinfer.cli.formats import format_bytes, percent
 from pinfer.cli.options import ActivationOpt, Choice, JsonOpt, settings, with_model
 
 if TYPE_CHECKING:
-    from pinfer.train import LayerReport, TrainReport
+    from pinfer.predictors.fitting import LayerReport, TrainReport
 
 
 @with_model

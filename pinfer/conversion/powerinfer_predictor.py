@@ -32,13 +32,9 @@ from pinfer.conversion.powerinfer_file import PowerInferFile, open_powerinfer
 from pinfer.errors import PinferError
 from pinfer.gguf_io.reader import row_bytes
 from pinfer.interrupt import interruptible
-from pinfer.model import Model, dequantize, open_model
+from pinfer.model import Model, dequantize
 from pinfer.predictors.data import HeldBack, LayerData, parts
-from pinfer.predictors.thresholds import calibrate, one_threshold
-from pinfer.profile import ProfileOptions, profile
-from pinfer.progress import NULL_PROGRESS, Progress
-from pinfer.train import (
-    MIN_SAMPLES,
+from pinfer.predictors.fitting import (
     Fitted,
     LayerReport,
     TrainOptions,
@@ -49,6 +45,8 @@ from pinfer.train import (
     summary,
     tested,
 )
+from pinfer.predictors.thresholds import calibrate, one_threshold
+from pinfer.progress import NULL_PROGRESS, Progress
 
 if TYPE_CHECKING:
     from pinfer.predictors.data import Matrix
@@ -142,19 +140,22 @@ def has_predictor(source: Path) -> bool:
     return any(file.predictor_rank(layer) for layer in range(file.n_layer))
 
 
-def import_predictor(
-    source: Path, model_path: Path, options: ImportOptions, progress: Progress = NULL_PROGRESS
-) -> ImportReport:
-    """Writes predictor.gguf of ``model_path``, which was converted from ``source``, and reports how well it predicts.
-
-    Uses the samples of `pinfer profile`; if there are none, the model is profiled here. Raises PinferError if the file
-    has no predictor, if the model was not made from it, or if the text cannot be read.
-    """
+def check_import(file: PowerInferFile, model: Model, options: ImportOptions) -> None:
+    """Raises PinferError if the file has no predictor or the model was not made from it."""
     if not 0 < options.recall <= 1:
         raise PinferError(f"{options.recall} is not a valid recall", "use --recall 0.995, at most 1")
-    file, model = open_powerinfer(source), open_model(model_path)
     _check(file, model)
-    samples, corpus = _samples(model, options, progress)
+
+
+def import_layers(
+    file: PowerInferFile,
+    model: Model,
+    samples: SamplesFile,
+    corpus: str,
+    options: ImportOptions,
+    progress: Progress = NULL_PROGRESS,
+) -> ImportReport:
+    """Writes predictor.gguf of a model converted from ``file``, and reports how well it predicts ``samples``."""
     train = TrainOptions(recall=options.recall, type="f16" if model.n_embd % _BLOCK else "q4_0")
     layers: list[ImportedLayer] = []
     with (
@@ -168,7 +169,7 @@ def import_predictor(
             writer.add(predictor)
             layers.append(report)
             advance(1)
-        settings = {**asdict(options), "command": "convert", "source": source.name, "n_samples": samples.n_samples}
+        settings = {**asdict(options), "command": "convert", "source": file.path.name, "n_samples": samples.n_samples}
         n_bytes = writer.finish(model, settings)
     return _report(folder / paths.PREDICTOR, file, corpus, samples.n_samples, n_bytes, layers)
 
@@ -183,26 +184,6 @@ def _check(file: PowerInferFile, model: Model) -> None:
         raise PinferError(
             f"{file.path} has no predictor", f"make one: pinfer profile {model.path}; pinfer train {model.path}"
         )
-
-
-def _samples(model: Model, options: ImportOptions, progress: Progress) -> tuple[SamplesFile, str]:
-    """The samples of the model and the name of their text. Profiles the model if there are too few."""
-    path = paths.artefact_dir(model.path, model.fingerprint, for_writing=False) / paths.SAMPLES
-    if path.exists():
-        samples = SamplesFile.read(path, model)
-        if samples.n_samples >= MIN_SAMPLES:
-            return samples, str(samples.artefact.settings.get("dataset", ""))
-    # PowerInfer computes only ReLU, so the activation of its models need not be checked.
-    settings = ProfileOptions(options.dataset, options.n_tokens, n_threads=options.n_threads, force=True)
-    profiled = profile(model.path, settings, progress)
-    if profiled.interrupted:  # alone it keeps what was counted; here Ctrl-C is meant for the whole command
-        raise KeyboardInterrupt
-    if profiled.n_samples < MIN_SAMPLES or profiled.samples_path is None:
-        raise PinferError(
-            f"{profiled.corpus} gave {profiled.n_samples} samples, too few to measure a predictor on",
-            "use a longer text: --dataset c4|wikitext|FILE",
-        )
-    return SamplesFile.read(profiled.samples_path, model), profiled.corpus
 
 
 def _import_layer(

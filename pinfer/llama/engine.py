@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 
 from pinfer.errors import PinferError
 from pinfer.llama import log
-from pinfer.llama import plugin as native
 from pinfer.llama.cache_types import DEFAULT_CACHE, CacheTypes, ggml_type_name
 from pinfer.llama.devices import physical_cores
 from pinfer.llama.ggml import load_library
+from pinfer.llama.plugin import is_loaded, load_plugin
 from pinfer.model import Model
 
 DEVICE_NAME = b"PINFER"
@@ -309,8 +309,8 @@ class Engine:
         if self._model:
             self._llama.llama_model_free(self._model)
             self._model = None
-        if self._configured is not None and native.is_loaded():
-            native.load_plugin().release(self._configured)
+        if self._configured is not None and is_loaded():
+            load_plugin().release(self._configured)
         self._configured = None
 
     def __enter__(self) -> Self:
@@ -341,10 +341,10 @@ def require_loadable(path: Path) -> None:
 def configure_plugin(model_path: Path, config: PluginConfig | None) -> None:
     if config is None:
         # Once loaded, the plugin's device stays in the process: it has to be told to keep out of this model's way.
-        if native.is_loaded():
-            native.load_plugin().configure(model_path, activation="other")
+        if is_loaded():
+            load_plugin().configure(model_path, activation="other")
         return
-    native.load_plugin().configure(
+    load_plugin().configure(
         model_path,
         predictor=config.predictor,
         hot=config.hot,
@@ -381,5 +381,5 @@ def _dense_devices(hot_devices: str) -> ctypes.Array[ctypes.c_void_p]:
 
 
 def _why_not_decoded(status: int) -> str:
-    failure = native.load_plugin().last_failure() if native.is_loaded() else None
+    failure = load_plugin().last_failure() if is_loaded() else None
     return failure or f"libllama cannot decode (status {status}): {log.last_words()}"

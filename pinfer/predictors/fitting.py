@@ -1,0 +1,322 @@
+"""Fits the predictor of one layer: kinds and ranks compared by what a token then costs, thresholds, and the report.
+
+The matrix whose sign decides is approximated by two thin factors (low_rank.py) or by a copy in few bits (few_bits.py).
+Thresholds on the resulting scores keep the requested share of the output (thresholds.py). Each layer gets the kind and
+rank with the lowest cost per token. docs/predictors.md has the measurements behind these kinds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pinfer.artefacts.predictor import FACTOR_TYPES, FEW_BITS, LayerPredictor, quantised
+from pinfer.gguf_io.reader import row_bytes
+from pinfer.predictors.data import HeldBack, LayerData, parts
+from pinfer.predictors.few_bits import few_bits
+from pinfer.predictors.low_rank import Spectrum, covariance
+from pinfer.predictors.thresholds import calibrate
+
+if TYPE_CHECKING:
+    from pinfer.predictors.data import Matrix
+
+MIN_SAMPLES = 64
+
+# Cost of a byte in a scattered row, relative to a streamed byte (predictors, whole matrices). Measured with 2 threads:
+# 46 GB/s streamed, 26 to 31 GB/s for the rows of candidates (docs/predictors.md).
+SCATTERED_COST = 1.6
+
+# A float32 for each neuron.
+_THRESHOLD_BYTES = 4
+
+# Values in a block of quantised factors: ranks and widths must be multiples of it.
+BLOCK = 32
+
+# Kinds a layer may get; the plugin computes all of them.
+KINDS = ("low_rank", "one_bit", "two_bit")
+
+# Samples and neurons on which kinds and ranks are compared; the choice is calibrated on all held-back samples.
+_SEARCH_SAMPLES = 512
+_SEARCH_NEURONS = 4096
+
+# Factors are first computed up to this rank, or this share of the width, and further if needed.
+_FIRST_RANK = 1024
+_FIRST_SHARE = 6
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Settings of ``pinfer train``; every default is the command line's."""
+
+    recall: float = 0.995
+    max_rank: int | None = None
+    type: str = "q4_0"
+    activation: str | None = None
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """Quality of one layer's predictor; shares of its neurons, bytes read per token."""
+
+    layer: int
+    kind: str
+    rank: int
+    recall: float
+    candidates: float
+    active: float
+    predictor_bytes: int
+    expected_bytes: float
+    exact_bytes: float
+
+
+@dataclass(frozen=True)
+class TrainReport:
+    """Quality of the predictor, and its path."""
+
+    path: Path
+    n_samples: int
+    predictor_bytes: int
+    recall: float
+    candidates: float
+    active: float
+    expected_bytes: float
+    exact_bytes: float
+    layers: tuple[LayerReport, ...]
+
+    def to_json(self) -> dict[str, object]:
+        """The report as plain JSON values."""
+        return {**asdict(self), "path": str(self.path)}
+
+
+def summary(path: Path, n_samples: int, n_bytes: int, layers: list[LayerReport]) -> TrainReport:
+    """The layers together."""
+
+    def mean(values: Iterator[float]) -> float:
+        return math.fsum(values) / len(layers)
+
+    return TrainReport(
+        path=path,
+        n_samples=n_samples,
+        predictor_bytes=n_bytes,
+        recall=mean(layer.recall for layer in layers),
+        candidates=mean(layer.candidates for layer in layers),
+        active=mean(layer.active for layer in layers),
+        expected_bytes=math.fsum(layer.expected_bytes for layer in layers),
+        exact_bytes=math.fsum(layer.exact_bytes for layer in layers),
+        layers=tuple(layers),
+    )
+
+
+def fit_layer(
+    data: LayerData, layer: int, options: TrainOptions, kinds: tuple[str, ...] = KINDS
+) -> tuple[LayerPredictor, LayerReport]:
+    """The predictor of one layer with the lowest cost per token, or none if that costs less."""
+    fit, calibration, test = parts(len(data.x))
+    inputs = covariance(data.x[fit].astype("float32"))
+    held = HeldBack.of(data, calibration)
+    sources: list[_Source] = [_FewBits(data, inputs, kind) for kind in kinds if kind in FEW_BITS]
+    if "low_rank" in kinds:
+        sources.append(_LowRank(data, inputs, options))
+    chosen = _cheapest(data, sources, held, options)
+    fitted = Fitted.of(data, chosen[0], chosen[1], held, options) if chosen else None
+    if fitted is not None and fitted.cost(data, held) >= exact_cost(data, held):
+        fitted = None
+    del held  # at large widths memory has no room for both
+    return tested(data, layer, fitted, HeldBack.of(data, test))
+
+
+def tested(data: LayerData, layer: int, fitted: Fitted | None, held: HeldBack) -> tuple[LayerPredictor, LayerReport]:
+    """A layer's predictor, or none, and its quality on samples that neither fit nor thresholds have seen."""
+    active = float((held.mass > 0).mean())
+    exact_bytes = len(data.weight) * (data.first_bytes + active * data.rest_bytes)
+    if fitted is None:
+        none = LayerPredictor(0, 1.0, 1.0, kind="none")
+        return none, LayerReport(layer, "none", 0, 1.0, 1.0, active, 0, exact_bytes, exact_bytes)
+    named = fitted.named(held)
+    recall, candidates = held.recall(named), float(named.mean())
+    rank = fitted.b.shape[1]
+    result = LayerPredictor(rank, recall, candidates, fitted.a, fitted.b, fitted.t, fitted.kind, fitted.types)
+    expected = fitted.n_bytes + fitted.row_bytes(data, held, named)
+    report = LayerReport(layer, fitted.kind, rank, recall, candidates, active, fitted.n_bytes, expected, exact_bytes)
+    return result, report
+
+
+class _Source(Protocol):
+    """Makes predictors of one kind for one layer."""
+
+    kind: str
+    ranks: range
+    """to choose from; few bits have a single rank, the width"""
+
+    @property
+    def ready(self) -> int:
+        """Index in ``ranks`` up to which everything is computed."""
+        ...
+
+    def parts(self, rank: int, neurons: slice) -> tuple[Matrix | None, Matrix]:
+        """A ``[rank, n_embd]``, None where there is none, and B ``[neurons, rank]``, with the values of the file."""
+        ...
+
+    def n_bytes(self, rank: int) -> int:
+        """Bytes of all neurons' predictor."""
+        ...
+
+
+class _LowRank:
+    """Two thin factors, computed up to the highest rank used so far."""
+
+    kind = "low_rank"
+
+    def __init__(self, data: LayerData, inputs: NDArray[np.float64], options: TrainOptions) -> None:
+        n_ff, n_embd = data.weight.shape
+        limit = min(n_embd, n_ff, n_embd if options.max_rank is None else options.max_rank)
+        self.ranks = range(BLOCK, limit + 1, BLOCK)
+        self._data = data
+        self._inputs = inputs
+        self._types = FACTOR_TYPES[options.type]
+        self._spectrum: Spectrum | None = None
+        self._a: Matrix | None = None
+        self._b: Matrix | None = None
+
+    @property
+    def ready(self) -> int:
+        """Higher ranks need eigenvectors that are not computed yet."""
+        return 0 if self._a is None else len(self._a) // BLOCK - 1
+
+    def parts(self, rank: int, neurons: slice) -> tuple[Matrix, Matrix]:
+        """Quantised blocks run along the rank, so lower ranks are prefixes of higher ones."""
+        if self._a is None or self._b is None or rank > len(self._a):
+            self._spectrum = self._spectrum or Spectrum.of(self._data.weight, self._inputs)
+            n_embd = self._data.weight.shape[1]
+            first = _FIRST_RANK if n_embd <= _FIRST_RANK else n_embd // _FIRST_SHARE
+            wanted = max(rank, first if self._a is None else 2 * len(self._a))
+            a, b = self._spectrum.factors(min(wanted, self.ranks[-1]) // BLOCK * BLOCK)
+            self._a, self._b = quantised(a, self._types[0]), quantised(b, self._types[1])
+        return self._a[:rank], self._b[neurons, :rank]
+
+    def n_bytes(self, rank: int) -> int:
+        """Bytes of both factors and the thresholds."""
+        n_ff, n_embd = len(self._data.weight), self._data.x.shape[1]
+        return rank * row_bytes(self._types[0], n_embd) + n_ff * (row_bytes(self._types[1], rank) + _THRESHOLD_BYTES)
+
+
+class _FewBits:
+    """A copy of the matrix in few bits a weight."""
+
+    def __init__(self, data: LayerData, inputs: NDArray[np.float64], kind: str) -> None:
+        n_embd = data.weight.shape[1]
+        self.kind = kind
+        self.ready = 0
+        # The plugin multiplies them 32 at a time.
+        self.ranks = range(n_embd, n_embd + 1) if n_embd % BLOCK == 0 else range(0)
+        self._data = data
+        self._inputs = inputs
+
+    def parts(self, rank: int, neurons: slice) -> tuple[None, Matrix]:
+        """B holds the levels; there is no A. Each neuron is rounded on its own, so a few are quick."""
+        return None, few_bits(self._data.weight[neurons], self._inputs, FEW_BITS[self.kind])
+
+    def n_bytes(self, rank: int) -> int:
+        """Bytes of the codes and the thresholds."""
+        return len(self._data.weight) * (rank * FEW_BITS[self.kind] // 8 + _THRESHOLD_BYTES)
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A predictor, calibrated. ``t`` holds bias and mean; A and B are as they will be stored."""
+
+    kind: str
+    a: Matrix | None
+    b: Matrix
+    t: Matrix
+    n_bytes: int
+    types: tuple[str, str] | None = None
+    """of A and B, where they are not the file's"""
+
+    @staticmethod
+    def of(
+        data: LayerData, source: _Source, rank: int, held: HeldBack, options: TrainOptions, neurons: slice = slice(None)
+    ) -> Fitted:
+        """With thresholds that keep the recall on ``held``; ``data`` and ``held`` contain only ``neurons``."""
+        a, b = source.parts(rank, neurons)
+        t = calibrate(scores(a, b, held.x), held, data, options.recall)
+        return Fitted(source.kind, a, b, t, source.n_bytes(rank))
+
+    def named(self, held: HeldBack) -> NDArray[np.bool_]:
+        """Which neurons are candidates, ``[n, n_ff]``."""
+        return scores(self.a, self.b, held.x, self.kind) > self.t
+
+    def row_bytes(self, data: LayerData, held: HeldBack, named: NDArray[np.bool_]) -> float:
+        """Bytes of a token's rows: the first one of each candidate, the others of those that fire."""
+        n_active = int(np.count_nonzero(named & (held.mass > 0)))
+        return (int(np.count_nonzero(named)) * data.first_bytes + n_active * data.rest_bytes) / len(held.x)
+
+    def cost(self, data: LayerData, held: HeldBack, times: float = 1.0) -> float:
+        """Cost of a token in streamed bytes, if each neuron stands for ``times`` neurons."""
+        return self.n_bytes + times * SCATTERED_COST * self.row_bytes(data, held, self.named(held))
+
+
+def scores(a: Matrix | None, b: Matrix, x: Matrix, kind: str = "low_rank") -> Matrix:
+    """What a predictor of this kind computes for ``x`` ``[n, n_embd]``: ``[n, n_ff]``."""
+    hidden: Matrix = x if a is None else x @ a.T
+    return (np.maximum(hidden, 0) if kind == "mlp" else hidden) @ b.T
+
+
+def exact_cost(data: LayerData, held: HeldBack) -> float:
+    """Cost of a token without a predictor: the first matrix is streamed."""
+    n_active = int(np.count_nonzero(held.mass)) / len(held.x)
+    return len(data.weight) * data.first_bytes + SCATTERED_COST * n_active * data.rest_bytes
+
+
+def _cheapest(
+    data: LayerData, sources: Sequence[_Source], held: HeldBack, options: TrainOptions
+) -> tuple[_Source, int] | None:
+    """Kind and rank of the lowest cost, estimated on some neurons and samples; None if no predictor pays."""
+    neurons = slice(None, None, -(-len(data.weight) // _SEARCH_NEURONS))
+    some = held.some(-(-len(held.x) // _SEARCH_SAMPLES), neurons)
+    part = data.some(neurons)
+    times = len(data.weight) / len(part.weight)
+    lowest, best = times * exact_cost(part, some), None
+    for source in sources:
+
+        def cost(rank: int, source: _Source = source) -> float:
+            return Fitted.of(part, source, rank, some, options, neurons).cost(part, some, times)
+
+        found = _lowest(cost, source, lowest)
+        if found and found[0] < lowest:
+            lowest, best = found[0], (source, found[1])
+    return best
+
+
+def _lowest(cost: Callable[[int], float], source: _Source, bound: float) -> tuple[float, int] | None:
+    """Lowest cost and its rank, searched in growing steps and then around the best of them.
+
+    A higher rank costs more and saves fewer and fewer candidates, so the cost falls and then rises. Ranks whose
+    predictor alone costs ``bound`` or more are skipped.
+    """
+    costs: dict[int, float] = {}
+
+    def best() -> int:
+        return min(costs, key=lambda known: (costs[known], known))
+
+    at, falling = 0, True
+    while at < len(source.ranks) and falling and source.n_bytes(source.ranks[at]) < min([bound, *costs.values()]):
+        costs[at] = cost(source.ranks[at])
+        falling = best() == at
+        after = at + max(1, (at + 1) // 2)
+        at = source.ready if at < source.ready < after else after
+    while costs:
+        known = sorted(costs)
+        beside = known[max(known.index(best()) - 1, 0) : known.index(best()) + 2]
+        between = {(best() + other) // 2 for other in beside}
+        new = [at for at in sorted(between - set(costs)) if abs(at - best()) >= (best() + 1) // 12]
+        if not new:
+            return costs[best()], source.ranks[best()]
+        costs |= {at: cost(source.ranks[at]) for at in new}
+    return None
