@@ -29,6 +29,8 @@ static void * allocate(size_t size) {
 
 void * operator new(size_t size) { return allocate(size); }
 void * operator new[](size_t size) { return allocate(size); }
+void * operator new(size_t size, const std::nothrow_t &) noexcept { return malloc(size ? size : 1); }
+void * operator new[](size_t size, const std::nothrow_t &) noexcept { return malloc(size ? size : 1); }
 void   operator delete(void * p) noexcept { free(p); }
 void   operator delete[](void * p) noexcept { free(p); }
 void   operator delete(void * p, size_t) noexcept { free(p); }
