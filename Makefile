@@ -23,7 +23,7 @@ SDIST  := .cache/llama_cpp_python-$(shell sed -n 's/^llama-cpp-python==\([^ ]*\)
 # Ninja and CMake come from the virtual environment.
 export PATH := $(BIN):$(PATH)
 
-.PHONY: help demo test test-models test-sanitize soak lint build web-ui bench docs gpu-kit clean distclean FORCE
+.PHONY: help demo test test-models test-sanitize test-threads soak lint build web-ui bench docs gpu-kit clean distclean FORCE
 
 help:
 	@echo 'make build          install the pinfer command into .venv and build the native part in build/native'
@@ -33,6 +33,7 @@ help:
 	@echo 'make test-models    check the recorded results of the tiny checkpoints against transformers (installs PyTorch)'
 	@echo 'make test-sanitize  test the native code with the address and undefined-behaviour sanitizers'
 	@echo 'make soak           test the server under load for 10 minutes'
+	@echo 'make test-threads   test hot devices and several models at once with the thread sanitizer'
 	@echo 'make lint           check formatting, lint, types, and that docs/cli.md is up to date'
 	@echo 'make bench          run the native benchmarks'
 	@echo 'make docs           regenerate docs/cli.md'
@@ -153,6 +154,17 @@ test-sanitize: build/sanitize/build.ninja
 	@PINFER_NATIVE_DIR=$(CURDIR)/build/sanitize LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
 	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	    $(BIN)/python -m pytest -q $(SANITIZED_TESTS)
+
+build/thread/build.ninja: $(CMAKE_FILES) $(STAMPS)/llama $(BIN)/pinfer
+	$(call configure,thread) --log-level=WARNING
+	touch $@
+
+# One thread in each OpenMP team: their library is not built with the sanitizer, which would take its barriers for races.
+test-threads: export OMP_THREAD_LIMIT := 1
+test-threads: build/thread/build.ninja
+	@ninja --quiet -C build/thread -j $(JOBS) bin/test_models bin/test_hot
+	@build/thread/bin/test_models 10
+	@build/thread/bin/test_hot
 
 lint: $(BIN)/pinfer
 	@$(BIN)/ruff check

@@ -90,7 +90,6 @@ void pinfer_verifier::work() {
             break;
         }
     }
-    close(fd);
     state.store(result, std::memory_order_release);
 }
 
@@ -122,5 +121,8 @@ pinfer_verifier::~pinfer_verifier() {
     stop = true;
     if (thread.joinable()) {
         thread.join();
+    }
+    if (fd >= 0) {
+        close(fd);
     }
 }

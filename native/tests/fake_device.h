@@ -6,6 +6,7 @@
 #include "ggml-cpu.h"
 
 #include <algorithm>
+#include <atomic>
 #include <condition_variable>
 #include <cstring>
 #include <deque>
@@ -41,7 +42,7 @@ struct fake_device {
     bool          queued; // asynchronous; else every call returns when its work is done
     bool          pinned; // has host memory of its own
     fake_fault    fault    = FAKE_WORKS;
-    int           n_graphs = 0; // computed
+    std::atomic<int> n_graphs{0}; // computed
     int           n_open = 0, most_open = 0; // backends of it
     fake_meeting * meeting = nullptr;
 
