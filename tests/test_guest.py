@@ -96,7 +96,7 @@ def test_completion_is_taken_over_by_the_header(tiny_reglu: Path) -> None:
     done = complete(tiny_reglu)
     last_line_starts(done, expected)
     how = "computed by pinfer as reglu, exact, without artefacts"
-    assert said(done) == [f"tiny-reglu.gguf: {how}; to make them, type: pinfer profile {tiny_reglu}"]
+    assert said(done) == [f"tiny-reglu.gguf: {how}; make them with: pinfer prepare {tiny_reglu}"]
 
 
 def test_perplexity_bench_and_chat(tiny_reglu: Path) -> None:
