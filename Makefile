@@ -23,7 +23,7 @@ SDIST  := .cache/llama_cpp_python-$(shell sed -n 's/^llama-cpp-python==\([^ ]*\)
 # Ninja and CMake come from the virtual environment.
 export PATH := $(BIN):$(PATH)
 
-.PHONY: help demo test test-models test-sanitize test-threads soak lint build web-ui bench docs gpu-kit clean distclean FORCE
+.PHONY: help demo test test-models test-sanitize test-threads fuzz soak lint build web-ui bench docs gpu-kit clean distclean FORCE
 
 help:
 	@echo 'make build          install the pinfer command into .venv and build the native part in build/native'
@@ -34,6 +34,7 @@ help:
 	@echo 'make test-sanitize  test the native code with the address and undefined-behaviour sanitizers'
 	@echo 'make soak           test the server under load for 10 minutes'
 	@echo 'make test-threads   test hot devices and several models at once with the thread sanitizer'
+	@echo 'make fuzz           fuzz the readers of artefacts and graphs, FUZZ_SECONDS=120 each (needs Clang)'
 	@echo 'make lint           check formatting, lint, types, and that docs/cli.md is up to date'
 	@echo 'make bench          run the native benchmarks'
 	@echo 'make docs           regenerate docs/cli.md'
@@ -154,6 +155,19 @@ test-sanitize: build/sanitize/build.ninja
 	@PINFER_NATIVE_DIR=$(CURDIR)/build/sanitize LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
 	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	    $(BIN)/python -m pytest -q $(SANITIZED_TESTS)
+
+build/fuzz/build.ninja: $(CMAKE_FILES) $(STAMPS)/llama $(BIN)/pinfer
+	@command -v clang++ > /dev/null || { echo 'make fuzz needs Clang; type: apt-get install clang libclang-rt-dev' >&2; exit 1; }
+	$(call configure,fuzz) --log-level=WARNING
+	touch $@
+
+# Seconds for each fuzzer. What a longer run finds can be kept: copy it from build/fuzz/corpus to native/fuzz/corpus.
+FUZZ_SECONDS ?= 120
+fuzz: build/fuzz/build.ninja
+	@ninja --quiet -C build/fuzz -j $(JOBS)
+	@for name in readers graphs; do mkdir -p build/fuzz/corpus/$$name && \
+	    build/fuzz/bin/fuzz_$$name -max_total_time=$(FUZZ_SECONDS) -timeout=5 -rss_limit_mb=4096 -print_final_stats=1 \
+	    -max_len=65536 -artifact_prefix=build/fuzz/ build/fuzz/corpus/$$name native/fuzz/corpus/$$name || exit 1; done
 
 build/thread/build.ninja: $(CMAKE_FILES) $(STAMPS)/llama $(BIN)/pinfer
 	$(call configure,thread) --log-level=WARNING
