@@ -11,7 +11,21 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-VERBS = ("profile", "train", "solve", "split", "run", "serve", "eval", "bench", "show", "library", "convert", "demo")
+VERBS = (
+    "profile",
+    "train",
+    "solve",
+    "split",
+    "run",
+    "serve",
+    "eval",
+    "bench",
+    "show",
+    "library",
+    "convert",
+    "exec",
+    "demo",
+)
 # From the ground up. A module belongs to the layer that names it, or else to that of its package.
 LAYERS = (
     ("pinfer.errors", "pinfer.progress", "pinfer.interrupt"),

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from support.command_line import MODELS, ROOT, CommandLine
+from support.command_line import ROOT, CommandLine
 
 from pinfer import Model, PrepareOptions, generate, prepare
 from pinfer.errors import PinferError
@@ -22,6 +22,11 @@ TEXT = str(ROOT / "tests" / "data" / "profile.txt")
 QUICK = PrepareOptions(dataset=TEXT, n_tokens=2048, n_threads=1)
 STAGES = ("profile", "train", "solve", "split")
 PROMPT = "Once upon a time"
+
+
+@pytest.fixture
+def pinfer(tmp_path: Path) -> CommandLine:
+    return CommandLine(tmp_path / "work", tmp_path / "home")
 
 
 def _folder(model: Path) -> Path:
@@ -140,4 +145,4 @@ def test_python_says_what_the_engine_says(tiny_relu2: Path) -> None:
         stats = model.stats()
         assert stats is not None
         assert stats.n_neurons > 0
-    assert generate(MODELS / "tiny-relu2.gguf", PROMPT, 4)
+    assert generate(tiny_relu2, PROMPT, 4)

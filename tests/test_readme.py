@@ -40,7 +40,7 @@ def _commands() -> list[list[str]]:
 
 
 def test_pasted_commands_name_files_and_flags_that_exist() -> None:
-    """Flags of `run` are left out: they are llama.cpp's."""
+    """Flags of `run` and `exec` are left out: they are llama.cpp's."""
     commands = _commands()
     assert {command[1] for command in commands} >= {"prepare", "run", "eval"}
     sections = re.split(r"^## ", (ROOT / "docs" / "cli.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
@@ -48,7 +48,7 @@ def test_pasted_commands_name_files_and_flags_that_exist() -> None:
         section = next((s for s in sections if s.startswith(f"pinfer {command[1]}\n")), None)
         assert section is not None, f"README: there is no command {shlex.join(command)}"
         for word in command[2:]:
-            if word.startswith("-") and command[1] != "run":
+            if word.startswith("-") and command[1] not in ("run", "exec"):
                 assert re.search(rf"(?<!\S){re.escape(word)}(?![\w-])", section), f"README: {shlex.join(command)}"
             if re.search(r"\.(gguf|txt)$", word):
                 assert (ROOT / word).exists(), f"README: {shlex.join(command)}"

@@ -13,7 +13,7 @@ struct pinfer_team {
     ggml_context * graph_ctx = nullptr;
     ggml_cgraph *  graph = nullptr; // nodes on their way to `cpu`
 
-    std::vector<uint8_t> arena; // cut up anew for every FFN
+    std::vector<uint8_t> arena; // cut up again for every FFN
     std::vector<float>   x_copy;
     long                 blocks_read = 0; // by this process, when it was last asked
 };

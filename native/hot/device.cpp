@@ -7,7 +7,7 @@
 #include <cstring>
 #include <system_error>
 
-// The open devices of the process. Slots instead of a list: whoever asks which are at work may be about to abort.
+// The open devices of the process. Slots instead of a list: the caller who asks which are at work may be about to abort.
 static std::atomic<const pinfer_hot *> open_devices[256];
 
 static void list_device(const pinfer_hot * hot) {

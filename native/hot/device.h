@@ -21,7 +21,7 @@ enum pinfer_hot_drive {
     PINFER_HOT_THREADED, // its calls block, so a thread of its own makes them
 };
 
-// The graph of a layer for so many tokens, built once.
+// The graph of a layer for a number of tokens, built once.
 struct pinfer_hot_graph {
     pinfer_rule    rule;
     int64_t        n_tokens = 0;

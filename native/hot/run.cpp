@@ -96,7 +96,7 @@ bool pinfer_hot_reserve(pinfer_hot * hot, const pinfer_rule & rule, std::string 
     return true;
 }
 
-// The graph of a layer for so many tokens, new or kept; null when the device has no room.
+// The graph of a layer for a number of tokens, new or kept; null when the device has no room.
 static pinfer_hot_graph * graph_get(pinfer_hot * hot, pinfer_hot_layer & layer, const pinfer_rule & rule, int64_t n_tokens) {
     auto &     kept  = layer.graphs;
     const auto found = std::find_if(kept.begin(), kept.end(), [&](const auto & g) {
@@ -125,7 +125,7 @@ static pinfer_hot_graph * graph_get(pinfer_hot * hot, pinfer_hot_layer & layer, 
     return kept.front().get();
 }
 
-// Room for x and y of so many tokens.
+// Room for x and y of a batch.
 static void stage(pinfer_hot * hot, int64_t n_tokens) {
     if (n_tokens <= hot->n_staged) {
         return;

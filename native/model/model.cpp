@@ -40,7 +40,7 @@ static bool shards_are_whole(const pinfer_model & m, std::string * err) {
         }
         if (n != n_ff || total != n_ff) {
             *err = m.cold->file.path + ": the shards do not hold every neuron of layer " + std::to_string(il) +
-                   " exactly once; make them anew with: pinfer split " + m.settings.model;
+                   " exactly once; make them again: pinfer split " + m.settings.model;
             return false;
         }
     }
@@ -52,7 +52,7 @@ static bool read_hot(pinfer_model * m, const pinfer_origin & origin, std::string
     const pinfer_settings & s = m->settings;
     if (!s.hot.empty() && !s.devices.empty() && s.devices.size() != s.hot.size()) {
         *err = s.hot[0] + " is one of " + std::to_string(s.hot.size()) + " hot shards, but " + std::to_string(s.devices.size()) +
-               " devices are named; name as many with --device, or make the shards anew with: pinfer solve " + s.model +
+               " devices are named; name as many with --device, or make the shards again: pinfer solve " + s.model +
                " --device, then pinfer split";
         return false;
     }
@@ -63,7 +63,7 @@ static bool read_hot(pinfer_model * m, const pinfer_origin & origin, std::string
             return false;
         }
         if (!m->cold || m->cold->placement_id != h.placement_id) {
-            *err = path + " and the cold shard are of different placements; make both anew with: pinfer split " + s.model;
+            *err = path + " and the cold shard are of different placements; make both again: pinfer split " + s.model;
             return false;
         }
     }

@@ -172,7 +172,7 @@ std::string described(const pinfer_model & m) {
     text += s.predictor.empty() ? ", exact" : ", predicted";
     const std::string & any = s.predictor.empty() ? s.cold : s.predictor;
     if (any.empty()) {
-        return text + ", without artefacts; to make them, type: pinfer profile " + s.model;
+        return text + ", without artefacts; make them with: pinfer prepare " + s.model;
     }
     text += std::string(", with ") + (s.predictor.empty() ? "shards" : s.cold.empty() ? "the predictor" : "predictor and shards") +
             " of " + any.substr(0, any.find_last_of('/'));
@@ -222,7 +222,7 @@ std::shared_ptr<pinfer_model> pinfer_automatic_recognise(int fd, const pinfer_fi
     }
     m->layers.resize(m->header.layers.size());
     m->state             = PINFER_MODEL_RECOGNISED;
-    m->released          = true; // with its last buffer it goes, and is recognised anew
+    m->released          = true; // with its last buffer it goes, and is recognised again
     m->announce_fallback = true;
 
     const bool named = is_named(id, &m->refusal);

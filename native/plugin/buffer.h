@@ -19,5 +19,5 @@ std::shared_ptr<pinfer_model> pinfer_model_of_weight(const ggml_tensor * weight)
 // Model of which these bytes, outside the plugin's buffers, are a mapped part. Null where they are not.
 std::shared_ptr<pinfer_model> pinfer_model_mapped_at(const void * data);
 
-// Gives back the memory that a weight's pages take, where they are a mapped file; they are read anew when touched.
+// Gives back the memory that a weight's pages take, where they are a mapped file; they are read again when touched.
 void pinfer_weight_release_pages(const ggml_tensor * weight);

@@ -49,7 +49,7 @@ bool pinfer_match_activation(ggml_tensor * h, pinfer_ffn * out) {
     f.h     = h;
     bool ok = false;
     switch (h->op) {
-        case GGML_OP_GLU: // src[1] null: gate and up are one matrix, which is no model of ours
+        case GGML_OP_GLU: // src[1] null: gate and up are one matrix, which no supported model has
             ok          = h->src[1] && match_gated(h->src[0], h->src[1], &f);
             f.graph_act = ggml_get_glu_op(h) == GGML_GLU_OP_REGLU ? PINFER_ACT_REGLU : PINFER_ACT_OTHER;
             break;

@@ -10,6 +10,7 @@
 #include <csignal>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <exception>
 #include <unistd.h>
 
@@ -51,7 +52,7 @@ int program_run(void) {
         return llama_cli(argc, argv);
     }
 #ifndef LLAMA_UI_HAS_ASSETS
-    if (!getenv("LLAMA_SERVER_ROUTER_PORT")) {
+    if (!getenv("LLAMA_SERVER_ROUTER_PORT") && strcmp(argv[1], "--help") != 0) {
         pinfer_say_note("this build has no web page, only the API; `make web-ui` adds the page (needs npm)");
     }
 #endif

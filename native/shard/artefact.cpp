@@ -14,7 +14,7 @@
 
 namespace {
 
-// The command that makes an artefact of a kind anew.
+// The command that makes an artefact of a kind.
 const char * maker_of(const char * kind) {
     if (!strcmp(kind, "predictor")) {
         return "pinfer train";
@@ -189,7 +189,7 @@ pinfer_artefact::~pinfer_artefact() {
 
 bool pinfer_artefact_open(pinfer_artefact * a, const char * path, const char * kind, const pinfer_origin & origin,
                           std::string * err) {
-    const std::string remake = std::string("; make it anew with: ") + maker_of(kind) + " " + origin.model_path;
+    const std::string remake = std::string("; make it again: ") + maker_of(kind) + " " + origin.model_path;
     a->path   = path;
     a->remake = remake;
 

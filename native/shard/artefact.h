@@ -14,7 +14,7 @@
 
 struct pinfer_artefact {
     std::string    path;
-    std::string    remake; // end of an error's line: the command that makes the file anew
+    std::string    remake; // end of an error's line: the command that makes the file again
     gguf_context * gguf = nullptr;
     uint8_t *      map  = nullptr; // the whole file, read-only
     size_t         size = 0;
@@ -55,7 +55,7 @@ bool pinfer_artefact_open(pinfer_artefact * a, const char * path, const char * k
 bool pinfer_artefact_tensor(const pinfer_artefact * a, const char * name, ggml_type type, int64_t ne0, int64_t ne1,
                             pinfer_blob * out, std::string * err);
 
-// Gives back the memory that pages within these bytes of a mapped artefact take; they are read anew when touched.
+// Gives back the memory that pages within these bytes of a mapped artefact take; they are read again when touched.
 void pinfer_artefact_release(const void * data, size_t size);
 
 // "PATH is damaged: ..." as soon as a checksum was found to differ, else empty.

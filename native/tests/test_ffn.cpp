@@ -228,7 +228,7 @@ void test_other_activations(const shard_paths & p, model m, const std::vector<in
     made(other);
     check(configure(p, other, true, true, &err), "artefacts of the same threshold: " + err);
     check(!configure(p, run, true, true, &err) &&
-              err == "predictor.gguf was made for activation reglu above 0.01, model.gguf is run with reglu; make it anew with: "
+              err == "predictor.gguf was made for activation reglu above 0.01, model.gguf is run with reglu; make it again: "
                      "pinfer train model.gguf",
           "artefacts of a threshold: " + err);
     check(!configure(p, run, true, false, &err) && err.find("cold.gguf was made for") == 0, "cold shard of a threshold: " + err);
