@@ -2,8 +2,8 @@
 
 Weights are rounded input by input, in order of decreasing variance. Each rounding error is compensated in the weights
 that are not rounded yet, as far as their inputs are correlated with the rounded one. The best compensation follows from
-the covariance of the inputs and is the same for every neuron. Each row has a single scale. Scaling a row does not change
-which scores exceed a threshold, so the scale is folded into the neuron's threshold and only integers are stored.
+the covariance of the inputs and is the same for every neuron. Each row has a single positive scale, which is folded
+into the neuron's threshold, so only integers are stored.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _HALF_STEP = {1: 0.798, 2: 0.498}
 # Added to the variance of every input, in units of the mean variance, because the covariance is only an estimate.
 _DAMPING = 0.03
 
-# Within a block of this many inputs, errors are passed on one input at a time. Inputs after the block receive all of its
+# Within a block of this many inputs, errors are passed on one input at a time. Inputs after the block receive its
 # errors in one matrix product.
 _BLOCK = 64
 

@@ -59,8 +59,8 @@ class Spectrum:
     def factors(self, max_rank: int) -> tuple[Matrix, Matrix]:
         """A ``[R, n_embd]`` and B ``[n_ff, R]`` with R = min(max_rank, n_embd); lower ranks are prefixes of them.
 
-        Up to a common factor, which keeps A well within the range of half floats, every component of A x has variance 1.
-        So the columns of B decrease in importance, and the values of a quantised block of B are of similar size.
+        Apart from a common factor, which keeps A well within the range of half floats, the components of A x have
+        variance 1. So the columns of B are scaled by importance, and neighbouring ones suit a block with one scale.
         """
         from scipy.linalg import solve_triangular
 
