@@ -1,1 +1,1 @@
-"""How predictors are made: samples, fits and thresholds."""
+"""Training of predictors: samples, fits and thresholds."""

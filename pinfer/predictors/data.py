@@ -1,4 +1,4 @@
-"""What ``pinfer train`` learns a layer from: its weights, its samples, and what held-back samples are worth."""
+"""Training data of one layer: its weights, its samples, and the activation mass of held-back samples."""
 
 from __future__ import annotations
 
@@ -16,49 +16,52 @@ from pinfer.model import Model, Tensor, dequantize
 if TYPE_CHECKING:
     Matrix: TypeAlias = NDArray[np.float32]
 
-# Held back from the fit: for finding thresholds, and for the recall that is reported.
+# Shares of the samples held back from the fit: for the thresholds, and for the reported recall.
 _CALIBRATION_SHARE = 0.2
 _TEST_SHARE = 0.1
 _MAX_HELD_BACK = 2048
 
-# Rows of a weight matrix that are float32 at a time, besides the matrix itself.
+# Rows of a weight matrix that are dequantised to float32 at a time.
 _CHUNK_ROWS = 4096
 
 
 @dataclass(frozen=True)
 class LayerData:
-    """One layer as the fit sees it."""
+    """Weights and samples of one layer."""
 
     x: NDArray[np.float16]
     """FFN inputs ``[n_samples, n_embd]``"""
     weight: Matrix
     """the predicted matrix ``[n_ff, n_embd]``"""
     bias: Matrix
-    """its bias ``[n_ff]``, zero where the model has none"""
+    """its bias ``[n_ff]``, zeros if the model has none"""
     partner: Callable[[Matrix], Matrix] | None
-    """up·x of gated FFNs, ``[n, n_embd]`` to ``[n, n_ff]``"""
+    """for gated FFNs, computes up·x: ``[n, n_embd]`` to ``[n, n_ff]``"""
     down_norm: Matrix
-    """length of each neuron's down column ``[n_ff]``"""
+    """L2 norm of each neuron's down column ``[n_ff]``"""
     activation: str
     first_bytes: int
-    """of the row whose product decides"""
+    """bytes of a neuron's row in the predicted matrix"""
     rest_bytes: int
-    """of the other rows of a neuron"""
+    """bytes of the neuron's other rows"""
     threshold: float = 0.0
-    """what a ReLU lets through has to exceed it"""
+    """the activation is 0 unless the pre-activation exceeds this"""
 
     @property
     def power(self) -> int:
-        """The output grows with this power of the predicted product."""
+        """The FFN output is proportional to this power of the predicted pre-activation."""
         return 2 if self.activation == "relu2" else 1
 
     def some(self, neurons: slice) -> LayerData:
-        """The layer with these neurons alone, to calibrate with."""
+        """The layer reduced to these neurons, for calibration only: ``partner`` still computes all of them."""
         return replace(self, weight=self.weight[neurons], bias=self.bias[neurons], down_norm=self.down_norm[neurons])
 
     @staticmethod
     def read(model: Model, layer: int, samples: SamplesFile) -> LayerData:
-        """Layer ``layer`` of ``model``; of its matrices only the predicted one is held as float32."""
+        """Reads layer ``layer`` of ``model``. Only the predicted matrix is kept in float32.
+
+        Raises PinferError if the layer has no plain FFN.
+        """
         ffn = model.ffn[layer]
         first = ffn.gate if model.gated else ffn.up
         if first is None or ffn.up is None or ffn.down is None:
@@ -88,7 +91,7 @@ class LayerData:
 
 
 def _column_norms(model: Model, down: Tensor) -> Matrix:
-    """Length of each column of the down matrix ``[n_embd, n_ff]``."""
+    """L2 norm ``[n_ff]`` of each column of the down matrix ``[n_embd, n_ff]``."""
     squares = np.zeros(model.n_ff, dtype=np.float64)
     for begin in range(0, down.n_rows, _CHUNK_ROWS):
         rows = dequantize(model, down, slice(begin, min(begin + _CHUNK_ROWS, down.n_rows)))
@@ -103,18 +106,18 @@ def relu(v: Matrix, threshold: float) -> Matrix:
 
 @dataclass(frozen=True)
 class HeldBack:
-    """Samples the fit has not seen: what they are, and what each neuron was worth there."""
+    """Samples that the fit has not seen, and each neuron's contribution to the output on them."""
 
     x: Matrix
     """``[n, n_embd]``"""
     z: Matrix
     """true pre-activations of the predicted matrix ``[n, n_ff]``"""
     mass: Matrix
-    """|f_i(x)| ‖d_i‖, the length of what the neuron added to the layer's output, ``[n, n_ff]``"""
+    """|f_i(x)| ‖d_i‖, the norm of the neuron's contribution to the layer's output, ``[n, n_ff]``"""
 
     @staticmethod
     def of(data: LayerData, part: slice) -> HeldBack:
-        """The samples ``part`` of a layer."""
+        """Computes the held-back samples ``part`` of a layer."""
         x = data.x[part].astype(np.float32)
         z = x @ data.weight.T
         z += data.bias
@@ -128,17 +131,17 @@ class HeldBack:
         return HeldBack(x, z, mass)
 
     def some(self, step: int, neurons: slice) -> HeldBack:
-        """One sample in ``step``, and these neurons alone."""
+        """Every ``step``-th sample, reduced to these neurons."""
         return HeldBack(self.x[::step], *(m[::step, neurons].copy() for m in (self.z, self.mass)))
 
     def recall(self, named: NDArray[np.bool_]) -> float:
-        """Share of the mass that these candidates ``[n, n_ff]`` keep."""
+        """Share of the mass that the candidates ``named`` ``[n, n_ff]`` keep."""
         total = float(self.mass.sum(dtype=np.float64))
         return float(self.mass.sum(where=named, dtype=np.float64)) / total if total else 1.0
 
 
 def parts(n: int) -> tuple[slice, slice, slice]:
-    """Samples for the fit, for the thresholds and for the report. Whole stretches of text, so that none is in two."""
+    """Splits ``n`` samples for the fit, the thresholds and the report, as contiguous, disjoint ranges."""
     n_test = max(1, int(n * _TEST_SHARE))
     n_calibration = max(1, int(n * _CALIBRATION_SHARE))
     n_fit = n - n_test - n_calibration

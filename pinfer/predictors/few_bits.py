@@ -1,9 +1,9 @@
-"""A copy of the predicted matrix in one or two bits a weight, rounded so that its products with FFN inputs stay right.
+"""A copy of the predicted matrix in one or two bits per weight, rounded to preserve its products with FFN inputs.
 
-Weights are rounded one input after another, the inputs of greatest variance first. What rounding one of them does to
-the product is, as far as the other inputs are correlated with it, made up for in the weights that are still to be
-rounded; the best correction follows from the covariance of the inputs and is the same for every neuron. A row has one
-scale, and a scale changes no sign of a difference: it ends up in the neuron's threshold, and whole numbers are stored.
+Weights are rounded input by input, in order of decreasing variance. Each rounding error is compensated in the weights
+that are not rounded yet, as far as their inputs are correlated with the rounded one. The best compensation follows from
+the covariance of the inputs and is the same for every neuron. Each row has a single positive scale, which is folded
+into the neuron's threshold, so only integers are stored.
 """
 
 from __future__ import annotations
@@ -16,27 +16,29 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from pinfer.predictors.data import Matrix
 
-# Half the distance between levels that suits normal weights best, in units of their deviation, by bits.
+# For each number of bits, half the level spacing that is optimal for normally distributed weights, in units of their
+# standard deviation.
 _HALF_STEP = {1: 0.798, 2: 0.498}
 
-# Added to the variance of every input, in units of their mean variance: what is learnt from samples is no more certain.
+# Added to the variance of every input, in units of the mean variance, because the covariance is only an estimate.
 _DAMPING = 0.03
 
-# Inputs whose corrections of one another are made one by one; later inputs get those of a block by one product.
+# Within a block of this many inputs, errors are passed on one input at a time. Inputs after the block receive its
+# errors in one matrix product.
 _BLOCK = 64
 
 
 def few_bits(weight: Matrix, covariance: NDArray[np.float64], bits: int) -> Matrix:
-    """Levels ``[n_ff, n_embd]`` for ``weight``: odd numbers, ±1 or ±1 and ±3.
+    """Rounds ``weight`` to levels ``[n_ff, n_embd]``: ±1 with one bit, ±1 and ±3 with two.
 
-    ``covariance`` ``[n_embd, n_embd]`` is that of the FFN inputs. Each neuron is rounded by itself.
+    ``covariance`` ``[n_embd, n_embd]`` is that of the FFN inputs. Neurons are rounded independently of one another.
     """
     from scipy.linalg import cholesky, solve_triangular
 
     n_ff, n_embd = weight.shape
     order = np.argsort(-np.diag(covariance), kind="stable")
-    # C = R Rᵀ with R upper triangular, from the Cholesky factor of C reversed; row i of R⁻¹, over its first value, is
-    # what an error at input i takes from the weights of the inputs after it.
+    # C = R Rᵀ with R upper triangular comes from the Cholesky factor of C with its rows and columns reversed. Row i of
+    # R⁻¹, divided by its diagonal, is how much of an error at input i to subtract from the weights of later inputs.
     reverse = order[::-1]
     damped = covariance[np.ix_(reverse, reverse)]
     damped[np.diag_indices(n_embd)] += _DAMPING * float(np.trace(covariance)) / n_embd

@@ -1,8 +1,8 @@
-"""Fits the predictor of one layer: kinds and ranks compared by what a token then costs, thresholds, and the report.
+"""Fits the predictor of one layer: picks the kind and rank by cost per token, finds thresholds, and reports quality.
 
-The matrix whose sign decides is approximated by two thin factors (low_rank.py) or by a copy in few bits (few_bits.py).
-Thresholds on the resulting scores keep the requested share of the output (thresholds.py). Each layer gets the kind and
-rank with the lowest cost per token. docs/predictors.md has the measurements behind these kinds.
+The predicted matrix is approximated by two thin factors (low_rank.py) or by a copy in few bits (few_bits.py).
+Thresholds on the resulting scores keep the requested share of the activation mass (thresholds.py). Each layer gets the
+kind and rank with the lowest cost per token. docs/predictors.md has the measurements behind these kinds.
 """
 
 from __future__ import annotations
@@ -32,27 +32,28 @@ MIN_SAMPLES = 64
 # 46 GB/s streamed, 26 to 31 GB/s for the rows of candidates (docs/predictors.md).
 SCATTERED_COST = 1.6
 
-# A float32 for each neuron.
+# One float32 per neuron.
 _THRESHOLD_BYTES = 4
 
 # Values in a block of quantised factors: ranks and widths must be multiples of it.
 BLOCK = 32
 
-# Kinds a layer may get; the plugin computes all of them.
+# Kinds that training chooses from.
 KINDS = ("low_rank", "one_bit", "two_bit")
 
-# Samples and neurons on which kinds and ranks are compared; the choice is calibrated on all held-back samples.
+# Kinds and ranks are compared on this many neurons and held-back samples. The choice is then calibrated on all of them.
 _SEARCH_SAMPLES = 512
 _SEARCH_NEURONS = 4096
 
-# Factors are first computed up to this rank, or this share of the width, and further if needed.
+# Up to a width of _FIRST_RANK, factors are computed for all ranks at once. Wider layers start with 1 / _FIRST_SHARE of
+# the width and go further if needed.
 _FIRST_RANK = 1024
 _FIRST_SHARE = 6
 
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """Settings of ``pinfer train``; every default is the command line's."""
+    """Settings of ``pinfer train``, with the same defaults as the command line."""
 
     recall: float = 0.995
     max_rank: int | None = None
@@ -62,7 +63,7 @@ class TrainOptions:
 
 @dataclass(frozen=True)
 class LayerReport:
-    """Quality of one layer's predictor; shares of its neurons, bytes read per token."""
+    """Quality of one layer's predictor. Shares are of its neurons, bytes are per token."""
 
     layer: int
     kind: str
@@ -77,7 +78,7 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class TrainReport:
-    """Quality of the predictor, and its path."""
+    """Quality of the whole predictor, and the path it was written to."""
 
     path: Path
     n_samples: int
@@ -95,7 +96,7 @@ class TrainReport:
 
 
 def summary(path: Path, n_samples: int, n_bytes: int, layers: list[LayerReport]) -> TrainReport:
-    """The layers together."""
+    """Combines the layers' reports: shares are averaged, bytes are added up."""
 
     def mean(values: Iterator[float]) -> float:
         return math.fsum(values) / len(layers)
@@ -116,7 +117,7 @@ def summary(path: Path, n_samples: int, n_bytes: int, layers: list[LayerReport])
 def fit_layer(
     data: LayerData, layer: int, options: TrainOptions, kinds: tuple[str, ...] = KINDS
 ) -> tuple[LayerPredictor, LayerReport]:
-    """The predictor of one layer with the lowest cost per token, or none if that costs less."""
+    """The predictor of one layer with the lowest cost per token, or kind ``none`` if exact mode costs no more."""
     fit, calibration, test = parts(len(data.x))
     inputs = covariance(data.x[fit].astype("float32"))
     held = HeldBack.of(data, calibration)
@@ -127,12 +128,15 @@ def fit_layer(
     fitted = Fitted.of(data, chosen[0], chosen[1], held, options) if chosen else None
     if fitted is not None and fitted.cost(data, held) >= exact_cost(data, held):
         fitted = None
-    del held  # at large widths memory has no room for both
+    del held  # wide layers do not fit into memory twice
     return tested(data, layer, fitted, HeldBack.of(data, test))
 
 
 def tested(data: LayerData, layer: int, fitted: Fitted | None, held: HeldBack) -> tuple[LayerPredictor, LayerReport]:
-    """A layer's predictor, or none, and its quality on samples that neither fit nor thresholds have seen."""
+    """A layer's predictor and its quality on ``held``, samples that neither the fit nor the thresholds have seen.
+
+    ``fitted`` is None for a layer without a predictor.
+    """
     active = float((held.mass > 0).mean())
     exact_bytes = len(data.weight) * (data.first_bytes + active * data.rest_bytes)
     if fitted is None:
@@ -152,24 +156,24 @@ class _Source(Protocol):
 
     kind: str
     ranks: range
-    """to choose from; few bits have a single rank, the width"""
+    """ranks to choose from; few-bit kinds have only one, the width"""
 
     @property
     def ready(self) -> int:
-        """Index in ``ranks`` up to which everything is computed."""
+        """Index of the highest of ``ranks`` that is already computed."""
         ...
 
     def parts(self, rank: int, neurons: slice) -> tuple[Matrix | None, Matrix]:
-        """A ``[rank, n_embd]``, None where there is none, and B ``[neurons, rank]``, with the values of the file."""
+        """A ``[rank, n_embd]`` (None if the kind has none) and B ``[neurons, rank]``, rounded as they are stored."""
         ...
 
     def n_bytes(self, rank: int) -> int:
-        """Bytes of all neurons' predictor."""
+        """Bytes of the predictor for all neurons."""
         ...
 
 
 class _LowRank:
-    """Two thin factors, computed up to the highest rank used so far."""
+    """Low-rank factors, computed up to the highest rank requested so far."""
 
     kind = "low_rank"
 
@@ -186,11 +190,11 @@ class _LowRank:
 
     @property
     def ready(self) -> int:
-        """Higher ranks need eigenvectors that are not computed yet."""
+        """Index of the highest computed rank; higher ones need more eigenvectors."""
         return 0 if self._a is None else len(self._a) // BLOCK - 1
 
     def parts(self, rank: int, neurons: slice) -> tuple[Matrix, Matrix]:
-        """Quantised blocks run along the rank, so lower ranks are prefixes of higher ones."""
+        """A and B as prefixes of the computed factors, which works because quantised blocks of B run along the rank."""
         if self._a is None or self._b is None or rank > len(self._a):
             self._spectrum = self._spectrum or Spectrum.of(self._data.weight, self._inputs)
             n_embd = self._data.weight.shape[1]
@@ -207,19 +211,19 @@ class _LowRank:
 
 
 class _FewBits:
-    """A copy of the matrix in few bits a weight."""
+    """A copy of the matrix with one or two bits per weight."""
 
     def __init__(self, data: LayerData, inputs: NDArray[np.float64], kind: str) -> None:
         n_embd = data.weight.shape[1]
         self.kind = kind
         self.ready = 0
-        # The plugin multiplies them 32 at a time.
+        # The plugin's kernels process 32 weights at a time.
         self.ranks = range(n_embd, n_embd + 1) if n_embd % BLOCK == 0 else range(0)
         self._data = data
         self._inputs = inputs
 
     def parts(self, rank: int, neurons: slice) -> tuple[None, Matrix]:
-        """B holds the levels; there is no A. Each neuron is rounded on its own, so a few are quick."""
+        """B holds the levels; there is no A. Neurons are rounded independently, so a subset is cheap."""
         return None, few_bits(self._data.weight[neurons], self._inputs, FEW_BITS[self.kind])
 
     def n_bytes(self, rank: int) -> int:
@@ -229,7 +233,7 @@ class _FewBits:
 
 @dataclass(frozen=True)
 class Fitted:
-    """A predictor, calibrated. ``t`` holds bias and mean; A and B are as they will be stored."""
+    """A calibrated predictor. The thresholds ``t`` include bias and mean; A and B are rounded as they are stored."""
 
     kind: str
     a: Matrix | None
@@ -237,39 +241,39 @@ class Fitted:
     t: Matrix
     n_bytes: int
     types: tuple[str, str] | None = None
-    """of A and B, where they are not the file's"""
+    """types of A and B, if they differ from the predictor file's"""
 
     @staticmethod
     def of(
         data: LayerData, source: _Source, rank: int, held: HeldBack, options: TrainOptions, neurons: slice = slice(None)
     ) -> Fitted:
-        """With thresholds that keep the recall on ``held``; ``data`` and ``held`` contain only ``neurons``."""
+        """Calibrates a predictor of ``source`` on ``held``; ``data`` and ``held`` contain only ``neurons``."""
         a, b = source.parts(rank, neurons)
         t = calibrate(scores(a, b, held.x), held, data, options.recall)
         return Fitted(source.kind, a, b, t, source.n_bytes(rank))
 
     def named(self, held: HeldBack) -> NDArray[np.bool_]:
-        """Which neurons are candidates, ``[n, n_ff]``."""
+        """Which neurons are candidates for each sample, ``[n, n_ff]``."""
         return scores(self.a, self.b, held.x, self.kind) > self.t
 
     def row_bytes(self, data: LayerData, held: HeldBack, named: NDArray[np.bool_]) -> float:
-        """Bytes of a token's rows: the first one of each candidate, the others of those that fire."""
+        """Bytes of rows per token: the first row of each candidate, and the other rows of those that fire."""
         n_active = int(np.count_nonzero(named & (held.mass > 0)))
         return (int(np.count_nonzero(named)) * data.first_bytes + n_active * data.rest_bytes) / len(held.x)
 
     def cost(self, data: LayerData, held: HeldBack, times: float = 1.0) -> float:
-        """Cost of a token in streamed bytes, if each neuron stands for ``times`` neurons."""
+        """Cost of a token in streamed bytes, where each neuron of ``data`` represents ``times`` neurons."""
         return self.n_bytes + times * SCATTERED_COST * self.row_bytes(data, held, self.named(held))
 
 
 def scores(a: Matrix | None, b: Matrix, x: Matrix, kind: str = "low_rank") -> Matrix:
-    """What a predictor of this kind computes for ``x`` ``[n, n_embd]``: ``[n, n_ff]``."""
+    """Scores ``[n, n_ff]`` of a predictor of this kind for the inputs ``x`` ``[n, n_embd]``."""
     hidden: Matrix = x if a is None else x @ a.T
     return (np.maximum(hidden, 0) if kind == "mlp" else hidden) @ b.T
 
 
 def exact_cost(data: LayerData, held: HeldBack) -> float:
-    """Cost of a token without a predictor: the first matrix is streamed."""
+    """Cost of a token in exact mode, in streamed bytes: the whole predicted matrix is streamed."""
     n_active = int(np.count_nonzero(held.mass)) / len(held.x)
     return len(data.weight) * data.first_bytes + SCATTERED_COST * n_active * data.rest_bytes
 
@@ -277,7 +281,7 @@ def exact_cost(data: LayerData, held: HeldBack) -> float:
 def _cheapest(
     data: LayerData, sources: Sequence[_Source], held: HeldBack, options: TrainOptions
 ) -> tuple[_Source, int] | None:
-    """Kind and rank of the lowest cost, estimated on some neurons and samples; None if no predictor pays."""
+    """Kind and rank with the lowest cost on a subset of neurons and samples; None if no predictor pays off."""
     neurons = slice(None, None, -(-len(data.weight) // _SEARCH_NEURONS))
     some = held.some(-(-len(held.x) // _SEARCH_SAMPLES), neurons)
     part = data.some(neurons)
@@ -295,10 +299,10 @@ def _cheapest(
 
 
 def _lowest(cost: Callable[[int], float], source: _Source, bound: float) -> tuple[float, int] | None:
-    """Lowest cost and its rank, searched in growing steps and then around the best of them.
+    """Lowest cost and its rank; None if no rank has a predictor that by itself costs less than ``bound``.
 
-    A higher rank costs more and saves fewer and fewer candidates, so the cost falls and then rises. Ranks whose
-    predictor alone costs ``bound`` or more are skipped.
+    Each additional rank costs the same but saves fewer candidates than the one before, so the cost falls and then
+    rises. The search takes growing steps until the cost rises, then bisects around the best rank.
     """
     costs: dict[int, float] = {}
 

@@ -1,8 +1,9 @@
-"""Activation-aware low-rank factors of the matrix whose sign decides, in closed form.
+"""Activation-aware low-rank factors of the predicted matrix, in closed form.
 
-The predicted matrix W is gate where the FFN has one, else up. On FFN inputs x with mean m and covariance C = L Lᵀ, the
-rank-r matrix B A that minimises E‖W (x - m) - B A (x - m)‖² comes from the singular vectors of W L. What is left,
-W m - B A m and the bias, is constant and goes into the thresholds.
+The predicted matrix W is the gate matrix if the FFN has one, otherwise the up matrix; the sign of its product decides
+whether a neuron fires. For FFN inputs x with mean m and covariance C = L Lᵀ, the rank-r matrix B A that minimises
+E‖W (x - m) - B A (x - m)‖² comes from the singular vectors of W L. The remaining terms, W m - B A m and the bias, are
+constant and go into the thresholds.
 """
 
 from __future__ import annotations
@@ -16,18 +17,18 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from pinfer.predictors.data import Matrix
 
-# Added to the covariance in units of its mean eigenvalue, times n_embd / samples: few samples, less trust in them.
+# Ridge added to the covariance, in units of its mean eigenvalue times n_embd / n_samples: larger for fewer samples.
 _SHRINKAGE = 0.1
 
-# Eigenvectors are found all at once from this share of the width on, and below it in a random subspace: so many
-# vectors more than wanted, multiplied by the matrix so many times.
+# If more than this share of the eigenvectors is wanted, a dense solver computes them. Otherwise they come from subspace
+# iteration with this many extra vectors and this many iterations.
 _DENSE_SHARE = 0.5
 _SPARE_VECTORS = 32
 _ITERATIONS = 2
 
 
 def covariance(x: Matrix) -> NDArray[np.float64]:
-    """Covariance ``[n_embd, n_embd]`` of FFN inputs ``[n, n_embd]``, positive definite however few there are."""
+    """Covariance ``[n_embd, n_embd]`` of FFN inputs ``[n, n_embd]``, positive definite for any number of inputs."""
     n, n_embd = x.shape
     centred = x - x.mean(axis=0, dtype=np.float64).astype(np.float32)
     c: NDArray[np.float64] = (centred.T @ centred).astype(np.float64) / n
@@ -38,7 +39,7 @@ def covariance(x: Matrix) -> NDArray[np.float64]:
 
 @dataclass(frozen=True)
 class Spectrum:
-    """What the factors of a layer are made from, whatever their rank."""
+    """Matrices from which the factors of a layer are computed, for any rank."""
 
     weight: Matrix
     """W ``[n_ff, n_embd]``"""
@@ -49,28 +50,28 @@ class Spectrum:
 
     @staticmethod
     def of(weight: Matrix, covariance: NDArray[np.float64]) -> Spectrum:
-        """From the predicted matrix and the covariance of its inputs."""
+        """Builds it from the predicted matrix and the covariance of its inputs."""
         from scipy.linalg import cholesky
 
         root = cholesky(covariance, lower=True, check_finite=False)
         return Spectrum(weight, root.astype(np.float32), weight.T @ weight)
 
     def factors(self, max_rank: int) -> tuple[Matrix, Matrix]:
-        """A ``[R, n_embd]`` and B ``[n_ff, R]`` of the highest rank that is of use; lower ranks are their beginnings.
+        """A ``[R, n_embd]`` and B ``[n_ff, R]`` with R = min(max_rank, n_embd); lower ranks are prefixes of them.
 
-        A x has variance 1 in each direction, so B holds the weights by importance and a block of it one scale. A
-        common factor keeps A well inside the range of half floats.
+        Apart from a common factor, which keeps A well within the range of half floats, the components of A x have
+        variance 1. So the columns of B are scaled by importance, and neighbouring ones suit a block with one scale.
         """
         from scipy.linalg import solve_triangular
 
-        # The right singular vectors of W L are the eigenvectors of Lᵀ WᵀW L, which is small whatever n_ff is.
+        # The right singular vectors of W L are the eigenvectors of Lᵀ WᵀW L, whose size does not depend on n_ff.
         vectors = self._eigenvectors(min(max_rank, len(self.root)))
         a = solve_triangular(self.root, vectors, lower=True, trans="T", check_finite=False).T
         factor = np.float32(np.abs(a).max())
         return np.ascontiguousarray(a / factor), self.weight @ (self.root @ vectors * factor)
 
     def _eigenvectors(self, k: int) -> Matrix:
-        """Of Lᵀ WᵀW L those ``[n_embd, k]`` with the largest eigenvalues, these falling."""
+        """Eigenvectors ``[n_embd, k]`` of Lᵀ WᵀW L with the largest eigenvalues, in decreasing order."""
         from scipy.linalg import eigh
 
         n = len(self.root)
@@ -82,7 +83,7 @@ class Spectrum:
 
         basis = np.random.default_rng(0).standard_normal((n, k + _SPARE_VECTORS), dtype=np.float32)
         for _ in range(_ITERATIONS):
-            # What rounding leaves of the first time goes with the second.
+            # The second pass removes the rounding errors of the first.
             basis = _orthonormal(_orthonormal(self._times(basis)))
         rotation = eigh((basis.T @ self._times(basis)).astype(np.float64), check_finite=False)[1]
         return basis @ rotation[:, : -k - 1 : -1].astype(np.float32)
@@ -93,11 +94,11 @@ class Spectrum:
 
 
 def _orthonormal(v: Matrix) -> Matrix:
-    """Columns that span what those of ``v`` ``[n, k]`` span, nearly orthonormal; k much less than n."""
+    """Nearly orthonormal columns with the same span as those of ``v`` ``[n, k]``, where k is much less than n."""
     from scipy.linalg import cholesky, solve_triangular
 
-    # By the products of the columns, which is a tenth of the work of a QR decomposition. The shift is for directions
-    # of which float32 holds nothing but noise.
+    # Cholesky QR, a tenth of the work of a Householder QR decomposition. The shift keeps the Gram matrix positive
+    # definite where float32 holds nothing but noise.
     square = (v / np.sqrt(np.einsum("ij,ij->j", v, v) + np.float32(1e-30))).astype(np.float64)
     products = square.T @ square
     products[np.diag_indices(len(products))] += 1e-12 * len(products)

@@ -1,13 +1,12 @@
-"""From scores to candidates: thresholds that keep a share of a layer's activation mass at the least cost.
+"""Thresholds on a predictor's scores that keep a given share of a layer's activation mass with the fewest candidates.
 
-A threshold says how much loss is worth a neuron's bytes. Given a score s, the true pre-activation is taken as normal
-around its regression on s with the neuron's own residual deviation; so its expected share of the output, in units of
-|f_i(x)| ‖d_i‖, is known, and a neuron is a candidate when that exceeds a price. The price is one number per layer,
-found on held-back samples as the highest that keeps the recall asked for.
+The mass of a neuron is |f_i(x)| ‖d_i‖, the norm of its contribution to the layer's output. Given its score s, the true
+pre-activation is modelled as normal around its regression on s, with the neuron's own residual deviation. This gives
+the neuron's expected mass, and the neuron is a candidate if that exceeds a price. There is one price per layer: the
+highest that keeps the requested recall on held-back samples.
 
-Mass is |f_i(x)| ‖d_i‖, the length of what a neuron adds to the layer's output. Measured on a small relu² model at a
-recall of 99 %, |f_i(x)| alone takes 8 % more candidates for a KL divergence 6 % higher; the square of the length, at
-the same number of candidates, gives three times the divergence.
+Other definitions of mass do worse. On a small ReLU² model at a recall of 99 %, |f_i(x)| alone needs 8 % more candidates
+for a KL divergence 6 % higher; the squared norm gives three times the divergence with as many candidates.
 """
 
 from __future__ import annotations
@@ -24,14 +23,14 @@ from pinfer.predictors.data import relu
 if TYPE_CHECKING:
     from pinfer.predictors.data import HeldBack, LayerData, Matrix
 
-# Samples whose float64 sums are taken at a time.
+# Samples processed at a time when summing in float64.
 _CHUNK_SAMPLES = 256
 
-# Where the normal part of a gain no longer matters, in deviations.
+# The gain is tabulated up to this many standard deviations; beyond it the noise is negligible.
 _GAIN_LIMIT = 6.0
 _GAIN_STEP = 0.001
 
-# Prices are found in steps of this many logarithms, so many at most.
+# Resolution of the price search in units of log(price), and the maximum number of steps.
 _PRICE_STEP = 0.004
 _PRICE_STEPS = 20000
 
@@ -39,10 +38,10 @@ _PRICE_STEPS = 20000
 def calibrate(scores: Matrix, held: HeldBack, data: LayerData, recall: float) -> Matrix:
     """Thresholds ``[n_ff]`` for ``scores`` ``[n, n_ff]``: the fewest candidates that keep ``recall`` of the mass."""
     slope, constant, deviation = _regress(held.z, scores)
-    # With a threshold a neuron begins there. That it begins with a leap is left out of what is expected of it, which
-    # makes the prices less apt but not the recall: that is counted in true masses.
+    # An activation with a threshold is treated as a ReLU shifted to it, which ignores its jump there. That makes the
+    # prices less accurate, but not the recall, which is counted in true masses.
     constant -= data.threshold
-    worth = worths(data, held) * deviation**data.power  # of a neuron whose score equals its deviation's unit
+    worth = worths(data, held) * deviation**data.power  # per gain of the standardised pre-activation
     fired = np.flatnonzero(held.mass)
     neuron = fired % held.mass.shape[1]
     standard = (scores.ravel()[fired] * (slope / deviation)[neuron] + (constant / deviation)[neuron]).astype(np.float32)
@@ -53,7 +52,7 @@ def calibrate(scores: Matrix, held: HeldBack, data: LayerData, recall: float) ->
 
 
 def one_threshold(scores: Matrix, held: HeldBack, recall: float) -> float:
-    """The highest threshold for all neurons at which the candidates keep ``recall`` of the mass."""
+    """The highest threshold, shared by all neurons, at which the candidates keep ``recall`` of the mass."""
     fired = np.flatnonzero(held.mass)
     if not len(fired):
         return math.inf
@@ -65,7 +64,7 @@ def one_threshold(scores: Matrix, held: HeldBack, recall: float) -> float:
 
 
 def _regress(z: Matrix, scores: Matrix) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    """Slope, constant and residual deviation of each column of ``z`` on that of ``scores``."""
+    """Slope, intercept and residual standard deviation of each column of ``z`` regressed on that of ``scores``."""
     n, n_ff = z.shape
     z_mean, s_mean = z.mean(axis=0), scores.mean(axis=0)
     z_square, s_square, product = (np.zeros(n_ff) for _ in range(3))
@@ -75,10 +74,10 @@ def _regress(z: Matrix, scores: Matrix) -> tuple[NDArray[np.float64], NDArray[np
         z_square += np.einsum("ij,ij->j", z_part, z_part)
         s_square += np.einsum("ij,ij->j", s_part, s_part)
         product += np.einsum("ij,ij->j", z_part, s_part)
-    # A score that says nothing, or the contrary, is taken at its word: its deviation will tell.
+    # A score that is uncorrelated or negatively correlated gets slope 1; its large residual accounts for the error.
     told = (product > 0) & (s_square > 0)
     slope = np.where(told, product / np.where(told, s_square, 1), 1.0)
-    # Where the fit is nearly exact, z² - slope² s² would be what rounding leaves.
+    # The residuals are summed directly: if the fit is nearly exact, z² - slope² s² would only be rounding error.
     left = np.zeros(n_ff)
     slope_f32 = slope.astype(np.float32)
     for begin in range(0, n, _CHUNK_SAMPLES):
@@ -91,11 +90,11 @@ def _regress(z: Matrix, scores: Matrix) -> tuple[NDArray[np.float64], NDArray[np
 
 
 def worths(data: LayerData, held: HeldBack) -> NDArray[np.float64]:
-    """What one unit of the predicted factor of f_i adds to the output: ‖d_i‖, times the other factor when gated."""
+    """Mass per unit of the predicted factor of f_i ``[n_ff]``: ‖d_i‖, times the mean other factor in gated FFNs."""
     if data.partner is None:
         return data.down_norm.astype(np.float64)
-    # mass = relu(z) |u| ‖d‖, so its ratio to relu(z) is the mean of the other factor where the neuron fires. Neurons
-    # that hardly fire get the layer's mean: their own would be guesswork.
+    # mass = relu(z) |u| ‖d‖, so mass / (relu(z) ‖d‖) estimates the mean of |u| where the neuron fires. Neurons that
+    # hardly fire get the layer's mean, because their own estimate would be unreliable.
     positive = relu(held.z, data.threshold).sum(axis=0, dtype=np.float64)
     mass = held.mass.sum(axis=0, dtype=np.float64)
     layer_mean = mass.sum() / max(float((positive * data.down_norm).sum()), 1e-30)
@@ -106,11 +105,11 @@ def worths(data: LayerData, held: HeldBack) -> NDArray[np.float64]:
 
 
 def _highest_price(standard: Matrix, worth: NDArray[np.float64], mass: Matrix, recall: float, power: int) -> float:
-    """The highest price at which the candidates keep ``recall`` of the mass; 0 where every neuron is needed.
+    """The highest price at which the candidates keep ``recall`` of the mass; 0 if every neuron is needed.
 
-    The arrays hold one value for each firing of a neuron. One of worth w and standardised score s is a candidate while
-    the price is below w gain(s), so the mass is summed by that value, from the dearest down; the price is rounded down
-    by less than one percent.
+    The arrays hold one value for each firing of a neuron. A firing of worth w and standardised score s is a candidate
+    while the price is below w gain(s). So the mass is accumulated in descending order of w gain(s). The price is
+    rounded down by less than one percent.
     """
     if not len(mass):
         return math.inf
@@ -119,7 +118,7 @@ def _highest_price(standard: Matrix, worth: NDArray[np.float64], mass: Matrix, r
     bins = np.minimum((top - value) / _PRICE_STEP, _PRICE_STEPS).astype(np.int64)
     by_bin = np.bincount(bins, mass.astype(np.float64))
     kept = np.cumsum(by_bin)
-    # Masses first: near a recall of 1 what is lost is small, and the share kept would be rounded.
+    # Compare the lost mass, not the share kept, which would lose precision to rounding near a recall of 1.
     enough = int(np.searchsorted(kept - kept[-1], -(1 - recall) * kept[-1]))
     return math.exp(top - (enough + 1) * _PRICE_STEP) if enough < _PRICE_STEPS else 0.0
 
@@ -134,13 +133,13 @@ def gain(u: NDArray[np.float64], power: int) -> NDArray[np.float64]:
 
 @cache
 def _gain_table(power: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """u between -_GAIN_LIMIT and _GAIN_LIMIT, and log(gain(u))."""
+    """Values of u from -_GAIN_LIMIT to _GAIN_LIMIT, and log(gain(u))."""
     u = np.linspace(-_GAIN_LIMIT, _GAIN_LIMIT, round(2 * _GAIN_LIMIT / _GAIN_STEP) + 1)
     return u, np.log(gain(u, power))
 
 
 def log_gain(u: Matrix, power: int) -> Matrix:
-    """log(gain(u)), never too high; above the table the normal part no longer matters, below it the neuron does not."""
+    """log(gain(u)) from the table, rounded down. Above the table the noise is negligible, below it the gain is."""
     table = _gain_table(power)[1].astype(np.float32)
     inside = table[np.clip((u + _GAIN_LIMIT) / _GAIN_STEP, 0, len(table) - 1).astype(np.intp)]
     result: Matrix = np.where(u > _GAIN_LIMIT, power * np.log(np.maximum(u, 1.0)), inside)
@@ -148,7 +147,7 @@ def log_gain(u: Matrix, power: int) -> Matrix:
 
 
 def inverse_gain(value: NDArray[np.float64], power: int) -> NDArray[np.float64]:
-    """u with ``gain(u) = value``; -inf, always a candidate, where the value is too small for the table."""
+    """The u with ``gain(u) = value``; -inf (always a candidate) if the value is below the table."""
     at, table = _gain_table(power)
     with np.errstate(divide="ignore"):
         log_value = np.log(value)
