@@ -198,7 +198,7 @@ def _import_layer(
         held = HeldBack.of(data, slice(max(0, calibration.stop - _CALIBRATION_SAMPLES), calibration.stop))
         fitted = _fit(ImportedFactors.of(file, model, layer), data, held, options.recall)
         pays = keep or fitted.cost(data, held) < exact_cost(data, held)
-        del held  # at large widths there is no memory for both
+        del held  # wide layers do not fit into memory twice
     held = HeldBack.of(data, test)
     predictor, report = tested(data, layer, fitted, held) if fitted and pays else fit_layer(data, layer, options)
     by_sign = scores(fitted.a, fitted.b, held.x, "mlp") > 0 if fitted else None
