@@ -16,9 +16,9 @@ from test_powerinfer_file import convert, divergence
 from pinfer.artefacts.predictor import PredictorFile
 from pinfer.conversion.powerinfer_file import open_powerinfer
 from pinfer.conversion.powerinfer_predictor import (
+    ImportedFactors,
     ImportOptions,
     ImportReport,
-    Rebased,
     constant,
     has_predictor,
     without_scale,
@@ -283,7 +283,7 @@ def test_a_layer_scores_as_its_file_does(weights: Weights, share: float, tmp_pat
     fc2 = rng.normal(size=(n_ff, 40)).astype(np.float16).astype(np.float32)
     source = write_powerinfer(tmp_path / "m.pi", weights.with_predictors({0: (fc1, fc2), 1: (fc1, fc2)}), "F16")
     model = open_model(convert(source, tmp_path / "m.gguf"))
-    rebased = Rebased.of(open_powerinfer(source), model, 1)
+    factors = ImportedFactors.of(open_powerinfer(source), model, 1)
 
     _, norm = first_matrices(weights)[1]
     weight, bias = weights.tensors[f"{norm}.weight"], weights.tensors.get(f"{norm}.bias")
@@ -295,7 +295,7 @@ def test_a_layer_scores_as_its_file_does(weights: Weights, share: float, tmp_pat
     else:
         y, _, size = _layer_norm(x, weight, bias)
     wanted = np.maximum(x @ fc1.T, 0) @ fc2.T / size
-    found = scores(rebased.first(share), rebased.b, y.astype(np.float32), "mlp")
+    found = scores(factors.first(share), factors.b, y.astype(np.float32), "mlp")
     # A factor is free.
     found = found * ((wanted * found).sum() / (found * found).sum())
     assert np.abs(found - wanted).max() < 1e-2 * np.abs(wanted).max()

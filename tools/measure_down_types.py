@@ -1,7 +1,7 @@
-"""What each type of the requantised down rows costs and saves: prints the table of docs/shards.md.
+"""Measures what each type of the requantised down rows costs and saves: prints the table of docs/shards.md.
 
-``python tools/measure_down_types.py models/tiny-relu2.gguf --text heldout.txt`` takes some minutes; the text has to be
-one that the model was not trained on.
+``python tools/measure_down_types.py models/tiny-relu2.gguf --text heldout.txt`` takes several minutes. The text must
+not be part of the model's training data.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-# Read by libgomp when it is loaded: threads that spin while they wait make a busy machine ten times slower.
+# libgomp reads this when it is loaded. Threads that spin while waiting make a busy machine ten times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
@@ -31,7 +31,7 @@ DOWN_TYPES = ("F16", "Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q4_0")
 
 
 def measure(model_path: Path, text: Path, n_tokens: int, n_threads: int) -> None:
-    """Prints one line per model type and down type: the cold shard in exact mode against dense libllama."""
+    """Prints one line per model type and down type, comparing the cold shard in exact mode with dense libllama."""
     print("| model type | down type | bytes of a neuron | perplexity dense | sparse | KL mean | KL p99 | top-1 |")
     print("|---|---|---:|---:|---:|---:|---:|---:|")
     for model_type in MODEL_TYPES:

@@ -1,8 +1,8 @@
-"""What each kind of predictor names at equal bytes: prints the tables of docs/predictors.md.
+"""Compares the kinds of predictors at equal size: prints the tables of docs/predictors.md.
 
-``python tools/measure_predictors.py models/tiny-relu2.gguf models/tiny-reglu.gguf`` takes some minutes; profile the
-models first (``pinfer profile MODEL --dataset tests/data/profile.txt``). Kinds that are trained take long at large
-widths: ``--layers 1,7,14 --budgets 1 --epochs 8`` bounds that.
+``python tools/measure_predictors.py models/tiny-relu2.gguf models/tiny-reglu.gguf`` takes several minutes. Profile the
+models first (``pinfer profile MODEL --dataset tests/data/profile.txt``). Trained kinds are slow on wide layers; limit
+them with, for example, ``--layers 1,7,14 --budgets 1 --epochs 8``.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Matrix = NDArray[np.float32]
 
 RECALLS = (0.99, 0.995)
 
-# A and B of the closed form; of trained kinds only the types that it does best with.
+# Types of A and B that the closed form is measured with. Trained kinds only use the types that suit it best.
 FACTORS = (("f16", "f16"), ("q8_0", "q8_0"), ("q8_0", "q4_0"), ("q4_0", "q4_0"))
 TRAINED_FACTORS = ("q4_0", "q4_0")
 BLOCK = 32
@@ -41,7 +41,7 @@ _BATCH = 256
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer with its samples divided."""
+    """A layer and its samples, split for the fit, the thresholds and the measurement."""
 
     data: LayerData
     fit: Matrix
@@ -57,21 +57,21 @@ class Layer:
 
 @dataclass(frozen=True)
 class Kind:
-    """A predictor, ready to score; thresholds are not in it yet."""
+    """A predictor that computes scores but has no thresholds yet."""
 
     name: str
     rank: int
-    """0 where there is none"""
+    """0 for kinds without factors"""
     n_bytes: int
-    """read per token, thresholds included"""
+    """bytes read per token, including the thresholds"""
     score: Callable[[Matrix], Matrix]
     offset: Matrix | None = None
-    """of kinds whose scores are odds: sigmoid(score + offset) is the chance that a neuron fires, ``[n_ff]``"""
+    """``[n_ff]``, for kinds whose scores are logits: a neuron fires with probability sigmoid(score + offset)"""
 
 
 @dataclass(frozen=True)
 class Found:
-    """How a kind does at one recall; shares are of the layer's neurons, the cost is in those of exact mode."""
+    """Result of a kind at one recall. ``candidates`` is a share of the neurons, ``cost`` is relative to exact mode."""
 
     recall: float
     candidates: float
@@ -79,7 +79,7 @@ class Found:
 
 
 def judge(layer: Layer, kind: Kind, recall: float, judged: HeldBack | None = None) -> Found:
-    """Calibrates on one part of the samples and measures on another, ``tested`` unless told otherwise."""
+    """Calibrates ``kind`` on ``layer.held`` and measures it on ``judged``, by default ``layer.tested``."""
     data, judged = layer.data, judged or layer.tested
     scores = kind.score(layer.held.x)
     t = calibrate(scores, layer.held, data, recall)
@@ -95,7 +95,10 @@ def judge(layer: Layer, kind: Kind, recall: float, judged: HeldBack | None = Non
 
 
 def calibrate_odds(scores: Matrix, held: HeldBack, offset: Matrix, recall: float) -> Matrix:
-    """Thresholds for scores that are odds: a neuron's chance to fire times its mean mass when it does has a price."""
+    """Thresholds for logits: a neuron is a candidate if its firing probability times its mean mass exceeds a price.
+
+    The mean mass is that of the samples on which the neuron fires. The price is the highest that keeps ``recall``.
+    """
     fired = held.mass > 0
     mean = (held.mass.sum(axis=0, dtype=np.float64) + 1e-30) / np.maximum(fired.sum(axis=0), 1)
     value = -np.log1p(np.exp(-np.clip(scores + offset, -80, 80))) + np.log(mean)
@@ -111,13 +114,13 @@ def calibrate_odds(scores: Matrix, held: HeldBack, offset: Matrix, recall: float
 
 
 def factor_bytes(layer: Layer, rank: int, types: tuple[str, str]) -> int:
-    """Bytes of two factors and the thresholds."""
+    """Bytes of both factors and the thresholds."""
     n_ff, n_embd = layer.shape
     return rank * row_bytes(types[0], n_embd) + n_ff * (row_bytes(types[1], rank) + 4)
 
 
 def of_factors(layer: Layer, name: str, a: Matrix, b: Matrix, types: tuple[str, str], *, relu: bool = False) -> Kind:
-    """score = B A x, or B relu(A x), with factors as they would be stored."""
+    """Scores B A x, or B relu(A x), with the factors rounded as they would be stored."""
     a, b = quantised(np.ascontiguousarray(a), types[0]), quantised(np.ascontiguousarray(b), types[1])
 
     def score(x: Matrix) -> Matrix:
@@ -133,7 +136,10 @@ def of_factors(layer: Layer, name: str, a: Matrix, b: Matrix, types: tuple[str, 
 def train(
     layer: Layer, a: Matrix, b: Matrix, c: Matrix, *, relu: bool, epochs: int, rate: float
 ) -> tuple[Matrix, Matrix, Matrix]:
-    """A, B and c after Adam on the cross-entropy of who fires; the logit of a neuron is B_i·(A x) + c_i."""
+    """Trains A, B and c with Adam on the cross-entropy of which neurons fire, with logits B_i·(A x) + c_i.
+
+    With ``relu`` the logits are B_i·relu(A x) + c_i.
+    """
     parameters = [np.array(p, dtype=np.float32) for p in (a, b, c)]
     moments = [(np.zeros_like(p), np.zeros_like(p)) for p in parameters]
     rng = np.random.default_rng(0)
@@ -146,7 +152,7 @@ def train(
             batch = order[begin : begin + _BATCH]
             step += 1
             gradients = _gradients(parameters, layer.fit[batch], fired_at[batch], relu=relu)
-            # One cycle: up for a tenth of the steps, then down to nothing.
+            # The learning rate rises for a tenth of the steps, then falls almost to 0.
             at = step / n_steps
             now = rate * min(at / 0.1, (1 - at) / 0.9 + 1e-3)
             for p, g, (first, second) in zip(parameters, gradients, moments, strict=True):
@@ -169,7 +175,7 @@ def _gradients(parameters: list[Matrix], x: Matrix, fired: NDArray[np.bool_], *,
 
 
 def trained_kinds(layer: Layer, a: Matrix, b: Matrix, rank: int, epochs: int) -> Iterator[Kind]:
-    """The paper's two-layer MLP from chance and from the closed form, and the closed form itself trained further."""
+    """The paper's two-layer MLP, from random weights and from the closed form, and the closed form trained further."""
     if not epochs:
         return
     n_ff, n_embd = layer.shape
@@ -186,7 +192,8 @@ def trained_kinds(layer: Layer, a: Matrix, b: Matrix, rank: int, epochs: int) ->
 
     yield trained("MLP", (chance_a, chance_b, rare), 2e-3, relu=True)
 
-    # Logits of a probit: the score, standardised by what it leaves unexplained, times 1.7. Hidden values of about 1.
+    # The probit model's logits are about 1.7 times the score over the residual deviation. A is scaled so that hidden
+    # values have deviation 1.
     def closed_form(r: int) -> tuple[Matrix, Matrix, Matrix]:
         hidden = layer.fit @ a[:r].T
         scale = hidden.std(axis=0)
@@ -205,7 +212,7 @@ def trained_kinds(layer: Layer, a: Matrix, b: Matrix, rank: int, epochs: int) ->
 
 
 def copies(layer: Layer) -> Iterator[Kind]:
-    """One or two bits a weight. Where a row has one scale, that is folded into its threshold."""
+    """Copies with one or two bits per weight. If a row has a single scale, it is folded into the threshold."""
     n_ff, n_embd = layer.shape
     weight = layer.data.weight
     signs = np.where(weight < 0, -1, 1).astype(np.float32)
@@ -217,12 +224,12 @@ def copies(layer: Layer) -> Iterator[Kind]:
     yield Kind("2 bits, scale per 32", 0, two_bits + 2 * n_ff * n_embd // BLOCK, lambda x: x @ by_block.T)
     inputs = covariance(layer.fit)
     one, two = few_bits(weight, inputs, 1), few_bits(weight, inputs, 2)
-    yield Kind("one_bit: 1 bit, errors made up for", 0, one_bit, lambda x: x @ one.T)
-    yield Kind("two_bit: 2 bits, errors made up for", 0, two_bits, lambda x: x @ two.T)
+    yield Kind("one_bit: 1 bit, errors compensated", 0, one_bit, lambda x: x @ one.T)
+    yield Kind("two_bit: 2 bits, errors compensated", 0, two_bits, lambda x: x @ two.T)
 
 
 def two_bit_copy(weight: Matrix, block: int) -> Matrix:
-    """Weights as ±1/2 and ±3/2 of a step, the one that is best for normal values, of a block of the row."""
+    """Rounds the weights to ±1/2 and ±3/2 of a step per ``block`` weights of a row, near-optimal for normal values."""
     w = weight.reshape(len(weight), -1, block)
     step = np.sqrt((w * w).mean(axis=2, keepdims=True)) + 1e-20
     levels: Matrix = (np.clip(np.floor(w / step), -2, 1) + 0.5) * step
@@ -233,7 +240,7 @@ def two_bit_copy(weight: Matrix, block: int) -> Matrix:
 
 
 def kinds_of(layer: Layer, budgets: list[float], epochs: int) -> Iterator[Kind]:
-    """Every kind; those whose size is free at each budget of bits per weight, and the closed form at its cheapest."""
+    """Every kind. Kinds with a rank come at each budget of bits per weight, the closed form also at its cheapest."""
     yield from copies(layer)
     n_embd = layer.shape[1]
     a, b = Spectrum.of(layer.data.weight, covariance(layer.fit)).factors(n_embd)
@@ -250,7 +257,7 @@ def kinds_of(layer: Layer, budgets: list[float], epochs: int) -> Iterator[Kind]:
 
 
 def cheapest(layer: Layer, a: Matrix, b: Matrix, types: tuple[str, str]) -> Kind:
-    """The closed form of the rank at which a token costs least, on the samples that thresholds are found on."""
+    """The closed form at the rank with the lowest cost per token, measured on the samples used for the thresholds."""
     found: list[tuple[float, Kind]] = []
     for rank in range(BLOCK, len(a) + 1, BLOCK):
         kind = of_factors(layer, "closed form", a[:rank], b[:, :rank], types)
@@ -261,14 +268,14 @@ def cheapest(layer: Layer, a: Matrix, b: Matrix, types: tuple[str, str]) -> Kind
 
 
 def rank_of(layer: Layer, types: tuple[str, str], bits: float) -> int:
-    """The rank whose factors come nearest to so many bits for each weight of the matrix."""
+    """The rank at which the factors come closest to ``bits`` bits per weight of the matrix."""
     n_ff, n_embd = layer.shape
     wanted = n_ff * (bits * n_embd / 8 + 4)
     return min(range(BLOCK, n_embd + 1, BLOCK), key=lambda rank: abs(factor_bytes(layer, rank, types) - wanted))
 
 
 def read_layer(path: Path, i: int, row_type: str | None) -> Layer:
-    """A layer of a model that was profiled; ``row_type`` counts the bytes of rows as if they were of that type."""
+    """Reads layer ``i`` of a profiled model. With ``row_type``, row sizes are counted as if the rows had that type."""
     model = open_model(path)
     samples = SamplesFile.read(
         paths.artefact_dir(model.path, model.fingerprint, for_writing=False) / paths.SAMPLES, model
@@ -282,7 +289,7 @@ def read_layer(path: Path, i: int, row_type: str | None) -> Layer:
 
 
 def measure(path: Path, layers: list[int] | None, row_type: str | None, budgets: list[float], epochs: int) -> None:
-    """Prints a line per kind: means over the layers."""
+    """Prints one table row per kind, with means over the layers."""
     model = open_model(path)
     layers = list(range(model.n_layer)) if layers is None else layers
     found: dict[str, list[list[float]]] = {}
@@ -312,9 +319,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("models", type=Path, nargs="+", metavar="MODEL")
     parser.add_argument("--layers", type=lambda text: [int(part) for part in text.split(",")])
-    parser.add_argument("--row-type", help="count the bytes of the model's rows as if they were of this type")
+    parser.add_argument("--row-type", help="count the bytes of the model's rows as if they had this type")
     parser.add_argument("--budgets", type=lambda text: [float(part) for part in text.split(",")], default=[1.0, 2.0])
-    parser.add_argument("--epochs", type=int, default=15, help="of the trained kinds, 0 to leave them out")
+    parser.add_argument("--epochs", type=int, default=15, help="epochs for the trained kinds; 0 skips them")
     arguments = parser.parse_args()
     for model_path in arguments.models:
         measure(model_path, arguments.layers, arguments.row_type, arguments.budgets, arguments.epochs)

@@ -1,17 +1,17 @@
-"""The predictors of a PowerInfer file become predictor.gguf of the model that was converted from it.
+"""Converts the predictors of a PowerInfer file into the predictor.gguf of the model converted from it.
 
-PowerInfer scores the neurons of a layer by fc2·relu(fc1·x), where x is the input of the layer's norm; the plugin sees
-the norm's output y. relu(c v) = c relu(v) for every c > 0, so a positive factor per token changes no sign of a score.
-What is left to undo is:
+PowerInfer scores the neurons of a layer by fc2·relu(fc1·x), where x is the input of the layer's norm. The plugin only
+sees the norm's output y. Since relu(c v) = c relu(v) for every c > 0, a positive factor per token does not change the
+sign of a score. So it is enough to express fc1·x in terms of y up to such a factor:
 
-- RMS norm, y = w x / rms(x): fc1·x is rms(x) times fc1·diag(1/w)·y. Exact.
+- RMS norm, y = w x / rms(x): fc1·x is rms(x) times fc1·diag(1/w)·y. This is exact.
 - Layer norm, y = w (x - mean) / deviation + b: fc1·x is the deviation times
-  fc1·diag(1/w)·(y - b) + (mean / deviation) fc1·1. Everything besides y is constant except the mean over the deviation,
-  which y does not tell; one value for it is fitted per layer. A constant needs no bias of its own: (y - b) / w sums
-  to 0, so the sum of y / w is the same for every token.
+  (fc1·diag(1/w)·(y - b) + (mean / deviation) fc1·1). Everything in it except y and mean / deviation is constant. That
+  ratio cannot be recovered from y, so one value per layer is fitted. Constants need no separate bias: (y - b) / w sums
+  to 0, so the sum of y / w is the same for every token, and constants are expressed through it.
 
-Thresholds are then found on samples of the converted model, as in `pinfer train`. A layer whose predictor costs more
-than it saves at the wanted recall gets what `pinfer train` would give it.
+Thresholds are then found on samples of the converted model, as in `pinfer train`. If a layer's predictor costs more
+than it saves at the requested recall, the layer gets the predictor that `pinfer train` would make.
 """
 
 from __future__ import annotations
@@ -51,64 +51,64 @@ from pinfer.progress import NULL_PROGRESS, Progress
 if TYPE_CHECKING:
     from pinfer.predictors.data import Matrix
 
-# Values in a block of quantised factors; ranks are multiples of it.
+# Values in a block of quantised factors; ranks are padded to multiples of it.
 _BLOCK = 32
 
-# Samples for finding thresholds; samples and neurons for comparing means.
+# Number of samples for finding thresholds, and of samples and neurons for comparing candidates in _MEANS.
 _CALIBRATION_SAMPLES = 2048
 _SEARCH_SAMPLES = 256
 _SEARCH_NEURONS = 2048
 
-# Below this a recall says little: one token more or less moves it by 0.1 % and more.
+# With fewer tokens a measured recall is unreliable: a single token changes it by 0.1 % or more.
 _ENOUGH_TOKENS = 1000
 
-# Candidates for the mean of a layer norm's input over its deviation.
+# Candidates for mean / deviation of a layer norm's input.
 _MEANS = (0.0, 0.02, -0.02, 0.05, -0.05, 0.1, -0.1, 0.2, -0.2, 0.4, -0.4)
 
-# Relative rounding error of the types A is stored in, which limits a constant that is made of inputs.
+# Relative rounding error of the types A is stored in. It limits how accurately a constant can be expressed through y.
 _ROUNDING = {"f16": 2.0**-12, "q8_0": 2.0**-8}
 
-# A float32 for each neuron.
+# One float32 per neuron.
 _THRESHOLD_BYTES = 4
 
 
 @dataclass(frozen=True)
 class ImportOptions:
-    """The text for finding thresholds, used if there are no samples by `pinfer profile`, and the wanted recall."""
+    """Requested recall, and the text for finding thresholds if there are no samples from `pinfer profile`."""
 
     dataset: str = "wikitext"
     n_tokens: int = 8192
     recall: float = 0.995
     n_threads: int | None = None
-    keep: bool = False  # the file's predictor even if it costs more than it saves
+    keep: bool = False  # keep the file's predictor even if it costs more than it saves
 
 
 @dataclass(frozen=True)
 class ImportedLayer(LayerReport):
-    """What became of one layer's predictor, with recalls as shares."""
+    """Quality of one layer's predictor, and whether it was imported. Recalls are shares."""
 
     imported: bool
-    """False: the file has none or it costs more than it saves, and this is what `pinfer train` makes"""
+    """False if `pinfer train` made the predictor, because the file has none or its own costs more than it saves"""
     recall_active: float
-    """of the active neurons; ``recall`` is of the activation mass"""
+    """recall of the active neurons; ``recall`` is that of the activation mass"""
     sign_recall: float | None
-    """``recall`` at threshold 0, PowerInfer's own rule; None: the file has no predictor for this layer"""
+    """``recall`` at threshold 0, PowerInfer's own rule; None if the file has no predictor for this layer"""
     sign_recall_active: float | None
     sign_candidates: float | None
 
 
 @dataclass(frozen=True)
 class ImportReport(TrainReport):
-    """What was imported and where it was written. Shares are means over the layers."""
+    """What was imported, how well it predicts, and where it was written. Shares are means over the layers."""
 
     layers: tuple[ImportedLayer, ...]
     source: Path
     corpus: str
-    """the text it was measured on"""
+    """the text that recall was measured on"""
     n_test: int
-    """tokens that the recalls and candidates were measured on, kept apart from those of the thresholds"""
+    """number of tokens on which recall and candidates were measured; disjoint from those of the thresholds"""
     n_imported: int
-    """layers that kept the file's predictor"""
+    """number of layers that kept the file's predictor"""
     sparse_threshold: float
     """PowerInfer computes a neuron if its score exceeds this"""
     recall_active: float
@@ -121,7 +121,7 @@ class ImportReport(TrainReport):
         return {**super().to_json(), "source": str(self.source)}
 
     def notes(self) -> list[str]:
-        """How many layers were imported, and how much text the measured recall rests on; a line each."""
+        """Two lines: how many layers were imported, and on how much text recall was measured."""
         n, n_none = len(self.layers), sum(layer.sign_recall is None for layer in self.layers)
         imported = f"predictors of {self.n_imported} of {n} layers were imported"
         if n_new := n - self.n_imported:
@@ -141,7 +141,7 @@ def has_predictor(source: Path) -> bool:
 
 
 def check_import(file: PowerInferFile, model: Model, options: ImportOptions) -> None:
-    """Raises PinferError if the file has no predictor or the model was not made from it."""
+    """Raises PinferError if the recall is invalid, the file has no predictor, or the model was not made from it."""
     if not 0 < options.recall <= 1:
         raise PinferError(f"{options.recall} is not a valid recall", "use --recall 0.995, at most 1")
     _check(file, model)
@@ -194,11 +194,11 @@ def _import_layer(
     fitted = None
     pays = False
     if file.predictor_rank(layer):
-        # Only the thresholds are fitted, so they get the samples of the fit as well.
+        # Only the thresholds are fitted, so samples of the fit can be used for them as well.
         held = HeldBack.of(data, slice(max(0, calibration.stop - _CALIBRATION_SAMPLES), calibration.stop))
-        fitted = _fit(Rebased.of(file, model, layer), data, held, options.recall)
+        fitted = _fit(ImportedFactors.of(file, model, layer), data, held, options.recall)
         pays = keep or fitted.cost(data, held) < exact_cost(data, held)
-        del held  # at large widths there is no memory for both
+        del held  # wide layers do not fit into memory twice
     held = HeldBack.of(data, test)
     predictor, report = tested(data, layer, fitted, held) if fitted and pays else fit_layer(data, layer, options)
     by_sign = scores(fitted.a, fitted.b, held.x, "mlp") > 0 if fitted else None
@@ -213,7 +213,7 @@ def _import_layer(
 
 
 def _named(predictor: LayerPredictor, held: HeldBack) -> NDArray[np.bool_]:
-    """The candidates ``[n, n_ff]``; without a predictor, all neurons."""
+    """The candidates ``[n, n_ff]``; all neurons if the layer has no predictor."""
     if predictor.b is None or predictor.t is None:
         return np.ones(held.mass.shape, dtype=bool)
     return scores(predictor.a, predictor.b, held.x, predictor.kind) > predictor.t
@@ -248,9 +248,9 @@ def _report(
 
 
 def without_scale(fc1: Matrix, weight: Matrix) -> Matrix:
-    """fc1·diag(1/w) ``[rank, n_embd]``: undoes the multiplication by a norm's ``weight`` ``[n_embd]``.
+    """fc1·diag(1/w) ``[rank, n_embd]``, which undoes the multiplication by a norm's ``weight`` ``[n_embd]``.
 
-    Inputs that the norm multiplies by 0 are lost and get zeros.
+    Inputs that the norm multiplies by 0 cannot be recovered; their columns are zero.
     """
     kept = weight != 0
     return np.where(kept, fc1 / np.where(kept, weight, np.float32(1)), np.float32(0)).astype(np.float32)
@@ -259,8 +259,8 @@ def without_scale(fc1: Matrix, weight: Matrix) -> Matrix:
 def constant(weight: Matrix, bias: Matrix, rounding: float) -> Matrix:
     """v ``[n_embd]`` with v·y = 1 for every output y of the layer norm with ``weight`` and ``bias`` ``[n_embd]``.
 
-    v is a multiple of 1/w, because the sum of y / w is always that of b / w. Where that sum is small against the error
-    from rounding v, v is made shorter; without a bias it is zero.
+    v is a multiple of 1/w, because the sum of y / w always equals that of b / w. If that sum is small compared with the
+    error from rounding v, v is shrunk, and if it is zero, so is v.
     """
     kept = weight != 0
     inverse = np.where(kept, 1 / np.where(kept, weight, np.float32(1)), np.float32(0)).astype(np.float64)
@@ -273,31 +273,32 @@ def constant(weight: Matrix, bias: Matrix, rounding: float) -> Matrix:
 
 
 @dataclass(frozen=True)
-class Rebased:
-    """A layer's predictor for the plugin's inputs, as a function of the mean over the deviation."""
+class ImportedFactors:
+    """Factors of a layer's predictor, re-expressed for the norm's output y as a function of mean / deviation."""
 
     a: Matrix
     """fc1·diag(1/w) ``[rank, n_embd]``"""
     b: Matrix
-    """fc2 ``[n_ff, rank]``, as it is stored"""
+    """fc2 ``[n_ff, rank]``, rounded as it is stored"""
     types: tuple[str, str]
+    """types of A and B"""
     fixed: Matrix | None
-    """``[rank]``: what to add to A·y; None for an RMS norm"""
+    """``[rank]``, to be added to A·y; None for an RMS norm"""
     ones: Matrix
-    """``[rank]``: what to add for each unit of the mean"""
+    """``[rank]``, to be added to A·y once per unit of mean / deviation"""
     constant: Matrix
-    """``[n_embd]``: its product with y is 1"""
+    """``[n_embd]``, the vector whose product with y is 1"""
 
     @staticmethod
-    def of(file: PowerInferFile, model: Model, layer: int) -> Rebased:
-        """From the file's predictor and the norm before the model's FFN."""
+    def of(file: PowerInferFile, model: Model, layer: int) -> ImportedFactors:
+        """Re-expresses the file's predictor, using the norm in front of the model's FFN."""
         fc1, fc2 = file.predictor(layer)
         name = f"blk.{layer}.attn_norm" if model.arch == "falcon" else f"blk.{layer}.ffn_norm"
         tensors = model.gguf.tensors
         weight = dequantize(model, tensors[f"{name}.weight"]).reshape(-1)
         is_quantised = file.gguf.tensors[f"blk.{layer}.fc1.weight"].type_name not in ("F32", "F16")
         has_bias = f"{name}.bias" in tensors
-        # A constant is a difference of large sums, which needs more than eight bits.
+        # The constant is a difference of large sums, so 8 bits are too coarse for it.
         a_type = "q8_0" if is_quantised and not has_bias and model.n_embd % _BLOCK == 0 else "f16"
         types = a_type, "q4_0" if is_quantised else "f16"
         spare = -len(fc1) % _BLOCK
@@ -305,40 +306,43 @@ class Rebased:
         b = quantised(np.pad(fc2, ((0, 0), (0, spare))), types[1])
         if not has_bias:
             nothing = np.zeros(len(a), np.float32)
-            return Rebased(a, b, types, None, nothing, np.zeros_like(weight))
+            return ImportedFactors(a, b, types, None, nothing, np.zeros_like(weight))
         bias = dequantize(model, tensors[f"{name}.bias"]).reshape(-1)
         v = constant(weight, bias, _ROUNDING[a_type])
-        return Rebased(a, b, types, -(a @ bias), np.pad(fc1.sum(axis=1), (0, spare)), v)
+        return ImportedFactors(a, b, types, -(a @ bias), np.pad(fc1.sum(axis=1), (0, spare)), v)
 
     def first(self, mean: float) -> Matrix:
-        """A as it is stored, ``[rank, n_embd]``, scaled into the range of half floats, which changes no sign."""
+        """A ``[rank, n_embd]`` for this mean / deviation, rounded as it is stored.
+
+        It is scaled into the range of half floats, which does not change the sign of a score.
+        """
         a = self.a
         if self.fixed is not None:
             a = a + np.outer(self.fixed + np.float32(mean) * self.ones, self.constant)
         return quantised(a / max(float(np.abs(a).max()), 1e-30), self.types[0])
 
 
-def _fit(rebased: Rebased, data: LayerData, held: HeldBack, recall: float) -> Fitted:
-    """The predictor with the thresholds that keep ``recall`` on ``held``, and with the best mean."""
+def _fit(factors: ImportedFactors, data: LayerData, held: HeldBack, recall: float) -> Fitted:
+    """The predictor with the thresholds that keep ``recall`` on ``held``, and with the best mean / deviation."""
     n_ff, n_embd = data.weight.shape
-    rank = len(rebased.a)
-    n_bytes = rank * row_bytes(rebased.types[0], n_embd)
-    n_bytes += n_ff * (row_bytes(rebased.types[1], rank) + _THRESHOLD_BYTES)
+    rank = len(factors.a)
+    n_bytes = rank * row_bytes(factors.types[0], n_embd)
+    n_bytes += n_ff * (row_bytes(factors.types[1], rank) + _THRESHOLD_BYTES)
 
     def fit(mean: float, b: Matrix, part: LayerData, on: HeldBack) -> Fitted:
-        a = rebased.first(mean)
+        a = factors.first(mean)
         t = _thresholds(scores(a, b, on.x, "mlp"), on, part, recall)
-        return Fitted("mlp", a, b, t, n_bytes, rebased.types)
+        return Fitted("mlp", a, b, t, n_bytes, factors.types)
 
     mean = 0.0
-    if rebased.constant.any():
+    if factors.constant.any():
         neurons = slice(None, None, -(-n_ff // _SEARCH_NEURONS))
         some, part = held.some(-(-len(held.x) // _SEARCH_SAMPLES), neurons), data.some(neurons)
-        mean = min(_MEANS, key=lambda m: int(fit(m, rebased.b[neurons], part, some).named(some).sum()))
-    return fit(mean, rebased.b, data, held)
+        mean = min(_MEANS, key=lambda m: int(fit(m, factors.b[neurons], part, some).named(some).sum()))
+    return fit(mean, factors.b, data, held)
 
 
 def _thresholds(found: Matrix, held: HeldBack, data: LayerData, recall: float) -> Matrix:
-    """Thresholds per neuron by its share of the output, or one for all, whichever gives fewer candidates."""
+    """Calibrated thresholds per neuron, or a single one for all neurons, whichever gives fewer candidates."""
     single = np.full(found.shape[1], one_threshold(found, held, recall), np.float32)
     return min((calibrate(found, held, data, recall), single), key=lambda t: int(np.count_nonzero(found > t)))
