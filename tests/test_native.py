@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 from hypothesis import given
@@ -141,6 +142,22 @@ def test_fingerprint_follows_the_content(tiny_relu2: Path, tmp_path: Path) -> No
     assert plugin.fingerprint(moved) != first
     moved.write_bytes(content + b"\0")
     assert plugin.fingerprint(moved) != first
+
+
+def test_fingerprint_sees_every_tensor(tiny_reglu: Path) -> None:
+    plugin = native.load_plugin()
+    before = plugin.fingerprint(tiny_reglu)
+    for tensor in gguf.GGUFReader(tiny_reglu).tensors:
+        with tiny_reglu.open("r+b") as file:
+            file.seek(int(tensor.data_offset))
+            byte = file.read(1)
+            file.seek(int(tensor.data_offset))
+            file.write(bytes([byte[0] ^ 1]))
+            file.flush()
+            assert plugin.fingerprint(tiny_reglu) != before, tensor.name
+            file.seek(int(tensor.data_offset))
+            file.write(byte)
+    assert plugin.fingerprint(tiny_reglu) == before
 
 
 def reference_checksum(data: bytes) -> int:
