@@ -36,8 +36,7 @@ int64_t find_key(const gguf_context * gguf, const char * key, gguf_type type, bo
 }
 
 bool fail(std::string * err, const std::string & text) {
-    *err = text;
-    return false;
+    return pinfer_refuse(text, err);
 }
 
 // Two independent 64-bit multiply-xor chains over 8-byte words: quick, and enough to tell models apart.
@@ -297,6 +296,14 @@ bool pinfer_artefact_neurons(const pinfer_artefact * a, const pinfer_origin & or
     }
     *n = count;
     return true;
+}
+
+bool pinfer_refuse(const std::string & text, std::string * err) {
+    *err = text;
+    for (char & c : *err) {
+        c = (unsigned char) c < 0x20 ? ' ' : c;
+    }
+    return false;
 }
 
 gguf_context * pinfer_gguf_open(const char * path) {

@@ -69,6 +69,9 @@ bool pinfer_artefact_damaged(const pinfer_artefact * a, const std::string & caus
 bool pinfer_artefact_neurons(const pinfer_artefact * a, const pinfer_origin & origin, int64_t il, const int32_t ** ids, int64_t * n,
                              std::string * err);
 
+// The text as one line: a file may have put a line break into a name. Returns false.
+bool pinfer_refuse(const std::string & text, std::string * err);
+
 // Header of a GGUF, null where it cannot be read.
 gguf_context * pinfer_gguf_open(const char * path);
 

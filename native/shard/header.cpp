@@ -25,8 +25,7 @@ pinfer_part pinfer_part_of(const char * name, bool bias, int * layer) {
 }
 
 static bool refuse(const char * path, const std::string & why, std::string * err) {
-    *err = std::string(path) + " " + why;
-    return false;
+    return pinfer_refuse(std::string(path) + " " + why, err);
 }
 
 static pinfer_matrix matrix_of(const gguf_context * gguf, int64_t tensor) {
