@@ -18,13 +18,11 @@ from pinfer.cli.options import (
     DenseOpt,
     ExactOpt,
     HotDeviceOpt,
-    HubOpt,
     JsonOpt,
-    ModelArg,
-    ModelOpt,
     NoArtefactsOpt,
-    OfflineOpt,
     RpcOpt,
+    settings,
+    with_model,
 )
 
 if TYPE_CHECKING:
@@ -108,19 +106,17 @@ def _show_help_of(program: Program) -> int:
     return subprocess.run([runner_path(), program, "--help"], check=False).returncode
 
 
+@with_model
 def run(
+    choice: Choice,
     ctx: typer.Context,
-    model: ModelArg = None,
     exact: ExactOpt = False,
     dense: DenseOpt = False,
     artefacts: ArtefactsOpt = None,
     no_artefacts: NoArtefactsOpt = False,
     activation: ActivationOpt = None,
-    hot_device: HotDeviceOpt = None,
+    device: HotDeviceOpt = None,
     rpc: RpcOpt = None,
-    model_flag: ModelOpt = None,
-    repo: HubOpt = None,
-    offline: OfflineOpt = False,
     as_json: JsonOpt = False,
     help_all: HelpAllOpt = False,
 ) -> int:
@@ -135,33 +131,24 @@ def run(
     if as_json and program == "cli":
         ctx.fail("--json reports one completion, not a chat; give a prompt with -p")
     _check_modes(ctx, exact, dense, artefacts, no_artefacts)
-    path = Choice(model, model_flag, repo, offline).path()
-    options = ExecutionOptions(
-        activation=activation,
-        exact=exact,
-        dense=dense,
-        artefacts=artefacts,
-        no_artefacts=no_artefacts,
-        device=hot_device,
-    )
+    path = choice.path()
+    options = settings(ExecutionOptions, locals())
     begin = start(program, path, options, flags, rpc=rpc, as_json=as_json)
     _say(begin.execution.notes)
     become(begin.command)
 
 
+@with_model
 def serve(
+    choice: Choice,
     ctx: typer.Context,
-    model: ModelArg = None,
     exact: ExactOpt = False,
     dense: DenseOpt = False,
     artefacts: ArtefactsOpt = None,
     no_artefacts: NoArtefactsOpt = False,
     activation: ActivationOpt = None,
-    hot_device: HotDeviceOpt = None,
+    device: HotDeviceOpt = None,
     rpc: RpcOpt = None,
-    model_flag: ModelOpt = None,
-    repo: HubOpt = None,
-    offline: OfflineOpt = False,
     help_all: HelpAllOpt = False,
 ) -> int:
     """Serve the model over HTTP on 127.0.0.1:8080, with llama.cpp's endpoints: OpenAI's, Anthropic's and its own.
@@ -183,15 +170,8 @@ def serve(
         stage.check_address(flags)
         command, environment = stage.router_command(words, flags)
         become(command, stage.server_environment() | environment)
-    path = Choice(model, model_flag, repo, offline).path()
-    options = ExecutionOptions(
-        activation=activation,
-        exact=exact,
-        dense=dense,
-        artefacts=artefacts,
-        no_artefacts=no_artefacts,
-        device=hot_device,
-    )
+    path = choice.path()
+    options = settings(ExecutionOptions, locals())
     stage.check_address(flags)
     begin = start("server", path, options, flags, rpc=rpc)
     _say(begin.execution.notes)
