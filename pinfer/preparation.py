@@ -30,13 +30,13 @@ from pinfer.solve import SolveOptions, solve
 from pinfer.split import SplitOptions, split
 from pinfer.train import TrainOptions, train
 
-# A predictor takes up to this share of the FFN (two-bit copies of Q4_0 matrices are the largest kind).
+# A predictor takes up to about this share of the FFN.
 _PREDICTOR_SHARE = 0.15
-# Measured: profiling runs at this share of the speed of a plain product, and training one layer costs as many products
-# of its first matrix with one token as this.
+# Rough, from the README's times for the shape of AFM-4.5B: profiling runs at this share of the speed of a plain product,
+# and training a layer costs as much as this many products of its first matrix with one token.
 _PROFILE_SHARE = 0.5
 _TRAIN_PRODUCTS = 60_000
-# Copying and requantising the FFN, bytes per second.
+# Rough speed of copying and requantising the FFN, in bytes per second.
 _SPLIT_SPEED = 150e6
 
 _Options = TypeVar("_Options")
