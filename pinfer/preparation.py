@@ -32,7 +32,7 @@ from pinfer.train import TrainOptions, train
 
 # A predictor takes up to about this share of the FFN.
 _PREDICTOR_SHARE = 0.15
-# Rough, from the README's times for the shape of AFM-4.5B: profiling runs at this share of the speed of a plain product,
+# Rough, from the README's times for AFM-4.5B: profiling runs at this share of the speed of a plain product,
 # and training a layer costs as much as this many products of its first matrix with one token.
 _PROFILE_SHARE = 0.5
 _TRAIN_PRODUCTS = 60_000
