@@ -103,7 +103,7 @@ def evaluate(model_path: Path, options: EvalOptions, progress: Progress = NULL_P
             with open_engine(sparse, execution.n_gpu_layers) as engine:
                 for window, wanted in zip(chunk, expected, strict=True):
                     totals.add(wanted, _log_probabilities(_stepwise(engine, window, advance)), window[1:])
-                totals.add_stats()
+                totals.add_stats(model.path)
     return totals.report(execution.mode, reference, options.n_tokens)
 
 
@@ -203,9 +203,9 @@ class _Totals:
         self.n_agree += int((dense.argmax(axis=1) == sparse.argmax(axis=1)).sum())
         self.divergence.append(_divergence(dense, sparse))
 
-    def add_stats(self) -> None:
+    def add_stats(self, path: Path) -> None:
         """Add the plugin's counters since this engine was configured."""
-        stats = load_plugin().stats()
+        stats = load_plugin().stats(path)
         self.n_neurons += stats.n_neurons
         self.n_candidates += stats.n_candidates
         self.n_active += stats.n_active

@@ -58,7 +58,8 @@ class Model:
 
     def stats(self) -> Stats | None:
         """What the plugin has computed for this model so far; None for stock libllama."""
-        return load_plugin().stats() if self.execution.plugin is not None else None
+        is_ours = self.execution.plugin is not None
+        return load_plugin().stats(self.execution.model.path) if is_ours else None
 
     def close(self) -> None:
         """Free the model and its devices."""

@@ -13,6 +13,7 @@ from typing import Literal, NoReturn
 
 from pinfer.errors import PinferError
 from pinfer.execution import NO_DEVICE, Execution, ExecutionOptions, decide
+from pinfer.llama.engine import NO_FLASH_ATTENTION
 from pinfer.llama.plugin import runner_path
 from pinfer.model import open_model
 
@@ -42,9 +43,6 @@ _FILES = (
 )
 _KEY_FILE = ("--api-key-file",)
 _DRAFT = ("-md", "--model-draft", "--spec-draft-model")
-
-_NO_FLASH_ATTENTION = frozenset({"plm"})
-"""Architectures whose graph in libllama aborts with it."""
 
 
 @dataclass(frozen=True)
@@ -175,7 +173,7 @@ def start(
             choose(names, kind)
     if options.device == NO_DEVICE:
         choose(_DEVICE, "none")
-    if execution.model.arch in _NO_FLASH_ATTENTION:
+    if execution.model.arch in NO_FLASH_ATTENTION:
         choose(_FLASH_ATTENTION, "off")
         if flags.value(program, _FLASH_ATTENTION) not in (None, "off"):
             raise PinferError(f"libllama has no flash attention for {execution.model.arch} models", "leave out -fa")

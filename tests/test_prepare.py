@@ -146,3 +146,14 @@ def test_python_says_what_the_engine_says(tiny_relu2: Path) -> None:
         assert stats is not None
         assert stats.n_neurons > 0
     assert generate(tiny_relu2, PROMPT, 4)
+
+
+def test_models_count_their_own_work(tiny_relu2: Path, tiny_reglu: Path) -> None:
+    options = ExecutionOptions(n_threads=1, n_ctx=64)
+    with Model(tiny_relu2, options) as one, Model(tiny_reglu, options) as other:
+        one.generate(PROMPT, 2)
+        before = one.stats()
+        assert before is not None
+        assert before.n_tokens > 0
+        other.generate(PROMPT, 2)
+        assert one.stats() == before

@@ -28,7 +28,7 @@ _FFN_TENSORS = rb"\.ffn_(up|gate|down)\.(weight|bias)"
 _GPU_TYPES = (1, 2)  # of enum ggml_backend_dev_type: GPU and IGPU
 
 # Architectures whose graph aborts with flash attention; libllama would turn it on by default.
-NO_FLASH_ATTENTION = (b"plm",)
+NO_FLASH_ATTENTION = ("plm",)
 
 # Values of pinfer_params.n_batch_dense that compute every batch densely, or none.
 ALWAYS_DENSE = 1
@@ -147,7 +147,7 @@ class Engine:
         arch = ctypes.create_string_buffer(64)
         llama.llama_model_meta_val_str(self._model, b"general.architecture", arch, len(arch))
         params.type_k, params.type_v = (getattr(llama, ggml_type_name(kind)) for kind in self._cache_types)
-        if self._f32_attention or arch.value in NO_FLASH_ATTENTION:
+        if self._f32_attention or arch.value.decode() in NO_FLASH_ATTENTION:
             params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
         log.capture()
         self._context = llama.llama_init_from_model(self._model, params)

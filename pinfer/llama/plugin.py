@@ -15,13 +15,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from pinfer.errors import PinferError
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
 
 _PLUGIN = Path("lib", "libggml-pinfer.so")
 _RUNNER = Path("bin", "pinfer-runner")
@@ -321,8 +320,6 @@ class PluginLibrary:
 
     def observer_layer(self, model: Path, layer: int) -> ObserverLayer | None:
         """What was seen in ``layer`` of ``model``; None when it never ran."""
-        import numpy as np
-
         seen = _ObserverLayer()
         if not self._library.pinfer_observer_get(os.fsencode(model), layer, ctypes.byref(seen)) or not seen.count:
             return None
