@@ -7,8 +7,6 @@ from typing import Annotated
 
 import typer
 
-from pinfer.exec import execute, guest_environment
-
 CONTEXT = {"allow_interspersed_args": False, "ignore_unknown_options": False}
 
 
@@ -36,4 +34,6 @@ def exec_program(
     Every ReLU model that the program loads is computed by pinfer, with the artefacts found beside it. The first line on
     stderr says so, or why not.
     """
+    from pinfer.exec import execute, guest_environment
+
     execute(command, guest_environment(model=model, artefacts=artefacts, activation=activation, device=device))
