@@ -20,12 +20,14 @@ bool pinfer_file_id_of(const char * path, pinfer_file_id * out) {
 
 // --- opening ----------------------------------------------------------------------------------------------------------
 
-// Every neuron of every layer must be in exactly one shard.
+// Every neuron, and every expert of a stack, must be in exactly one shard.
 static bool shards_are_whole(const pinfer_model & m, std::string * err) {
     std::vector<bool> seen;
-    for (size_t il = 0; il < m.header.layers.size(); il++) {
-        const int64_t n_ff = m.header.layers[il].n_ff();
-        seen.assign((size_t) n_ff, false);
+    for (size_t i = 0; i < m.header.ffns.size(); i++) {
+        const pinfer_ffn_header & f       = m.header.ffns[i];
+        const bool                is_stack = pinfer_ffn_kind_of((int) i) == PINFER_FFN_EXPERTS;
+        const int64_t             n_units = f.n_ff() == 0 ? 0 : is_stack ? f.n_experts() : f.n_ff();
+        seen.assign((size_t) n_units, false);
         int64_t n   = 0;
         auto    add = [&](const int32_t * ids, int64_t count) {
             for (int64_t j = 0; j < count; j++) {
@@ -34,13 +36,13 @@ static bool shards_are_whole(const pinfer_model & m, std::string * err) {
             }
             return count;
         };
-        int64_t total = add(m.cold->layers[il].ids, m.cold->layers[il].n);
+        int64_t total = add(m.cold->ffns[i].ids, m.cold->ffns[i].n);
         for (const auto & device : m.hot) {
-            total += add(device->layers[il].ids, device->layers[il].n);
+            total += add(device->ffns[i].ids, device->ffns[i].n);
         }
-        if (n != n_ff || total != n_ff) {
-            *err = m.cold->file.path + ": the shards do not hold every neuron of layer " + std::to_string(il) +
-                   " exactly once; make them again: pinfer split " + m.settings.model;
+        if (n != n_units || total != n_units) {
+            *err = m.cold->file.path + ": the shards do not hold every " + (is_stack ? "expert" : "neuron") + " of " +
+                   pinfer_ffn_title((int) i) + " exactly once; make them again: pinfer split " + m.settings.model;
             return false;
         }
     }
@@ -84,7 +86,11 @@ static bool read_files(pinfer_model * m, std::string * err) {
         *err = s.model + " is one part of a split model; merge the parts with: llama-gguf-split --merge";
         return false;
     }
-    m->layers.resize(m->header.layers.size());
+    m->ffns.resize(m->header.ffns.size());
+    if (m->replaces_activation() && !m->header.obstacle.empty()) {
+        *err = s.model + " cannot be computed as " + pinfer_activation_name(s.rule.act) + ": " + m->header.obstacle;
+        return false;
+    }
     if (!any) {
         return true;
     }
@@ -123,7 +129,7 @@ static bool open_devices(pinfer_model * m, std::string * err) {
         }
     }
     if (m->predictor) {
-        pinfer_predictor_arrange(m->predictor.get(), m->cold ? &m->cold->layers : nullptr);
+        pinfer_predictor_arrange(m->predictor.get(), m->cold ? &m->cold->ffns : nullptr);
     }
     return true;
 }
@@ -300,11 +306,11 @@ void pinfer_model_finish_check(const pinfer_model * m) {
 // --- where its weights lie --------------------------------------------------------------------------------------------
 
 void pinfer_model_place(pinfer_model * m, const ggml_tensor * weight) {
-    int                         layer = -1;
-    const pinfer_part           part  = pinfer_part_of(weight->name, false, &layer);
+    int                         ffn  = -1;
+    const pinfer_part           part = pinfer_part_of(weight->name, false, &ffn);
     std::lock_guard<std::mutex> lock(m->mutex);
-    if (part != PINFER_PART_NONE && (size_t) layer < m->layers.size()) {
-        m->layers[(size_t) layer].placed |= (uint8_t) (1u << part);
+    if (part != PINFER_PART_NONE && (size_t) ffn < m->ffns.size()) {
+        m->ffns[(size_t) ffn].placed |= (uint8_t) (1u << part);
     }
 }
 
@@ -317,8 +323,8 @@ void pinfer_model_let_go(pinfer_model * m) {
         return;
     }
     std::lock_guard<std::mutex> lock(m->mutex);
-    for (auto & layer : m->layers) {
-        layer = {};
+    for (auto & ffn : m->ffns) {
+        ffn = {};
     }
     m->biases.clear();
     if (m->released) {
@@ -326,14 +332,14 @@ void pinfer_model_let_go(pinfer_model * m) {
     }
 }
 
-int pinfer_model_missing_layer(pinfer_model * m) {
+int pinfer_model_missing_ffn(pinfer_model * m) {
     std::lock_guard<std::mutex> lock(m->mutex);
-    for (size_t il = 0; il < m->layers.size(); il++) {
-        const pinfer_layer_header & has  = m->header.layers[il];
-        const unsigned              gate = has.gate.ne[1] > 0 ? 1u << PINFER_PART_GATE : 0u;
-        const unsigned              all  = gate | 1u << PINFER_PART_UP | 1u << PINFER_PART_DOWN;
-        if (has.n_ff() > 0 && (m->layers[il].placed & all) != all) {
-            return (int) il;
+    for (size_t i = 0; i < m->ffns.size(); i++) {
+        const pinfer_ffn_header & has  = m->header.ffns[i];
+        const unsigned            gate = has.gate.ne[1] > 0 ? 1u << PINFER_PART_GATE : 0u;
+        const unsigned            all  = gate | 1u << PINFER_PART_UP | 1u << PINFER_PART_DOWN;
+        if (has.n_ff() > 0 && (m->ffns[i].placed & all) != all) {
+            return (int) i;
         }
     }
     return -1;

@@ -40,7 +40,7 @@ struct pinfer_settings {
 };
 
 // What -ot takes for the tensors of FFNs.
-#define PINFER_FFN_TENSORS "\\.ffn_(up|gate|down)\\.(weight|bias)"
+#define PINFER_FFN_TENSORS "\\.(ffn_(up|gate|down)(_exps|_shexp)?|channel_mix_(key|value))\\.(weight|bias)"
 
 enum pinfer_model_state {
     PINFER_MODEL_OPEN,       // its artefacts are open
@@ -71,11 +71,11 @@ struct pinfer_model {
     bool              announce_fallback = false; // say it once on stderr, where nobody asks for the counters
     std::string       failure; // why the last FFN could not be computed
 
-    struct layer_state {
-        bool    checked = false; // the shards hold this layer's rows
+    struct ffn_state {
+        bool    checked = false; // the shards hold its rows
         uint8_t placed  = 0;     // parts (1 << pinfer_part) that lie in the plugin's buffers
     };
-    std::vector<layer_state>                   layers;
+    std::vector<ffn_state> ffns;
     std::map<const void *, std::vector<float>> biases; // those that the file does not have in F32, by their data
 
     const pinfer_rule & rule() const { return settings.rule; }
@@ -115,5 +115,5 @@ void pinfer_model_finish_check(const pinfer_model * m);
 void pinfer_model_place(pinfer_model * m, const ggml_tensor * weight);
 void pinfer_model_hold(pinfer_model * m);
 void pinfer_model_let_go(pinfer_model * m);
-// First layer whose FFN is not, as a whole, in the plugin's buffers; -1: there is none.
-int pinfer_model_missing_layer(pinfer_model * m);
+// First FFN that is not, as a whole, in the plugin's buffers; -1: there is none.
+int pinfer_model_missing_ffn(pinfer_model * m);

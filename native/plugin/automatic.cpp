@@ -220,7 +220,7 @@ std::shared_ptr<pinfer_model> pinfer_automatic_recognise(int fd, const pinfer_fi
         other_files.insert(id); // an adapter, a projector, ...
         return nullptr;
     }
-    m->layers.resize(m->header.layers.size());
+    m->ffns.resize(m->header.ffns.size());
     m->state             = PINFER_MODEL_RECOGNISED;
     m->released          = true; // with its last buffer it goes, and is recognised again
     m->announce_fallback = true;

@@ -55,15 +55,15 @@ bool is_open_as(int fd, const pinfer_file_id & id) {
 }
 
 bool has_tensor(const pinfer_model & m, const ggml_tensor * t) {
-    int               layer = -1;
-    const pinfer_part part  = pinfer_part_of(t->name, false, &layer);
+    int               ffn  = -1;
+    const pinfer_part part = pinfer_part_of(t->name, false, &ffn);
     if (part != PINFER_PART_NONE) {
-        return (size_t) layer < m.header.layers.size() && m.header.layers[(size_t) layer].part(part).is(t);
+        return (size_t) ffn < m.header.ffns.size() && m.header.ffns[(size_t) ffn].part(part).is(t);
     }
-    if (pinfer_part_of(t->name, true, &layer) == PINFER_PART_NONE) {
+    if (pinfer_part_of(t->name, true, &ffn) == PINFER_PART_NONE) {
         return m.header.token_embd.is(t);
     }
-    return (size_t) layer < m.header.layers.size();
+    return (size_t) ffn < m.header.ffns.size();
 }
 
 // Of the configured models whose file this process has open, one with such a tensor: that which was configured last.
