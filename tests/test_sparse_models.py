@@ -9,6 +9,7 @@ import pytest
 from support.graph_values import graph_values
 from support.sparse_models import ARCHITECTURES, MIXTURES, N_VOCAB, TYPES, SparseModel, write_sparse_model
 
+from models.reference import MixtureReference
 from pinfer.llama.engine import Engine
 
 TOKENS = np.random.default_rng(0).integers(1, N_VOCAB, 64).tolist()
@@ -38,6 +39,15 @@ def test_stock_libllama_runs_them_and_repeats_itself(options: SparseModel, tmp_p
     if options.type in ("F32", "F16"):  # other types round the input of every product, which may turn a router's choice
         error = ((single - runs[0]) ** 2).sum() / (runs[0] ** 2).sum()
         assert error < (1e-8 if options.type == "F32" else 1e-3)
+
+
+@pytest.mark.parametrize("arch", [arch for arch in ARCHITECTURES if not arch.startswith("rwkv")])
+def test_the_reference_agrees_with_libllama(arch: str, tmp_path: Path) -> None:
+    path = write_sparse_model(tmp_path / "model.gguf", SparseModel(arch))
+    expected = MixtureReference(path, activation="swiglu" if arch == "llama" else None).forward(TOKENS)
+    with Engine(path, n_ctx=128, n_threads=1, f32_attention=True) as engine:
+        logits = engine.decode(TOKENS, logits=True)
+    assert ((logits - expected.logits) ** 2).sum() / (expected.logits**2).sum() < 1e-9
 
 
 @pytest.mark.parametrize("options", [o for o in EVERY if o.type == "F32"], ids=describe)
