@@ -9,17 +9,20 @@ from torch import Tensor
 
 
 def orthogonalise(matrix: Tensor, n_steps: int = 5) -> Tensor:
-    """Approximates the nearest semi-orthogonal matrix by the quintic Newton-Schulz iteration in bf16."""
+    """Approximates the nearest semi-orthogonal matrix by the quintic Newton-Schulz iteration in bf16.
+
+    A stack [n, rows, columns] is n matrices.
+    """
     a, b, c = 3.4445, -4.7750, 2.0315  # steep at zero, so that five steps bring all singular values near one
     x = matrix.bfloat16()
-    tall = x.shape[0] > x.shape[1]
+    tall = x.shape[-2] > x.shape[-1]
     if tall:
-        x = x.T
-    x = x / (x.norm() + 1e-7)
+        x = x.mT
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(n_steps):
-        gram = x @ x.T
+        gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x.T if tall else x).float()
+    return (x.mT if tall else x).float()
 
 
 class Muon(torch.optim.Optimizer):
@@ -41,7 +44,7 @@ class Muon(torch.optim.Optimizer):
                 momentum = state["momentum"]
                 momentum.lerp_(parameter.grad, 1 - group["momentum"])
                 update = orthogonalise(parameter.grad.lerp(momentum, group["momentum"]))
-                rows, columns = parameter.shape
+                rows, columns = parameter.shape[-2:]
                 scale = max(1.0, rows / columns) ** 0.5
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
                 parameter.add_(update, alpha=-group["lr"] * scale)

@@ -202,7 +202,7 @@ def write_gguf(path: Path, model: TinyModel, tokenizer: Tokenizer, name: str, no
     writer.add_rope_dimension_count(s.n_head_dim)
     writer.add_rope_freq_base(ROPE_BASE)
     writer.add_string("pinfer.ffn.activation", s.activation)
-    _write_tokenizer(writer, tokenizer, s.n_vocab)
+    write_tokenizer(writer, tokenizer, s.n_vocab)
     for tensor_name, tensor in model.gguf_tensors().items():
         values = tensor.detach().float().cpu().numpy()
         writer.add_tensor(tensor_name, values.astype(np.float16) if values.ndim == 2 else values)
@@ -213,7 +213,7 @@ def write_gguf(path: Path, model: TinyModel, tokenizer: Tokenizer, name: str, no
     os.replace(temporary, path)
 
 
-def _write_tokenizer(writer: Any, tokenizer: Tokenizer, n_vocab: int) -> None:
+def write_tokenizer(writer: Any, tokenizer: Tokenizer, n_vocab: int) -> None:
     import json
 
     bpe = json.loads(tokenizer.to_str())["model"]

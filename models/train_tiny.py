@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 import typer
 from muon import Muon
+from tiny_mixture import ARCH, KINDS, MixtureShape, TinyMixture, read_mixture, write_mixture
 from tiny_model import ACTIVATIONS, Shape, TinyModel, read_gguf, write_gguf
 from tiny_text import (
     END_OF_TEXT,
@@ -45,7 +46,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 class TrainOptions:
     """The options of a training run. All of them are stored in the checkpoint."""
 
-    shape: Shape
+    shape: Shape | MixtureShape
     steps: int
     minutes: float  # 0: no limit
     batch: int  # windows per step
@@ -75,10 +76,12 @@ class Training:
     def __init__(self, options: TrainOptions, streams: list[TokenStream], device: str, compile_model: bool) -> None:
         self.options = options
         self.device = torch.device(device)
-        self.model = TinyModel(options.shape, options.seed).to(self.device)
+        self.model = build(options.shape, options.seed).to(self.device)
         self.forward: Any = torch.compile(self.model) if compile_model else self.model
-        matrices = [p for n, p in self.model.named_parameters() if p.ndim == 2 and n.startswith("blk.")]
-        others = [p for n, p in self.model.named_parameters() if not (p.ndim == 2 and n.startswith("blk."))]
+        matrices, others = [], []
+        for name, parameter in self.model.named_parameters():
+            of_layer = parameter.ndim >= 2 and name.startswith("blk.") and "conv1d" not in name
+            (matrices if of_layer else others).append(parameter)
         self.muon = Muon(matrices, options.lr, weight_decay=options.weight_decay)
         self.adamw = torch.optim.AdamW(others, options.lr_embd, betas=(0.9, 0.95), weight_decay=0.0)
         self.sampler = WindowSampler(streams, options.shape.n_ctx, options.seed)
@@ -122,6 +125,8 @@ class Training:
                 group["lr"] = base * self.rate()
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
+        if isinstance(self.model, TinyMixture):
+            self.model.balance()
         active = out.active.cpu().numpy()
         self._steer(float(active.mean()))
         self.state.step += 1
@@ -164,6 +169,19 @@ class Training:
         self.sampler.rng.bit_generator.state = saved["rng"]
         self.state = RunState(**saved["state"])
         self._started = time.monotonic()
+
+
+def build(shape: Shape | MixtureShape, seed: int) -> TinyModel | TinyMixture:
+    """A model of a shape, with random weights."""
+    return TinyMixture(shape, seed) if isinstance(shape, MixtureShape) else TinyModel(shape, seed)
+
+
+def read_model(path: Path) -> TinyModel | TinyMixture:
+    """The model of a GGUF that ``train`` has written."""
+    import gguf
+
+    arch = gguf.GGUFReader(str(path)).fields["general.architecture"].contents()
+    return read_mixture(path) if arch == ARCH else read_gguf(path)
 
 
 def say(text: str) -> None:
@@ -214,6 +232,12 @@ def train(
     n_head_kv: int = 2,
     n_vocab: int = 3072,
     n_ctx: int = 256,
+    pattern: Annotated[
+        str, typer.Option(help="train a mixture of ReLU² experts with these layers: M Mamba-2, * attention, E experts")
+    ] = "",
+    n_expert: Annotated[int, typer.Option(help="experts of a mixture; --n-ff is the size of one")] = 16,
+    n_expert_used: int = 2,
+    n_ff_shared: Annotated[int, typer.Option(help="size of its shared expert")] = 384,
     steps: int = 4000,
     minutes: Annotated[float, typer.Option(help="end by this wall-clock time at the latest; 0: no limit")] = 0.0,
     batch: Annotated[int, typer.Option(help="windows of n_ctx tokens per step")] = 16,
@@ -236,7 +260,28 @@ def train(
     if threads:
         torch.set_num_threads(threads)
     work.mkdir(parents=True, exist_ok=True)
-    shape = Shape(activation, n_embd, n_ff, n_layer, n_head, n_head_kv, n_vocab, n_ctx)
+    if set(pattern) - set(KINDS):
+        raise typer.BadParameter(f"pattern {pattern} has letters other than {' '.join(KINDS)}")
+    shape: Shape | MixtureShape
+    if pattern:
+        shape = MixtureShape(
+            pattern=pattern,
+            n_embd=n_embd,
+            n_ff=n_ff,
+            n_ff_shared=n_ff_shared,
+            n_expert=n_expert,
+            n_expert_used=n_expert_used,
+            weights_scale=2.5,
+            n_head=n_head,
+            n_head_kv=n_head_kv,
+            n_inner=n_embd,
+            n_state=64,
+            n_conv=4,
+            n_vocab=n_vocab,
+            n_ctx=n_ctx,
+        )
+    else:
+        shape = Shape(activation, n_embd, n_ff, n_layer, n_head, n_head_kv, n_vocab, n_ctx)
     options = TrainOptions(shape, steps, minutes, batch, lr, lr_embd, weight_decay, active, sparse_by, decay_from, seed)
     tokenizer, streams = prepare([Source.parse(t) for t in text], n_vocab, held_out, work, seed)
     training = Training(options, streams, device, compile_model)
@@ -245,12 +290,15 @@ def train(
         training.load(checkpoint)
         say(f"going on from step {training.state.step}")
     n_parameters = sum(p.numel() for p in training.model.parameters())
-    say(f"{shape.arch} {activation}, {n_parameters / 1e6:.2f} M parameters on {device}")
+    say(f"{shape.arch} {shape.activation}, {n_parameters / 1e6:.2f} M parameters on {device}")
 
     def export() -> None:
         training.save(checkpoint)
         note = f"trained by models/train_tiny.py: {training.state.step} steps, {training.state.tokens} tokens"
-        write_gguf(out, training.model, tokenizer, out.stem, note)
+        if isinstance(training.model, TinyMixture):
+            write_mixture(out, training.model, tokenizer, out.stem, note)
+        else:
+            write_gguf(out, training.model, tokenizer, out.stem, note)
 
     export()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # keeps a checkpoint, as Ctrl-C does
@@ -284,6 +332,9 @@ def _loop(training: Training, export: Any, export_every: float) -> None:
                 f" {rate:.0f} tokens/s active {active.mean():.3f} [{layers}]"
                 f" target {training.target():.2f} l1 {training.state.l1_weight:.3f}"
             )
+            if isinstance(training.model, TinyMixture):
+                loads = [load.sort(descending=True).values for load in training.model.loads()]
+                say("  loads " + " | ".join(" ".join(f"{100 * x:.0f}" for x in load) for load in loads))
             losses, tokens, spoke = [], training.state.tokens, now
         if now - exported >= 60 * export_every:
             export()
@@ -304,21 +355,21 @@ def evaluate(
     """Perplexity in windows of the context length and active neurons per layer."""
     from tokenizers import Tokenizer
 
-    net = read_gguf(model).eval()
+    net = read_model(model).eval()
     vocabulary = Tokenizer.from_file(str(tokenizer))
     texts = [(Source(p, 1.0), [d for d in read_documents(p) if not held_out or is_held_out(d, held_out)]) for p in text]
     texts += [(Source(p, 0.0), read_documents(p)) for p in names or []]
     for source, documents in restore_texts(texts)[: len(text)]:
         tokens = encode_documents(vocabulary, documents)[0][1 : max_tokens + 1].astype(np.int64)
         n_window = net.shape.n_ctx
-        total, counted, active = 0.0, 0, np.zeros(net.shape.n_layer)
+        total, counted, active = 0.0, 0, np.zeros(1)
         with torch.no_grad():
             for low in range(0, len(tokens), n_window):
                 piece = tokens[low : low + n_window]
                 rows = torch.from_numpy(np.concatenate(([END_OF_TEXT], piece)))[None]
                 result = net(rows[:, :-1])
                 total += float(F.cross_entropy(result.logits[0], rows[0, 1:], reduction="sum"))
-                active += result.active.numpy() * len(piece)
+                active = active + result.active.numpy() * len(piece)
                 counted += len(piece)
         layers = " ".join(f"{a:.3f}" for a in active / counted)
         print(
@@ -339,7 +390,7 @@ def sample(
     """Continue a prompt (greedy by default)."""
     from tokenizers import Tokenizer
 
-    net = read_gguf(model).eval()
+    net = read_model(model).eval()
     vocabulary = Tokenizer.from_file(str(tokenizer))
     generator = torch.Generator().manual_seed(seed)
     for beginning in prompt:

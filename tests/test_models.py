@@ -36,6 +36,11 @@ PARAMETERS = {
     "opt-30b": 30e9,
     "falcon-40b": 41.5e9,
     "llama-70b": 69e9,
+    "nemotron-3-nano": 31.6e9,
+    "nemotron-h-9b": 8.9e9,
+    "smallthinker-21b": 21.5e9,
+    "turbosparse-mixtral": 46.7e9,
+    "rwkv7-7.2b": 7.2e9,
 }
 
 
@@ -156,6 +161,12 @@ def test_presets_have_the_size_of_their_models(name: str) -> None:
     "changes",
     [
         {"arch": "mamba"},
+        {"arch": "rwkv7", "activation": "relu2"},
+        {"arch": "smallthinker"},
+        {"arch": "arcee", "mixture": synth.Mixture(8, 2)},
+        {"mixture": synth.Mixture(8, 5)},
+        {"arch": "nemotron_h", "pattern": "*-", "mamba": synth.Mamba(256, 4)},
+        {"arch": "nemotron_h", "pattern": "ME", "mamba": synth.Mamba(256, 4)},
         {"arch": "arcee", "activation": "reglu"},
         {"arch": "llama", "activation": "relu"},
         {"type": "Q3_K"},
