@@ -197,7 +197,7 @@ ggml_status batch_of_stack(pinfer_team * team, pinfer_model * m, const pinfer_ff
     if (j.n_tokens < m->settings.n_batch_dense) {
         uint64_t n_hot = 0;
         for (const int32_t e : routes.experts) {
-            n_hot += e >= 0 && (size_t) e < j.neurons->place.size() && j.neurons->place[(size_t) e] < 0;
+            n_hot += j.neurons->n == 0 || j.neurons->place[(size_t) e] < 0;
         }
         m->stats.n_tokens += (uint64_t) j.n_tokens;
         m->stats.n_neurons += (uint64_t) (j.n_tokens * routes.n_used * j.n_ff);
