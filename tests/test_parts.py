@@ -63,7 +63,9 @@ def test_the_parts_read_like_one_file(tiny_relu2: Path, tmp_path: Path) -> None:
         assert joined.get(key) == whole.get(key)
     joined.release()
     model = open_model(parts[0])
-    assert (model.n_layer, model.n_ff, model.is_sparse) == (4, open_model(tiny_relu2).n_ff, True)
+    single = open_model(tiny_relu2)
+    assert (model.n_layer, model.n_ff, model.n_vocab) == (single.n_layer, single.n_ff, single.n_vocab)
+    assert model.is_sparse
 
 
 # --- the fingerprint --------------------------------------------------------------------------------------------------
@@ -213,7 +215,7 @@ def test_every_command(tiny_reglu: Path, tmp_path: Path, command: CommandLine) -
     for model in (whole, first):
         for verb in (
             ("profile", "--dataset", TEXT, "--tokens", "2k", "-t", "1"),
-            ("train", "-t", "1"),
+            ("train",),
             ("solve", "--vram", "2M", "--device", "CPU"),
             ("split", "--verify"),
         ):
@@ -230,13 +232,13 @@ def test_every_command(tiny_reglu: Path, tmp_path: Path, command: CommandLine) -
 
     dense = command("run", first, "--dense", "-p", "Once", "-n", "4", "--temp", "0", "-t", "1")
     assert dense.code == 0, dense.err
-    shown = json.loads(command("show", first, "--verify", "--json").out)
+    shown = json.loads(command("show", first, "--json").out)
     assert (shown["mode"], shown["size"]) == ("predicted", sum(p.stat().st_size for p in folder.glob("*.gguf")))
     again = command("prepare", "--json")  # the only model here, and the last one used
     assert json.loads(again.out)["done"] == [], again.err
-    evaluated = command("eval", first, "--dataset", HELDOUT, "--chunks", "1", "-c", "128", "-t", "1", "--json")
+    evaluated = command("eval", first, "--text", HELDOUT, "--tokens", "128", "-c", "128", "-t", "1", "--json")
     assert evaluated.code == 0, evaluated.err
-    (listed,) = json.loads(command("list", "--json").out)
+    (listed,) = json.loads(command("list", "--json").out)["models"]
     assert (listed["model"], listed["state"], listed["folder"]) == (str(first), "fresh", str(of_parts))
     assert command("rm", first, "--yes").code == 0
     assert not of_parts.exists() or not list(of_parts.rglob("*.gguf"))
@@ -260,6 +262,6 @@ def test_links_as_the_hub_makes_them(tiny_relu2: Path, tmp_path: Path, command: 
     assert done.code == 0, done.err
     made = command("prepare", parts[0], "--dataset", TEXT, "--tokens", "1k", "-t", "1", "--json")
     assert made.code == 0, made.err
-    (listed,) = json.loads(command("list", "--json").out)
+    (listed,) = json.loads(command("list", "--json").out)["models"]
     assert (listed["name"], listed["state"]) == (parts[0].name, "fresh")
     assert listed["folder"].startswith(str(command.home / "hub-"))
