@@ -178,7 +178,7 @@ def test_a_model_in_parts(tiny_reglu: Path, tmp_path: Path, layout: str, memory:
     report = write_shards(first, 0.5)
     folder = report.cold.parent
     assert folder.name.startswith("tiny-reglu.gguf" if layout == "plain" else "hub-")
-    assert greedy_text(first, replace(config, cold=report.cold, hot=report.hot, devices=("CPU",))) == expected
+    assert greedy_text(first, replace(config, cold=report.cold, hot=report.hot, device="CPU")) == expected
     done = complete(first, *memory)
     last_line_starts(done, expected)
     (line,) = said(done)

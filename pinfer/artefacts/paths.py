@@ -42,8 +42,9 @@ def pinfer_home() -> Path:
 
 
 def _candidates(model_path: Path, fingerprint: str) -> tuple[Path, ...]:
-    """Folders that may hold the artefacts; the first is preferred for writing. Those of a model in parts lack the numbers.
+    """Folders that may hold the artefacts; the first is preferred for writing.
 
+    For a model in several files MODEL is its name without the number of a part.
     Users empty the hub's cache, so artefacts that took hours to make are kept elsewhere.
     """
     model_path = model_path.resolve()

@@ -1,4 +1,4 @@
-"""File names of models in several files, as llama.cpp's llama-gguf-split gives them: ``NAME-00001-of-00003.gguf``, ..."""
+"""File names of models in several files, as llama.cpp's tools give them: ``NAME-00001-of-00003.gguf`` and so on."""
 
 from __future__ import annotations
 

@@ -19,8 +19,8 @@ _AGAIN = "download all parts of one model again"
 def read_model_file(path: Path) -> GgufFile:
     """The GGUF of a model, with the tensors of all its parts if it is the first of several.
 
-    Raises GgufError or OSError if ``path`` itself cannot be read, and PinferError if it is not the first part, or if the
-    other parts are missing, damaged or of another model.
+    Raises GgufError or OSError if ``path`` itself cannot be read, and PinferError if it is not the first part, or if
+    the other parts are missing, damaged or of another model.
     """
     first = read_gguf(path)
     number, count = _place(first)

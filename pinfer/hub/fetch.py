@@ -63,8 +63,9 @@ def fetch_files(
 ) -> list[Path]:
     """Paths in the shared cache of files of ``repo``, in order; missing ones are downloaded.
 
-    ``names`` is not empty; ``revision`` is a branch, tag or commit (None: the default branch, whose current commit all files
-    are taken from). A broken connection is resumed. Complete files stay in the cache if a later one fails or Ctrl-C is pressed.
+    ``names`` is not empty; ``revision`` is a branch, tag or commit (None: the default branch). All files are taken from
+    one commit. A broken connection is resumed. Complete files stay in the cache if a later one fails or Ctrl-C is
+    pressed.
 
     Raises what huggingface_hub raises (``explain`` turns it into a message), and PinferError if the disk is too small.
     """
