@@ -165,7 +165,7 @@ def test_artefacts_beside_the_model_are_used(tiny_relu2: Path) -> None:
 
 
 @pytest.mark.parametrize("layout", ["plain", "hub"])
-@pytest.mark.parametrize("memory", [(), ("--no-mmap",)], ids=["mapped", "read"])
+@pytest.mark.parametrize("memory", [(), ("--load-mode", "none")], ids=["mapped", "read"])
 def test_a_model_in_parts(tiny_reglu: Path, tmp_path: Path, layout: str, memory: tuple[str, ...]) -> None:
     """The shards made by the commands are found, also where the parts are links to files named by their hashes."""
     config = PluginConfig.of(open_model(tiny_reglu))

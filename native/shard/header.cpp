@@ -53,7 +53,7 @@ bool pinfer_model_files(const gguf_context * gguf, const char * path, const pinf
     uint32_t n = 1, i = 0;
     pinfer_gguf_u32(gguf, "split.count", &n); // also an u16
     pinfer_gguf_u32(gguf, "split.no", &i);
-    if (i > 0) {
+    if (n > 1 && i > 0) {
         return refuse(path, "is part " + std::to_string(i + 1ull) + " of " + std::to_string(n) + " of a model; name the first part", err);
     }
     *files = {path};
