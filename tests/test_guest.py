@@ -175,6 +175,11 @@ def test_a_model_in_parts(tiny_reglu: Path, tmp_path: Path, layout: str, memory:
         for digit, part in zip("cab", (first, *others), strict=True):
             part.rename(tmp_path / (digit * 64))
             part.symlink_to(digit * 64)
+    how = "computed by pinfer as reglu, exact"
+    bare = complete(first, *memory)
+    last_line_starts(bare, expected)
+    name, named = (first.name, str(first)) if layout == "plain" else ("c" * 64, "-hf USER/REPO")
+    assert said(bare) == [f"{name}: {how}, without artefacts; make them with: pinfer prepare {named}"]
     report = write_shards(first, 0.5)
     folder = report.cold.parent
     assert folder.name.startswith("tiny-reglu.gguf" if layout == "plain" else "hub-")
@@ -182,7 +187,7 @@ def test_a_model_in_parts(tiny_reglu: Path, tmp_path: Path, layout: str, memory:
     done = complete(first, *memory)
     last_line_starts(done, expected)
     (line,) = said(done)
-    assert f"computed by pinfer as reglu, exact, with shards of {folder}" in line
+    assert line.startswith(f"{name}: {how}, with shards of {folder}")
 
 
 def test_pinfer_exec(tiny_reglu: Path, tmp_path: Path) -> None:

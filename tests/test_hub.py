@@ -287,7 +287,7 @@ def test_a_full_disk_is_reported_before_downloading(hub: Hub, cache: Path, tmp_p
 @pytest.fixture
 def parts(tmp_path: Path) -> dict[str, bytes]:
     (tmp_path / "tiny-Q8_0.gguf").write_bytes(TINY)
-    files = split_model(tmp_path / "tiny-Q8_0.gguf", tmp_path)
+    files = split_model(tmp_path / "tiny-Q8_0.gguf", tmp_path, bare_first=True)
     return {f"Q8_0/{file.name}": file.read_bytes() for file in files}
 
 
@@ -310,7 +310,7 @@ def test_all_parts_are_downloaded_and_run(hub: Hub, cache: Path, command: Comman
 def test_a_broken_connection_is_resumed_before_the_next_part(hub: Hub, cache: Path, parts: dict[str, bytes]) -> None:
     names = sorted(parts)
     hub.add("u/r", parts | {names[0]: LARGE})
-    hub.cut = 1
+    hub.cut = 1  # of the connection for the first
     (got,) = _fetch(hub, cache, "u/r")
     assert Path(got["path"]).read_bytes() == LARGE
     for name in names[1:]:

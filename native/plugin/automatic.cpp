@@ -115,12 +115,17 @@ std::string without_number(const std::string & path) {
     return end == (int) length ? path.substr(0, path.size() - length) + ".gguf" : path;
 }
 
+// In the model hub's shared cache a model is called by its hash.
+bool is_in_hub_cache(const std::string & path) {
+    const std::string name = name_of(path);
+    return name.size() >= 40 && name.find_first_not_of("0123456789abcdef") == std::string::npos;
+}
+
 // Empty where the model has none.
 std::string folder_of(const std::string & file, const std::string & fingerprint) {
     const std::string path   = without_number(file);
     const std::string name   = name_of(path);
-    // in the model hub's shared cache a model is called by its hash; that cache may be emptied, so artefacts lie elsewhere
-    const bool        in_hub = name.size() >= 40 && name.find_first_not_of("0123456789abcdef") == std::string::npos;
+    const bool        in_hub = is_in_hub_cache(path); // which may be emptied, so artefacts lie elsewhere
     const std::string beside = path + ".pinfer";
     const std::string home   = pinfer_home() + "/" + (in_hub ? "hub" : name) + "-" + fingerprint.substr(0, 12);
     const bool        first_is_beside = !in_hub && can_be_written(beside);
@@ -230,7 +235,7 @@ std::string described(const pinfer_model & m) {
     text += s.predictor.empty() ? ", exact" : ", predicted";
     const std::string & any = s.predictor.empty() ? s.cold : s.predictor;
     if (any.empty()) {
-        return text + ", without artefacts; make them with: pinfer prepare " + s.model;
+        return text + ", without artefacts; make them with: pinfer prepare " + (is_in_hub_cache(s.model) ? "-hf USER/REPO" : s.model);
     }
     text += std::string(", with ") + (s.predictor.empty() ? "shards" : s.cold.empty() ? "the predictor" : "predictor and shards") +
             " of " + any.substr(0, any.find_last_of('/'));
@@ -268,15 +273,14 @@ std::shared_ptr<pinfer_model> pinfer_automatic_recognise(int fd, const pinfer_fi
     }
     auto        m = std::make_shared<pinfer_model>();
     std::string ignored;
-    bool        in_parts = false;
+    bool        all_open = true;
     const auto  find     = [&](uint32_t n, std::vector<std::string> * files, std::string * err) {
-        in_parts = true;
-        return open_parts(fd, n, files, err);
+        return all_open = open_parts(fd, n, files, err);
     };
     m->id             = id;
     m->settings.model = path;
     if (!pinfer_header_read(path.c_str(), &m->header, &ignored, find) || m->header.token_embd.ne[1] == 0) {
-        if (!in_parts) { // whose parts may be open the next time
+        if (all_open) { // else they may be the next time
             other_files.insert(id); // an adapter, a projector, a further part, ...
         }
         return nullptr;

@@ -7,13 +7,13 @@ from pathlib import Path
 import gguf
 
 
-def split_model(path: Path, folder: Path, n_parts: int = 3) -> list[Path]:
-    """Writes the model in parts to ``folder``; returns their paths in order."""
+def split_model(path: Path, folder: Path, n_parts: int = 3, *, bare_first: bool = False) -> list[Path]:
+    """Writes the model in parts to ``folder``; returns their paths in order. A bare first part has no tensors."""
     reader = gguf.GGUFReader(path)
-    size = -(-len(reader.tensors) // n_parts)
+    size = -(-len(reader.tensors) // (n_parts - bare_first))
     arch = reader.fields["general.architecture"].contents()
     target = folder / path.name
-    out = gguf.GGUFWriter(target, arch, split_max_tensors=size)
+    out = gguf.GGUFWriter(target, arch, split_max_tensors=size, small_first_shard=bare_first)
     for name, field in reader.fields.items():
         if not name.startswith("GGUF.") and name != "general.architecture":
             item_type = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
