@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pinfer.errors import PinferError
-from pinfer.gguf_io.reader import GgufError, GgufFile, Tensor, read_gguf
+from pinfer.gguf_io.parts import read_model_file
+from pinfer.gguf_io.reader import GgufError, GgufFile, Tensor
 from pinfer.llama import ggml
 from pinfer.llama.plugin import load_plugin
 
@@ -150,7 +151,7 @@ class Model:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """Every tensor of the file."""
+        """Every tensor of the model."""
         return tuple(self.gguf.tensors.values())
 
     @property
@@ -205,7 +206,8 @@ def open_model(path: Path, activation: str | None = None) -> Model:
     """Read and check a model's header, without its weights.
 
     ``activation`` (from ``--activation``) overrides the file's ``pinfer.ffn.activation``, which overrides the
-    architecture's own. Raises PinferError for anything but a complete, single-file GGUF of a language model.
+    architecture's own. A model in several files is named by the first. Raises PinferError for anything but a complete
+    GGUF of a language model.
     """
     path = Path(path)
     if activation is not None and activation not in ACTIVATIONS:
@@ -251,7 +253,7 @@ def _looks_like_repo(path: Path) -> bool:
 def _read(path: Path) -> GgufFile:
     check_is_model(path)
     try:
-        return read_gguf(path)
+        return read_model_file(path)
     except GgufError as error:
         raise _unusable(path, error) from None
     except FileNotFoundError:
@@ -274,11 +276,6 @@ def _describe(path: Path, gguf: GgufFile, activation: str | None) -> Model:
         raise GgufError("it has no general.architecture")
     if arch == "pinfer":
         raise PinferError(f"{path} is an artefact of pinfer, not a model", "pass the model it was made from")
-    if (gguf.get("split.count") or 0) > 1:
-        raise PinferError(
-            f"{path.name} is one part of {gguf.get('split.count')}",
-            "merge the parts first: llama-gguf-split --merge FIRST_PART whole.gguf",
-        )
     n_layer = _integer(gguf, f"{arch}.block_count")
     if n_layer > min(len(gguf.tensors), MAX_LAYERS):
         n_tensors = len(gguf.tensors)

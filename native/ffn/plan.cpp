@@ -271,7 +271,7 @@ bool is_of(const pinfer_hot & hot, const pinfer_ffn & f) {
 // Whether a row of the weight in memory is that of the model's file. Models of one shape that are read into memory at the same
 // time, and not mapped, could be taken for each other.
 bool is_of_file(const pinfer_model & m, const pinfer_product & p, const pinfer_matrix & header) {
-    const int fd = open(m.settings.model.c_str(), O_RDONLY | O_CLOEXEC);
+    const int fd = open(m.header.files[header.file].c_str(), O_RDONLY | O_CLOEXEC);
     if (fd < 0) {
         return true; // moved away since
     }

@@ -1,7 +1,7 @@
 // pinfer.h: the C interface of libggml-pinfer.so beyond the ggml backend it registers.
 //
 // The plugin serves any number of models in one process, each by its own configuration; a model is named by the path of its
-// GGUF, and two paths of one file name the same model. The order is: load the plugin (ggml_backend_load), pinfer_configure()
+// GGUF (of several files, the first: m-00001-of-00003.gguf), and two paths of one file name the same model. The order is: load the plugin (ggml_backend_load), pinfer_configure()
 // for the model's path, load that file with libllama, decode. A model that was never configured is left to llama.cpp.
 //
 // Every function may be called through ctypes and from any thread; strings are UTF-8. Functions that can fail return false and
@@ -108,7 +108,8 @@ PINFER_API const char *           pinfer_activation_name(enum pinfer_activation 
 PINFER_API enum pinfer_activation pinfer_activation_parse(const char * name);         // GRAPH when unknown
 
 // Fingerprint of a GGUF: 32 hex digits and NUL into out[33]. Covers the whole header (metadata and tensor table), the file
-// size and blocks of every tensor (docs/formats.md), so it costs milliseconds whatever the size.
+// size and blocks of every tensor (docs/formats.md), of all parts where path is the first of several, so it costs milliseconds
+// whatever the size.
 PINFER_API bool pinfer_fingerprint(const char * path, char out[33], char * err, size_t err_len);
 
 // Checksum of a tensor's bytes, as the artefacts' key pinfer.checksums holds it (docs/formats.md). Runs at the speed of memory.

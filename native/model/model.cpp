@@ -79,11 +79,7 @@ static bool read_files(pinfer_model * m, std::string * err) {
     if (s.rule.act == PINFER_ACT_OTHER && !any) {
         return true;
     }
-    if (!pinfer_header_read(s.model.c_str(), &m->header, err)) {
-        return false;
-    }
-    if (m->header.is_split) {
-        *err = s.model + " is one part of a split model; merge the parts with: llama-gguf-split --merge";
+    if (m->header.files.empty() && !pinfer_header_read(s.model.c_str(), &m->header, err)) {
         return false;
     }
     m->ffns.resize(m->header.ffns.size());
@@ -95,7 +91,7 @@ static bool read_files(pinfer_model * m, std::string * err) {
         return true;
     }
     pinfer_origin origin = {.model_path = s.model.c_str(), .fingerprint = "", .rule = s.rule, .header = m->header};
-    if (!pinfer_fingerprint_file(s.model.c_str(), &origin.fingerprint, err)) {
+    if (!pinfer_fingerprint_files(m->header.files, &origin.fingerprint, err)) {
         return false;
     }
     if (!s.predictor.empty()) {
@@ -219,6 +215,12 @@ void pinfer_model_add(const std::shared_ptr<pinfer_model> & m) {
     std::lock_guard<std::mutex> lock(r.mutex);
     m->order        = ++r.n_configured;
     r.models[m->id] = m;
+    for (size_t i = 1; i < m->header.files.size(); i++) {
+        pinfer_file_id part;
+        if (pinfer_file_id_of(m->header.files[i].c_str(), &part)) {
+            r.models[part] = m;
+        }
+    }
 }
 
 void pinfer_model_release(const pinfer_file_id & id) {
@@ -229,10 +231,10 @@ void pinfer_model_release(const pinfer_file_id & id) {
     if (at == r.models.end()) {
         return;
     }
-    at->second->released = true;
-    if (at->second->n_buffers == 0) {
-        gone = std::move(at->second);
-        r.models.erase(at);
+    gone           = at->second;
+    gone->released = true;
+    if (gone->n_buffers == 0) {
+        std::erase_if(r.models, [&](const auto & entry) { return entry.second == gone; });
     }
 }
 
@@ -260,8 +262,10 @@ std::vector<std::shared_ptr<pinfer_model>> pinfer_models() {
     registry &                                 r = models();
     std::lock_guard<std::mutex>                lock(r.mutex);
     std::vector<std::shared_ptr<pinfer_model>> out;
-    for (const auto & entry : r.models) {
-        out.push_back(entry.second);
+    for (const auto & [id, m] : r.models) {
+        if (id == m->id) {
+            out.push_back(m);
+        }
     }
     return out;
 }

@@ -1,5 +1,5 @@
-// model.h: a model of this process: one GGUF file, the rule of its FFN, its artefacts and devices, its counters and observer.
-// Models are kept by the identity of their file, so that a weight's buffer leads to its model.
+// model.h: a model of this process: its GGUF, the rule of its FFN, its artefacts and devices, its counters and observer.
+// Models are kept by the identity of their files, so that a weight's buffer leads to its model.
 #pragma once
 
 #include "activation.h"
@@ -52,7 +52,7 @@ struct pinfer_model {
     std::string                     refusal; // why a recognised model must not be loaded; empty: it may
     std::atomic<bool>               asked{false}; // libllama wanted to know whether its FFN may lie in the plugin's buffers
 
-    pinfer_file_id  id;
+    pinfer_file_id  id; // of its first file
     pinfer_settings settings;
     pinfer_header   header; // empty where the rule is OTHER
     uint64_t        order = 0; // models configured later have a higher one
@@ -93,10 +93,10 @@ bool pinfer_model_configure(const pinfer_settings & settings, std::string * err)
 bool pinfer_model_open(pinfer_model * m, std::string * err);
 void pinfer_model_add(const std::shared_ptr<pinfer_model> & m);
 
-// At once, or with the last buffer that holds weights of it.
+// The model of that file, at once, or with the last buffer that holds weights of it.
 void pinfer_model_release(const pinfer_file_id & id);
 
-// Null where the file is not configured.
+// The model that a file, or a part, belongs to; null where it is not configured.
 std::shared_ptr<pinfer_model> pinfer_model_of(const pinfer_file_id & id);
 std::shared_ptr<pinfer_model> pinfer_model_of(const char * path);
 std::vector<std::shared_ptr<pinfer_model>> pinfer_models();

@@ -354,24 +354,30 @@ bool pinfer_gguf_str_array(const gguf_context * gguf, const char * key, std::vec
     return id >= 0;
 }
 
-bool pinfer_fingerprint_file(const char * path, std::string * out, std::string * err) {
-    const int fd = open(path, O_RDONLY | O_CLOEXEC);
-    if (fd < 0) {
-        return fail(err, std::string("cannot open ") + path + ": " + strerror(errno));
+static pinfer_gguf_ptr open_model(const char * path, std::string * err) {
+    if (access(path, R_OK) != 0) {
+        fail(err, std::string("cannot open ") + path + ": " + strerror(errno));
+        return nullptr;
     }
-    struct stat st = {};
-    gguf_context * gguf = fstat(fd, &st) == 0 && S_ISREG(st.st_mode) ? pinfer_gguf_open(path) : nullptr;
+    pinfer_gguf_ptr gguf(pinfer_gguf_open(path));
     if (!gguf) {
-        close(fd);
-        return fail(err, std::string(path) + " is not a GGUF file or its header is damaged");
+        fail(err, std::string(path) + " is not a GGUF file or its header is damaged");
+    }
+    return gguf;
+}
+
+// What pinfer_fingerprint() covers of one file, whose header is gguf.
+static bool hash_file(const char * path, const gguf_context * gguf, hash128 * hash, std::string * err) {
+    const int   fd = open(path, O_RDONLY | O_CLOEXEC);
+    struct stat st = {};
+    if (fd < 0 || fstat(fd, &st) != 0) {
+        return fail(err, std::string("cannot open ") + path + ": " + strerror(errno));
     }
     const size_t              header = gguf_get_data_offset(gguf), size = (size_t) st.st_size;
     const std::vector<region> regions = fingerprinted(gguf, size);
-    gguf_free(gguf);
 
-    bool    ok = header <= size;
-    hash128 hash;
-    hash.word(size);
+    bool ok = header <= size;
+    hash->word(size);
     std::vector<uint8_t> buf(ok ? std::max(header, FINGERPRINT_BLOCK) : 0);
     const auto           read_at = [&](size_t offset, size_t n) {
         size_t done = 0;
@@ -382,7 +388,7 @@ bool pinfer_fingerprint_file(const char * path, std::string * out, std::string *
             }
             done += (size_t) got;
         }
-        hash.bytes(buf.data(), n);
+        hash->bytes(buf.data(), n);
         return true;
     };
     for (const region & r : regions) { // asked for together, so that a disk may serve them in its own order
@@ -393,11 +399,31 @@ bool pinfer_fingerprint_file(const char * path, std::string * out, std::string *
         ok = ok && r.offset + r.size <= size && read_at(r.offset, r.size);
     }
     close(fd);
-    if (!ok) {
-        return fail(err, std::string(path) + " is truncated or cannot be read");
+    return ok || fail(err, std::string(path) + " is truncated or cannot be read");
+}
+
+// Of these files, in their order; gguf is the header of the first.
+static bool fingerprint(const std::vector<std::string> & files, pinfer_gguf_ptr gguf, std::string * out, std::string * err) {
+    hash128 hash;
+    for (size_t i = 0; i < files.size(); i++) {
+        gguf = i ? open_model(files[i].c_str(), err) : std::move(gguf);
+        if (!gguf || !hash_file(files[i].c_str(), gguf.get(), &hash, err)) {
+            return false;
+        }
     }
     char hex[33];
     snprintf(hex, sizeof(hex), "%016" PRIx64 "%016" PRIx64, hash.a, hash.b);
     *out = hex;
     return true;
+}
+
+bool pinfer_fingerprint_files(const std::vector<std::string> & files, std::string * out, std::string * err) {
+    return fingerprint(files, open_model(files[0].c_str(), err), out, err);
+}
+
+bool pinfer_fingerprint_file(const char * path, std::string * out, std::string * err) {
+    std::vector<std::string> files;
+    pinfer_gguf_ptr          gguf = open_model(path, err);
+    return gguf && pinfer_model_files(gguf.get(), path, pinfer_parts_by_name, &files, err) &&
+           fingerprint(files, std::move(gguf), out, err);
 }

@@ -82,5 +82,6 @@ bool pinfer_gguf_str(const gguf_context * gguf, const char * key, std::string * 
 bool pinfer_gguf_u32_array(const gguf_context * gguf, const char * key, std::vector<uint32_t> * out);
 bool pinfer_gguf_str_array(const gguf_context * gguf, const char * key, std::vector<std::string> * out);
 
-// See pinfer_fingerprint() in pinfer.h.
+// See pinfer_fingerprint() in pinfer.h; of a model by the path of its first file, or by those of all its files in order.
+bool pinfer_fingerprint_files(const std::vector<std::string> & files, std::string * out, std::string * err);
 bool pinfer_fingerprint_file(const char * path, std::string * out, std::string * err);

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <unistd.h>
 
 namespace {
 
@@ -62,12 +63,44 @@ static bool refuse(const char * path, const std::string & why, std::string * err
     return pinfer_refuse(std::string(path) + " " + why, err);
 }
 
-static pinfer_matrix matrix_of(const gguf_context * gguf, int64_t tensor) {
+bool pinfer_parts_by_name(uint32_t n, std::vector<std::string> * files, std::string * err) {
+    const std::string first = files->front();
+    char              number[32];
+    snprintf(number, sizeof(number), "-%05d-of-%05u.gguf", 1, n);
+    if (!first.ends_with(number)) {
+        return refuse(first.c_str(), std::string("is a part of a model, but its name does not end in ") + number + "; rename it", err);
+    }
+    const std::string stem = first.substr(0, first.size() - strlen(number));
+    for (uint32_t i = 2; i <= n; i++) {
+        snprintf(number, sizeof(number), "-%05u-of-%05u.gguf", i, n);
+        files->push_back(stem + number);
+        if (access(files->back().c_str(), F_OK) != 0) {
+            return refuse(files->back().c_str(), "is missing, one of the " + std::to_string(n) +
+                                                     " parts of the model; put all parts into one folder", err);
+        }
+    }
+    return true;
+}
+
+bool pinfer_model_files(const gguf_context * gguf, const char * path, const pinfer_parts_find & find,
+                        std::vector<std::string> * files, std::string * err) {
+    uint32_t n = 1, i = 0;
+    pinfer_gguf_u32(gguf, "split.count", &n); // also an u16
+    pinfer_gguf_u32(gguf, "split.no", &i);
+    if (n > 1 && i > 0) {
+        return refuse(path, "is part " + std::to_string(i + 1ull) + " of " + std::to_string(n) + " of a model; name the first part", err);
+    }
+    *files = {path};
+    return n <= 1 || find(n, files, err);
+}
+
+static pinfer_matrix matrix_of(const gguf_context * gguf, size_t file, int64_t tensor) {
     const int64_t * ne = gguf_get_tensor_ne(gguf, tensor);
     pinfer_matrix   m;
     if (ne[3] == 1) {
         m = {.ne     = {ne[0], ne[1], ne[2]},
              .type   = gguf_get_tensor_type(gguf, tensor),
+             .file   = file,
              .offset = gguf_get_data_offset(gguf) + gguf_get_tensor_offset(gguf, tensor)};
     }
     return m;
@@ -106,9 +139,31 @@ static bool is_whole(const pinfer_ffn_header & f, int ffn, int64_t n_embd, std::
     return why->empty();
 }
 
-static bool read_ffns(const gguf_context * gguf, const char * path, pinfer_header * h, std::string * err) {
-    const int64_t n_tensors = gguf_get_n_tensors(gguf);
-    uint32_t      n_layer = 0, n_embd = 0, n_drafting = 0; // layers that libllama does not run
+static void read_tensors(const gguf_context * gguf, size_t file, pinfer_header * h, std::vector<std::string> * why) {
+    for (int64_t i = 0; i < gguf_get_n_tensors(gguf); i++) {
+        const char * const name = gguf_get_tensor_name(gguf, i);
+        int                ffn  = -1;
+        const pinfer_part  part = pinfer_part_of(name, false, &ffn);
+        if (part != PINFER_PART_NONE && (size_t) ffn < h->ffns.size()) {
+            const_cast<pinfer_matrix &>(h->ffns[(size_t) ffn].part(part)) = matrix_of(gguf, file, i);
+        } else if (!strcmp(name, "token_embd.weight")) {
+            h->token_embd = matrix_of(gguf, file, i);
+        } else if (part_of(name, "scale", &ffn) != PINFER_PART_NONE && (size_t) ffn < why->size()) {
+            (*why)[(size_t) ffn] = "has matrices with scales of their own";
+        } else if (pinfer_part_of(name, true, &ffn) != PINFER_PART_NONE && (size_t) ffn < why->size() &&
+                   pinfer_ffn_kind_of(ffn) == PINFER_FFN_EXPERTS) {
+            (*why)[(size_t) ffn] = "has biases";
+        }
+    }
+}
+
+static bool read_ffns(const std::vector<pinfer_gguf_ptr> & files, const char * path, pinfer_header * h, std::string * err) {
+    const gguf_context * const gguf = files[0].get();
+    uint32_t                   n_layer = 0, n_embd = 0, n_drafting = 0; // layers that libllama does not run
+    int64_t                    n_tensors = 0;
+    for (const pinfer_gguf_ptr & file : files) {
+        n_tensors += gguf_get_n_tensors(file.get());
+    }
     if (!pinfer_gguf_u32(gguf, (h->arch + ".block_count").c_str(), &n_layer) ||
         !pinfer_gguf_u32(gguf, (h->arch + ".embedding_length").c_str(), &n_embd)) {
         return refuse(path, "lacks " + h->arch + ".block_count or " + h->arch + ".embedding_length, so it is not a model", err);
@@ -129,21 +184,8 @@ static bool read_ffns(const gguf_context * gguf, const char * path, pinfer_heade
     h->n_embd = n_embd;
     h->ffns.resize((size_t) n_layer * PINFER_FFN_KINDS);
     std::vector<std::string> why(h->ffns.size());
-    for (int64_t i = 0; i < n_tensors; i++) {
-        const char * const name = gguf_get_tensor_name(gguf, i);
-        int                ffn  = -1;
-        const pinfer_part  part = pinfer_part_of(name, false, &ffn);
-        const auto         at   = (size_t) ffn;
-        if (part != PINFER_PART_NONE && at < h->ffns.size()) {
-            const_cast<pinfer_matrix &>(h->ffns[at].part(part)) = matrix_of(gguf, i);
-        } else if (!strcmp(name, "token_embd.weight")) {
-            h->token_embd = matrix_of(gguf, i);
-        } else if (part_of(name, "scale", &ffn) != PINFER_PART_NONE && (size_t) ffn < why.size()) {
-            why[(size_t) ffn] = "has matrices with scales of their own";
-        } else if (pinfer_part_of(name, true, &ffn) != PINFER_PART_NONE && (size_t) ffn < why.size() &&
-                   pinfer_ffn_kind_of(ffn) == PINFER_FFN_EXPERTS) {
-            why[(size_t) ffn] = "has biases";
-        }
+    for (size_t i = 0; i < files.size(); i++) {
+        read_tensors(files[i].get(), i, h, &why);
     }
     for (size_t i = 0; i < h->ffns.size(); i++) {
         pinfer_ffn_header & f = h->ffns[i];
@@ -156,20 +198,24 @@ static bool read_ffns(const gguf_context * gguf, const char * path, pinfer_heade
     return true;
 }
 
-bool pinfer_header_read(const char * path, pinfer_header * out, std::string * err) {
-    *out                      = {};
-    gguf_context * const gguf = pinfer_gguf_open(path);
-    if (!gguf) {
+bool pinfer_header_read(const char * path, pinfer_header * out, std::string * err, const pinfer_parts_find & find) {
+    *out = {};
+    std::vector<pinfer_gguf_ptr> files;
+    files.emplace_back(pinfer_gguf_open(path));
+    if (!files[0]) {
         return refuse(path, "is not a GGUF file, or its header is damaged; check the file", err);
     }
-    uint32_t n_split = 0;
-    bool     ok      = true;
-    if (!pinfer_gguf_str(gguf, "general.architecture", &out->arch)) {
-        ok = refuse(path, "lacks general.architecture, so it is not a model", err);
+    if (!pinfer_model_files(files[0].get(), path, find, &out->files, err)) {
+        return false;
     }
-    pinfer_gguf_u32(gguf, "split.count", &n_split); // also an u16
-    out->is_split = n_split > 1;
-    ok            = ok && read_activation(gguf, path, out, err) && read_ffns(gguf, path, out, err);
-    gguf_free(gguf);
-    return ok;
+    for (size_t i = 1; i < out->files.size(); i++) {
+        files.emplace_back(pinfer_gguf_open(out->files[i].c_str()));
+        if (!files[i]) {
+            return refuse(out->files[i].c_str(), "is not a GGUF file, or its header is damaged; download this part again", err);
+        }
+    }
+    if (!pinfer_gguf_str(files[0].get(), "general.architecture", &out->arch)) {
+        return refuse(path, "lacks general.architecture, so it is not a model", err);
+    }
+    return read_activation(files[0].get(), path, out, err) && read_ffns(files, path, out, err);
 }

@@ -6,14 +6,23 @@
 #include "pinfer.h"
 
 #include <cstdint>
+#include <functional>
+#include <memory>
 #include <string>
 #include <vector>
 
-// A matrix of the file, or one for each expert; ne[1] is 0 where the model has none.
+struct pinfer_gguf_free {
+    void operator()(gguf_context * gguf) const { gguf_free(gguf); }
+};
+
+using pinfer_gguf_ptr = std::unique_ptr<gguf_context, pinfer_gguf_free>;
+
+// A matrix of the model, or one for each expert; ne[1] is 0 where it has none.
 struct pinfer_matrix {
     int64_t   ne[3] = {0, 0, 1};
     ggml_type type  = GGML_TYPE_F32;
-    size_t    offset = 0; // of its data in the file
+    size_t    file   = 0; // of the model's files
+    size_t    offset = 0; // of its data in that file
 
     bool is(const ggml_tensor * t) const {
         return ne[1] > 0 && t->ne[0] == ne[0] && t->ne[1] == ne[1] && t->ne[2] == ne[2] && t->ne[3] == 1 && t->type == type;
@@ -57,17 +66,28 @@ struct pinfer_ffn_header {
 };
 
 struct pinfer_header {
+    std::vector<std::string>         files; // of the model, by their paths: one, or all parts of a split model in order
     std::string                      arch;
     int64_t                          n_embd = 0;
     std::vector<pinfer_ffn_header>   ffns; // by their number
     int64_t                          n_expert_used = 0; // the most in a layer; 0: not known
     std::string                      obstacle; // why an FFN of the model is not among them; empty: all are
     pinfer_matrix                    token_embd;
-    bool                             is_split = false; // one part of several files
     pinfer_activation                graph_activation = PINFER_ACT_OTHER; // what llama.cpp computes for the architecture
     pinfer_activation                activation = PINFER_ACT_OTHER;       // what the model means: its own key, else the same
     float                            threshold = 0.0f;
 };
 
-// False, with *err, where the file is not the GGUF of a model or contradicts itself.
-bool pinfer_header_read(const char * path, pinfer_header * out, std::string * err);
+// Appends the paths of the further parts to *files, which holds that of the first of n parts.
+using pinfer_parts_find = std::function<bool(uint32_t n, std::vector<std::string> * files, std::string * err)>;
+
+// Beside the first part, by their names, as llama.cpp does.
+bool pinfer_parts_by_name(uint32_t n, std::vector<std::string> * files, std::string * err);
+
+// The files of the model whose header was read from path; an error where that is a part, but not the first.
+bool pinfer_model_files(const gguf_context * gguf, const char * path, const pinfer_parts_find & find,
+                        std::vector<std::string> * files, std::string * err);
+
+// False, with *err, where the file is not the GGUF of a model, or not the first of its parts, or contradicts itself.
+bool pinfer_header_read(const char * path, pinfer_header * out, std::string * err,
+                        const pinfer_parts_find & find = pinfer_parts_by_name);
