@@ -19,7 +19,10 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from support.graph_values import graph_values
+from support.rewritten import rewrite
 from support.rpc_server import RpcServer
+from support.runs import run
 from support.shards import nmse, write_shards
 from support.sparse_models import ARCHITECTURES, N_VOCAB, SparseModel, write_sparse_model
 
@@ -27,11 +30,15 @@ from models.reference import MixtureReference, MixtureResult
 from pinfer.artefacts import paths
 from pinfer.artefacts.placement import PlacementFile
 from pinfer.artefacts.predictor import LayerPredictor, PredictorWriter
+from pinfer.artefacts.profile import ProfileFile, SamplesFile
+from pinfer.benchmark.worker import BenchEngine as Bench
+from pinfer.errors import PinferError
 from pinfer.execution import ExecutionOptions, decide
 from pinfer.llama.engine import Engine, PluginConfig
 from pinfer.llama.plugin import Stats, load_plugin
 from pinfer.model import Ffn, Model, open_model
 from pinfer.profile import ProfileOptions, profile
+from pinfer.progress import NULL_PROGRESS
 from pinfer.solve import SolveOptions, solve
 from pinfer.split import SplitOptions, split
 from pinfer.train import TrainOptions, train
@@ -102,6 +109,19 @@ class Case:
         out = np.zeros((N_TOKENS, ffn.n_experts, ffn.n_ff))
         np.put_along_axis(out, routing.experts[:, :, None], routing.neurons, axis=1)
         return out.reshape(N_TOKENS, -1)
+
+
+class BenchEngine(Bench):
+    """With what the tests ask of libllama beyond that."""
+
+    def warm_up(self, tokens: Sequence[int]) -> None:
+        self._llama.llama_set_warmup(self._context, True)
+        self.decode(tokens)
+        self._llama.llama_set_warmup(self._context, False)
+
+    def logits(self, n: int) -> Logits:
+        """Of the last batch, ``[n, n_vocab]``."""
+        return np.ctypeslib.as_array(self._llama.llama_get_logits(self._context), shape=(n, self.n_vocab)).copy()
 
 
 def _greedily(decode: Callable[[list[int]], Logits]) -> list[int]:
@@ -412,3 +432,270 @@ def test_the_pipeline_gives_a_predictor_that_keeps_the_words(
         assert error <= (case.tolerance if n == N_TOKENS else 0.02), f"batches of {n}: NMSE {error:.2g}"
     assert stats.n_fallback == 0
     assert stats.n_active <= stats.n_candidates < 0.7 * stats.n_neurons
+
+
+# --- what is observed and reported ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", EXACT, ids=describe)
+def test_what_fires_and_where_tokens_go_is_what_the_reference_says(
+    options: SparseModel, cases: Callable[[SparseModel], Case]
+) -> None:
+    case, stride, n_samples = cases(options), 3, 12
+    plugin = load_plugin()
+    with Engine(case.path, plugin=PluginConfig.of(case.model), n_ctx=128, n_threads=2, f32_attention=True) as engine:
+        plugin.observer_start(case.path, n_samples=n_samples, stride=stride)
+        engine.feed(TOKENS[:40])
+        engine.feed(TOKENS[40:])
+        plugin.observer_stop(case.path)
+        seen = {ffn.name: plugin.observer_ffn(case.path, ffn.name) for ffn in case.model.ffns}
+        if case.result is None:
+            relus = graph_values(case.path, TOKENS, lambda _, operation: operation == "RELU")
+            outputs = [np.square(values.reshape(N_TOKENS, -1)) for _, values in relus]
+            inputs = None
+        else:
+            outputs = [case.neurons(ffn) for ffn in case.model.ffns]
+            inputs = case.result.ffn_inputs
+        for ffn, neurons in zip(case.model.ffns, outputs, strict=True):
+            found = seen[ffn.name]
+            assert found is not None, ffn.name
+            fired = neurons != 0
+            # A product of zero to rounding may fall on either side.
+            assert np.abs(found.count.astype(np.int64) - fired.sum(axis=0)).sum() <= 2, ffn.title
+            np.testing.assert_allclose(found.mass, np.abs(neurons).sum(axis=0), rtol=1e-4, atol=1e-4)
+            kept = slice(0, stride * n_samples, stride)
+            assert (found.n_tokens, len(found.x)) == (N_TOKENS, n_samples)
+            if inputs is not None:
+                np.testing.assert_allclose(found.x, inputs[ffn.layer][kept], rtol=2e-3, atol=2e-3)
+            if ffn.is_stack:
+                experts = case.experts(ffn)
+                assert found.routed is not None
+                assert found.experts is not None
+                np.testing.assert_array_equal(found.routed, np.bincount(experts.ravel(), minlength=ffn.n_experts))
+                np.testing.assert_array_equal(np.sort(found.experts), np.sort(experts[kept]))
+            else:
+                assert found.routed is None
+                assert found.experts is None
+                bits = np.unpackbits(found.active, axis=1, count=ffn.n_ff, bitorder="little")
+                assert (bits != fired[kept]).sum() <= 2, ffn.title
+
+
+def test_a_profile_reports_the_routing(cases: Callable[[SparseModel], Case], tmp_path: Path, text: Path) -> None:
+    case = copy_of(cases(MIXTURES[0]), tmp_path / "profile")
+    model, n_tokens = case.model, 2048
+    report = profile(case.path, ProfileOptions(str(text), n_tokens, 128, n_threads=2, force=True))
+    file = ProfileFile.read(report.path, model)
+    assert [(layer.layer, layer.kind) for layer in report.layers] == [(f.layer, f.kind) for f in model.ffns]
+    for i, (ffn, layer) in enumerate(zip(model.ffns, report.layers, strict=True)):
+        routed = file.routed[i]
+        assert (layer.routed is not None) == (routed is not None) == ffn.is_stack
+        if layer.routed is None or routed is None:
+            assert layer.active == pytest.approx(file.count[i].mean() / n_tokens)
+            continue
+        assert routed.sum() == n_tokens * model.n_expert_used
+        assert layer.active == pytest.approx(file.count[i].sum() / (routed.sum() * ffn.n_ff))
+        most = np.sort(routed)[::-1].cumsum()
+        n_most = round(layer.routed.most * ffn.n_experts)
+        assert most[n_most - 1] >= 0.8 * routed.sum() > (most[n_most - 2] if n_most > 1 else 0)
+        assert layer.routed.busiest == pytest.approx(routed.max() / routed.mean())
+        assert layer.routed.busiest > 1.2, "the router has favourites"
+        assert (layer.routed.n_experts, layer.routed.never) == (ffn.n_experts, int((routed == 0).sum()))
+    assert report.samples_path is not None
+    samples = SamplesFile.read(report.samples_path, model)
+    for ffn in model.ffns:
+        if ffn.is_stack:
+            experts = np.sort(samples.experts(ffn))
+            assert (np.diff(experts) > 0).all(), "an expert twice for one token"
+
+
+class _Noting:
+    """A progress that keeps its notes."""
+
+    def __init__(self) -> None:
+        self.task = NULL_PROGRESS.task
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def test_experts_that_no_token_was_routed_to_are_counted_and_placed_last(tmp_path: Path, text: Path) -> None:
+    path = write_sparse_model(tmp_path / "m.gguf", SparseModel("smallthinker", n_expert=32, n_expert_used=2))
+    model, noting = open_model(path), _Noting()
+    report = profile(path, ProfileOptions(str(text), 6, 128, n_threads=1), noting)
+    file = ProfileFile.read(report.path, model)
+    never = [np.flatnonzero(routed == 0) for routed in file.routed if routed is not None]
+    n_never = sum(map(len, never))
+    assert n_never > 3 * 16
+    assert f"{n_never:,} experts were never routed to; they are placed last" in noting.notes[-1]
+    assert "--tokens" in noting.notes[-1]
+    assert [layer.routed.never for layer in report.layers if layer.routed] == [len(n) for n in never]
+    solved = solve(path, SolveOptions(vram=0))
+    order = PlacementFile.read(solved.placement, model).order
+    for units, unseen in zip(order, never, strict=True):
+        assert sorted(units[-len(unseen) :]) == unseen.tolist()
+
+
+# --- as llama.cpp runs them -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", MIXTURES, ids=describe)
+@pytest.mark.parametrize("share", [None, 0.0, 0.5, 1.0])
+def test_a_warm_up_with_all_experts_changes_nothing(
+    options: SparseModel, share: float | None, cases: Callable[[SparseModel], Case], tmp_path: Path
+) -> None:
+    """libllama routes every token of its warm-up to all experts, and adds those of a token only."""
+    case = copy_of(cases(options), tmp_path / "warm")
+    with BenchEngine(case.path, plugin=placed(case, share), n_ctx=128, n_threads=2, f32_attention=True) as engine:
+        taken = load_plugin().stats(case.path).hot_bytes
+        engine.warm_up([0, 1])
+        stats = load_plugin().stats(case.path)
+        assert (stats.hot_bytes, stats.n_fallback) == (taken, 0)
+        engine.clear()
+        got = engine.decode(TOKENS, logits=True)
+        engine.clear()
+        single = np.concatenate([engine.decode([token], logits=True) for token in TOKENS])
+    assert nmse(got, case.logits) <= case.tolerance
+    assert nmse(single, case.logits) <= case.tolerance
+
+
+@pytest.mark.parametrize("options", [o for o in EXACT if o.activation is None], ids=describe)
+def test_the_runner_says_what_stock_libllama_says(
+    options: SparseModel, cases: Callable[[SparseModel], Case], tmp_path: Path
+) -> None:
+    """With its own warm-up, in batches and token by token."""
+    case = copy_of(cases(options), tmp_path / "run")
+    flags = ("-p", "One day, a", "-n", 12, "--temp", 0, "-t", 1)
+    stock = run(case.path, *flags, dense=True)
+    assert stock.code == 0, stock.err
+    for share in (None, 0.5):
+        placed(case, share)
+        for warm_up in ((), ("--no-warmup",)):
+            said = run(case.path, *flags, *warm_up)
+            assert said.code == 0, said.err
+            assert said.raw == stock.raw, f"{share} {warm_up}"
+            assert "not part of an FFN" not in said.err
+
+
+@pytest.mark.parametrize("options", EXACT, ids=describe)
+def test_sequences_side_by_side_are_kept_apart(
+    options: SparseModel, cases: Callable[[SparseModel], Case], tmp_path: Path
+) -> None:
+    """Tokens of one batch go to experts of their own, on the device and beside it."""
+    case = copy_of(cases(options), tmp_path / "sequences")
+    streams = [TOKENS[i : i + 6] for i in (0, 10, 20, 30)]
+    config = placed(case, 0.5)
+    alone = []
+    with BenchEngine(case.path, plugin=config, n_threads=2, f32_attention=True) as engine:
+        for stream in streams:
+            engine.clear()
+            alone.append(engine.decode(stream)[0])
+        engine.open_context(16, len(streams), 64, 64)
+        engine.time_decoding(streams)
+        together = engine.logits(len(streams))
+    assert nmse(alone[0], case.logits[5]) <= case.tolerance
+    for one, other in zip(alone, together, strict=True):
+        assert nmse(other, one) <= case.tolerance
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------
+
+
+def _changed(case: Case, folder: Path, **changes: Any) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return rewrite(case.path, folder / "m.gguf", **changes)
+
+
+def test_experts_that_pinfer_does_not_compute_are_named(cases: Callable[[SparseModel], Case], tmp_path: Path) -> None:
+    ungated, gated = cases(MIXTURES[0]), cases(MIXTURES[1])
+    fused = np.zeros((8, 2 * 96, 128), np.float32)
+    scales, biases = np.ones(8, np.float32), np.zeros((8, 96), np.float32)
+    models = {
+        "experts with biases in layer 1": _changed(
+            ungated, tmp_path / "biases", add={"blk.1.ffn_up_exps.bias": biases}
+        ),
+        "FFN matrices with scales of their own in layer 3": _changed(
+            ungated, tmp_path / "scales", add={"blk.3.ffn_down_exps.scale": scales}
+        ),
+        "gate and up as one matrix in layer 2": _changed(
+            gated,
+            tmp_path / "fused",
+            add={"blk.2.ffn_gate_up_exps.weight": fused},
+            drop=("blk.2.ffn_gate_exps.weight", "blk.2.ffn_up_exps.weight"),
+        ),
+    }
+    for why, path in models.items():
+        model = open_model(path)
+        assert (model.is_sparse, model.obstacle) == (False, f"{why}, which pinfer does not compute")
+        execution = decide(model, ExecutionOptions())
+        assert execution.mode == "dense"
+        assert execution.notes == (f"running dense: the model has {model.obstacle}",)
+        for stage in (
+            lambda p: profile(p, ProfileOptions("none.txt", 100)),
+            lambda p: train(p, TrainOptions()),
+            lambda p: solve(p, SolveOptions(vram=0)),
+            lambda p: split(p, SplitOptions()),
+        ):
+            with pytest.raises(PinferError, match=why) as refused:
+                stage(path)
+            assert "pinfer run --dense" in (refused.value.hint or "")
+
+
+def test_a_mixture_with_scales_runs_on_stock_libllama(cases: Callable[[SparseModel], Case], tmp_path: Path) -> None:
+    """Scales of 2: the logits are those of stock libllama with them, in the runner and with the plugin loaded."""
+    case = cases(MIXTURES[0])
+    path = _changed(case, tmp_path, add={"blk.3.ffn_up_exps.scale": np.full(8, 2, np.float32)})
+    with Engine(path, n_ctx=128, n_threads=1, f32_attention=True) as engine:
+        want = engine.decode(TOKENS, logits=True)
+    assert nmse(want, case.logits) > 1e-3, "the scales make no difference"
+    flags = ("-p", "One day, a", "-n", 12, "--temp", 0, "-t", 1, "--no-warmup")
+    said, stock = run(path, *flags), run(path, *flags, dense=True)
+    assert (said.code, stock.code) == (0, 0), said.err
+    assert said.raw == stock.raw
+    with Engine(path, plugin=PluginConfig("relu2"), n_ctx=128, n_threads=1, f32_attention=True) as engine:
+        got = engine.decode(TOKENS, logits=True)
+        stats = load_plugin().stats(path)
+        assert (stats.n_tokens_dense, stats.n_fallback) == (5 * N_TOKENS, 0), "all FFNs but that one are the plugin's"
+    assert nmse(got, want) <= case.tolerance
+
+
+def test_a_count_of_experts_that_the_tensors_contradict(cases: Callable[[SparseModel], Case], tmp_path: Path) -> None:
+    path = _changed(cases(MIXTURES[0]), tmp_path, keys={"nemotron_h_moe.expert_count": 16})
+    with pytest.raises(PinferError, match=r"holds 8 experts, but its header says 16") as refused:
+        open_model(path)
+    assert "convert the model again" in (refused.value.hint or "")
+
+
+def test_expert_matrices_of_different_shapes(cases: Callable[[SparseModel], Case], tmp_path: Path) -> None:
+    name = "blk.1.ffn_down_exps.weight"
+    odd = np.zeros((8, 128, 64), np.float32)
+    path = _changed(cases(MIXTURES[0]), tmp_path, add={name: odd}, drop=(name,))
+    with pytest.raises(PinferError, match=r"the expert matrices of layer 1 do not have the same shape"):
+        open_model(path)
+
+
+def test_layers_have_ffns_of_their_own_width_or_none(cases: Callable[[SparseModel], Case]) -> None:
+    """feed_forward_length is an array; layers without an FFN have 0 in it."""
+    model = cases(MIXTURES[0]).model
+    assert isinstance(model.gguf.get("nemotron_h_moe.feed_forward_length"), list)
+    assert (model.n_layer, model.n_ff, model.n_expert_used) == (5, 160, 3)
+    stack, shared = ("experts", 96, 8), ("shared", 160, 1)
+    found = {f.name: (f.kind, f.n_ff, f.n_experts) for f in model.ffns}
+    assert found == {f"blk.{i}{end}": f for i in (1, 3, 4) for end, f in ((".shexp", shared), (".exps", stack))}
+    dense = cases(next(o for o in EXACT if o.arch == "nemotron_h")).model
+    assert [(f.name, f.n_ff) for f in dense.ffns] == [(f"blk.{i}", 256) for i in (1, 3, 4)]
+
+
+def test_layers_that_draft_tokens_are_left_out(cases: Callable[[SparseModel], Case], tmp_path: Path) -> None:
+    """libllama does not run the last nextn_predict_layers of block_count; neither Python nor the plugin counts them."""
+    case = cases(MIXTURES[0])
+    stack = {"blk.5.ffn_up_exps.weight": (8, 96, 128), "blk.5.ffn_down_exps.weight": (8, 128, 96)}
+    tensors = {name: np.zeros(shape, np.float32) for name, shape in stack.items()}
+    numbers = {"nemotron_h_moe.block_count": 6, "nemotron_h_moe.nextn_predict_layers": 1}
+    path = _changed(case, tmp_path, keys=numbers, add=tensors)
+    model = open_model(path)
+    assert (model.n_layer, model.is_sparse) == (5, True)
+    assert [f.name for f in model.ffns] == [f.name for f in case.model.ffns]
+    shards = write_shards(path, 0.0)
+    load_plugin().configure(path, cold=shards.cold, activation="relu2")
+    load_plugin().release(path)
