@@ -16,6 +16,7 @@ from pinfer.artefacts.profile import SamplesFile
 from pinfer.model import open_model
 from pinfer.predictors.data import LayerData
 from pinfer.predictors.fitting import KINDS, TrainOptions, fit_layer, summary
+from pinfer.predictors.stacks import fit_stack
 
 WIDE = 3072
 
@@ -32,7 +33,10 @@ def train_layers(path: Path) -> dict[str, object]:
     for i, ffn in enumerate(model.ffns):
         file = done / f"{i}.pickle"
         if not file.exists():
-            fitted = fit_layer(LayerData.read(model, ffn, samples), ffn, options, kinds)
+            if ffn.is_stack:
+                fitted = fit_stack(model, ffn, samples, options, lambda n: None)
+            else:
+                fitted = fit_layer(LayerData.read(model, ffn, samples), ffn, options, kinds)
             file.with_suffix(".tmp").write_bytes(pickle.dumps(fitted))
             file.with_suffix(".tmp").replace(file)
             print(f"FFN {i + 1} of {len(model.ffns)}: {fitted[1]}", file=sys.stderr)

@@ -20,8 +20,10 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+from support.rewritten import rewrite
 from support.rpc_server import RpcServer
 from support.shards import write_shards
+from support.sparse_models import SparseModel, write_sparse_model
 from support.split_model import split_model
 
 from pinfer.errors import PinferError
@@ -255,10 +257,11 @@ def test_an_ffn_on_a_device_with_another_activation_is_refused(tiny_reglu: Path)
         server.wait_until_it_listens()
         done = complete(tiny_reglu, "-ngl", "99", "--rpc", server.endpoint, "-fit", "off")
     assert done.returncode != 0
-    assert "-ot '\\.ffn_(up|gate|down)\\.(weight|bias)=PINFER'" in said(done)[-1], done.stderr[-2000:]
+    advised = re.search(r"with -ngl also pass: -ot '(.+=PINFER)'$", said(done)[-1])
+    assert advised, done.stderr[-2000:]
     assert " was computed" not in done.stderr
     expected = greedy_text(tiny_reglu, PluginConfig.of(open_model(tiny_reglu)), 4)
-    override = ("-ot", r"\.ffn_(up|gate|down)\.(weight|bias)=PINFER")
+    override = ("-ot", advised.group(1))
     with RpcServer() as server:
         server.wait_until_it_listens()
         done = complete(tiny_reglu, "-ngl", "99", "--rpc", server.endpoint, "-fit", "off", *override)
@@ -269,20 +272,21 @@ def test_an_ffn_on_a_device_with_another_activation_is_refused(tiny_reglu: Path)
 
 
 def write_adapter(path: Path, model: Path, parts: tuple[str, ...]) -> Path:
-    """A LoRA of rank 4 for the given FFN matrices of every layer, strong enough to change the words."""
+    """A LoRA of rank 4 for the given FFN matrices (``up``, ``down_exps``, …) of every layer, strong enough to change
+    the words.
+    """
     opened = open_model(model)
     rng = np.random.default_rng(3)
     out = gguf.GGUFWriter(path, opened.arch)
     out.add_string("general.type", "adapter")
     out.add_string("adapter.type", "lora")
     out.add_float32("adapter.lora.alpha", 4.0)
-    for layer in range(opened.n_layer):
-        for part in parts:
-            scale = 0.2 if part == "down" else 0.13
-            n_in, n_out = (opened.n_ff, opened.n_embd) if part == "down" else (opened.n_embd, opened.n_ff)
-            name = f"blk.{layer}.ffn_{part}.weight"
-            out.add_tensor(f"{name}.lora_a", rng.normal(0, scale, (4, n_in)).astype(np.float32))
-            out.add_tensor(f"{name}.lora_b", rng.normal(0, scale, (n_out, 4)).astype(np.float32))
+    for tensor in opened.tensors:
+        if tensor.name.endswith(tuple(f".ffn_{part}.weight" for part in parts)):
+            scale = 0.2 if "down" in tensor.name else 0.13
+            n_in, n_out, *n_experts = tensor.shape
+            for end, shape in (("a", (*n_experts, 4, n_in)), ("b", (*n_experts, n_out, 4))):
+                out.add_tensor(f"{tensor.name}.lora_{end}", rng.normal(0, scale, shape).astype(np.float32))
     out.write_header_to_file()
     out.write_kv_data_to_file()
     out.write_tensors_to_file()
@@ -303,6 +307,67 @@ def test_an_adapter_is_not_overlooked(tiny_relu2: Path, tmp_path: Path, parts: t
     assert perplexity(tiny_relu2, "--lora", adapter) == pytest.approx(expected, rel=1e-3)
     # in short batches, too, where neurons are left out
     assert perplexity(tiny_relu2, "-ub", "8", "--lora", adapter) == pytest.approx(expected, rel=1e-3)
+
+
+# --- mixtures -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("arch", "activation"), [("nemotron_h_moe", None), ("smallthinker", None), ("llama", "drelu")])
+def test_a_mixture_in_stock_programs(arch: str, activation: str | None, tmp_path: Path) -> None:
+    """With half of its experts on a device, through the preloaded plugin; then `pinfer exec` with the same program."""
+    path = write_sparse_model(tmp_path / "m.gguf", SparseModel(arch, activation=activation))
+    stock_value, bare = perplexity(path, preload=False), perplexity(path)
+    if activation:
+        assert abs(bare / stock_value - 1) > 0.01, "llama.cpp alone computes SwiGLU"
+    else:
+        assert bare == pytest.approx(stock_value, rel=1e-3)
+    shards = write_shards(path, 0.5)
+    assert perplexity(path) == pytest.approx(bare, rel=1e-3)
+    assert perplexity(path, "-ub", "8") == pytest.approx(bare, rel=1e-3)
+    options = ("-f", str(TEXT), "-c", "128", "-b", "128", "--chunks", "2", "-t", "1")
+    done = subprocess.run(
+        [sys.executable, "-m", "pinfer", "exec", str(stock("perplexity")), "-m", str(path), *options],
+        env=environment(preload=False),
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    name = activation or ("relu2" if arch == "nemotron_h_moe" else "reglu")
+    folder = shards.cold.parent
+    assert said(done) == [f"m.gguf: computed by pinfer as {name}, exact, with shards of {folder}, hot neurons on CPU"]
+
+
+def merged(path: Path, folder: Path, adapter: Path) -> Path:
+    """The model with the adapter's products (alpha is its rank) added to the weights."""
+    parts = {tensor.name: tensor.data for tensor in gguf.GGUFReader(adapter).tensors}
+    names = sorted({name.rpartition(".lora_")[0] for name in parts})
+    weights = {tensor.name: tensor.data for tensor in gguf.GGUFReader(path).tensors if tensor.name in names}
+    add = {name: weights[name] + parts[f"{name}.lora_b"] @ parts[f"{name}.lora_a"] for name in names}
+    folder.mkdir()
+    return rewrite(path, folder / path.name, add=add, drop=names)
+
+
+@pytest.mark.parametrize("parts", [("down",), ("up",), ("up", "down")])
+@pytest.mark.parametrize(("arch", "activation"), [("nemotron_h_moe", None), ("llama", "drelu")])
+def test_an_adapter_on_experts(arch: str, activation: str | None, parts: tuple[str, ...], tmp_path: Path) -> None:
+    """Its stacks are left to llama.cpp's operations, which is said once; the activation stays the model's."""
+    path = write_sparse_model(tmp_path / "m.gguf", SparseModel(arch, activation=activation))
+    adapter = write_adapter(tmp_path / "lora.gguf", path, tuple(f"{part}_exps" for part in parts))
+    expected = perplexity(merged(path, tmp_path / "merged", adapter))
+    assert abs(expected / perplexity(path) - 1) > 0.01, "the adapter changes the model"
+    if activation is None:
+        assert perplexity(path, "--lora", adapter, preload=False) == pytest.approx(expected, rel=1e-3)
+    for share in (None, 0.5):
+        if share is not None:
+            write_shards(path, share)
+        assert perplexity(path, "--lora", adapter) == pytest.approx(expected, rel=1e-3)
+        assert perplexity(path, "-ub", "8", "--lora", adapter) == pytest.approx(expected, rel=1e-3)
+    options = ("-f", TEXT, "-c", "128", "-b", "128", "--chunks", "1", "-t", "1")
+    lines = said(run("perplexity", "-m", path, *options, "--lora", adapter))
+    (fallback,) = (line for line in lines if "is not part of an FFN" in line)
+    assert fallback.endswith("is not part of an FFN that pinfer knows; such nodes run on the plain CPU backend")
 
 
 # --- several models in one process ----------------------------------------------------------------

@@ -376,7 +376,7 @@ def test_training_by_layers_resumes_and_writes_what_train_writes(
 ) -> None:
     from pinfer.artefacts import paths
     from pinfer.artefacts.predictor import PredictorFile
-    from pinfer.model import open_model
+    from pinfer.model import Ffn, open_model
 
     profile = str(ROOT / "tests" / "data" / "profile.txt")
     _pinfer("profile", str(synthetic), "--dataset", profile, "--tokens", "512", "--samples", "512")
@@ -385,19 +385,19 @@ def test_training_by_layers_resumes_and_writes_what_train_writes(
     by_layer = kit["train_layers"]
     fit = by_layer.fit_layer
 
-    def interrupted(data: object, layer: int, *rest: object) -> object:
-        if layer == 1:
+    def interrupted(data: object, ffn: Ffn, *rest: object) -> object:
+        if ffn.layer == 1:
             raise KeyboardInterrupt
-        return fit(data, layer, *rest)
+        return fit(data, ffn, *rest)
 
     monkeypatch.setattr(by_layer, "fit_layer", interrupted)
     with pytest.raises(KeyboardInterrupt):
         by_layer.train_layers(synthetic)
     done: list[int] = []
 
-    def counted(data: object, layer: int, *rest: object) -> object:
-        done.append(layer)
-        return fit(data, layer, *rest)
+    def counted(data: object, ffn: Ffn, *rest: object) -> object:
+        done.append(ffn.layer)
+        return fit(data, ffn, *rest)
 
     monkeypatch.setattr(by_layer, "fit_layer", counted)
     by_layer.train_layers(synthetic)
