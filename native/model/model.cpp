@@ -142,8 +142,8 @@ bool pinfer_model_open(pinfer_model * m, std::string * err) {
 }
 
 static bool check_settings(const pinfer_settings & s, std::string * err) {
-    if (s.rule.act < PINFER_ACT_GRAPH || s.rule.act > PINFER_ACT_OTHER) {
-        *err = "unknown activation; it is one of relu, relu2, reglu and drelu";
+    if (s.rule.act < PINFER_ACT_GRAPH || s.rule.act > PINFER_ACT_REGLU2) {
+        *err = "unknown activation; it is one of relu, relu2, reglu, drelu and reglu2";
         return false;
     }
     const float threshold = s.rule.threshold;

@@ -444,7 +444,7 @@ def _activation(checkpoint: Checkpoint, family: Family) -> tuple[str, float]:
         return "other", 0.0
     raise PinferError(
         f"{checkpoint.folder} computes {named[:40]!r} in its FFN, which libllama's {family.arch} graph does not",
-        "if config.json is wrong, pass --activation relu|relu2|reglu|drelu",
+        "if config.json is wrong, pass --activation relu|relu2|reglu|drelu|reglu2",
     )
 
 
@@ -455,7 +455,9 @@ def _notes(checkpoint: Checkpoint, activation: str, given: str | None) -> list[s
         if checkpoint.model_type.lower().startswith(("falcon", "refinedweb")) and given is None:
             notes.append("config.json names no ReLU; if the model's code has one, pass --activation relu")
     if checkpoint.model_type == "mistral" and activation in ("reglu", "drelu") and given is None:
-        notes.append(f"its activation was taken to be {activation}; if that is wrong, pass --activation reglu|drelu")
+        notes.append(
+            f"its activation was taken to be {activation}; if that is wrong, pass --activation reglu|drelu|reglu2"
+        )
     window, context = _window(checkpoint)
     if window < context:
         notes.append(
