@@ -1,7 +1,4 @@
-"""Finds the artefacts of a model: ``MODEL.pinfer/`` beside it, or a folder under ``$PINFER_HOME``.
-
-native/runner/artefacts.cpp looks for them by the same rules.
-"""
+"""Finds the artefacts of a model: ``MODEL.pinfer/`` beside it, or a folder under ``$PINFER_HOME``."""
 
 from __future__ import annotations
 
