@@ -26,7 +26,8 @@ def exec_program(
         typer.Option("--activation", help="What its FFN computes: relu, relu2, reglu, drelu, or other for llama.cpp."),
     ] = None,
     device: Annotated[
-        str | None, typer.Option("--device", help="Devices of its hot neurons; default: those of the placement.")
+        str | None,
+        typer.Option("--hot-device", "--device", help="Devices of its hot neurons; default: those of the placement."),
     ] = None,
 ) -> None:
     """Run a program of llama.cpp with pinfer's plugin: llama-server, llama-cli, llama-perplexity, ...

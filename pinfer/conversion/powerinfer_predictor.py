@@ -59,7 +59,7 @@ _CALIBRATION_SAMPLES = 2048
 _SEARCH_SAMPLES = 256
 _SEARCH_NEURONS = 2048
 
-# With fewer tokens a measured recall is unreliable: a single token changes it by 0.1 % or more.
+# With fewer tokens a measured recall is unreliable: a single token changes it by 0.2 % or more.
 _ENOUGH_TOKENS = 500
 
 # Candidates for mean / deviation of a layer norm's input.
