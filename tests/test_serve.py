@@ -54,6 +54,7 @@ def server(folder: Path) -> Iterator[Server]:
 def answers(folder: Path) -> dict[str, str]:
     """What stock llama.cpp writes after each prompt, one at a time."""
     with serving(folder, folder / "tiny.gguf", "--dense", "-np", "1") as dense:
+        assert dense.request("/pinfer") == (200, {"models": []})
         return {prompt: dense.complete(prompt) for prompt in PROMPTS}
 
 
@@ -65,6 +66,20 @@ def test_it_says_what_it_serves(server: Server, folder: Path) -> None:
     assert [address for address in sockets if address.endswith(f":{server.port:04X}")] == [
         f"0100007F:{server.port:04X}"
     ]
+
+
+def test_it_tells_what_it_has_computed(server: Server) -> None:
+    server.complete(PROMPTS[0])
+    status, before = server.request("/pinfer")
+    assert status == 200
+    (model,) = before["models"]
+    assert model["model"].endswith("tiny.gguf")
+    assert (model["mode"], model["activation"], model["devices"]) == ("exact", "relu2", [])
+    assert 0 < model["active"] < 0.5
+    assert (model["computed"], model["hot"], model["n_fallback"]) == (1, None, 0)
+    server.complete(PROMPTS[1], cache_prompt=False)
+    after = server.request("/pinfer")[1]["models"][0]
+    assert after["tokens"] >= model["tokens"] + N_PREDICT
 
 
 def test_the_wait_policy_of_the_user_stays(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,6 +226,7 @@ def test_what_cannot_be_served_is_one_line(folder: Path, tmp_path: Path) -> None
 def test_a_key_is_asked_for(folder: Path) -> None:
     with serving(folder, folder / "tiny.gguf", "--api-key", "secret") as server:
         assert server.request("/completion", {"prompt": "a"})[0] == 401
+        assert server.request("/pinfer")[0] == 401
 
 
 def test_a_draft_model_changes_nothing_but_the_speed(folder: Path, answers: dict[str, str]) -> None:
@@ -222,6 +238,10 @@ def test_a_draft_model_changes_nothing_but_the_speed(folder: Path, answers: dict
             status, answer = server.request("/completion", body)
             assert (status, answer["content"]) == (200, answers[prompt])
             assert answer["timings"]["draft_n_accepted"] > 0
+        assert [Path(model["model"]).name for model in server.request("/pinfer")[1]["models"]] == [
+            "tiny.gguf",
+            "draft.gguf",
+        ]
     draft.unlink()
 
 
@@ -236,6 +256,9 @@ def test_a_router_serves_many_models_each_by_its_own_configuration(folder: Path,
         assert server.complete(PROMPTS[0], model="one") == answers[PROMPTS[0]]
         alone = run(models / "two.gguf", "-p", PROMPTS[0], "-n", N_PREDICT, "--temp", 0, as_json=True)
         assert server.complete(PROMPTS[0], model="two") == alone.json["text"]
+        for name, activation in (("one", "relu2"), ("two", "reglu")):
+            (model,) = server.request(f"/pinfer?model={name}")[1]["models"]
+            assert (model["model"], model["activation"]) == (str(models / f"{name}.gguf"), activation)
         log = server.log.read_text()
         assert "serving one.gguf: relu2 FFN by its active neurons" in log
         assert "serving two.gguf: reglu FFN by its active neurons" in log
