@@ -1,4 +1,4 @@
-"""`pinfer serve` as a process of its own, and requests to it."""
+"""`pinfer serve`, or stock llama-server, as a process of its own, and requests to it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 N_PREDICT = 32
 """Tokens of an answer, unless a request says otherwise."""
+PINFER = (sys.executable, "-m", "pinfer", "serve")
 
 
 def free_port() -> int:
@@ -28,7 +29,7 @@ def free_port() -> int:
 
 
 class Server:
-    """A started `pinfer serve`, and requests to it."""
+    """A started server, and requests to it."""
 
     def __init__(self, process: subprocess.Popen[bytes], port: int, log: Path) -> None:
         self.process, self.port, self.log = process, port, log
@@ -70,10 +71,17 @@ class Server:
 
 
 @contextmanager
-def serving(folder: Path, *words: str | Path, env: dict[str, str] | None = None) -> Iterator[Server]:
+def serving(
+    folder: Path,
+    *words: str | Path,
+    env: dict[str, str] | None = None,
+    program: Sequence[str | Path] = PINFER,
+    seconds: float = 120,
+) -> Iterator[Server]:
+    """A server that is ready. ``seconds``: how long it may take to load its model."""
     port = free_port()
     log = folder / f"log-{port}"
-    command = [sys.executable, "-m", "pinfer", "serve", *map(str, words), "--port", str(port)]
+    command = [*map(str, (*program, *words)), "--port", str(port)]
     settings = {"PYTHONPATH": str(ROOT), "PINFER_HOME": str(folder / "home"), **(env or {})}
     with (
         log.open("wb") as out,
@@ -81,7 +89,7 @@ def serving(folder: Path, *words: str | Path, env: dict[str, str] | None = None)
     ):
         server = Server(process, port, log)
         try:
-            deadline = time.monotonic() + 120
+            deadline = time.monotonic() + seconds
             while True:
                 assert process.poll() is None, log.read_text()
                 assert time.monotonic() < deadline, log.read_text()
