@@ -1,13 +1,13 @@
 // report.cpp: rates from libllama's counters, shares from the plugin's, memory from both and from the devices.
 #include "report.h"
 
+#include "common.h"
 #include "json.h"
 #include "pinfer.h"
 #include "src/llama-ext.h"
 
 #include <algorithm>
 #include <cmath>
-#include <cstdio>
 #include <cstring>
 
 namespace {
@@ -100,12 +100,6 @@ vram vram_get(const llama_context * ctx) {
     return v;
 }
 
-std::string formatted(const char * format, double a, double b = 0.0) {
-    char text[128];
-    snprintf(text, sizeof(text), format, a, b);
-    return text;
-}
-
 const char * mode_name(const pinfer_model_options & model) {
     return model.predictor.empty() ? "exact" : "predicted";
 }
@@ -149,24 +143,24 @@ std::string pinfer_report_line(const llama_context * ctx) {
         const double                  prompt    = rate(perf.n_p_eval, perf.t_p_eval_ms);
         const double                  generated = rate(perf.n_eval, perf.t_eval_ms);
         if (std::isfinite(prompt)) {
-            add(formatted("Prompt: %.1f t/s", prompt));
+            add(string_format("Prompt: %.1f t/s", prompt));
         }
         if (std::isfinite(generated)) {
-            add(formatted("Generation: %.1f t/s", generated));
+            add(string_format("Generation: %.1f t/s", generated));
         }
     }
     if (std::isfinite(s.active)) {
-        add(formatted("active %.1f %%", 100.0 * s.active));
+        add(string_format("active %.1f %%", 100.0 * s.active));
     }
     if (std::isfinite(s.computed) && strcmp(mode_name(), "predicted") == 0) {
-        add(formatted("computed %.0f %%", 100.0 * s.computed));
+        add(string_format("computed %.0f %%", 100.0 * s.computed));
     }
     if (std::isfinite(s.on_device)) {
-        add(formatted("on GPU %.0f %%", 100.0 * s.on_device));
+        add(string_format("on GPU %.0f %%", 100.0 * s.on_device));
     }
     const vram v = vram_get(ctx);
     if (v.used > 0) {
-        add(formatted("VRAM %.1f/%.1f GiB", (double) v.used / gib, (double) v.limit / gib));
+        add(string_format("VRAM %.1f/%.1f GiB", (double) v.used / gib, (double) v.limit / gib));
     }
     return line.size() > 1 ? line + " ]" : "";
 }
