@@ -23,7 +23,7 @@ SDIST  := .cache/llama_cpp_python-$(shell sed -n 's/^llama-cpp-python==\([^ ]*\)
 # Ninja and CMake come from the virtual environment.
 export PATH := $(BIN):$(PATH)
 
-.PHONY: help demo test test-models test-sanitize test-threads fuzz soak lint build web-ui bench docs gpu-kit clean distclean FORCE
+.PHONY: help demo test test-models test-sanitize test-threads fuzz soak lint build web-ui test-page bench docs gpu-kit clean distclean FORCE
 
 help:
 	@echo 'make build          install the pinfer command into .venv and build the native part in build/native'
@@ -32,6 +32,7 @@ help:
 	@echo 'make test           build, then run all tests'
 	@echo 'make test-models    check the recorded results of the tiny checkpoints against transformers (installs PyTorch)'
 	@echo 'make test-sanitize  test the native code with the address and undefined-behaviour sanitizers'
+	@echo 'make test-page      build the web page and use it in headless Chromium; needs npm, a network and Chromium'
 	@echo 'make soak           test the server under load for 10 minutes'
 	@echo 'make test-threads   test hot devices and several models at once with the thread sanitizer'
 	@echo 'make fuzz           fuzz the readers of artefacts and graphs, FUZZ_SECONDS=120 each (needs Clang)'
@@ -128,6 +129,10 @@ test: build
 soak: export OMP_WAIT_POLICY ?= passive
 soak: build
 	@PINFER_SOAK_SECONDS=600 $(BIN)/python -m pytest -q tests/test_serve.py -k many_clients --timeout 900
+
+# A skipped test is a failure here.
+test-page: web-ui
+	@PINFER_TEST_PAGE=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q tests/test_page.py
 
 # `make test` compares with recorded results of transformers; this target checks the recordings, in an environment with
 # PyTorch. TORCH chooses another build of PyTorch than the default one, which includes CUDA.

@@ -432,7 +432,7 @@ def test_two_hot_devices(tiny_relu2: Path) -> None:
     for devices in ("CPU", "CPU,CPU,CPU"):
         line = refused(tiny_relu2, device=devices)
         assert "one of 2 hot shards" in line
-        assert "--device" in line
+        assert "--hot-device" in line
     assert "there is no device CUDA99" in refused(tiny_relu2, device="CPU,CUDA99")
     # half of the neurons in the place of none
     (folder / "hot-1.gguf").write_bytes(kept[paths.HOT])

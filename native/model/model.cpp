@@ -54,8 +54,8 @@ static bool read_hot(pinfer_model * m, const pinfer_origin & origin, std::string
     const pinfer_settings & s = m->settings;
     if (!s.hot.empty() && !s.devices.empty() && s.devices.size() != s.hot.size()) {
         *err = s.hot[0] + " is one of " + std::to_string(s.hot.size()) + " hot shards, but " + std::to_string(s.devices.size()) +
-               " devices are named; name as many with --device, or make the shards again: pinfer solve " + s.model +
-               " --device, then pinfer split";
+               " devices are named; name as many with --hot-device, or make the shards again: pinfer solve " + s.model +
+               ", then pinfer split";
         return false;
     }
     for (const std::string & path : s.hot) {

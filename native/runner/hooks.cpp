@@ -6,6 +6,7 @@
 #include "report.h"
 #include "speculative.h"
 #include "run.h"
+#include "server-http.h"
 
 #include <algorithm>
 #include <atomic>
@@ -266,6 +267,14 @@ void pinfer_completion_end(const llama_context * ctx, const common_sampler * sam
     if (run->verbose) {
         common_perf_print(ctx, sampler);
     }
+}
+
+// --- llama_server -----------------------------------------------------------------------------------------------------
+
+server_http_res_ptr pinfer_server_status(const server_http_req &) {
+    auto response  = std::make_unique<server_http_res>();
+    response->data = pinfer_report_models();
+    return response;
 }
 
 // --- llama_cli --------------------------------------------------------------------------------------------------------

@@ -28,7 +28,8 @@ def exec_program(
         ),
     ] = None,
     device: Annotated[
-        str | None, typer.Option("--device", help="Devices of its hot neurons; default: those of the placement.")
+        str | None,
+        typer.Option("--hot-device", "--device", help="Devices of its hot neurons; default: those of the placement."),
     ] = None,
 ) -> None:
     """Run a program of llama.cpp with pinfer's plugin: llama-server, llama-cli, llama-perplexity, ...
