@@ -93,7 +93,7 @@ $(BIN)/pinfer: $(STAMPS)/dependencies
 
 # $(call configure,preset)
 configure = cd native && cmake --preset $(1) -DCMAKE_PREFIX_PATH="$$(cat $(STAMPS)/purelib)" \
-    -DPINFER_LLAMA_SDIST=$(CURDIR)/$(SDIST) $(if $(filter sanitize,$(1)),-DPINFER_BENCH=OFF)
+    -DPINFER_LLAMA_SDIST=$(CURDIR)/$(SDIST)
 
 CMAKE_FILES := native/CMakeLists.txt native/CMakePresets.json $(wildcard native/cmake/*.cmake) $(PIN)
 
@@ -146,8 +146,9 @@ test-models: $(STAMPS)/models
 	@$(VENV)/models/bin/python tools/make_checkpoints.py --check
 	@$(VENV)/models/bin/python tools/models_tokenizers.py
 
+# llama.cpp's server is compiled without sanitizers in either build, so this one takes the library of the first.
 build/sanitize/build.ninja: $(CMAKE_FILES) $(STAMPS)/llama $(BIN)/pinfer
-	$(call configure,sanitize) --log-level=WARNING
+	$(call configure,sanitize) -DPINFER_SERVER_LIBRARY=$(CURDIR)/$(NATIVE)/libpinfer-llama-server.a --log-level=WARNING
 	touch $@
 
 # The Python tests that use the native code, with the sanitized plugin and runner. CPython is not built with sanitizers,

@@ -30,8 +30,17 @@ function(pinfer_compile_as_llama target)
     target_compile_options(${target} PRIVATE -w -g0 $<$<CONFIG:Release>:-O2>)
 endfunction()
 
+set(PINFER_SERVER_LIBRARY "" CACHE FILEPATH "libpinfer-llama-server.a of another build of the same source, instead of building it")
+
 # Creates the target pinfer-llama-server: what llama.cpp's server and its chat consist of but their entries.
 function(pinfer_add_llama_server source)
+    if(PINFER_SERVER_LIBRARY)
+        add_library(pinfer-llama-server STATIC IMPORTED)
+        set_target_properties(pinfer-llama-server PROPERTIES IMPORTED_LOCATION "${PINFER_SERVER_LIBRARY}")
+        target_include_directories(pinfer-llama-server INTERFACE "${source}/tools/server" "${source}/tools/cli")
+        target_link_libraries(pinfer-llama-server INTERFACE pinfer::llama-common)
+        return()
+    endif()
     # An empty page where PINFER_WEB_UI is off: then the server answers its API alone.
     set(ui "${CMAKE_BINARY_DIR}/web-ui")
     file(CONFIGURE OUTPUT "${ui}.txt" CONTENT "${PINFER_WEB_UI}\n")
