@@ -49,7 +49,10 @@ class SparseModel:
     activation: str | None = None
     """The key pinfer.ffn.activation; None: no key."""
     pattern: str = ""
-    """Nemotron-H: its layers, M Mamba-2, * attention, E experts, - dense FFN; empty: the architecture's own."""
+    """Nemotron-H: its layers, M Mamba-2, * attention, E experts, - dense FFN; empty: the architecture's own.
+
+    libllama aborts without any M, and without any *: one of its two memories would be empty.
+    """
     n_layer: int = 3
     """Of the other architectures."""
     n_ff: int = 96
