@@ -136,7 +136,7 @@ class _Setup:
         """Arguments of a worker's ``load`` command."""
         config = self.execution.plugin if side == SPARSE else None
         return {
-            "model": self.execution.model.path.resolve(),
+            "model": self.execution.model.path.absolute(),
             "plugin": None if config is None else asdict(config) | {"hot": config.hot_paths},
             "n_threads": self.execution.n_threads,
             "n_gpu_layers": self.execution.n_gpu_layers,

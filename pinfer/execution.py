@@ -140,7 +140,7 @@ def _why_dense(model: Model, options: ExecutionOptions) -> list[str]:
     elif model.activation not in ACTIVATIONS:
         why = [f"running dense: {model.arch} models have no exact zeros (if this one uses ReLU, pass its --activation)"]
     else:
-        why = ["running dense: the model has layers without a plain FFN (a mixture of experts?)"]
+        why = [f"running dense: the model has {model.obstacle}"]
     if model.activation in ACTIVATIONS and not model.stock_computes_it:
         hint = "; run it without --dense" if options.dense and model.is_sparse else ""
         why.append(f"stock libllama does not compute {model.activation} for this model: the output is wrong{hint}")
@@ -200,5 +200,5 @@ def _shards(folder: Path, model: Model) -> tuple[Path | None, tuple[Path, ...], 
     shards = [ShardFile.read(path, "hot", model) for path in hot]
     if any(shard.placement_id != placement_id for shard in shards):
         raise PinferError(f"{hot[0]} and {paths.COLD} were split by different placements", again)
-    is_empty = not any(len(ids) for shard in shards for ids in shard.neurons)  # placed for a machine without a device
+    is_empty = not any(len(ids) for shard in shards for ids in shard.units)  # placed for a machine without a device
     return cold, () if is_empty else hot, placement_id

@@ -83,12 +83,12 @@ def _folder(path: Path) -> Path:
 
 def _known_models(here: Path) -> Iterator[Path]:
     """GGUFs in ``here``, and the last model of every folder that pinfer was used in."""
-    yield from sorted(path.resolve() for path in here.glob("*.gguf"))
+    yield from sorted(path.absolute() for path in here.glob("*.gguf"))
     for note in sorted((paths.pinfer_home() / "last-model").glob("*")):
         with suppress(OSError, ValueError):
             path = Path(note.read_text(encoding="utf-8").rstrip("\n"))
             if path.is_file():
-                yield path.resolve()
+                yield path
 
 
 def _describe(folder: Path, path: Path | None) -> PreparedModel:

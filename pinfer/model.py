@@ -1,20 +1,21 @@
-"""A model as its GGUF describes it: its shape, its FFN tensors and the activation of its FFN."""
+"""A model as its GGUF describes it: its shape, its list of FFNs and what they compute."""
 
 from __future__ import annotations
 
 import ctypes
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pinfer.errors import PinferError
-from pinfer.gguf_io.reader import GgufError, GgufFile, Tensor, read_gguf
+from pinfer.gguf_io.parts import read_model_file
+from pinfer.gguf_io.reader import GgufError, GgufFile, Tensor
 from pinfer.llama import ggml
 from pinfer.llama.plugin import load_plugin
 
@@ -28,7 +29,7 @@ _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w./-]+)?")
 
 __all__ = [
     "ACTIVATIONS",
-    "FfnTensors",
+    "Ffn",
     "GgufError",
     "Model",
     "Tensor",
@@ -38,25 +39,83 @@ __all__ = [
     "open_model",
 ]
 
+FfnKind = Literal["dense", "shared", "experts"]
+FFN_KINDS: tuple[FfnKind, ...] = ("dense", "shared", "experts")
+_SUFFIX: Mapping[str, str] = {"dense": "", "shared": "_shexp", "experts": "_exps"}
+
 MAX_LAYERS = 512
 """LLAMA_MAX_LAYERS; libllama aborts above it"""
 
 
 @dataclass(frozen=True)
-class FfnTensors:
-    """The FFN of one layer. Shapes in GGUF's order: gate and up ``[n_embd, n_ff]``, down ``[n_ff, n_embd]``."""
+class Ffn:
+    """One FFN: of a layer, the one that all tokens share beside its experts, or all of its experts as one stack.
 
+    Matrices have GGUF's order: gate and up ``[n_embd, n_ff]``, down ``[n_ff, n_embd]``, with ``n_experts`` as a third
+    axis in a stack. Neuron i of expert e has the number ``e * n_ff + i``.
+    """
+
+    layer: int
+    kind: FfnKind
+    n_embd: int
+    n_ff: int
+    """neurons, of one expert in a stack"""
+    n_experts: int
+    """1 unless it is a stack"""
     gate: Tensor | None
-    up: Tensor | None
-    down: Tensor | None
-    gate_bias: Tensor | None
-    up_bias: Tensor | None
-    down_bias: Tensor | None
+    up: Tensor
+    down: Tensor
+    gate_bias: Tensor | None = None
+    up_bias: Tensor | None = None
+    down_bias: Tensor | None = None
+
+    @property
+    def name(self) -> str:
+        """What the names of its tensors in artefacts begin with: ``blk.3``, ``blk.3.shexp`` or ``blk.3.exps``."""
+        return f"blk.{self.layer}{_SUFFIX[self.kind].replace('_', '.')}"
+
+    @property
+    def title(self) -> str:
+        """For messages and tables."""
+        return {
+            "dense": f"layer {self.layer}",
+            "shared": f"the shared expert of layer {self.layer}",
+            "experts": f"the experts of layer {self.layer}",
+        }[self.kind]
+
+    @property
+    def matrices(self) -> tuple[Tensor, ...]:
+        """Gate (in gated models), up and down."""
+        return tuple(t for t in (self.gate, self.up, self.down) if t is not None)
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of its matrices."""
+        return sum(t.n_bytes for t in self.matrices)
+
+    @property
+    def n_neurons(self) -> int:
+        """Neurons of all its experts."""
+        return self.n_ff * self.n_experts
+
+    @property
+    def is_stack(self) -> bool:
+        return self.kind == "experts"
+
+    @property
+    def n_units(self) -> int:
+        """What is placed as a whole, and numbered in placements and shards: neurons, or the experts of a stack."""
+        return self.n_experts if self.is_stack else self.n_ff
+
+    @property
+    def unit(self) -> int:
+        """Neurons of a unit."""
+        return self.n_ff if self.is_stack else 1
 
 
 @dataclass(frozen=True)
 class Model:
-    """A GGUF model. Layers without a plain FFN (mixture of experts) have ``None`` for their tensors."""
+    """A GGUF model."""
 
     path: Path
     fingerprint: str
@@ -65,8 +124,12 @@ class Model:
     name: str
     """the file's name, as stored in artefacts and shown in messages"""
     n_layer: int
+    """layers that libllama runs, without those that draft further tokens"""
     n_embd: int
     n_ff: int
+    """of the widest FFN"""
+    n_expert_used: int
+    """experts per token; 0 without experts"""
     n_vocab: int
     n_ctx_train: int
     n_head: tuple[int, ...]
@@ -80,18 +143,30 @@ class Model:
     activation_threshold: float
     """a float32 value; the ReLU zeroes inputs up to it. 0 except for FATReLU"""
     gated: bool
-    ffn: tuple[FfnTensors, ...] = field(repr=False)
+    ffns: tuple[Ffn, ...] = field(repr=False)
+    """those pinfer can compute, in the order of the layers"""
+    obstacle: str
+    """why pinfer cannot compute one of the FFNs; empty if it can compute all"""
     gguf: GgufFile = field(repr=False, compare=False)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """Every tensor of the file."""
+        """Every tensor of the model."""
         return tuple(self.gguf.tensors.values())
 
     @property
     def is_sparse(self) -> bool:
         """Whether the FFN has exact zeros that pinfer can skip."""
-        return self.activation in ACTIVATIONS and _is_plain(self.ffn, self.n_embd, self.n_ff)
+        return self.activation in ACTIVATIONS and bool(self.ffns) and not self.obstacle
+
+    @property
+    def n_neurons(self) -> int:
+        """Neurons of all FFNs."""
+        return sum(f.n_neurons for f in self.ffns)
+
+    @property
+    def has_experts(self) -> bool:
+        return any(f.is_stack for f in self.ffns)
 
     @property
     def stock_computes_it(self) -> bool:
@@ -103,10 +178,7 @@ class Model:
         if self.is_sparse:
             return
         if self.activation in ACTIVATIONS:
-            raise PinferError(
-                f"{self.name} has layers without a plain FFN (a mixture of experts?)",
-                "run it dense: pinfer run --dense",
-            )
+            raise PinferError(f"{self.name} has {self.obstacle}", "run it dense: pinfer run --dense")
         raise PinferError(
             f"{self.name} (architecture {self.arch}) is not known to have a ReLU-family FFN",
             f"if it has one, name its activation: --activation {'|'.join(ACTIVATIONS)}",
@@ -134,7 +206,8 @@ def open_model(path: Path, activation: str | None = None) -> Model:
     """Read and check a model's header, without its weights.
 
     ``activation`` (from ``--activation``) overrides the file's ``pinfer.ffn.activation``, which overrides the
-    architecture's own. Raises PinferError for anything but a complete, single-file GGUF of a language model.
+    architecture's own. A model in several files is named by the first. Raises PinferError for anything but a complete
+    GGUF of a language model.
     """
     path = Path(path)
     if activation is not None and activation not in ACTIVATIONS:
@@ -180,7 +253,7 @@ def _looks_like_repo(path: Path) -> bool:
 def _read(path: Path) -> GgufFile:
     check_is_model(path)
     try:
-        return read_gguf(path)
+        return read_model_file(path)
     except GgufError as error:
         raise _unusable(path, error) from None
     except FileNotFoundError:
@@ -203,25 +276,21 @@ def _describe(path: Path, gguf: GgufFile, activation: str | None) -> Model:
         raise GgufError("it has no general.architecture")
     if arch == "pinfer":
         raise PinferError(f"{path} is an artefact of pinfer, not a model", "pass the model it was made from")
-    if (gguf.get("split.count") or 0) > 1:
-        raise PinferError(
-            f"{path.name} is one part of {gguf.get('split.count')}",
-            "merge the parts first: llama-gguf-split --merge FIRST_PART whole.gguf",
-        )
     n_layer = _integer(gguf, f"{arch}.block_count")
     if n_layer > min(len(gguf.tensors), MAX_LAYERS):
         n_tensors = len(gguf.tensors)
         raise GgufError(f"it has {n_layer} layers in {n_tensors} tensors; libllama allows {MAX_LAYERS} layers")
+    n_layer -= min(n_layer, _integer(gguf, f"{arch}.nextn_predict_layers", default=0))
     n_embd = _integer(gguf, f"{arch}.embedding_length")
-    ffn = tuple(_ffn(gguf, layer) for layer in range(n_layer))
-    n_ff = _n_ff(gguf, arch, ffn, n_embd)
+    n_expert = _integer(gguf, f"{arch}.expert_count", default=0)
+    ffns, obstacle = _ffns(gguf, n_layer, n_embd, n_expert)
+    widths = [f.n_ff for f in ffns] or _per_layer(gguf, f"{arch}.feed_forward_length", n_layer, 0)
     n_head = _per_layer(gguf, f"{arch}.attention.head_count", n_layer, 0)
     head_dim = n_embd // max(max(n_head, default=0), 1)
     n_head_kv = _per_layer(gguf, f"{arch}.attention.head_count_kv", n_layer, None) or n_head
     found = activation or _activation(path, gguf, arch)
-    has_gate = any(f.gate is not None for f in ffn)
     if found in ACTIVATIONS:
-        _check_gate(path, ffn, found)
+        _check_gate(path, ffns, found)
     token_embd = gguf.tensors.get("token_embd.weight")
     return Model(
         path=path,
@@ -230,7 +299,8 @@ def _describe(path: Path, gguf: GgufFile, activation: str | None) -> Model:
         name=path.name,
         n_layer=n_layer,
         n_embd=n_embd,
-        n_ff=n_ff,
+        n_ff=max(widths, default=0),
+        n_expert_used=max(_per_layer(gguf, f"{arch}.expert_used_count", n_layer, 0), default=0) if n_expert else 0,
         n_vocab=token_embd.n_rows if token_embd else gguf.count("tokenizer.ggml.tokens"),
         n_ctx_train=_integer(gguf, f"{arch}.context_length", default=0),
         n_head=n_head,
@@ -239,8 +309,9 @@ def _describe(path: Path, gguf: GgufFile, activation: str | None) -> Model:
         head_dim_v=_integer(gguf, f"{arch}.attention.value_length", default=head_dim),
         activation=found,
         activation_threshold=_threshold(path, gguf),
-        gated=found in GATED_ACTIVATIONS or (found not in ACTIVATIONS and has_gate),
-        ffn=ffn,
+        gated=found in GATED_ACTIVATIONS or (found not in ACTIVATIONS and any(f.gate for f in ffns)),
+        ffns=ffns,
+        obstacle=obstacle,
         gguf=gguf,
     )
 
@@ -265,40 +336,64 @@ def _per_layer(gguf: GgufFile, key: str, n_layer: int, default: int | None) -> t
     return tuple(values[:n_layer])
 
 
-def _ffn(gguf: GgufFile, layer: int) -> FfnTensors:
-    def find(name: str) -> Tensor | None:
-        return gguf.tensors.get(f"blk.{layer}.{name}")
-
-    return FfnTensors(
-        gate=find("ffn_gate.weight"),
-        up=find("ffn_up.weight"),
-        down=find("ffn_down.weight"),
-        gate_bias=find("ffn_gate.bias"),
-        up_bias=find("ffn_up.bias"),
-        down_bias=find("ffn_down.bias"),
-    )
+# Tensors by the role they have in an FFN, as libllama names them behind ``blk.N.``. Those of RWKV have other names.
+_PARTS = {"gate": "ffn_gate", "up": "ffn_up", "down": "ffn_down"}
+_RWKV_PARTS = {"up": "channel_mix_key", "down": "channel_mix_value"}
 
 
-def _n_ff(gguf: GgufFile, arch: str, ffn: Sequence[FfnTensors], n_embd: int) -> int:
-    """The tensors' n_ff if all layers have the same; the header's largest for models without plain FFNs."""
-    sizes = {f.up.n_rows for f in ffn if f.up is not None}
-    if len(sizes) == 1 and _is_plain(ffn, n_embd, min(sizes)):
-        return min(sizes)
-    return max(_per_layer(gguf, f"{arch}.feed_forward_length", len(ffn), 0), default=0)
+def _ffns(gguf: GgufFile, n_layer: int, n_embd: int, n_expert: int) -> tuple[tuple[Ffn, ...], str]:
+    """The FFNs of the layers, and why pinfer cannot compute one of them; empty if it can compute all."""
+    found: list[Ffn] = []
+    obstacle = ""
+    for layer in range(n_layer):
+        for kind in FFN_KINDS:
+            ffn, problem = _ffn(gguf, layer, kind, n_embd, n_expert)
+            found += [ffn] if ffn else []
+            obstacle = obstacle or problem
+    if not found and not obstacle:
+        obstacle = "no FFN that pinfer knows"
+    return tuple(found), obstacle
 
 
-def _is_plain(ffn: Sequence[FfnTensors], n_embd: int, n_ff: int) -> bool:
-    """Whether pinfer can compute every layer's FFN: no fused matrices, no experts, the same width everywhere."""
-    for f in ffn:
-        if f.up is None or f.down is None:
-            return False
-        for tensor, shape in ((f.gate, (n_embd, n_ff)), (f.up, (n_embd, n_ff)), (f.down, (n_ff, n_embd))):
-            if tensor is not None and tensor.shape != shape:
-                return False
-        for bias in (f.gate_bias, f.up_bias):
-            if bias is not None and (bias.shape != (n_ff,) or bias.type_name != "F32"):
-                return False
-    return bool(ffn)
+def _ffn(gguf: GgufFile, layer: int, kind: FfnKind, n_embd: int, n_expert: int) -> tuple[Ffn | None, str]:
+    """One FFN of a layer if it has it, or why pinfer cannot compute it."""
+
+    def find(part: str, end: str) -> Tensor | None:
+        names = [
+            _PARTS[part] + _SUFFIX[kind],
+            *([_RWKV_PARTS[part]] if kind == "dense" and part in _RWKV_PARTS else []),
+        ]
+        return next((t for n in names if (t := gguf.tensors.get(f"blk.{layer}.{n}.{end}"))), None)
+
+    gate, up, down = (find(part, "weight") for part in _PARTS)
+    fused = gguf.tensors.get(f"blk.{layer}.ffn_gate_up{_SUFFIX[kind]}.weight")
+    if gate is None and up is None and down is None and fused is None:
+        return None, ""
+    where = f"layer {layer}"
+    if fused is not None or (up and up.n_rows == 2 * (down.row_length if down else 0) and kind != "experts"):
+        return None, f"gate and up as one matrix in {where}, which pinfer does not compute"
+    if up is None or down is None:
+        return None, f"an FFN without up or down matrix in {where}"
+    stack = kind == "experts"
+    n_experts = up.shape[2] if stack and len(up.shape) == 3 else 1
+    if stack and n_experts != n_expert:
+        raise GgufError(f"{up.name} holds {n_experts} experts, but its header says {n_expert}")
+    width, n_ff = up.shape[0], up.shape[1] if len(up.shape) > 1 else 0
+    deep = (n_experts,) if stack else ()
+    wanted = ((gate, (width, n_ff, *deep)), (up, (width, n_ff, *deep)), (down, (n_ff, width, *deep)))
+    if any(t is not None and t.shape != shape for t, shape in wanted) or (width != n_embd and not stack):
+        if stack:
+            raise GgufError(f"the expert matrices of {where} do not have the same shape")
+        return None, f"FFN matrices of different shapes in {where}"
+    biases = [find(part, "bias") for part in _PARTS]
+    for bias in biases[:2]:
+        if bias is not None and (bias.shape != (n_ff,) or bias.type_name != "F32") and not stack:
+            return None, f"a bias that is not F32 in {where}"
+    if stack and any(biases):
+        return None, f"experts with biases in {where}, which pinfer does not compute"
+    if any(find(part, "scale") for part in _PARTS):
+        return None, f"FFN matrices with scales of their own in {where}, which pinfer does not compute"
+    return Ffn(layer, kind, width, n_ff, n_experts, gate, up, down, *biases), ""
 
 
 def _activation(path: Path, gguf: GgufFile, arch: str) -> str:
@@ -326,12 +421,12 @@ def describe_activation(activation: object, threshold: object) -> str:
     return f"{activation} above {threshold:g}" if isinstance(threshold, float) and threshold > 0 else str(activation)
 
 
-def _check_gate(path: Path, ffn: Sequence[FfnTensors], activation: str) -> None:
+def _check_gate(path: Path, ffns: Sequence[Ffn], activation: str) -> None:
     wants_gate = activation in GATED_ACTIVATIONS
-    for layer, f in enumerate(ffn):
-        if f.up is not None and (f.gate is not None) != wants_gate:
+    for f in ffns:
+        if (f.gate is not None) != wants_gate:
             raise PinferError(
                 f"activation {activation} {'needs' if wants_gate else 'does not use'} ffn_gate tensors, "
-                f"but layer {layer} of {path.name} has {'none' if wants_gate else 'one'}",
+                f"but {f.title} of {path.name} has {'none' if wants_gate else 'one'}",
                 f"pass another --activation {'|'.join(ACTIVATIONS)}",
             )

@@ -12,14 +12,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, TypeVar
 
-import numpy as np
-
 from pinfer.artefacts import paths
 from pinfer.artefacts.artefact import open_artefact
 from pinfer.artefacts.placement import PlacementFile
 from pinfer.artefacts.predictor import PredictorFile
 from pinfer.artefacts.profile import ProfileFile
-from pinfer.artefacts.shards import ShardFile, cold_neuron_bytes, down_types
+from pinfer.artefacts.shards import ShardFile, cold_bytes, down_types
 from pinfer.errors import PinferError
 from pinfer.execution import ExecutionOptions, decide
 from pinfer.llama.devices import measure_throughput, physical_cores
@@ -167,14 +165,15 @@ def _is_split(cold: Path, placement: Path, model: Model) -> bool:
 def estimate(model: Model, options: PrepareOptions) -> Estimate:
     """Time from a measured product, disk from the shapes. Takes a second."""
     n_tokens = options.n_tokens or ProfileOptions().n_tokens
-    ffn = sum(t.n_bytes for f in model.ffn for t in (f.gate, f.up, f.down) if t is not None)
-    shards = sum(model.n_ff * cold_neuron_bytes(model, i, down_types(model, i, None)) for i in range(model.n_layer))
+    ffn = sum(f.n_bytes for f in model.ffns)
+    shards = sum(cold_bytes(f, down_types(f, None)) for f in model.ffns)
     n_samples = min(n_tokens, sample_count(model))
     samples = n_samples * sample_bytes(model)
     flops = measure_throughput("CPU", options.n_threads or physical_cores())
-    n_weights = sum(math.prod(t.shape) for t in model.tensors)
+    used = {t.name: model.n_expert_used / f.n_experts for f in model.ffns if f.is_stack for t in f.matrices}
+    n_weights = sum(math.prod(t.shape) * used.get(t.name, 1) for t in model.tensors)
     profiling = 2 * n_weights * n_tokens / (flops * _PROFILE_SHARE)
-    training = 2 * model.n_layer * model.n_embd * model.n_ff * _TRAIN_PRODUCTS / flops
+    training = 2 * sum(f.n_embd * f.n_neurons for f in model.ffns) * _TRAIN_PRODUCTS / flops
     return Estimate(
         seconds=profiling + training + (ffn + shards) / _SPLIT_SPEED,
         disk=int(shards + samples + ffn * _PREDICTOR_SHARE),
@@ -203,10 +202,10 @@ def _report(model: Model, folder: Path, done: tuple[str, ...], seconds: float) -
         model=model.path,
         folder=folder,
         done=done,
-        active=float(np.concatenate(counted.count).mean()) / counted.tokens,
+        active=counted.mean_active(),
         recall=fmean(predictor.recall),
         candidates=fmean(predictor.candidates),
-        hot_share=sum(placement.n_hot) / (model.n_layer * model.n_ff),
+        hot_share=placement.hot_share(model),
         device=placement.device,
         vram=placement.vram,
         n_bytes=sum(file.stat().st_size for file in folder.rglob("*.gguf")),

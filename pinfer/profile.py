@@ -21,7 +21,7 @@ from pinfer.llama import activation_check
 from pinfer.llama.devices import free_memory
 from pinfer.llama.engine import Engine, PluginConfig
 from pinfer.llama.plugin import PluginLibrary, load_plugin
-from pinfer.model import Model, open_model
+from pinfer.model import FfnKind, Model, open_model
 from pinfer.progress import NULL_PROGRESS, Progress
 
 MAX_CONTEXT = 2048
@@ -49,15 +49,31 @@ class ProfileOptions:
 
 @dataclass(frozen=True)
 class LayerProfile:
-    """What a layer's counts say."""
+    """What the counts of an FFN say."""
 
     layer: int
+    kind: FfnKind
     active: float
-    """share of its neurons that fire for a token, on average"""
+    """share of its neurons that fire for a token, on average; of a stack, of the experts the token was routed to"""
     most: float
     """share of its neurons that make 80 % of its activations"""
     never: float
     """share of its neurons that never fired"""
+    routed: RoutingReport | None
+    """of a stack of experts"""
+
+
+@dataclass(frozen=True)
+class RoutingReport:
+    """How evenly tokens are routed to the experts of a layer."""
+
+    n_experts: int
+    most: float
+    """share of the experts that get 80 % of the routed tokens"""
+    busiest: float
+    """how often a token is routed to the busiest expert, as a multiple of the mean"""
+    never: int
+    """experts that no token was routed to"""
 
 
 @dataclass(frozen=True)
@@ -158,8 +174,8 @@ def _check(options: ProfileOptions) -> None:
 
 
 def sample_bytes(model: Model) -> int:
-    """Bytes of one sample: the FFN input of every layer in F16, and one bit a neuron."""
-    return model.n_layer * (2 * model.n_embd + -(-model.n_ff // 8))
+    """Bytes of one sample: the input of every FFN in F16, and one bit a neuron, or the experts it was routed to."""
+    return sum(2 * f.n_embd + (4 * model.n_expert_used if f.is_stack else -(-f.n_ff // 8)) for f in model.ffns)
 
 
 def sample_count(model: Model) -> int:
@@ -266,14 +282,14 @@ def _write(
     interrupted: bool,
     progress: Progress,
 ) -> ProfileReport:
-    seen = [plugin.observer_layer(model.path, layer) for layer in range(model.n_layer)]
-    layers = [layer for layer in seen if layer is not None]
-    tokens = min((layer.n_tokens for layer in layers), default=0)
+    observed = [plugin.observer_ffn(model.path, f.name) for f in model.ffns]
+    seen = [ffn for ffn in observed if ffn is not None]
+    tokens = min((ffn.n_tokens for ffn in seen), default=0)
     if tokens == 0 and interrupted:
         raise KeyboardInterrupt
-    if tokens == 0 or len(layers) < model.n_layer:
+    if tokens == 0 or len(seen) < len(model.ffns):
         raise PinferError(
-            f"the plugin saw the FFN of {len(layers)} of the {model.n_layer} layers of {model.name}: "
+            f"the plugin saw {len(seen)} of the {len(model.ffns)} FFNs of {model.name}: "
             "its graph is not one that pinfer knows",
             "run it with --dense",
         )
@@ -284,24 +300,37 @@ def _write(
         tokens=tokens,
         corpus=corpus.name,
         corpus_sha256=corpus.sha256,
-        count=tuple(layer.count.astype("i8") for layer in layers),
-        mass=tuple(layer.mass for layer in layers),
+        count=tuple(ffn.count.astype("i8") for ffn in seen),
+        mass=tuple(ffn.mass for ffn in seen),
+        routed=tuple(None if ffn.routed is None else ffn.routed.astype("i8") for ffn in seen),
     )
-    n_samples = min(len(layer.x) for layer in layers)
+    n_samples = min(len(ffn.x) for ffn in seen)
     writers = [result.writer(folder / paths.PROFILE, model, settings)]
     try:
         if n_samples:
-            samples = [(layer.x[:n_samples], layer.active[:n_samples]) for layer in layers]
+            samples = [
+                (ffn.x[:n_samples], (ffn.active if ffn.experts is None else ffn.experts)[:n_samples]) for ffn in seen
+            ]
             writers.append(samples_writer(folder / paths.SAMPLES, model, settings, samples))
         replace_together(writers)
     finally:
         for writer in writers:
             writer.discard()
-    return _report(result, folder, options, n_samples, seconds, interrupted)
+    report = _report(model, result, folder, options, n_samples, seconds, interrupted)
+    unseen = sum(layer.routed.never for layer in report.layers if layer.routed)
+    if unseen:
+        progress.note(f"{unseen:,} experts were never routed to; they are placed last. More text tells more: --tokens")
+    return report
 
 
 def _report(
-    result: ProfileFile, folder: Path, options: ProfileOptions, n_samples: int, seconds: float, interrupted: bool
+    model: Model,
+    result: ProfileFile,
+    folder: Path,
+    options: ProfileOptions,
+    n_samples: int,
+    seconds: float,
+    interrupted: bool,
 ) -> ProfileReport:
     everything = np.concatenate(result.count)
     return ProfileReport(
@@ -313,11 +342,18 @@ def _report(
         n_samples=n_samples,
         seconds=seconds,
         interrupted=interrupted,
-        active=float(everything.mean()) / result.tokens,
+        active=result.mean_active(),
         most=share_of_most(everything),
         never=float((everything == 0).mean()),
         layers=tuple(
-            LayerProfile(i, float(c.mean()) / result.tokens, share_of_most(c), float((c == 0).mean()))
-            for i, c in enumerate(result.count)
+            LayerProfile(f.layer, f.kind, result.active(i), share_of_most(c), float((c == 0).mean()), _routing(r))
+            for i, (f, c, r) in enumerate(zip(model.ffns, result.count, result.routed, strict=True))
         ),
     )
+
+
+def _routing(routed: NDArray[np.int64] | None) -> RoutingReport | None:
+    if routed is None:
+        return None
+    busiest = float(routed.max()) / max(float(routed.mean()), 1e-12)
+    return RoutingReport(len(routed), share_of_most(routed), busiest, int((routed == 0).sum()))

@@ -23,8 +23,10 @@ from pinfer.gguf_io.reader import GgufError
 from pinfer.model import ACTIVATION_KEY, ACTIVATIONS, Model, Tensor, open_model
 from pinfer.profile import share_of_most
 
-_FFN = re.compile(r"blk\.\d+\.ffn_(up|gate|down|gate_up)(_exps|_shexp|_chexps)?\.(weight|bias|scale)")
-_UP = re.compile(r"blk\.\d+\.ffn_(up|gate_up)(_exps|_shexp|_chexps)?\.weight")
+_FFN = re.compile(
+    r"blk\.\d+\.(ffn_(up|gate|down|gate_up)(_exps|_shexp|_chexps)?|channel_mix_(key|value))\.(weight|bias|scale)"
+)
+_UP = re.compile(r"blk\.\d+\.(?:ffn_(up|gate_up)(_exps|_shexp|_chexps)?|channel_mix_key)\.weight")
 _EMBEDDINGS = re.compile(r"(token_embd|output|position_embd|token_types|per_layer_token_embd)\b.*")
 
 # Bytes of a value in llama.cpp's default KV cache, F16.
@@ -240,12 +242,14 @@ def _state(model: Model, kind: str, path: Path, read: Callable[[Path, Model], Ma
 def _profile_facts(path: Path, model: Model) -> dict[str, Any]:
     file = ProfileFile.read(path, model)
     count = np.concatenate(file.count)
+    routed = [r for r in file.routed if r is not None]
     return {
         "tokens": file.tokens,
         "corpus": file.corpus,
-        "active": float(count.mean()) / file.tokens,
+        "active": file.mean_active(),
         "most": share_of_most(count),
         "never": float((count == 0).mean()),
+        **({"experts_most": fmean(share_of_most(r) for r in routed)} if routed else {}),
     }
 
 
@@ -268,7 +272,7 @@ def _placement_facts(path: Path, model: Model) -> dict[str, Any]:
     file = PlacementFile.read(path, model)
     return {
         "id": file.id,
-        "hot_share": sum(file.n_hot) / (model.n_layer * model.n_ff),
+        "hot_share": file.hot_share(model),
         "hot_activations": file.report.get("hot_activations"),
         "device": file.device,
         "vram": file.vram,
@@ -282,7 +286,7 @@ def _shard_facts(path: Path, kind: str, model: Model) -> dict[str, Any]:
     file = ShardFile.read(path, kind, model)
     return {
         "placement_id": file.placement_id,
-        "n_neurons": sum(len(n) for n in file.neurons),
+        "n_neurons": file.n_neurons(model),
         "down_types": file.describe_types(),
     }
 
@@ -301,7 +305,7 @@ def _plan(model: Model, artefacts: Sequence[ArtefactState], options: ShowOptions
     if mode == "dense" and model.activation not in ACTIVATIONS:
         return mode, f"no exact zeros (SiLU, GELU or similar in {model.arch}): runs dense on stock libllama"
     if mode == "dense":
-        return mode, "layers without a plain FFN (a mixture of experts?): runs dense on stock libllama"
+        return mode, f"{model.obstacle}: runs dense on stock libllama"
     by_kind = {a.kind: a for a in artefacts}
     hot, cold = by_kind["hot"], by_kind["cold"]
     on_device = hot.facts.get("n_neurons", 0)
@@ -309,7 +313,7 @@ def _plan(model: Model, artefacts: Sequence[ArtefactState], options: ShowOptions
     where = ""
     if on_device and is_split:
         device = by_kind["placement"].facts.get("device") or "the device"
-        where = f"; {100 * on_device / (model.n_layer * model.n_ff):.1f} % of the neurons are hot, on {device}"
+        where = f"; {100 * on_device / model.n_neurons:.1f} % of the neurons are hot, on {device}"
     if mode == "predicted":
         return mode, _predicted(model, by_kind["predictor"].facts["candidates"], is_split) + where
     return mode, _exact(model, by_kind["profile"].facts.get("active"), is_split) + where

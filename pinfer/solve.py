@@ -15,17 +15,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pinfer.artefacts import paths
-from pinfer.artefacts.placement import GROUP, PlacementFile, new_placement_id
+from pinfer.artefacts.placement import GROUP, PlacementFile, group, new_placement_id
 from pinfer.artefacts.predictor import PredictorFile
 from pinfer.artefacts.profile import ProfileFile
-from pinfer.artefacts.shards import DownTypes, cold_neuron_bytes, down_types, hot_neuron_bytes
+from pinfer.artefacts.shards import DownTypes, cold_neuron_bytes, down_types, hot_unit_bytes
 from pinfer.llama.cache_types import CacheTypes, cache_type_bytes
-from pinfer.model import Model, open_model
+from pinfer.model import Ffn, FfnKind, Model, open_model
 from pinfer.placement.budget import Budget, SolveOptions, make_budget
-from pinfer.placement.cost_model import LayerCost, PredictorCost, dense_seconds, layer_cost
+from pinfer.placement.cost_model import LayerCost, PredictorCost, Use, dense_seconds, ffn_cost
 from pinfer.placement.integer_program import Counts, Layer, Placed, place, place_greedily
 from pinfer.placement.machine import Machine
-from pinfer.placement.model_bytes import kv_bytes, layer_bytes, output_bytes
+from pinfer.placement.model_bytes import kv_bytes, layer_bytes, output_bytes, widest
 from pinfer.progress import NULL_PROGRESS, Progress
 
 __all__ = ["SolveOptions", "SolveReport", "solve"]
@@ -43,7 +43,21 @@ class DeviceReport:
     n_bytes: Mapping[str, int]
     """by part"""
     n_hot: tuple[int, ...]
-    """neurons per layer"""
+    """units (neurons, or the experts of a stack) per FFN"""
+
+
+@dataclass(frozen=True)
+class FfnReport:
+    """What was placed of an FFN."""
+
+    layer: int
+    kind: FfnKind
+    n_units: int
+    """neurons, or the experts of a stack"""
+    n_hot: int
+    """units on all devices"""
+    n_neurons: int
+    """of a unit"""
 
 
 @dataclass(frozen=True)
@@ -55,11 +69,10 @@ class SolveReport:
     """names, separated by commas; ``none`` without one"""
     vram: int
     n_ctx: int
-    n_layer: int
-    n_ff: int
     n_gpu_layers: int
+    ffns: tuple[FfnReport, ...]
     n_hot: tuple[int, ...]
-    """neurons per layer, on all devices"""
+    """units per FFN, on all devices"""
     devices: tuple[DeviceReport, ...]
     hot_activations: float
     """share of all activations that fall on hot neurons"""
@@ -86,7 +99,8 @@ class SolveReport:
     @property
     def hot_share(self) -> float:
         """Share of all neurons that are hot."""
-        return sum(self.n_hot) / (self.n_layer * self.n_ff)
+        hot = sum(f.n_hot * f.n_neurons for f in self.ffns)
+        return hot / sum(f.n_units * f.n_neurons for f in self.ffns)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -123,16 +137,16 @@ def solve(model_path: Path, options: SolveOptions, progress: Progress = NULL_PRO
 
 
 def _solve(model: Model, folder: Path, options: SolveOptions, progress: Progress) -> SolveReport:
-    types = tuple(down_types(model, layer, None) for layer in range(model.n_layer))
-    budget = make_budget(model, cold_neuron_bytes(model, 0, types[0]), options, progress)
-    order, frequency = _ranked(model, folder, budget.vram, progress)
-    problem = _problem(model, types, frequency, _predictors(model, folder), budget)
+    types = tuple(down_types(ffn, None) for ffn in model.ffns)
+    budget = make_budget(model, cold_neuron_bytes(model.ffns[0], types[0]), options, progress)
+    order, use = _ranked(model, folder, budget.vram, progress)
+    problem = _problem(model, types, use, _predictors(model, folder), budget)
     placed = place(problem.layers, budget.rooms(model, GROUP), options.time_limit)
     report = _report(problem, folder / paths.PLACEMENT, placed)
     _say_what_else(problem, report, progress)
     PlacementFile(
         id=new_placement_id(),
-        n_hot=tuple(n for device in report.devices for n in device.n_hot) or (0,) * model.n_layer,
+        n_hot=tuple(n for device in report.devices for n in device.n_hot) or (0,) * len(model.ffns),
         device=report.device,
         vram=budget.vram,
         n_gpu_layers=budget.n_gpu_layers,
@@ -168,57 +182,62 @@ def _say_what_else(problem: _Problem, report: SolveReport, progress: Progress) -
 
 def _ranked(
     model: Model, folder: Path, vram: int, progress: Progress
-) -> tuple[tuple[NDArray[np.int32], ...], tuple[NDArray[np.float64], ...]]:
-    """Neurons by falling impact, and how often each fires per token, in that order."""
+) -> tuple[tuple[NDArray[np.int32], ...], tuple[Use, ...]]:
+    """Units by falling impact, and how much each is used per token, in that order."""
     path = folder / paths.PROFILE
     if not path.exists() and vram == 0:
         progress.note("no profile (run pinfer profile to make one): neurons keep the order of the model")
-        order = tuple(np.arange(model.n_ff, dtype=np.int32) for _ in range(model.n_layer))
-        return order, tuple(np.zeros(model.n_ff) for _ in range(model.n_layer))
+        order = tuple(np.arange(f.n_units, dtype=np.int32) for f in model.ffns)
+        return order, tuple(_nothing_known(model, f) for f in model.ffns)
     profile = ProfileFile.read(path, model)
-    # Equally frequent neurons are ordered by their mass.
-    order = tuple(
-        np.lexsort((-mass, -count)).astype(np.int32) for count, mass in zip(profile.count, profile.mass, strict=True)
-    )
-    return order, tuple(count[o] / profile.tokens for count, o in zip(profile.count, order, strict=True))
+    order = profile.order()
+    return order, tuple(_use(profile, i, units) for i, units in enumerate(order))
+
+
+def _nothing_known(model: Model, ffn: Ffn) -> Use:
+    routed = np.full(ffn.n_units, model.n_expert_used / ffn.n_experts) if ffn.is_stack else None
+    return Use(np.zeros(ffn.n_units), routed)
+
+
+def _use(profile: ProfileFile, i: int, units: NDArray[np.int32]) -> Use:
+    count, routed = profile.count[i], profile.routed[i]
+    active = count if routed is None else count.reshape(len(routed), -1).sum(axis=1)
+    return Use(active[units] / profile.tokens, None if routed is None else routed[units] / profile.tokens)
 
 
 def _predictors(model: Model, folder: Path) -> list[PredictorCost | None]:
-    """Size and candidates of each layer's predictor, None without one."""
+    """Size and candidates of each FFN's predictor, None without one."""
     path = folder / paths.PREDICTOR
     if not path.exists():
-        return [None] * model.n_layer
+        return [None] * len(model.ffns)
     file = PredictorFile.read(path, model)
     costs: list[PredictorCost | None] = []
-    for layer, kind in enumerate(file.kind):
-        names = [f"blk.{layer}.pred_{part}" for part in "abt"]
+    for i, (ffn, kind) in enumerate(zip(model.ffns, file.kind, strict=True)):
+        names = [f"{ffn.name}.pred_{part}" for part in "abt"]
         n_bytes = sum(file.artefact.tensor(name).n_bytes for name in names if file.artefact.has(name))
-        costs.append(None if kind == "none" else PredictorCost(n_bytes, file.candidates[layer]))
+        costs.append(None if kind == "none" else PredictorCost(n_bytes, file.candidates[i]))
     return costs
 
 
 def _problem(
     model: Model,
     types: Sequence[DownTypes],
-    frequency: Sequence[NDArray[np.float64]],
+    use: Sequence[Use],
     predictors: Sequence[PredictorCost | None],
     budget: Budget,
 ) -> _Problem:
+    all_of = list(zip(model.ffns, types, use, strict=True))
     costs = tuple(
-        layer_cost(model, layer, types[layer], frequency[layer], predictors[layer], budget.machine, GROUP)
-        for layer in range(model.n_layer)
+        ffn_cost(f, t, u, predictor, budget.machine) for (f, t, u), predictor in zip(all_of, predictors, strict=True)
     )
     layers = tuple(
-        _program_layer(model, layer, types[layer], frequency[layer], costs[layer], budget.machine)
-        for layer in range(model.n_layer)
+        _program_layer(f, t, u.active, cost, budget.machine) for (f, t, u), cost in zip(all_of, costs, strict=True)
     )
     return _Problem(model, budget, layers, costs)
 
 
-def _program_layer(
-    model: Model, layer: int, types: DownTypes, frequency: NDArray[np.float64], cost: LayerCost, machine: Machine
-) -> Layer:
-    impact = np.add.reduceat(frequency, np.arange(0, model.n_ff, GROUP))
+def _program_layer(ffn: Ffn, types: DownTypes, active: NDArray[np.float64], cost: LayerCost, machine: Machine) -> Layer:
+    impact = np.add.reduceat(active, np.arange(0, ffn.n_units, group(ffn)))
     least, most, alone = [], [], []
     for index, (device, n) in enumerate(zip(machine.devices, cost.most_groups(), strict=True)):
         if device.own_memory:
@@ -231,22 +250,25 @@ def _program_layer(
             least.append(1)
             most.append(len(impact))
             alone.append(len(impact))
-    return Layer(impact, hot_neuron_bytes(model, layer, types) * GROUP, tuple(least), tuple(most), tuple(alone))
+    return Layer(impact, hot_unit_bytes(ffn, types) * group(ffn), tuple(least), tuple(most), tuple(alone))
 
 
-def _neurons(problem: _Problem, counts: Counts, device: int) -> tuple[int, ...]:
-    """Hot neurons per layer of one device; the last group of a layer may be short."""
-    n_ff = problem.model.n_ff
-    ends = [(sum(n[: device + 1]) * GROUP, sum(n[:device]) * GROUP) for n in counts]
-    return tuple(min(end, n_ff) - min(start, n_ff) for end, start in ends)
+def _units(problem: _Problem, counts: Counts, device: int) -> tuple[int, ...]:
+    """Hot units per FFN of one device; the last group of neurons may be short."""
+
+    def first(ffn: Ffn, n_groups: Sequence[int]) -> int:
+        return min(sum(n_groups) * group(ffn), ffn.n_units)
+
+    ffns = problem.model.ffns
+    return tuple(first(f, n[: device + 1]) - first(f, n[:device]) for f, n in zip(ffns, counts, strict=True))
 
 
 def _device_reports(problem: _Problem, counts: Counts) -> tuple[DeviceReport, ...]:
     reports = []
     for index, device in enumerate(problem.budget.devices):
-        n_hot = _neurons(problem, counts, index)
+        n_hot = _units(problem, counts, index)
         hot_bytes = sum(n[index] * layer.group_bytes for n, layer in zip(counts, problem.layers, strict=True))
-        n_bytes = device.parts(problem.model, max(n_hot), hot_bytes)
+        n_bytes = device.parts(problem.model, widest(problem.model, n_hot), hot_bytes)
         if sum(n_bytes.values()) > device.vram:
             raise AssertionError(f"{n_bytes} exceed the budget of {device.vram} bytes")
         reports.append(DeviceReport(device.device.name, device.vram, n_bytes, n_hot))
@@ -259,15 +281,15 @@ def _report(problem: _Problem, path: Path, placed: Placed) -> SolveReport:
     parts = devices[0].n_bytes if devices else {}
     all_activations = sum(float(layer.impact.sum()) for layer in problem.layers)
     nothing = tuple((0,) * len(devices) for _ in problem.layers)
+    n_hot = tuple(map(sum, zip(*(device.n_hot for device in devices), strict=True))) or (0,) * len(model.ffns)
     return SolveReport(
         placement=path,
         device=",".join(device.name for device in devices) or "none",
         vram=budget.vram,
         n_ctx=budget.n_ctx,
-        n_layer=model.n_layer,
-        n_ff=model.n_ff,
         n_gpu_layers=budget.n_gpu_layers,
-        n_hot=tuple(min(sum(n) * GROUP, model.n_ff) for n in placed.n_groups),
+        ffns=tuple(FfnReport(f.layer, f.kind, f.n_units, n, f.unit) for f, n in zip(model.ffns, n_hot, strict=True)),
+        n_hot=n_hot,
         devices=devices,
         hot_activations=placed.objective / all_activations if all_activations else 0.0,
         n_bytes={part: sum(device.n_bytes[part] for device in devices) for part in parts},
@@ -303,7 +325,7 @@ def _dense_seconds(model: Model, budget: Budget) -> float:
 
 
 def _ffn_bytes(model: Model) -> int:
-    return sum(t.n_bytes for f in model.ffn for t in (f.gate, f.up, f.down) if t is not None)
+    return sum(f.n_bytes for f in model.ffns)
 
 
 def _fits_whole(problem: _Problem) -> bool:
@@ -318,10 +340,11 @@ def _fits_whole(problem: _Problem) -> bool:
 def _dense_ffn_seconds(model: Model, budget: Budget) -> float:
     """Seconds per token for dense FFNs, as many as fit on the devices, one side after the other."""
     rest = _ffn_bytes(model)
+    read = sum(f.n_bytes * (model.n_expert_used / f.n_experts if f.is_stack else 1) for f in model.ffns) / max(1, rest)
     seconds = 0.0
     for device in budget.devices:
         if device.device.own_memory:
             there = min(rest, device.room)
-            seconds += there / device.device.bandwidth
+            seconds += there * read / device.device.bandwidth
             rest -= there
-    return seconds + rest / budget.machine.cpu_bandwidth
+    return seconds + rest * read / budget.machine.cpu_bandwidth

@@ -28,15 +28,17 @@ from pinfer.artefacts.shards import (
     down_types,
     hot_name,
     hot_writer,
+    parts,
     pieces,
     stale_hot_shards,
+    weight_name,
 )
 from pinfer.artefacts.verify import verify_shards
 from pinfer.gguf_io.reader import row_bytes, type_name, type_size
 from pinfer.gguf_io.writer import replace_together
 from pinfer.llama import ggml
 from pinfer.llama.devices import physical_cores
-from pinfer.model import Model, Tensor, open_model
+from pinfer.model import Ffn, Model, Tensor, open_model
 from pinfer.progress import NULL_PROGRESS, Progress
 
 _COLUMN_BYTES = 256 << 20
@@ -119,19 +121,20 @@ def _split(model: Model, folder: Path, options: SplitOptions, progress: Progress
         cold=cold_path,
         hot_bytes=sum(path.stat().st_size for path in hot_paths),
         cold_bytes=cold_path.stat().st_size,
-        n_hot=sum(len(neurons) for layers in plan.hot for neurons in layers),
-        n_cold=sum(len(n) for n in plan.cold),
+        n_hot=sum(_n_neurons(model, units) for units in plan.hot),
+        n_cold=_n_neurons(model, plan.cold),
         order=source,
         hot_down_types=_names(
-            plan.hot_type(device, layer)
-            for device, layers in enumerate(plan.hot)
-            for layer, n in enumerate(layers)
-            if len(n)
+            plan.hot_type(device, i) for device, units in enumerate(plan.hot) for i, n in enumerate(units) if len(n)
         ),
         cold_down_types=_names(t.cold for t, n in zip(plan.types, plan.cold, strict=True) if len(n)),
         seconds=time.monotonic() - started,
         verified=options.verify,
     )
+
+
+def _n_neurons(model: Model, units: Sequence[NDArray[np.int32]]) -> int:
+    return sum(f.unit * len(ids) for f, ids in zip(model.ffns, units, strict=True))
 
 
 def _write_shards(
@@ -142,10 +145,10 @@ def _write_shards(
     for shard in shards:  # the first checks the free space for all
         shard.begin(also=n_bytes - shard.n_bytes if shard is shards[0] else 0)
     with ThreadPoolExecutor(_n_threads(model)) as threads, progress.task("split", n_bytes, "bytes") as advance:
-        for layer in range(model.n_layer):
+        for i in range(len(model.ffns)):
             for device, shard in enumerate(hot):
-                _write_hot(model, plan, device, layer, shard, advance)
-            _write_cold(model, plan, layer, cold, threads, advance)
+                _write_hot(model, plan, device, i, shard, advance)
+            _write_cold(model, plan, i, cold, threads, advance)
     for shard in shards:
         shard.finish()
 
@@ -161,9 +164,10 @@ def _names(types: Iterator[int]) -> tuple[str, ...]:
 
 def _plan(model: Model, folder: Path, options: SplitOptions, progress: Progress) -> tuple[ShardPlan, str]:
     """The neurons of each shard, their order and types, and the source of that order."""
-    types = tuple(down_types(model, layer, options.down_type) for layer in range(model.n_layer))
+    types = tuple(down_types(ffn, options.down_type) for ffn in model.ffns)
     if options.down_type is not None:
-        got = {type_name(t.cold) for t in types} | {type_name(t.hot) for t in types}
+        got = {type_name(t.cold) for t in types}
+        got |= {type_name(t.hot) for t in types if not t.is_whole}
         if got != {options.down_type.upper()}:
             progress.note(f"rows that blocks of {options.down_type} do not divide are kept as {', '.join(sorted(got))}")
     if (folder / paths.PLACEMENT).exists():
@@ -179,38 +183,49 @@ def _plan(model: Model, folder: Path, options: SplitOptions, progress: Progress)
 
 def _order_without_placement(model: Model, folder: Path) -> tuple[tuple[NDArray[np.int32], ...], str]:
     if (folder / paths.PROFILE).exists():
-        counts = ProfileFile.read(folder / paths.PROFILE, model).count
-        return tuple(np.argsort(-c, kind="stable").astype(np.int32) for c in counts), "profile"
-    return tuple(np.arange(model.n_ff, dtype=np.int32) for _ in range(model.n_layer)), "model"
+        return ProfileFile.read(folder / paths.PROFILE, model).order(), "profile"
+    return tuple(np.arange(f.n_units, dtype=np.int32) for f in model.ffns), "model"
 
 
 def _write_rows(
-    model: Model, layer: int, neurons: NDArray[np.int32], out: ArtefactWriter, advance: Callable[[int], None]
+    model: Model,
+    ffn: Ffn,
+    part: str,
+    rows_of: NDArray[np.integer[Any]],
+    out: ArtefactWriter,
+    advance: Callable[[int], None],
 ) -> None:
-    """Gate and up rows of some neurons, byte for byte those of the model."""
-    for kind, tensor in (("gate", model.ffn[layer].gate), ("up", model.ffn[layer].up)):
-        if tensor is None:
-            continue
-        raw = model.raw(tensor)
-        for piece in pieces(len(neurons), tensor.row_bytes):
-            rows = raw[neurons[piece]]
-            out.write(f"blk.{layer}.ffn_{kind}.weight", rows)
-            model.gguf.release()
-            advance(rows.nbytes)
+    """Some rows of a matrix, byte for byte those of the model."""
+    tensor = parts(ffn)[part]
+    raw = model.raw(tensor)
+    for piece in pieces(len(rows_of), tensor.row_bytes):
+        rows = raw[rows_of[piece]]
+        out.write(weight_name(ffn, part), rows)
+        model.gguf.release()
+        advance(rows.nbytes)
+
+
+def _rows_of(tensor: Tensor, experts: NDArray[np.int32]) -> NDArray[np.int64]:
+    """Numbers of the rows of some experts in a stack."""
+    n = tensor.shape[1]
+    return (experts[:, None].astype(np.int64) * n + np.arange(n)).reshape(-1)
 
 
 def _write_hot(
-    model: Model, plan: ShardPlan, device: int, layer: int, out: ArtefactWriter, advance: Callable[[int], None]
+    model: Model, plan: ShardPlan, device: int, i: int, out: ArtefactWriter, advance: Callable[[int], None]
 ) -> None:
-    neurons, down = plan.hot[device][layer], model.ffn[layer].down
-    if len(neurons) == 0:
+    ffn, units = model.ffns[i], plan.hot[device][i]
+    if len(units) == 0:
         return
-    _write_rows(model, layer, neurons, out, advance)
-    assert down is not None
-    target = plan.hot_type(device, layer)
-    for piece in pieces(model.n_embd, 4 * model.n_ff):
-        rows = _select_columns(model.raw(down)[piece], down, target, neurons)
-        out.write(down_name("hot", layer), rows)
+    for part, tensor in parts(ffn).items():
+        if ffn.is_stack or part != "down":
+            _write_rows(model, ffn, part, _rows_of(tensor, units) if ffn.is_stack else units, out, advance)
+    if ffn.is_stack:
+        return
+    target = plan.hot_type(device, i)
+    for piece in pieces(ffn.n_embd, 4 * ffn.n_ff):
+        rows = _select_columns(model.raw(ffn.down)[piece], ffn.down, target, units)
+        out.write(down_name("hot", ffn), rows)
         model.gguf.release()
         advance(rows.nbytes)
 
@@ -239,56 +254,64 @@ def _elements(raw: NDArray[np.uint8], ggml_type: int) -> NDArray[Any]:
 def _write_cold(
     model: Model,
     plan: ShardPlan,
-    layer: int,
+    i: int,
     out: ArtefactWriter,
     threads: ThreadPoolExecutor,
     advance: Callable[[int], None],
 ) -> None:
-    neurons, target = plan.cold[layer], plan.types[layer].cold
-    _write_rows(model, layer, neurons, out, advance)
-    band = max(_COLUMNS, _BAND // row_bytes(target, model.n_embd))
-    for start in range(0, len(neurons), band):
-        rows = _transposed_down(model, layer, target, neurons[start : start + band], threads)
-        out.write(down_name("cold", layer), rows)
+    ffn, units, target = model.ffns[i], plan.cold[i], plan.types[i].cold
+    if ffn.is_stack:
+        for expert in units:
+            rows = _transposed_down(model, ffn, int(expert), target, np.arange(ffn.n_ff, dtype=np.int32), threads)
+            out.write(down_name("cold", ffn), rows)
+            advance(rows.nbytes)
+        return
+    for part in parts(ffn):
+        if part != "down":
+            _write_rows(model, ffn, part, units, out, advance)
+    band = max(_COLUMNS, _BAND // row_bytes(target, ffn.n_embd))
+    for start in range(0, len(units), band):
+        rows = _transposed_down(model, ffn, 0, target, units[start : start + band], threads)
+        out.write(down_name("cold", ffn), rows)
         advance(rows.nbytes)
 
 
 def _transposed_down(
-    model: Model, layer: int, target: int, neurons: NDArray[np.int32], threads: ThreadPoolExecutor
+    model: Model, ffn: Ffn, expert: int, target: int, neurons: NDArray[np.int32], threads: ThreadPoolExecutor
 ) -> NDArray[np.uint8]:
-    """Down rows of some neurons in the target type, ``[len(neurons), row_bytes]``.
+    """Down rows of some neurons of an expert in the target type, ``[len(neurons), row_bytes]``.
 
     Columns are read in the order of the file, a block at a time, and written to the rows of their neurons.
     """
-    tensor = model.ffn[layer].down
-    assert tensor is not None
-    out = np.empty((len(neurons), row_bytes(target, model.n_embd)), dtype=np.uint8)
-    place = np.full(model.n_ff, -1, dtype=np.int64)
+    raw = model.raw(ffn.down)[expert * ffn.n_embd : (expert + 1) * ffn.n_embd]
+    out = np.empty((len(neurons), row_bytes(target, ffn.n_embd)), dtype=np.uint8)
+    place = np.full(ffn.n_ff, -1, dtype=np.int64)
     place[neurons] = np.arange(len(neurons))
-    width = max(1, _COLUMN_BYTES // _n_threads(model) // (4 * model.n_embd * _COLUMNS)) * _COLUMNS
+    width = max(1, _COLUMN_BYTES // _n_threads(model) // (4 * ffn.n_embd * _COLUMNS)) * _COLUMNS
 
     def convert(first: int) -> None:
-        _convert_columns(model, tensor, first, min(first + width, model.n_ff), target, place, out)
+        _convert_columns(raw, ffn.down.type, first, min(first + width, ffn.n_ff), target, place, out)
         model.gguf.release()
 
-    for _ in threads.map(convert, range(0, model.n_ff, width)):
+    for _ in threads.map(convert, range(0, ffn.n_ff, width)):
         pass
     return out
 
 
 def _convert_columns(
-    model: Model,
-    tensor: Tensor,
+    matrix: NDArray[np.uint8],
+    kind: int,
     first: int,
     end: int,
     target: int,
     place: NDArray[np.int64],
     out: NDArray[np.uint8],
 ) -> None:
-    """Puts the columns ``first..end`` of down into the rows of ``out`` that ``place`` gives them (-1: not wanted)."""
-    block, size = type_size(tensor.type)
-    keep = _keeps_bytes(tensor.type, target)
-    raw = np.ascontiguousarray(model.raw(tensor)[:, first // block * size : end // block * size])
+    """Puts the columns ``first..end`` of down ``[n_embd, row_bytes]``, of type ``kind``, into the rows of ``out`` that
+    ``place`` gives them (-1: not wanted)."""
+    block, size = type_size(kind)
+    keep = _keeps_bytes(kind, target)
+    raw = np.ascontiguousarray(matrix[:, first // block * size : end // block * size])
     # Small tiles keep the floats and their transpose in the cache.
     width = max(_TILE, block)
     for start in range(0, end - first, width):
@@ -298,6 +321,6 @@ def _convert_columns(
         if len(wanted) == 0:
             continue
         tile = np.ascontiguousarray(raw[:, start // block * size : (start + n_columns) // block * size])
-        values = _elements(tile, tensor.type) if keep else ggml.dequantise(tile, tensor.type, n_columns)
+        values = _elements(tile, kind) if keep else ggml.dequantise(tile, kind, n_columns)
         rows = np.ascontiguousarray(values.T)[wanted]
         out[rows_of[wanted]] = rows.view(np.uint8) if keep else ggml.quantise(rows, target, out.shape[1])

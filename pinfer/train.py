@@ -12,6 +12,7 @@ from pinfer.errors import PinferError
 from pinfer.model import open_model
 from pinfer.predictors.data import LayerData
 from pinfer.predictors.fitting import BLOCK, MIN_SAMPLES, TrainOptions, TrainReport, fit_layer, summary
+from pinfer.predictors.stacks import fit_stack
 from pinfer.progress import NULL_PROGRESS, Progress
 
 __all__ = ["TrainOptions", "TrainReport", "train"]
@@ -39,17 +40,19 @@ def train(model_path: Path, options: TrainOptions, progress: Progress = NULL_PRO
     reports = []
     with (
         paths.writing_to(model, progress) as folder,
-        PredictorWriter(folder / paths.PREDICTOR, options.type) as writer,
-        progress.task("train", model.n_layer, "layers") as advance,
+        PredictorWriter(folder / paths.PREDICTOR, model, options.type) as writer,
+        progress.task("train", sum(f.n_experts for f in model.ffns), "FFNs") as advance,
     ):
-        for layer in range(model.n_layer):
-            data = LayerData.read(model, layer, samples)
-            predictor, report = fit_layer(data, layer, options)
+        for ffn in model.ffns:
+            if ffn.is_stack:
+                predictor, report = fit_stack(model, ffn, samples, options, advance)
+            else:
+                predictor, report = fit_layer(LayerData.read(model, ffn, samples), ffn, options)
+                advance(1)
             writer.add(predictor)
             reports.append(report)
-            advance(1)
         settings = {**asdict(options), "command": "train", "n_samples": samples.n_samples}
-        n_bytes = writer.finish(model, settings)
+        n_bytes = writer.finish(settings)
     return summary(folder / paths.PREDICTOR, samples.n_samples, n_bytes, reports)
 
 

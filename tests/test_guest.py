@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 from support.rpc_server import RpcServer
 from support.shards import write_shards
+from support.split_model import split_model
 
 from pinfer.errors import PinferError
 from pinfer.llama import plugin as native
@@ -161,6 +162,32 @@ def test_artefacts_beside_the_model_are_used(tiny_relu2: Path) -> None:
     done = complete(tiny_relu2, "--load-mode", "none")
     last_line_starts(done, stock_text.stdout[:40])
     assert "with shards of" in said(done)[0]
+
+
+@pytest.mark.parametrize("layout", ["plain", "hub"])
+@pytest.mark.parametrize("memory", [(), ("--load-mode", "none")], ids=["mapped", "read"])
+def test_a_model_in_parts(tiny_reglu: Path, tmp_path: Path, layout: str, memory: tuple[str, ...]) -> None:
+    """The shards made by the commands are found, also where the parts are links to files named by their hashes."""
+    config = PluginConfig.of(open_model(tiny_reglu))
+    expected = greedy_text(tiny_reglu, config)
+    first, *others = split_model(tiny_reglu, tmp_path)
+    if layout == "hub":
+        for digit, part in zip("cab", (first, *others), strict=True):
+            part.rename(tmp_path / (digit * 64))
+            part.symlink_to(digit * 64)
+    how = "computed by pinfer as reglu, exact"
+    bare = complete(first, *memory)
+    last_line_starts(bare, expected)
+    name, named = (first.name, str(first)) if layout == "plain" else ("c" * 64, "-hf USER/REPO")
+    assert said(bare) == [f"{name}: {how}, without artefacts; make them with: pinfer prepare {named}"]
+    report = write_shards(first, 0.5)
+    folder = report.cold.parent
+    assert folder.name.startswith("tiny-reglu.gguf" if layout == "plain" else "hub-")
+    assert greedy_text(first, replace(config, cold=report.cold, hot=report.hot, device="CPU")) == expected
+    done = complete(first, *memory)
+    last_line_starts(done, expected)
+    (line,) = said(done)
+    assert line.startswith(f"{name}: {how}, with shards of {folder}")
 
 
 def test_pinfer_exec(tiny_reglu: Path, tmp_path: Path) -> None:

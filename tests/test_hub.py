@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from support.command_line import MODELS, ROOT, CommandLine
 from support.hub_server import Hub, clean_environment, serve_hub
+from support.split_model import split_model
 
 from pinfer.artefacts import paths
 from pinfer.errors import PinferError
@@ -92,7 +93,15 @@ FILES = (
     ],
 )
 def test_choice(files: tuple[str, ...], wanted: str, chosen: str) -> None:
-    assert choose_gguf(reversed(files), HubName("u/r", wanted)) == chosen
+    assert choose_gguf(reversed(files), HubName("u/r", wanted)) == [chosen]
+
+
+PARTS = [f"Q4_0/m-Q4_0-0000{number}-of-00003.gguf" for number in (1, 2, 3)]
+
+
+@pytest.mark.parametrize("wanted", ["", "q4_0", PARTS[0], "m-Q4_0-00001-of-00003.gguf"])
+def test_choice_of_a_model_in_parts(wanted: str) -> None:
+    assert choose_gguf([*PARTS[::-1], "m-F32.gguf"], HubName("u/r", wanted)) == PARTS
 
 
 @pytest.mark.parametrize(
@@ -103,7 +112,8 @@ def test_choice(files: tuple[str, ...], wanted: str, chosen: str) -> None:
         (("model.safetensors", "config.json"), "", ("checkpoint", "pinfer convert -hf u/r")),
         (("pytorch_model-00001-of-00002.bin", "config.json"), "", ("checkpoint", "pinfer convert -hf u/r")),
         (("README.md",), "", ("no GGUF",)),
-        (("m-Q4_0-00002-of-00003.gguf", "m-Q4_0-00001-of-00003.gguf"), "", ("3 parts", "llama-gguf-split --merge")),
+        (PARTS, PARTS[1], (f"{PARTS[1]} of u/r is part 2 of 3", f"name the first: -hf u/r:{PARTS[0]}")),
+        (PARTS, "q8_0", ("no GGUF q8_0", "it has: Q4_0")),
     ],
 )
 def test_no_file_fits(files: tuple[str, ...], wanted: str, words: tuple[str, ...]) -> None:
@@ -269,6 +279,61 @@ def test_a_full_disk_is_reported_before_downloading(hub: Hub, cache: Path, tmp_p
     assert "has 0.00 GB free" in got["message"]
     assert "HF_HOME" in got["hint"]
     assert hub.ranges == []
+
+
+# --- models in several files -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def parts(tmp_path: Path) -> dict[str, bytes]:
+    (tmp_path / "tiny-Q8_0.gguf").write_bytes(TINY)
+    files = split_model(tmp_path / "tiny-Q8_0.gguf", tmp_path, bare_first=True)
+    return {f"Q8_0/{file.name}": file.read_bytes() for file in files}
+
+
+def test_all_parts_are_downloaded_and_run(hub: Hub, cache: Path, command: CommandLine, parts: dict[str, bytes]) -> None:
+    hub.add("u/tiny-GGUF", parts)
+    env = hub.environment(cache)
+    words = ("-p", "Once upon a time", "-n", "8", "--temp", "0")
+    here = command("run", MODELS / "tiny-relu2.gguf", "--no-artefacts", *words)
+    first = command("run", "-hf", "u/tiny-GGUF:Q8_0", *words, env=env)
+    assert (first.code, first.out) == (0, here.out), first.err
+    assert "fetching tiny-Q8_0-00001-of-00003.gguf: 8.5 MiB in " in first.err
+    assert len(hub.ranges) == 3
+    again = command("run", *words, env=env)  # the model as it was remembered, by its first part
+    assert (again.code, again.out) == (0, here.out), again.err
+    listed = command("show", "-hf", "u/tiny-GGUF", "--offline", "--json", env=env)
+    assert json.loads(listed.out)["artefact_folder"].startswith(str(command.home / "hub-")), listed.err
+    assert len(hub.ranges) == 3
+
+
+def test_a_broken_connection_is_resumed_before_the_next_part(hub: Hub, cache: Path, parts: dict[str, bytes]) -> None:
+    names = sorted(parts)
+    hub.add("u/r", parts | {names[0]: LARGE})
+    hub.cut = 1  # of the connection for the first
+    (got,) = _fetch(hub, cache, "u/r")
+    assert Path(got["path"]).read_bytes() == LARGE
+    for name in names[1:]:
+        assert Path(got["path"]).with_name(Path(name).name).read_bytes() == parts[name]
+    assert hub.ranges == [None, f"bytes={10 * MIB}-", None, None]
+
+
+def test_parts_that_are_missing(hub: Hub, cache: Path, parts: dict[str, bytes]) -> None:
+    names = sorted(parts)
+    hub.add("u/half", {name: parts[name] for name in names[:2]})
+    hub.add("u/whole", parts)
+    half, whole, later = _fetch(hub, cache, "u/half", "u/whole", f"u/whole:{names[1]}")
+    assert half["message"] == f"u/half lacks {names[2]}, a part of the model"
+    assert later["hint"] == f"name the first: -hf u/whole:{names[0]}"
+    assert len(hub.ranges) == 3, "nothing of u/half"
+    (found,) = _fetch(hub, cache, "u/whole", offline=True)
+    assert found["path"] == whole["path"]
+    Path(whole["path"]).with_name(Path(names[2]).name).unlink()
+    (lost,) = _fetch(hub, cache, "u/whole", offline=True)
+    assert lost["message"] == f"the cache lacks {names[2]} of u/whole"
+    assert "--offline" in lost["hint"]
+    (found,) = _fetch(hub, cache, "u/whole")
+    assert found["path"] == whole["path"]
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------

@@ -162,18 +162,6 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
         open_model(tmp_path)
 
 
-def test_one_part_of_a_split_model_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "model-00001-of-00003.gguf"
-    out = gguf.GGUFWriter(path, "llama")
-    out.add_uint16("split.count", 3)
-    out.write_header_to_file()
-    out.write_kv_data_to_file()
-    out.write_tensors_to_file()
-    out.close()
-    with pytest.raises(PinferError, match=r"is one part of 3; merge the parts first"):
-        open_model(path)
-
-
 def test_sizes_that_overflow_are_refused(tmp_path: Path) -> None:
     """A tensor of 2^62 rows must not wrap around to one that fits."""
     path = write_small_model(tmp_path / "m.gguf", Shape(n_layer=1))

@@ -25,14 +25,21 @@ void pinfer_dense_activation(const pinfer_team * team, const pinfer_ffn & f, con
     activate_all(team, rule, f.gated() ? (const float *) f.gate.out()->data : up, up, (float *) f.h->data, ggml_nelements(f.h));
 }
 
-// Tokens and neurons of a decode step that had to be dense (no shards): the report still wants to know what fired.
-static void count_active(pinfer_model * m, const pinfer_ffn & f) {
-    const float * h = (const float *) f.h->data;
-    const int64_t n = ggml_nelements(f.h);
-    m->stats.n_tokens += (uint64_t) f.h->ne[1];
-    m->stats.n_neurons += (uint64_t) n;
-    m->stats.n_candidates += (uint64_t) n;
-    m->stats.n_active += (uint64_t) (n - std::count(h, h + n, 0.0f));
+// The report wants to know what fired, also in a decode step that had to be dense (no shards).
+static void account(pinfer_model * m, const pinfer_ffn & f) {
+    const int64_t n_tokens = f.n_tokens();
+    if (n_tokens >= m->settings.n_batch_dense) {
+        m->stats.n_tokens_dense += (uint64_t) n_tokens;
+        return;
+    }
+    const int64_t n = (f.is_stack() ? (int64_t) f.views.size() : 1) * f.h->ne[0]; // of a token; warming up takes all experts
+    for (int64_t t = 0; t < n_tokens; t++) {
+        const float * h = (const float *) ((const char *) f.h->data + (size_t) t * f.h->nb[f.is_stack() ? 2 : 1]);
+        m->stats.n_active += (uint64_t) (n - std::count(h, h + n, 0.0f));
+    }
+    m->stats.n_tokens += (uint64_t) n_tokens;
+    m->stats.n_neurons += (uint64_t) (n * n_tokens);
+    m->stats.n_candidates += (uint64_t) (n * n_tokens);
 }
 
 namespace {
@@ -244,7 +251,48 @@ ggml_status pinfer_dense_neurons(pinfer_team * team, const pinfer_ffn & f, const
     return GGML_STATUS_SUCCESS;
 }
 
+pinfer_routes pinfer_routes_of(const pinfer_ffn & f) {
+    pinfer_routes r = {.n_used = (int64_t) f.views.size(), .experts = {}, .weights = {}};
+    for (int64_t t = 0; t < f.n_tokens(); t++) {
+        for (int64_t k = 0; k < r.n_used; k++) {
+            const ggml_tensor * const e = f.experts, * const w = f.weights;
+            r.experts.push_back(*(const int32_t *) ((const char *) e->data + (size_t) t * e->nb[1] + (size_t) k * e->nb[0]));
+            r.weights.push_back(*(const float *) ((const char *) w->data + (size_t) t * w->nb[2] + (size_t) k * w->nb[1]));
+        }
+    }
+    return r;
+}
+
+// ggml's own products of a stack: it knows which experts are needed.
+static ggml_status dense_stack(pinfer_team * team, pinfer_model * m, const pinfer_ffn & f, const pinfer_rule & rule) {
+    const pinfer_routes routes = pinfer_routes_of(f);
+    ggml_tensor * const products[] = {f.up.mul_mat, f.gate.mul_mat};
+    std::vector<float>  x; // may be gone once the nodes below are computed
+    if (m->observer.on) {
+        x.assign((const float *) f.x->data, (const float *) f.x->data + ggml_nelements(f.x));
+    }
+    const ggml_status status = pinfer_team_nodes(team, products, 2);
+    if (status != GGML_STATUS_SUCCESS) {
+        return status;
+    }
+    pinfer_dense_activation(team, f, rule);
+    if (m->observer.on) {
+        pinfer_observer_add(&m->observer,
+                            {.ffn = f.index, .x = x.data(), .h = (const float *) f.h->data, .n_embd = f.x->ne[0], .n_ff = f.h->ne[0],
+                             .n_tokens = f.n_tokens(), .n_experts = f.up.weight->ne[2], .n_used = routes.n_used,
+                             .experts = routes.experts.data(), .h_token = (int64_t) (f.h->nb[2] / sizeof(float))},
+                            team->n_threads);
+    }
+    account(m, f);
+    std::vector<ggml_tensor *> rest = {f.down.mul_mat, f.weighted};
+    rest.insert(rest.end(), f.sums.begin(), f.sums.end());
+    return pinfer_team_nodes(team, rest.data(), (int) rest.size());
+}
+
 ggml_status pinfer_dense_ffn(pinfer_team * team, pinfer_model * m, const pinfer_ffn & f, const pinfer_rule & rule) {
+    if (f.is_stack()) {
+        return dense_stack(team, m, f, rule);
+    }
     const float * x = (const float *) f.x->data;
     for (const pinfer_product * p : {&f.gate, &f.up}) {
         const ggml_status status = pinfer_dense_product(team, m, *p, x);
@@ -255,12 +303,12 @@ ggml_status pinfer_dense_ffn(pinfer_team * team, pinfer_model * m, const pinfer_
     // x may be gone once the nodes below are computed: the allocator reuses memory in graph order
     pinfer_dense_activation(team, f, rule);
     if (m->observer.on) {
-        pinfer_observer_add(&m->observer, f.layer, x, (const float *) f.h->data, f.x->ne[0], f.h->ne[0], f.x->ne[1], team->n_threads);
+        const int64_t n_ff = f.h->ne[0];
+        pinfer_observer_add(&m->observer,
+                            {.ffn = f.index, .x = x, .h = (const float *) f.h->data, .n_embd = f.x->ne[0], .n_ff = n_ff,
+                             .n_tokens = f.n_tokens(), .h_token = n_ff},
+                            team->n_threads);
     }
-    if (f.h->ne[1] < m->settings.n_batch_dense) {
-        count_active(m, f);
-    } else {
-        m->stats.n_tokens_dense += (uint64_t) f.h->ne[1];
-    }
+    account(m, f);
     return pinfer_dense_product(team, m, f.down, (const float *) f.h->data);
 }

@@ -3,6 +3,7 @@
 
 #include "model.h"
 #include "nodes.h"
+#include "sparse.h"
 #include "team.h"
 
 // Bias of a product as F32, whatever its type in the file; null where the product has none. The model's mutex is held.
@@ -16,7 +17,9 @@ ggml_status pinfer_dense_product(pinfer_team * team, pinfer_model * m, const pin
 // All of these neurons for every token: whole first products, then the down rows of what is not zero
 ggml_status pinfer_dense_neurons(pinfer_team * team, const pinfer_ffn & f, const pinfer_neurons & neurons, const pinfer_rule & rule,
                                  const float * x);
-// The FFN from the model's own matrices; what fires is counted
+// The FFN from the model's own matrices; what fires is counted. With experts by the graph's own nodes but the activation
 ggml_status pinfer_dense_ffn(pinfer_team * team, pinfer_model * m, const pinfer_ffn & f, const pinfer_rule & rule);
+// Where the tokens of a stack are routed to
+pinfer_routes pinfer_routes_of(const pinfer_ffn & f);
 // f.h from f.gate.out() and f.up.out()
 void pinfer_dense_activation(const pinfer_team * team, const pinfer_ffn & f, const pinfer_rule & rule);

@@ -71,7 +71,7 @@ public:
     // The devices that have neurons of the layer, in the order in which their sums are added.
     template <typename F> void each(F && f) const {
         for (const auto & hot : model->hot) {
-            if (hot->layers[(size_t) job.layer].n > 0) {
+            if (hot->ffns[(size_t) job.ffn].n > 0) {
                 f(*hot);
             }
         }
@@ -85,8 +85,8 @@ private:
 
 // dst [n_tokens, n_embd] += the hot parts in the order of their devices, then the bias.
 void add_rest(const pinfer_team * team, pinfer_model * m, const pinfer_ffn & f, const hot_part & hot) {
-    const int64_t n_embd = f.down.out()->ne[0], n_tokens = f.x->ne[1];
-    float *       dst    = (float *) f.down.out()->data;
+    const int64_t n_embd = f.out()->ne[0], n_tokens = f.n_tokens();
+    float *       dst    = (float *) f.out()->data;
     hot.each([&](const pinfer_hot & device) {
         const float * y = device.y;
         const int64_t n = n_embd * n_tokens;
@@ -121,7 +121,7 @@ void account(pinfer_model * m, const pinfer_span & cold, const pinfer_span & wai
     std::vector<pinfer_trace_event> events;
     for (size_t i = 0; i < m->hot.size(); i++) {
         const pinfer_hot & device = *m->hot[i];
-        if (device.layers[(size_t) job.layer].n > 0) {
+        if (device.ffns[(size_t) job.ffn].n > 0) {
             events.push_back({"copy", 0, device.copied});
             events.push_back({"hot", (int) i + 1, device.worked});
         }
@@ -130,7 +130,7 @@ void account(pinfer_model * m, const pinfer_span & cold, const pinfer_span & wai
     if (any_hot) {
         events.push_back({"wait", 0, wait});
     }
-    pinfer_trace_add(events, job.layer, job.n_tokens);
+    pinfer_trace_add(events, pinfer_ffn_layer(job.ffn), job.n_tokens);
 }
 
 // Neurons lie in shards: cold ones are computed here (those that fire as `sparse` says, null: all), hot ones on their devices
@@ -142,15 +142,18 @@ ggml_status compute_shards(pinfer_team * team, pinfer_model * m, const pinfer_ff
     ggml_status status = GGML_STATUS_SUCCESS;
     at_work.begin      = pinfer_clock();
     if (cold.n == 0) {
-        memset(f.down.out()->data, 0, ggml_nbytes(f.down.out()));
+        memset(f.out()->data, 0, ggml_nbytes(f.out()));
     } else if (sparse) {
-        count(m, pinfer_sparse_compute(team, *sparse));
+        const pinfer_sparse_counts counts = pinfer_sparse_compute(team, *sparse);
+        if (job.n_tokens < m->settings.n_batch_dense) {
+            count(m, counts);
+        }
     } else {
         status = pinfer_dense_neurons(team, f, cold, job.rule, job.x);
     }
     at_work.end = wait.begin = pinfer_clock();
     if (const pinfer_hot * failed = hot.end()) {
-        pinfer_model_fail(m, "device " + failed->name + " failed in layer " + std::to_string(job.layer) + " (" + failed->failure + ")");
+        pinfer_model_fail(m, "device " + failed->name + " failed in " + pinfer_ffn_title(job.ffn) + " (" + failed->failure + ")");
         return GGML_STATUS_FAILED;
     }
     wait.end = pinfer_clock();
@@ -162,10 +165,10 @@ ggml_status compute_shards(pinfer_team * team, pinfer_model * m, const pinfer_ff
 ggml_status short_batch_of_shards(pinfer_team * team, pinfer_model * m, const pinfer_ffn & f, pinfer_sparse_job & j) {
     j.x = x_apart(team, f, f.down.out());
     j.y = (float *) f.down.out()->data;
-    const pinfer_hot_job job    = {.layer = f.layer, .rule = j.rule, .x = j.x, .n_tokens = j.n_tokens};
+    const pinfer_hot_job job    = {.ffn = f.index, .rule = j.rule, .x = j.x, .n_tokens = j.n_tokens};
     const ggml_status    status = compute_shards(team, m, f, *j.neurons, job, &j);
     for (const auto & hot : m->hot) {
-        m->stats.n_hot += (uint64_t) (hot->layers[(size_t) f.layer].n * j.n_tokens);
+        m->stats.n_hot += (uint64_t) (hot->ffns[(size_t) f.index].n * j.n_tokens);
     }
     return status;
 }
@@ -175,13 +178,34 @@ ggml_status short_batch_of_shards(pinfer_team * team, pinfer_model * m, const pi
 ggml_status long_batch_of_shards(pinfer_team * team, pinfer_model * m, const pinfer_ffn & f, const pinfer_neurons & cold,
                                  const pinfer_rule & rule) {
     const pinfer_hot_job job = {
-        .layer    = f.layer,
+        .ffn      = f.index,
         .rule     = rule,
         .x        = x_apart(team, f, f.down.out(), m->hot.empty() ? nullptr : f.h),
-        .n_tokens = f.x->ne[1],
+        .n_tokens = f.n_tokens(),
     };
     m->stats.n_tokens_dense += (uint64_t) job.n_tokens;
     return compute_shards(team, m, f, cold, job, nullptr);
+}
+
+// Of a stack: cold experts are computed here, only what fires of them, whatever the length of the batch.
+ggml_status batch_of_stack(pinfer_team * team, pinfer_model * m, const pinfer_ffn & f, pinfer_sparse_job & j) {
+    const pinfer_routes  routes = pinfer_routes_of(f);
+    const pinfer_hot_job job    = {.ffn = f.index, .rule = j.rule, .x = j.x, .n_tokens = j.n_tokens, .routes = &routes};
+    j.routes                    = &routes;
+    j.y                         = (float *) f.out()->data;
+    const ggml_status status    = compute_shards(team, m, f, *j.neurons, job, &j);
+    if (j.n_tokens < m->settings.n_batch_dense) {
+        uint64_t n_hot = 0;
+        for (const int32_t e : routes.experts) {
+            n_hot += j.neurons->n == 0 || j.neurons->place[(size_t) e] < 0;
+        }
+        m->stats.n_tokens += (uint64_t) j.n_tokens;
+        m->stats.n_neurons += (uint64_t) (j.n_tokens * routes.n_used * j.n_ff);
+        m->stats.n_hot += n_hot * (uint64_t) j.n_ff;
+    } else {
+        m->stats.n_tokens_dense += (uint64_t) j.n_tokens;
+    }
+    return status;
 }
 
 // down is multiplied whole, from an h that is zero where nothing fired.
@@ -213,6 +237,9 @@ bool same_rows(const pinfer_product & p, ggml_type type, const uint8_t * rows, c
 }
 
 bool is_of(const pinfer_neurons & cold, const pinfer_ffn & f) {
+    if (f.is_stack()) {
+        return true; // it copies no rows
+    }
     const auto same = [&](const pinfer_product & p, const pinfer_rows & rows) {
         return (rows.bias != nullptr) == (p.bias != nullptr) && same_rows(p, rows.kernel->type, rows.data, cold.ids, cold.n);
     };
@@ -220,10 +247,20 @@ bool is_of(const pinfer_neurons & cold, const pinfer_ffn & f) {
 }
 
 bool is_of(const pinfer_hot & hot, const pinfer_ffn & f) {
-    const pinfer_hot_layer & layer = hot.layers[(size_t) f.layer];
+    const pinfer_hot_ffn & layer = hot.ffns[(size_t) f.index];
     const auto               same  = [&](const pinfer_product & p, const ggml_tensor * t, const ggml_tensor * bias) {
         pinfer_blob blob;
         std::string ignored;
+        if (f.is_stack()) { // the first row of each expert
+            const size_t row = t->nb[1];
+            bool same = pinfer_artefact_tensor(&hot.file, t->name, t->type, t->ne[0], t->ne[1], &blob, &ignored, t->ne[2]) &&
+                        t->type == p.weight->type;
+            for (int64_t j = 0; same && j < layer.n; j++) {
+                same = memcmp(blob.data + (size_t) j * t->nb[2], (const char *) p.weight->data + (size_t) layer.ids[j] * p.weight->nb[2],
+                              row) == 0;
+            }
+            return same;
+        }
         return (bias != nullptr) == (p.bias != nullptr) &&
                pinfer_artefact_tensor(&hot.file, t->name, t->type, t->ne[0], t->ne[1], &blob, &ignored) &&
                same_rows(p, t->type, blob.data, layer.ids, layer.n);
@@ -234,7 +271,7 @@ bool is_of(const pinfer_hot & hot, const pinfer_ffn & f) {
 // Whether a row of the weight in memory is that of the model's file. Models of one shape that are read into memory at the same
 // time, and not mapped, could be taken for each other.
 bool is_of_file(const pinfer_model & m, const pinfer_product & p, const pinfer_matrix & header) {
-    const int fd = open(m.settings.model.c_str(), O_RDONLY | O_CLOEXEC);
+    const int fd = open(m.header.files[header.file].c_str(), O_RDONLY | O_CLOEXEC);
     if (fd < 0) {
         return true; // moved away since
     }
@@ -247,10 +284,10 @@ bool is_of_file(const pinfer_model & m, const pinfer_product & p, const pinfer_m
 
 // Whether f is what the model's header says, whenever it is computed, and what the shards hold, when it is computed first.
 bool check_ffn(pinfer_model * m, const pinfer_ffn & f) {
-    const auto        il    = (size_t) f.layer;
-    const std::string layer = "layer " + std::to_string(f.layer);
-    if (il >= m->layers.size() || !same_matrix(f.gate, m->header.layers[il].gate) || !same_matrix(f.up, m->header.layers[il].up) ||
-        !same_matrix(f.down, m->header.layers[il].down)) {
+    const auto        il    = (size_t) f.index;
+    const std::string layer = pinfer_ffn_title(f.index);
+    if (il >= m->ffns.size() || !same_matrix(f.gate, m->header.ffns[il].gate) || !same_matrix(f.up, m->header.ffns[il].up) ||
+        !same_matrix(f.down, m->header.ffns[il].down)) {
         pinfer_model_fail(m, "the FFN of " + layer + " in the graph is not that of " + m->settings.model +
                                  "; load the model that was configured");
         return false;
@@ -259,15 +296,15 @@ bool check_ffn(pinfer_model * m, const pinfer_ffn & f) {
         pinfer_model_fail(m, pinfer_artefact_damage(file));
         return false;
     }
-    if (m->layers[il].checked) {
+    if (m->ffns[il].checked) {
         return true;
     }
-    if (!is_of_file(*m, f.up, m->header.layers[il].up)) {
+    if (!is_of_file(*m, f.up, m->header.ffns[il].up)) {
         pinfer_model_fail(m, "the weights of " + layer + " are not those of " + m->settings.model +
                                  "; load models of the same shape one after the other");
         return false;
     }
-    const pinfer_artefact * other = m->cold && !is_of(m->cold->layers[il], f) ? &m->cold->file : nullptr;
+    const pinfer_artefact * other = m->cold && !is_of(m->cold->ffns[il], f) ? &m->cold->file : nullptr;
     for (const auto & hot : m->hot) {
         other = !other && !is_of(*hot, f) ? &hot->file : other;
     }
@@ -275,7 +312,7 @@ bool check_ffn(pinfer_model * m, const pinfer_ffn & f) {
         pinfer_model_fail(m, other->path + " does not hold the neurons of " + layer + " of the model" + other->remake);
         return false;
     }
-    m->layers[il].checked = true;
+    m->ffns[il].checked = true;
     return true;
 }
 
@@ -286,30 +323,34 @@ ggml_status pinfer_ffn_compute(pinfer_team * team, pinfer_model * m, const pinfe
         return GGML_STATUS_FAILED;
     }
     const pinfer_rule rule = m->rule().act == PINFER_ACT_GRAPH ? pinfer_rule{f.graph_act, 0.0f} : m->rule();
-    const auto        il   = (size_t) f.layer;
+    const auto        il   = (size_t) f.index;
     for (const auto & hot : m->hot) {
         pinfer_hot_set_n_threads(hot.get(), team->n_threads);
     }
 
     // where another node reads h, all of h has to be there
-    const pinfer_neurons *         cold = m->cold && !f.h_is_read ? &m->cold->layers[il] : nullptr;
-    const pinfer_predictor_layer * pred = m->predictor ? &m->predictor->layers[il] : nullptr;
+    const pinfer_neurons *         cold = m->cold && !f.h_is_read ? &m->cold->ffns[il] : nullptr;
+    const pinfer_predictor_ffn * pred = m->predictor ? &m->predictor->ffns[il] : nullptr;
     if (pred && (pred->rank == 0 || (m->cold && !cold))) {
         pred = nullptr; // it is arranged for the neurons of the shard
     }
-    const int64_t n_tokens = f.x->ne[1];
+    const int64_t n_tokens = f.n_tokens();
     // Without shards only an up row or a predictor can be saved; else whole products are as good and faster.
-    const bool pays = cold || f.gated() || pred;
+    const bool pays = cold || ((f.gated() || pred) && !f.is_stack());
     if (m->observer.on || !pays) {
         return pinfer_dense_ffn(team, m, f, rule);
     }
-    if (n_tokens >= m->settings.n_batch_dense) {
+    if (n_tokens >= m->settings.n_batch_dense && !f.is_stack()) {
         return cold ? long_batch_of_shards(team, m, f, *cold, rule) : pinfer_dense_ffn(team, m, f, rule);
     }
 
     pinfer_neurons own;
-    if (!cold) {
-        own.n    = f.up.weight->ne[1];
+    if (!cold || f.is_stack()) {
+        if (cold) {
+            own = *cold;
+        } else {
+            own.n = f.up.weight->ne[1];
+        }
         own.gate = pinfer_model_rows(m, f.gate);
         own.up   = pinfer_model_rows(m, f.up);
         if (!own.up.kernel || (f.gated() && !own.gate.kernel)) {
@@ -317,14 +358,17 @@ ggml_status pinfer_ffn_compute(pinfer_team * team, pinfer_model * m, const pinfe
         }
     }
     pinfer_sparse_job j;
-    j.neurons   = cold ? cold : &own;
-    j.predictor = pred;
+    j.neurons   = cold && !f.is_stack() ? cold : &own;
+    j.predictor = n_tokens < m->settings.n_batch_dense ? pred : nullptr;
     j.rule      = rule;
     j.gated     = f.gated();
     j.n_embd    = f.x->ne[0];
     j.n_ff      = f.h->ne[0];
     j.n_tokens  = n_tokens;
-
+    if (f.is_stack()) {
+        j.x = x_apart(team, f, f.out());
+        return batch_of_stack(team, m, f, j);
+    }
     m->stats.n_tokens += (uint64_t) n_tokens;
     m->stats.n_neurons += (uint64_t) (n_tokens * j.n_ff);
     return cold ? short_batch_of_shards(team, m, f, j) : short_batch_of_model(team, m, f, j);

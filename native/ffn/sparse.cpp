@@ -5,6 +5,7 @@
 #include "sparse.h"
 
 #include <algorithm>
+#include <cstring>
 #include <numeric>
 #include <omp.h>
 #include <sys/mman.h>
@@ -13,15 +14,18 @@
 
 namespace {
 
-// Tokens computed together; more go slab by slab.
+// Tokens that a neuron is computed for at a time.
 constexpr int64_t SLAB = 32;
 
 // Neurons computed together: a tile.
 constexpr int64_t GROUP = PINFER_TILE_ROWS;
 
-// Neurons a thread takes at a time where all are computed: they are sorted by falling impact, so that the first ones fire
-// far more often.
+// Neurons a thread takes at a time where all are computed, at most: they are sorted by falling impact, so that the first ones
+// fire far more often.
 constexpr int64_t CHUNK = 16 * GROUP;
+
+// Bytes of the sums of all threads.
+constexpr int64_t SUMS = 64 << 20;
 
 // Neurons that fire wait here until their other rows have arrived in the cache.
 constexpr int64_t WAITING = 2 * GROUP;
@@ -33,27 +37,50 @@ struct x_view {
     const uint8_t * token(int64_t t) const { return data + (size_t) t * row; }
 };
 
+// Neurons in a row that the same tokens need: all of an FFN, or those of an expert and some of the tokens routed to it.
+struct segment {
+    int64_t         n = 0;
+    int64_t         row = 0;   // of its first neuron in gate, up and the predictor
+    int64_t         down = 0;  // in down
+    int64_t         place = 0; // of its candidates among all
+    int64_t         n_tokens = 0;
+    const int32_t * tokens = nullptr;  // of the batch; null: all
+    const float *   weights = nullptr; // of the expert, for these tokens; null: 1
+};
+
+// Neurons [begin, end) of a segment, which one thread computes.
+struct chunk {
+    int32_t segment = 0, thread = 0;
+    int64_t begin = 0, end = 0;
+};
+
 // What all threads share.
 struct shared {
-    const pinfer_sparse_job &      job;
-    const pinfer_rows &            first;  // decides whether a neuron fires
-    const pinfer_rows *            second; // null: ungated
-    const pinfer_rows *            down;   // null: absent
-    const pinfer_predictor_layer * predictor;
+    const pinfer_sparse_job &    job;
+    const pinfer_rows &          first;  // decides whether a neuron fires
+    const pinfer_rows *          second; // null: ungated
+    const pinfer_rows *          down;   // null: absent
+    const pinfer_predictor_ffn * predictor;
 
     bool          from_disk; // rows may have to be read
-    int64_t       n_tokens;  // of this slab
+    int64_t       n_tokens;
     const float * x;
     float *       h;
+
+    std::vector<segment> segments = {};
+    std::vector<chunk>   chunks = {}; // exact mode
+    int64_t              n_neurons = 0; // of all segments
+    bool                 gathers = false; // segments are of some tokens only
 
     // cut from the team's arena by lay_out
     x_view     x_first = {}, x_second = {}, x_predictor = {}, z = {};
     float *    hidden = nullptr;     // [n_tokens, rank]
-    int32_t *  candidates = nullptr; // [n], the segment of thread i starts at its share of the neurons
-    uint32_t * named = nullptr;      // bit t: token t named the candidate beside it
-    int64_t *  n_found = nullptr;    // [threads]
+    int32_t *  candidates = nullptr; // [n_neurons], those of a segment and thread start at its share of the neurons
+    uint32_t * named = nullptr;      // bit t: token t of the segment named the candidate beside it
+    int64_t *  n_found = nullptr;    // [segments][threads]
     float *    partial = nullptr;    // [threads][n_tokens, n_embd]
-    float *    scratch = nullptr;    // [threads][n_embd]
+    uint8_t *  own = nullptr;        // [threads] of own_size: memory of one worker
+    size_t     own_size = 0;
 };
 
 int64_t neuron_id(const shared & s, int64_t j) {
@@ -96,20 +123,43 @@ int64_t share_begin(int64_t n, int ith, int nth) {
     return std::min(n, groups * ith / nth * GROUP);
 }
 
+// The matrices of a segment, and x of its tokens.
+struct rows_view {
+    pinfer_rows rows;
+    x_view      x;
+
+    const uint8_t * row(int64_t j) const { return row_at(rows, j); }
+};
+
+pinfer_rows from_row(pinfer_rows rows, int64_t first) {
+    rows.data += (size_t) first * rows.stride;
+    rows.bias = rows.bias ? rows.bias + first : nullptr;
+    return rows;
+}
+
+size_t scratch_size(int64_t n_embd) {
+    return ((size_t) n_embd * sizeof(float) + 63) / 64 * 64;
+}
+
 class worker {
 public:
-    worker(const shared & shared, uint8_t * tile, int ith, int nth) : s(shared), tile(tile), ith(ith), nth(nth) {
-        const int64_t n = s.n_tokens * s.job.n_embd;
-        y               = s.down ? s.partial + ith * n : nullptr;
-        if (y) {
-            std::fill(y, y + n, 0.0f);
-            scratch = s.scratch + ith * s.job.n_embd;
+    worker(const shared & shared, int ith, int nth) : s(shared), ith(ith), nth(nth) {
+        uint8_t * own = s.own + (size_t) ith * s.own_size;
+        tile          = own;
+        own += pinfer_tile_size(s.job.n_embd);
+        if (s.down) {
+            const int64_t n = s.n_tokens * s.job.n_embd;
+            total           = s.partial + ith * n;
+            std::fill(total, total + n, 0.0f);
+            scratch = (float *) own;
+            own += scratch_size(s.job.n_embd);
         }
+        gathered = own;
     }
 
     // The rows of A that are this thread's.
     void hidden() const {
-        const pinfer_predictor_layer & p = *s.predictor;
+        const pinfer_predictor_ffn & p = *s.predictor;
         for (int64_t r = p.rank * ith / nth; r < p.rank * (ith + 1) / nth; r++) {
             float z[SLAB];
             pinfer_kernel_dot_many(p.a_kernel, s.job.n_embd, p.a + (size_t) r * p.a_row, s.x_predictor.data, s.x_predictor.row,
@@ -120,17 +170,123 @@ public:
         }
     }
 
-    // The candidates among the neurons that are this thread's.
-    void find_candidates() const {
-        const int64_t begin = share_begin(s.job.neurons->n, ith, nth), end = share_begin(s.job.neurons->n, ith + 1, nth);
-        int64_t       n     = 0;
+    // The candidates among the neurons that are this thread's, of every segment.
+    void find_candidates() {
+        for (size_t i = 0; i < s.segments.size(); i++) {
+            find_in(i);
+        }
+    }
+
+    void compute_candidates() {
+        for (size_t i = 0; i < s.segments.size(); i++) {
+            const int64_t * const found = s.n_found + (int64_t) i * nth;
+            const int64_t         sum   = std::accumulate(found, found + nth, (int64_t) 0);
+            const int64_t         begin = share_begin(sum, ith, nth), end = share_begin(sum, ith + 1, nth);
+            int64_t               before = 0; // candidates of the threads before j
+            enter(s.segments[i]);
+            for (int j = 0; j < nth; j++) {
+                const int64_t at   = at_segment->place + share_begin(at_segment->n, j, nth) - before;
+                const int64_t from = std::max(begin, before), to = std::min(end, before + found[j]);
+                if (from < to) {
+                    compute_list(s.candidates + at + from, s.named + at + from, to - from);
+                }
+                before += found[j];
+            }
+            leave();
+        }
+    }
+
+    // Rows of all neurons come in a stream, which the hardware fetches ahead by itself.
+    void compute_all() {
+        uint32_t every[GROUP];
+        std::fill(every, every + GROUP, ~0u);
+        for (const chunk & c : s.chunks) {
+            if (c.thread % nth != ith) {
+                continue;
+            }
+            if (at_segment != &s.segments[(size_t) c.segment]) {
+                leave();
+                enter(s.segments[(size_t) c.segment]);
+            }
+            for (int64_t j = c.begin; j < c.end; j += GROUP) {
+                int32_t list[GROUP];
+                std::iota(list, list + GROUP, (int32_t) j);
+                compute_group(list, every, std::min(GROUP, c.end - j), 0);
+            }
+        }
+        leave();
+    }
+
+    pinfer_sparse_counts counts;
+
+private:
+    void enter(const segment & g) {
+        at_segment = &g;
+        n_tokens   = g.n_tokens;
+        mask       = n_tokens >= 32 ? ~0u : (1u << n_tokens) - 1;
+        first      = {from_row(s.first, g.row), s.x_first};
+        if (s.second) {
+            second = {from_row(*s.second, g.row), s.x_second};
+        }
+        if (s.down) {
+            down = from_row(*s.down, g.down);
+        }
+        z = s.z;
+        y = total;
+        if (s.gathers) {
+            uint8_t * to = gathered;
+            gather(g, &first.x, &to);
+            if (s.second) {
+                s.x_second.data == s.x_first.data ? (void) (second.x = first.x) : gather(g, &second.x, &to);
+            }
+            if (s.predictor) {
+                s.z.data == s.x_first.data ? (void) (z = first.x) : gather(g, &z, &to);
+            }
+            y = (float *) to;
+            std::fill(y, y + n_tokens * s.job.n_embd, 0.0f);
+        }
+    }
+
+    void gather(const segment & g, x_view * x, uint8_t ** to) const {
+        for (int64_t t = 0; t < g.n_tokens; t++) {
+            memcpy(*to + (size_t) t * x->row, x->token(g.tokens[t]), x->row);
+        }
+        x->data = *to;
+        *to += (size_t) SLAB * x->row;
+    }
+
+    void leave() {
+        if (!at_segment) {
+            return;
+        }
+        finish(n_waiting);
+        for (int64_t t = 0; s.gathers && t < n_tokens; t++) {
+            const float * const from = y + t * s.job.n_embd;
+            float * const       to   = total + at_segment->tokens[t] * s.job.n_embd;
+            for (int64_t k = 0; k < s.job.n_embd; k++) {
+                to[k] += from[k];
+            }
+        }
+        at_segment = nullptr;
+    }
+
+    void find_in(size_t i) {
+        const segment & g     = s.segments[i];
+        const int64_t   begin = share_begin(g.n, ith, nth), end = share_begin(g.n, ith + 1, nth);
+        int64_t         n     = 0;
+        if (s.gathers) {
+            enter(g);
+        } else {
+            z        = s.z;
+            n_tokens = g.n_tokens;
+        }
         for (int64_t j = begin; j < end; j += GROUP) {
             float score[SLAB * GROUP];
-            pinfer_predictor_scores(*s.predictor, s.job.neurons->ids, j, std::min(GROUP, end - j), s.z.data, s.z.row, s.n_tokens,
+            pinfer_predictor_scores(*s.predictor, s.job.neurons->ids, g.row + j, std::min(GROUP, end - j), z.data, z.row, n_tokens,
                                     score);
-            const float * const threshold = s.predictor->thresholds.data() + j;
+            const float * const threshold = s.predictor->thresholds.data() + g.row + j;
             uint32_t            above[SLAB], any = 0; // bit r: neuron j + r
-            for (int64_t t = 0; t < s.n_tokens; t++) {
+            for (int64_t t = 0; t < n_tokens; t++) {
                 above[t] = 0;
                 for (int64_t r = 0; r < GROUP; r++) {
                     above[t] |= (uint32_t) (score[t * GROUP + r] > threshold[r]) << r;
@@ -140,59 +296,26 @@ public:
             for (; any; any &= any - 1) {
                 const int r     = __builtin_ctz(any);
                 uint32_t  named = 0;
-                for (int64_t t = 0; t < s.n_tokens; t++) {
+                for (int64_t t = 0; t < n_tokens; t++) {
                     named |= (above[t] >> r & 1) << t;
                 }
-                s.candidates[begin + n] = (int32_t) (j + r);
-                s.named[begin + n]      = named;
+                s.candidates[g.place + begin + n] = (int32_t) (j + r);
+                s.named[g.place + begin + n]      = named;
                 n++;
             }
         }
-        s.n_found[ith] = n;
+        s.n_found[(int64_t) i * nth + ith] = n;
+        at_segment                         = nullptr;
     }
 
-    void compute_candidates() {
-        int64_t total = 0;
-        for (int i = 0; i < nth; i++) {
-            total += s.n_found[i];
-        }
-        const int64_t begin = share_begin(total, ith, nth), end = share_begin(total, ith + 1, nth);
-        int64_t       before = 0; // candidates of the threads before i
-        for (int i = 0; i < nth; i++) {
-            const int64_t at   = share_begin(s.job.neurons->n, i, nth) - before;
-            const int64_t from = std::max(begin, before), to = std::min(end, before + s.n_found[i]);
-            if (from < to) {
-                compute_list(s.candidates + at + from, s.named + at + from, to - from);
-            }
-            before += s.n_found[i];
-        }
-        finish(n_waiting);
-    }
-
-    // Rows of all neurons come in a stream, which the hardware fetches ahead by itself.
-    void compute_all() {
-        uint32_t every[GROUP];
-        std::fill(every, every + GROUP, ~0u);
-        for (int64_t chunk = ith * CHUNK; chunk < s.job.neurons->n; chunk += nth * CHUNK) {
-            const int64_t end = std::min(s.job.neurons->n, chunk + CHUNK);
-            for (int64_t j = chunk; j < end; j += GROUP) {
-                int32_t list[GROUP];
-                std::iota(list, list + GROUP, (int32_t) j);
-                compute_group(list, every, std::min(GROUP, end - j), 0);
-            }
-        }
-        finish(n_waiting);
-    }
-
-    pinfer_sparse_counts counts;
-
-private:
     void compute_list(const int32_t * list, const uint32_t * named, int64_t n) {
         for (int64_t k = 0; s.from_disk && k < n; k++) {
-            for (const pinfer_rows * rows : {&s.first, s.second, s.down}) {
-                if (rows) {
-                    request_row(*rows, list[k], s.job.n_embd);
-                }
+            request_row(first.rows, list[k], s.job.n_embd);
+            if (s.second) {
+                request_row(second.rows, list[k], s.job.n_embd);
+            }
+            if (s.down) {
+                request_row(down, list[k], s.job.n_embd);
             }
         }
         for (int64_t at = 0; at < n; at += GROUP) {
@@ -202,32 +325,33 @@ private:
 
     // out[t*GROUP + r] = rows[list[r]] . x_t, with bias, for the n <= GROUP rows of the list. The rows from list[GROUP] to
     // list[known - 1] come next: each is fetched while another is computed, since a burst of requests would stall both.
-    void products(const pinfer_rows & rows, const x_view & x, const int32_t * list, int64_t n, int64_t known, float * out) const {
-        if (rows.kernel->multiply && s.n_tokens > 1) {
+    void products(const rows_view & v, const int32_t * list, int64_t n, int64_t known, float * out) const {
+        const pinfer_rows & rows = v.rows;
+        if (rows.kernel->multiply && n_tokens > 1) {
             for (int64_t r = GROUP; r < known; r++) {
                 prefetch_row(rows, list[r], s.job.n_embd);
             }
             const void * row[GROUP];
             for (int64_t r = 0; r < GROUP; r++) {
-                row[r] = row_at(rows, list[std::min(r, n - 1)]);
+                row[r] = v.row(list[std::min(r, n - 1)]);
             }
             rows.kernel->pack(0, s.job.n_embd, row, tile);
-            std::fill(out, out + s.n_tokens * GROUP, 0.0f);
-            rows.kernel->multiply(s.job.n_embd, 0, s.job.n_embd, tile, x.data, x.row, s.n_tokens, out, GROUP);
+            std::fill(out, out + n_tokens * GROUP, 0.0f);
+            rows.kernel->multiply(s.job.n_embd, 0, s.job.n_embd, tile, v.x.data, v.x.row, n_tokens, out, GROUP);
         } else {
             for (int64_t r = 0; r < n; r++) {
                 if (r + GROUP < known) {
                     prefetch_row(rows, list[r + GROUP], s.job.n_embd);
                 }
                 float dots[SLAB];
-                pinfer_kernel_dot_many(rows.kernel, s.job.n_embd, row_at(rows, list[r]), x.data, x.row, s.n_tokens, dots);
-                for (int64_t t = 0; t < s.n_tokens; t++) {
+                pinfer_kernel_dot_many(rows.kernel, s.job.n_embd, v.row(list[r]), v.x.data, v.x.row, n_tokens, dots);
+                for (int64_t t = 0; t < n_tokens; t++) {
                     out[t * GROUP + r] = dots[t];
                 }
             }
         }
         for (int64_t r = 0; rows.bias && r < n; r++) {
-            for (int64_t t = 0; t < s.n_tokens; t++) {
+            for (int64_t t = 0; t < n_tokens; t++) {
                 out[t * GROUP + r] += rows.bias[list[r]];
             }
         }
@@ -236,12 +360,12 @@ private:
     void compute_group(const int32_t * list, const uint32_t * named, int64_t n, int64_t known) {
         const float threshold = s.job.rule.threshold;
         float       out[SLAB * GROUP];
-        products(s.first, s.x_first, list, n, known, out);
+        products(first, list, n, known, out);
         for (int64_t r = 0; r < n; r++) {
-            counts.candidates += (uint64_t) std::min<int64_t>(__builtin_popcount(named[r]), s.n_tokens);
+            counts.candidates += (uint64_t) __builtin_popcount(named[r] & mask);
             float * f   = value[n_waiting];
             bool    any = false;
-            for (int64_t t = 0; t < s.n_tokens; t++) {
+            for (int64_t t = 0; t < n_tokens; t++) {
                 const bool fires = out[t * GROUP + r] > threshold && (named[r] >> t & 1);
                 f[t]             = fires ? out[t * GROUP + r] : 0.0f;
                 any |= fires;
@@ -249,10 +373,10 @@ private:
             if (any) {
                 waiting[n_waiting++] = list[r];
                 if (s.second) {
-                    prefetch_row(*s.second, list[r], s.job.n_embd);
+                    prefetch_row(second.rows, list[r], s.job.n_embd);
                 }
                 if (s.down) {
-                    prefetch_row(*s.down, list[r], s.job.n_embd);
+                    prefetch_row(down, list[r], s.job.n_embd);
                 }
                 if (n_waiting == WAITING) {
                     finish(GROUP);
@@ -272,18 +396,19 @@ private:
     }
 
     void finish_group(int64_t at, int64_t n) {
-        float out[SLAB * GROUP], f[GROUP * SLAB];
+        const float * const weights = at_segment->weights;
+        float               out[SLAB * GROUP], f[GROUP * SLAB];
         if (s.second) {
-            products(*s.second, s.x_second, waiting + at, n, n, out);
+            products(second, waiting + at, n, n, out);
         }
         const void * rows[GROUP];
         for (int64_t r = 0; r < n; r++) {
             const int32_t j = waiting[at + r];
-            rows[r]         = s.down ? row_at(*s.down, j) : nullptr;
-            for (int64_t t = 0; t < s.n_tokens; t++) {
+            rows[r]         = s.down ? row_at(down, j) : nullptr;
+            for (int64_t t = 0; t < n_tokens; t++) {
                 const float g  = value[at + r][t];
                 const float fi = g > 0.0f ? pinfer_activate(s.job.rule, g, s.second ? out[t * GROUP + r] : g) : 0.0f;
-                f[r * s.n_tokens + t] = fi;
+                f[r * n_tokens + t] = weights ? fi * weights[t] : fi;
                 counts.active += fi != 0.0f;
                 if (!s.down) {
                     s.h[t * s.job.n_ff + neuron_id(s, j)] = fi;
@@ -291,19 +416,92 @@ private:
             }
         }
         if (s.down) {
-            pinfer_kernel_accumulate(s.down->kernel, s.job.n_embd, n, rows, f, s.n_tokens, y, scratch);
+            pinfer_kernel_accumulate(down.kernel, s.job.n_embd, n, rows, f, n_tokens, y, scratch);
         }
     }
 
-    const shared &     s;
-    uint8_t *          tile;
-    int                ith, nth;
-    float *            y;
-    float *            scratch = nullptr; // [n_embd]
-    int64_t            n_waiting = 0;
-    int32_t            waiting[WAITING];
-    float              value[WAITING + 1][SLAB]; // first products, 0 where a token has no use for the neuron
+    const shared &  s;
+    int             ith, nth;
+    uint8_t *       tile = nullptr;
+    float *         total = nullptr;    // [n_tokens of the batch, n_embd]: what this thread adds to the output
+    float *         scratch = nullptr;  // [n_embd]
+    uint8_t *       gathered = nullptr; // x and y of a segment's tokens
+    // of the segment
+    const segment * at_segment = nullptr;
+    int64_t         n_tokens = 0;
+    uint32_t        mask = 0; // a bit for each token
+    rows_view       first, second;
+    pinfer_rows     down;
+    x_view          z;
+    float *         y = nullptr; // [n_tokens, n_embd]
+    int64_t         n_waiting = 0;
+    int32_t         waiting[WAITING];
+    float           value[WAITING + 1][SLAB]; // first products, 0 where a token has no use for the neuron
 };
+
+// The tokens and weights of every expert, and the segments they make.
+struct routing {
+    std::vector<int32_t> tokens;
+    std::vector<float>   weights;
+};
+
+// Sorts the tokens [from, from + n_tokens) by the experts they are routed to: counting, then placing.
+void route(shared * s, const pinfer_routes & routes, const std::vector<int64_t> & place, int64_t from, routing * out) {
+    const int64_t        n_experts = (int64_t) place.size(), n_ff = s->job.n_ff;
+    std::vector<int64_t> begin((size_t) n_experts + 1, 0);
+    const auto           each = [&](auto && f) {
+        for (int64_t t = 0; t < s->n_tokens; t++) {
+            for (int64_t k = 0; k < routes.n_used; k++) {
+                const int64_t at = (from + t) * routes.n_used + k;
+                const int32_t e  = routes.experts[at];
+                if (e >= 0 && e < n_experts && place[(size_t) e] >= 0) {
+                    f(e, (int32_t) t, routes.weights[at]);
+                }
+            }
+        }
+    };
+    each([&](int32_t e, int32_t, float) { begin[(size_t) e + 1]++; });
+    std::partial_sum(begin.begin(), begin.end(), begin.begin());
+    out->tokens.resize((size_t) begin.back());
+    out->weights.resize((size_t) begin.back());
+    std::vector<int64_t> next(begin.begin(), begin.end() - 1);
+    each([&](int32_t e, int32_t t, float w) {
+        const auto at    = (size_t) next[(size_t) e]++;
+        out->tokens[at]  = t;
+        out->weights[at] = w;
+    });
+    for (int64_t e = 0; e < n_experts; e++) {
+        for (int64_t at = begin[(size_t) e]; at < begin[(size_t) e + 1]; at += SLAB) {
+            s->segments.push_back({.n        = n_ff,
+                                   .row      = e * n_ff,
+                                   .down     = place[(size_t) e],
+                                   .place    = s->n_neurons,
+                                   .n_tokens = std::min(SLAB, begin[(size_t) e + 1] - at),
+                                   .tokens   = out->tokens.data() + at,
+                                   .weights  = out->weights.data() + at});
+            s->n_neurons += n_ff;
+        }
+    }
+    s->gathers = s->n_tokens > 1;
+}
+
+// Which thread computes which neurons: even shares, the same for the same segments and threads. Chunks are small where there
+// are few neurons for many threads, and whole experts where there are many of them.
+void share_out(shared * s, int n_threads) {
+    const int64_t n_segments = (int64_t) s->segments.size();
+    const int64_t even       = s->n_neurons / (8 * n_threads) / GROUP * GROUP;
+    const int64_t length     = n_segments >= 8 * n_threads ? s->n_neurons : std::clamp(even, GROUP, CHUNK);
+    std::vector<int64_t> load((size_t) n_threads, 0);
+    for (int64_t i = 0; i < n_segments; i++) {
+        const segment & g = s->segments[(size_t) i];
+        for (int64_t begin = 0; begin < g.n; begin += length) {
+            const int64_t end   = std::min(g.n, begin + length);
+            const auto    least = std::min_element(load.begin(), load.end());
+            *least += (end - begin) * (4 + g.n_tokens); // unpacking a row costs about as much as some products with it
+            s->chunks.push_back({(int32_t) i, (int32_t) (least - load.begin()), begin, end});
+        }
+    }
+}
 
 // Every nth-th token of x into a kernel's input type.
 void prepare(ggml_type type, const float * x, int64_t n, int64_t n_tokens, const x_view & out, int ith, int nth) {
@@ -334,15 +532,15 @@ private:
     uint8_t * base;
 };
 
-ggml_type predictor_x_type(const pinfer_predictor_layer & p) {
+ggml_type predictor_x_type(const pinfer_predictor_ffn & p) {
     return p.bits ? PINFER_X_Q8 : p.a_kernel->x_type;
 }
 
-// The buffers of a slab; returns their size.
-size_t lay_out(shared * s, uint8_t ** tiles, uint8_t * base, int n_threads) {
-    arena                          a(base);
-    const pinfer_predictor_layer * p = s->predictor;
-    const int64_t                  n = s->job.neurons->n, n_embd = s->job.n_embd;
+// The buffers of a batch; returns their size.
+size_t lay_out(shared * s, uint8_t * base, int n_threads) {
+    arena                        a(base);
+    const pinfer_predictor_ffn * p = s->predictor;
+    const int64_t                n_embd = s->job.n_embd;
 
     s->x_first     = a.take_x(s->first.kernel->x_type, n_embd, s->n_tokens);
     s->x_second    = s->x_first;
@@ -359,24 +557,31 @@ size_t lay_out(shared * s, uint8_t ** tiles, uint8_t * base, int n_threads) {
             s->z      = a.take_x(p->b_kernel->x_type, p->rank, s->n_tokens);
             s->hidden = (float *) a.take((size_t) (s->n_tokens * p->rank) * sizeof(float));
         }
-        s->candidates = (int32_t *) a.take((size_t) (n + 1) * sizeof(int32_t));
-        s->named      = (uint32_t *) a.take((size_t) (n + 1) * sizeof(uint32_t));
-        s->n_found    = (int64_t *) a.take((size_t) n_threads * sizeof(int64_t));
+        s->candidates = (int32_t *) a.take((size_t) (s->n_neurons + 1) * sizeof(int32_t));
+        s->named      = (uint32_t *) a.take((size_t) (s->n_neurons + 1) * sizeof(uint32_t));
+        s->n_found    = (int64_t *) a.take(s->segments.size() * (size_t) n_threads * sizeof(int64_t));
     }
+    s->own_size = pinfer_tile_size(n_embd);
     if (s->down) {
         s->partial = (float *) a.take((size_t) (n_threads * s->n_tokens * n_embd) * sizeof(float));
-        s->scratch = (float *) a.take((size_t) (n_threads * n_embd) * sizeof(float));
+        s->own_size += scratch_size(n_embd);
     }
-    *tiles = a.take((size_t) n_threads * pinfer_tile_size(n_embd));
+    if (s->gathers) {
+        s->own_size += (size_t) SLAB * (s->x_first.row + s->x_second.row + s->x_predictor.row + (size_t) n_embd * sizeof(float));
+    }
+    s->own_size = (s->own_size + 63) / 64 * 64;
+    s->own      = a.take((size_t) n_threads * s->own_size);
     return a.used;
 }
 
-pinfer_sparse_counts compute_slab(pinfer_team * team, shared & s, float * y) {
-    uint8_t *    tiles = nullptr;
-    const size_t size  = lay_out(&s, &tiles, nullptr, team->n_threads);
-    lay_out(&s, &tiles, pinfer_team_arena(team, size), team->n_threads);
+pinfer_sparse_counts compute_segments(pinfer_team * team, shared & s, float * y) {
+    if (!s.predictor) {
+        share_out(&s, team->n_threads);
+    }
+    const size_t size = lay_out(&s, nullptr, team->n_threads);
+    lay_out(&s, pinfer_team_arena(team, size), team->n_threads);
 
-    const pinfer_predictor_layer * p = s.predictor;
+    const pinfer_predictor_ffn * p = s.predictor;
     uint64_t candidates = 0, active = 0;
 #pragma omp parallel num_threads(team->n_threads) reduction(+ : candidates, active)
     {
@@ -389,7 +594,7 @@ pinfer_sparse_counts compute_slab(pinfer_team * team, shared & s, float * y) {
         if (s.x_predictor.data != s.x_first.data) {
             prepare(predictor_x_type(*p), s.x, s.job.n_embd, s.n_tokens, s.x_predictor, ith, nth);
         }
-        worker w(s, tiles + (size_t) ith * pinfer_tile_size(s.job.n_embd), ith, nth);
+        worker w(s, ith, nth);
 #pragma omp barrier
         if (p) {
             if (!p->bits) {
@@ -421,12 +626,20 @@ pinfer_sparse_counts compute_slab(pinfer_team * team, shared & s, float * y) {
     return {.candidates = candidates, .active = active};
 }
 
+// Tokens computed together: those of a stack are sorted by their experts first, so the more there are the better, as far as
+// the sums of all threads stay small.
+int64_t batch_of(const pinfer_team * team, const pinfer_sparse_job & job) {
+    const int64_t most = SUMS / (team->n_threads * job.n_embd * (int64_t) sizeof(float));
+    return job.routes ? std::max(SLAB, most) : SLAB;
+}
+
 } // namespace
 
 pinfer_sparse_counts pinfer_sparse_compute(pinfer_team * team, const pinfer_sparse_job & job) {
     const pinfer_neurons & neurons = *job.neurons;
+    const int64_t          batch   = batch_of(team, job);
     pinfer_sparse_counts   sum;
-    for (int64_t t = 0; t < job.n_tokens; t += SLAB) {
+    for (int64_t t = 0; t < job.n_tokens; t += batch) {
         shared s = {
             .job       = job,
             .first     = job.gated ? neurons.gate : neurons.up,
@@ -434,11 +647,18 @@ pinfer_sparse_counts pinfer_sparse_compute(pinfer_team * team, const pinfer_spar
             .down      = neurons.down.data ? &neurons.down : nullptr,
             .predictor = job.predictor,
             .from_disk = job.predictor && reads_from_disk(team),
-            .n_tokens  = std::min(SLAB, job.n_tokens - t),
+            .n_tokens  = std::min(batch, job.n_tokens - t),
             .x         = job.x + t * job.n_embd,
             .h         = job.h ? job.h + t * job.n_ff : nullptr,
         };
-        const pinfer_sparse_counts c = compute_slab(team, s, job.y ? job.y + t * job.n_embd : nullptr);
+        routing routed;
+        if (job.routes) {
+            route(&s, *job.routes, neurons.place, t, &routed);
+        } else {
+            s.segments  = {{.n = neurons.n, .n_tokens = s.n_tokens}};
+            s.n_neurons = neurons.n;
+        }
+        const pinfer_sparse_counts c = compute_segments(team, s, job.y ? job.y + t * job.n_embd : nullptr);
         sum.candidates += c.candidates;
         sum.active += c.active;
     }

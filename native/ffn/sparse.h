@@ -2,15 +2,17 @@
 #pragma once
 
 #include "cold.h"
+#include "device.h"
 #include "predictor.h"
 #include "team.h"
 
 struct pinfer_sparse_job {
     const pinfer_neurons *         neurons = nullptr;
-    const pinfer_predictor_layer * predictor = nullptr; // null: every neuron is a candidate
+    const pinfer_predictor_ffn * predictor = nullptr; // null: every neuron is a candidate
     pinfer_rule                    rule;
     bool                           gated = false;
-    int64_t                        n_embd = 0, n_ff = 0;
+    const pinfer_routes *          routes = nullptr; // of a stack, whose neurons all have down rows
+    int64_t                        n_embd = 0, n_ff = 0; // n_ff of one expert
     int64_t                        n_tokens = 0;
     const float *                  x = nullptr; // [n_tokens, n_embd]
     float *                        y = nullptr; // [n_tokens, n_embd] takes the sums; null where neurons have no down rows

@@ -20,10 +20,10 @@ static pinfer_origin origin_of_corpus() {
     o.rule          = {PINFER_ACT_REGLU, 0.0f};
     o.header.arch   = "llama";
     o.header.n_embd = N_EMBD;
-    pinfer_layer_header layer;
+    pinfer_ffn_header layer;
     layer.gate.ne[0] = layer.up.ne[0] = layer.down.ne[1] = N_EMBD;
     layer.gate.ne[1] = layer.up.ne[1] = layer.down.ne[0] = N_FF;
-    o.header.layers.assign(N_LAYER, layer);
+    o.header.ffns.assign(N_LAYER, layer);
     return o;
 }
 
@@ -60,7 +60,7 @@ static bool read(char kind, const char * path, const pinfer_origin & origin, std
     if (kind == 'm') {
         pinfer_header h;
         const bool    ok = pinfer_header_read(path, &h, err);
-        for (const pinfer_layer_header & l : h.layers) {
+        for (const pinfer_ffn_header & l : h.ffns) {
             require(!ok || l.n_ff() == 0 || (l.up.ne[0] == h.n_embd && l.down.ne[0] == l.n_ff()));
         }
         std::string fingerprint;
@@ -71,8 +71,8 @@ static bool read(char kind, const char * path, const pinfer_origin & origin, std
         if (!pinfer_cold_open(&c, path, origin, err)) {
             return false;
         }
-        require(c.layers.size() == (size_t) N_LAYER);
-        for (const pinfer_neurons & l : c.layers) {
+        require(c.ffns.size() == (size_t) N_LAYER);
+        for (const pinfer_neurons & l : c.ffns) {
             for (int64_t j = 0; j < l.n; j++) {
                 require(l.ids[j] >= 0 && l.ids[j] < N_FF);
             }
@@ -99,7 +99,7 @@ static bool read(char kind, const char * path, const pinfer_origin & origin, std
         return false;
     }
     pinfer_predictor_arrange(&p, nullptr);
-    for (const pinfer_predictor_layer & l : p.layers) {
+    for (const pinfer_predictor_ffn & l : p.ffns) {
         require(l.rank >= 0);
         if (l.rank > 0) {
             touch(l.a, l.a ? l.a_row * (size_t) l.rank : 0);

@@ -92,43 +92,53 @@ static ggml_backend_dev_t find_device(const char * name, int index, std::string 
 }
 
 // Makes the tensor `name` of the file (if there) in the weights context.
-static bool declare(pinfer_hot * hot, const std::string & name, int64_t ne0, int64_t ne1, ggml_tensor ** out,
+static bool declare(pinfer_hot * hot, const std::string & name, int64_t ne0, int64_t ne1, int64_t ne2, ggml_tensor ** out,
                     std::string * err) {
     pinfer_blob blob;
-    if (!pinfer_artefact_tensor(&hot->file, name.c_str(), GGML_TYPE_COUNT, ne0, ne1, &blob, err)) {
+    if (!pinfer_artefact_tensor(&hot->file, name, GGML_TYPE_COUNT, ne0, ne1, &blob, err, ne2)) {
         return false;
     }
-    *out = blob.data ? ggml_new_tensor_2d(hot->weights, blob.type, ne0, ne1) : nullptr;
+    *out = blob.data ? ggml_new_tensor_3d(hot->weights, blob.type, ne0, ne1, ne2) : nullptr;
     if (*out) {
         ggml_set_name(*out, name.c_str());
     }
     return true;
 }
 
-static bool declare_layer(pinfer_hot * hot, int64_t il, const pinfer_origin & origin, std::string * err) {
-    const std::string  blk   = "blk." + std::to_string(il) + ".";
-    const int64_t      n_embd = hot->file.n_embd;
-    pinfer_hot_layer & layer = hot->layers[(size_t) il];
-    if (!pinfer_artefact_neurons(&hot->file, origin, il, &layer.ids, &layer.n, err)) {
+static bool declare_ffn(pinfer_hot * hot, int ffn, const pinfer_origin & origin, std::string * err) {
+    const std::string         name   = pinfer_ffn_name(ffn);
+    const pinfer_ffn_header & header = origin.header.ffns[(size_t) ffn];
+    const bool                is_stack = pinfer_ffn_kind_of(ffn) == PINFER_FFN_EXPERTS;
+    pinfer_hot_ffn &          f      = hot->ffns[(size_t) ffn];
+    f.n_embd                         = header.n_embd();
+    if (!pinfer_artefact_units(&hot->file, origin, ffn, &f.ids, &f.n, err)) {
         return false;
     }
-    if (layer.n == 0) {
+    if (f.n == 0) {
         return true;
     }
-    if (!declare(hot, blk + "ffn_gate.weight", n_embd, layer.n, &layer.gate, err) ||
-        !declare(hot, blk + "ffn_up.weight", n_embd, layer.n, &layer.up, err) ||
-        !declare(hot, blk + "ffn_down.weight", layer.n, n_embd, &layer.down, err) ||
-        !declare(hot, blk + "ffn_gate.bias", layer.n, 1, &layer.gate_bias, err) ||
-        !declare(hot, blk + "ffn_up.bias", layer.n, 1, &layer.up_bias, err)) {
+    const int64_t n_ff = is_stack ? header.n_ff() : f.n, n = is_stack ? f.n : 1;
+    if (!declare(hot, name + ".ffn_gate.weight", f.n_embd, n_ff, n, &f.gate, err) ||
+        !declare(hot, name + ".ffn_up.weight", f.n_embd, n_ff, n, &f.up, err) ||
+        !declare(hot, name + ".ffn_down.weight", n_ff, f.n_embd, n, &f.down, err) ||
+        (!is_stack && (!declare(hot, name + ".ffn_gate.bias", n_ff, 1, 1, &f.gate_bias, err) ||
+                       !declare(hot, name + ".ffn_up.bias", n_ff, 1, 1, &f.up_bias, err)))) {
         return false;
     }
-    for (const ggml_tensor * bias : {layer.gate_bias, layer.up_bias}) {
+    for (const ggml_tensor * bias : {f.gate_bias, f.up_bias}) {
         if (bias && bias->type != GGML_TYPE_F32) {
             return pinfer_artefact_damaged(&hot->file, std::string(bias->name) + " is not F32", err);
         }
     }
-    if (!layer.up || !layer.down || pinfer_is_gated(hot->file.rule.act) != (layer.gate != nullptr)) {
-        return pinfer_artefact_damaged(&hot->file, "layer " + std::to_string(il) + " lacks a matrix", err);
+    if (!f.up || !f.down || pinfer_is_gated(hot->file.rule.act) != (f.gate != nullptr)) {
+        return pinfer_artefact_damaged(&hot->file, pinfer_ffn_title(ffn) + " lacks a matrix", err);
+    }
+    if (is_stack) {
+        f.place.assign((size_t) header.n_experts(), -1);
+        for (int64_t j = 0; j < f.n; j++) {
+            f.place[(size_t) f.ids[j]] = (int32_t) j;
+        }
+        f.n_used = std::min<int64_t>(f.n, origin.header.n_expert_used ? origin.header.n_expert_used : f.n);
     }
     return true;
 }
@@ -153,9 +163,9 @@ bool pinfer_hot_read(pinfer_hot * hot, const char * path, const pinfer_origin & 
     }
     const size_t n_tensors = (size_t) gguf_get_n_tensors(hot->file.gguf);
     hot->weights = ggml_init({.mem_size = ggml_tensor_overhead() * (n_tensors + 1), .mem_buffer = nullptr, .no_alloc = true});
-    hot->layers.resize((size_t) hot->file.n_layer);
-    for (int64_t il = 0; il < hot->file.n_layer; il++) {
-        if (!declare_layer(hot, il, origin, err)) {
+    hot->ffns.resize(origin.header.ffns.size());
+    for (const int ffn : hot->file.ffns) {
+        if (!declare_ffn(hot, ffn, origin, err)) {
             return false;
         }
     }
@@ -189,7 +199,7 @@ bool pinfer_hot_open(pinfer_hot * hot, const char * device, int index, std::stri
     }
     for (ggml_tensor * t = ggml_get_first_tensor(hot->weights); t; t = ggml_get_next_tensor(hot->weights, t)) {
         pinfer_blob blob;
-        if (!pinfer_artefact_tensor(&hot->file, t->name, t->type, t->ne[0], t->ne[1], &blob, err)) {
+        if (!pinfer_artefact_tensor(&hot->file, t->name, t->type, t->ne[0], t->ne[1], &blob, err, t->ne[2])) {
             return false;
         }
         ggml_backend_tensor_set(t, blob.data, 0, ggml_nbytes(t));

@@ -3,6 +3,7 @@
 
 #include "activation.h"
 #include "artefact.h"
+#include "header.h"
 #include "ggml-alloc.h"
 #include "ggml-backend.h"
 #include "pinfer.h"
@@ -21,15 +22,25 @@ enum pinfer_hot_drive {
     PINFER_HOT_THREADED, // its calls block, so a thread of its own makes them
 };
 
-// The graph of a layer for a number of tokens, built once.
+// Where the tokens of a batch are routed to, for a stack of experts.
+struct pinfer_routes {
+    int64_t              n_used = 0; // experts of a token
+    std::vector<int32_t> experts;    // [n_tokens, n_used]
+    std::vector<float>   weights;    // [n_tokens, n_used]
+};
+
+// The graph of an FFN for a number of tokens, built once.
 struct pinfer_hot_graph {
     pinfer_rule    rule;
     int64_t        n_tokens = 0;
+    int64_t        n_used = 0; // experts of a token; 0: no stack
     std::unique_ptr<uint8_t[]> memory; // of ctx
     ggml_context * ctx = nullptr;
     ggml_cgraph *  graph = nullptr;
     ggml_tensor *  x = nullptr; // [n_embd, n_tokens]
     ggml_tensor *  y = nullptr; // [n_embd, n_tokens]
+    ggml_tensor *  experts = nullptr; // [n_used, n_tokens]: places in the stack
+    ggml_tensor *  weights = nullptr; // [1, n_used, n_tokens]
 
     pinfer_hot_graph() = default;
     pinfer_hot_graph(const pinfer_hot_graph &) = delete;
@@ -37,12 +48,15 @@ struct pinfer_hot_graph {
     ~pinfer_hot_graph();
 };
 
-struct pinfer_hot_layer {
-    int64_t         n = 0; // 0: nothing of this layer is hot
+struct pinfer_hot_ffn {
+    int64_t         n = 0; // neurons, or experts of a stack; 0: nothing of this FFN is hot
     const int32_t * ids = nullptr;
-    ggml_tensor *   gate = nullptr; // [n_embd, n], null: ungated
+    int64_t         n_embd = 0;
+    ggml_tensor *   gate = nullptr; // [n_embd, n], null: ungated; of a stack [n_embd, n_ff, n]
     ggml_tensor *   up = nullptr;
-    ggml_tensor *   down = nullptr; // [n, n_embd]
+    ggml_tensor *   down = nullptr; // [n, n_embd]; of a stack [n_ff, n_embd, n]
+    std::vector<int32_t> place;     // of a stack: of each expert of the model, -1: it is not here
+    int64_t              n_used = 0; // of a stack: the most experts that a token has here
     ggml_tensor *   gate_bias = nullptr;
     ggml_tensor *   up_bias = nullptr;
 
@@ -51,17 +65,18 @@ struct pinfer_hot_layer {
 
 // What a device has been asked for.
 struct pinfer_hot_job {
-    int           layer = -1;
-    pinfer_rule   rule;
-    const float * x = nullptr; // [n_tokens, n_embd]
-    int64_t       n_tokens = 0;
+    int                   ffn = -1;
+    pinfer_rule           rule;
+    const float *         x = nullptr; // [n_tokens, n_embd]
+    int64_t               n_tokens = 0;
+    const pinfer_routes * routes = nullptr; // of a stack; stays until the end
 };
 
 struct pinfer_hot {
     pinfer_artefact               file;
     std::string                   placement_id;
     std::string                   name; // of the ggml device
-    std::vector<pinfer_hot_layer> layers;
+    std::vector<pinfer_hot_ffn>   ffns;
     pinfer_hot_drive              drive = PINFER_HOT_INLINE;
     ggml_backend_t                backend = nullptr;
     ggml_context *                weights = nullptr;
@@ -75,7 +90,9 @@ struct pinfer_hot {
     std::vector<float>    plain;
     float *               x = nullptr; // null: the caller's x is used
     float *               y = nullptr;
-    int64_t               n_staged = 0; // tokens there is room for
+    int64_t               n_staged = 0; // values there is room for
+    std::vector<int32_t>  experts; // of a job: places in the stack, and what their outputs are multiplied by
+    std::vector<float>    factors;
 
     pinfer_hot_job   job;
     char             failure[160] = ""; // of the job; empty: none. No string: where memory is out it must still be kept
@@ -108,7 +125,7 @@ void pinfer_hot_set_n_threads(pinfer_hot * hot, int n_threads);
 // lock and gets no memory.
 bool pinfer_hot_at_work(char * text, size_t text_len);
 
-// Starts a layer on x [n_tokens, n_embd], which must stay as it is until the end; returns at once unless the device is
+// Starts an FFN on x [n_tokens, n_embd], which must stay as it is until the end; returns at once unless the device is
 // INLINE. Longer batches are cut into pieces of PINFER_HOT_TOKENS. What goes wrong is told by the end.
 void pinfer_hot_begin(pinfer_hot * hot, const pinfer_hot_job & job) noexcept;
 // Waits for y [n_tokens, n_embd], good until the next begin. Null: the device failed, hot->failure says how.

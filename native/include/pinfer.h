@@ -1,7 +1,7 @@
 // pinfer.h: the C interface of libggml-pinfer.so beyond the ggml backend it registers.
 //
 // The plugin serves any number of models in one process, each by its own configuration; a model is named by the path of its
-// GGUF, and two paths of one file name the same model. The order is: load the plugin (ggml_backend_load), pinfer_configure()
+// GGUF (of several files, the first: m-00001-of-00003.gguf), and two paths of one file name the same model. The order is: load the plugin (ggml_backend_load), pinfer_configure()
 // for the model's path, load that file with libllama, decode. A model that was never configured is left to llama.cpp.
 //
 // Every function may be called through ctypes and from any thread; strings are UTF-8. Functions that can fail return false and
@@ -22,7 +22,7 @@
 extern "C" {
 #endif
 
-#define PINFER_FORMAT_VERSION 1
+#define PINFER_FORMAT_VERSION 2
 
 // A hot device computes at most this many tokens at a time; longer batches are cut. Its compute buffer is made for so many
 // when it is opened (pinfer_hot_compute_bytes), and never grows. Fewer would leave a GPU waiting for its weights.
@@ -53,8 +53,8 @@ struct pinfer_params {
 
 // Counters of a model since pinfer_configure() or pinfer_stats_reset().
 struct pinfer_stats {
-    uint64_t n_tokens;       // (layer, token) pairs computed sparsely
-    uint64_t n_tokens_dense; // (layer, token) pairs computed densely (prefill)
+    uint64_t n_tokens;       // (FFN, token) pairs computed sparsely
+    uint64_t n_tokens_dense; // (FFN, token) pairs computed densely (prefill)
     uint64_t n_neurons;      // neurons of those sparse pairs
     uint64_t n_candidates;   // neurons whose first product was computed
     uint64_t n_active;       // neurons that fired
@@ -108,7 +108,8 @@ PINFER_API const char *           pinfer_activation_name(enum pinfer_activation 
 PINFER_API enum pinfer_activation pinfer_activation_parse(const char * name);         // GRAPH when unknown
 
 // Fingerprint of a GGUF: 32 hex digits and NUL into out[33]. Covers the whole header (metadata and tensor table), the file
-// size and blocks of every tensor (docs/formats.md), so it costs milliseconds whatever the size.
+// size and blocks of every tensor (docs/formats.md), of all parts where path is the first of several, so it costs milliseconds
+// whatever the size.
 PINFER_API bool pinfer_fingerprint(const char * path, char out[33], char * err, size_t err_len);
 
 // Checksum of a tensor's bytes, as the artefacts' key pinfer.checksums holds it (docs/formats.md). Runs at the speed of memory.
@@ -116,25 +117,29 @@ PINFER_API uint64_t pinfer_checksum(const void * data, size_t size);
 
 // Observer of a model: counts what fires. While it runs every FFN of the model is computed exactly and densely.
 struct pinfer_observer_params {
-    uint64_t n_samples; // FFN inputs to keep per layer (the first of every stride tokens), 0: none
+    uint64_t n_samples; // FFN inputs to keep per FFN (the first of every stride tokens), 0: none
     uint64_t stride;    // keep every stride-th token, >= 1
 };
 PINFER_API bool pinfer_observer_start(const char * model_path, const struct pinfer_observer_params * params, char * err,
                                       size_t err_len);
 // Keeps what was counted until the next start, configure or release.
 PINFER_API void pinfer_observer_stop(const char * model_path);
-// Pointers stay valid until the next start, configure or release; NULL/0 where a layer never ran.
-//   count [n_ff] uint64: tokens in which the neuron fired;  mass [n_ff] double: sum of its output |f_i(x)|
+// Pointers stay valid until the next start, configure or release; NULL/0 where an FFN never ran.
+//   count [n_neurons] uint64: tokens in which the neuron fired;  mass [n_neurons] double: sum of its output |f_i(x)|
 //   x [n_samples, n_embd] F16 (row-major, IEEE half bits); active [n_samples, ceil(n_ff/8)] bits, neuron i at byte i/8, bit i%8
-struct pinfer_observer_layer {
+// Of a stack of experts, whose neuron i of expert e is number e*n_ff + i, and which has no activity bits:
+//   routed [n_experts] uint64: tokens routed to the expert;  experts [n_samples, n_expert_used] int32: where samples were routed to
+struct pinfer_observer_ffn {
     const uint64_t * count;
     const double *   mass;
     const uint16_t * x;
     const uint8_t *  active;
-    uint64_t n_ff, n_embd, n_samples, n_tokens;
+    const uint64_t * routed;
+    const int32_t *  experts;
+    uint64_t n_neurons, n_embd, n_experts, n_expert_used, n_samples, n_tokens;
 };
-// False: model or layer unknown.
-PINFER_API bool pinfer_observer_get(const char * model_path, int32_t layer, struct pinfer_observer_layer * out);
+// An FFN by its name in artefacts: "blk.7", "blk.7.shexp", "blk.7.exps". False: model or FFN unknown.
+PINFER_API bool pinfer_observer_get(const char * model_path, const char * name, struct pinfer_observer_ffn * out);
 
 #ifdef __cplusplus
 }

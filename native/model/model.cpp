@@ -20,12 +20,14 @@ bool pinfer_file_id_of(const char * path, pinfer_file_id * out) {
 
 // --- opening ----------------------------------------------------------------------------------------------------------
 
-// Every neuron of every layer must be in exactly one shard.
+// Every neuron, and every expert of a stack, must be in exactly one shard.
 static bool shards_are_whole(const pinfer_model & m, std::string * err) {
     std::vector<bool> seen;
-    for (size_t il = 0; il < m.header.layers.size(); il++) {
-        const int64_t n_ff = m.header.layers[il].n_ff();
-        seen.assign((size_t) n_ff, false);
+    for (size_t i = 0; i < m.header.ffns.size(); i++) {
+        const pinfer_ffn_header & f       = m.header.ffns[i];
+        const bool                is_stack = pinfer_ffn_kind_of((int) i) == PINFER_FFN_EXPERTS;
+        const int64_t             n_units = f.n_ff() == 0 ? 0 : is_stack ? f.n_experts() : f.n_ff();
+        seen.assign((size_t) n_units, false);
         int64_t n   = 0;
         auto    add = [&](const int32_t * ids, int64_t count) {
             for (int64_t j = 0; j < count; j++) {
@@ -34,13 +36,13 @@ static bool shards_are_whole(const pinfer_model & m, std::string * err) {
             }
             return count;
         };
-        int64_t total = add(m.cold->layers[il].ids, m.cold->layers[il].n);
+        int64_t total = add(m.cold->ffns[i].ids, m.cold->ffns[i].n);
         for (const auto & device : m.hot) {
-            total += add(device->layers[il].ids, device->layers[il].n);
+            total += add(device->ffns[i].ids, device->ffns[i].n);
         }
-        if (n != n_ff || total != n_ff) {
-            *err = m.cold->file.path + ": the shards do not hold every neuron of layer " + std::to_string(il) +
-                   " exactly once; make them again: pinfer split " + m.settings.model;
+        if (n != n_units || total != n_units) {
+            *err = m.cold->file.path + ": the shards do not hold every " + (is_stack ? "expert" : "neuron") + " of " +
+                   pinfer_ffn_title((int) i) + " exactly once; make them again: pinfer split " + m.settings.model;
             return false;
         }
     }
@@ -77,19 +79,19 @@ static bool read_files(pinfer_model * m, std::string * err) {
     if (s.rule.act == PINFER_ACT_OTHER && !any) {
         return true;
     }
-    if (!pinfer_header_read(s.model.c_str(), &m->header, err)) {
+    if (m->header.files.empty() && !pinfer_header_read(s.model.c_str(), &m->header, err)) {
         return false;
     }
-    if (m->header.is_split) {
-        *err = s.model + " is one part of a split model; merge the parts with: llama-gguf-split --merge";
+    m->ffns.resize(m->header.ffns.size());
+    if (m->replaces_activation() && !m->header.obstacle.empty()) {
+        *err = s.model + " cannot be computed as " + pinfer_activation_name(s.rule.act) + ": " + m->header.obstacle;
         return false;
     }
-    m->layers.resize(m->header.layers.size());
     if (!any) {
         return true;
     }
     pinfer_origin origin = {.model_path = s.model.c_str(), .fingerprint = "", .rule = s.rule, .header = m->header};
-    if (!pinfer_fingerprint_file(s.model.c_str(), &origin.fingerprint, err)) {
+    if (!pinfer_fingerprint_files(m->header.files, &origin.fingerprint, err)) {
         return false;
     }
     if (!s.predictor.empty()) {
@@ -123,7 +125,7 @@ static bool open_devices(pinfer_model * m, std::string * err) {
         }
     }
     if (m->predictor) {
-        pinfer_predictor_arrange(m->predictor.get(), m->cold ? &m->cold->layers : nullptr);
+        pinfer_predictor_arrange(m->predictor.get(), m->cold ? &m->cold->ffns : nullptr);
     }
     return true;
 }
@@ -213,6 +215,12 @@ void pinfer_model_add(const std::shared_ptr<pinfer_model> & m) {
     std::lock_guard<std::mutex> lock(r.mutex);
     m->order        = ++r.n_configured;
     r.models[m->id] = m;
+    for (size_t i = 1; i < m->header.files.size(); i++) {
+        pinfer_file_id part;
+        if (pinfer_file_id_of(m->header.files[i].c_str(), &part)) {
+            r.models[part] = m;
+        }
+    }
 }
 
 void pinfer_model_release(const pinfer_file_id & id) {
@@ -223,10 +231,10 @@ void pinfer_model_release(const pinfer_file_id & id) {
     if (at == r.models.end()) {
         return;
     }
-    at->second->released = true;
-    if (at->second->n_buffers == 0) {
-        gone = std::move(at->second);
-        r.models.erase(at);
+    gone           = at->second;
+    gone->released = true;
+    if (gone->n_buffers == 0) {
+        std::erase_if(r.models, [&](const auto & entry) { return entry.second == gone; });
     }
 }
 
@@ -254,8 +262,10 @@ std::vector<std::shared_ptr<pinfer_model>> pinfer_models() {
     registry &                                 r = models();
     std::lock_guard<std::mutex>                lock(r.mutex);
     std::vector<std::shared_ptr<pinfer_model>> out;
-    for (const auto & entry : r.models) {
-        out.push_back(entry.second);
+    for (const auto & [id, m] : r.models) {
+        if (id == m->id) {
+            out.push_back(m);
+        }
     }
     return out;
 }
@@ -300,11 +310,11 @@ void pinfer_model_finish_check(const pinfer_model * m) {
 // --- where its weights lie --------------------------------------------------------------------------------------------
 
 void pinfer_model_place(pinfer_model * m, const ggml_tensor * weight) {
-    int                         layer = -1;
-    const pinfer_part           part  = pinfer_part_of(weight->name, false, &layer);
+    int                         ffn  = -1;
+    const pinfer_part           part = pinfer_part_of(weight->name, false, &ffn);
     std::lock_guard<std::mutex> lock(m->mutex);
-    if (part != PINFER_PART_NONE && (size_t) layer < m->layers.size()) {
-        m->layers[(size_t) layer].placed |= (uint8_t) (1u << part);
+    if (part != PINFER_PART_NONE && (size_t) ffn < m->ffns.size()) {
+        m->ffns[(size_t) ffn].placed |= (uint8_t) (1u << part);
     }
 }
 
@@ -317,8 +327,8 @@ void pinfer_model_let_go(pinfer_model * m) {
         return;
     }
     std::lock_guard<std::mutex> lock(m->mutex);
-    for (auto & layer : m->layers) {
-        layer = {};
+    for (auto & ffn : m->ffns) {
+        ffn = {};
     }
     m->biases.clear();
     if (m->released) {
@@ -326,14 +336,14 @@ void pinfer_model_let_go(pinfer_model * m) {
     }
 }
 
-int pinfer_model_missing_layer(pinfer_model * m) {
+int pinfer_model_missing_ffn(pinfer_model * m) {
     std::lock_guard<std::mutex> lock(m->mutex);
-    for (size_t il = 0; il < m->layers.size(); il++) {
-        const pinfer_layer_header & has  = m->header.layers[il];
-        const unsigned              gate = has.gate.ne[1] > 0 ? 1u << PINFER_PART_GATE : 0u;
-        const unsigned              all  = gate | 1u << PINFER_PART_UP | 1u << PINFER_PART_DOWN;
-        if (has.n_ff() > 0 && (m->layers[il].placed & all) != all) {
-            return (int) il;
+    for (size_t i = 0; i < m->ffns.size(); i++) {
+        const pinfer_ffn_header & has  = m->header.ffns[i];
+        const unsigned            gate = has.gate.ne[1] > 0 ? 1u << PINFER_PART_GATE : 0u;
+        const unsigned            all  = gate | 1u << PINFER_PART_UP | 1u << PINFER_PART_DOWN;
+        if (has.n_ff() > 0 && (m->ffns[i].placed & all) != all) {
+            return (int) i;
         }
     }
     return -1;

@@ -1,5 +1,5 @@
-// model.h: a model of this process: one GGUF file, the rule of its FFN, its artefacts and devices, its counters and observer.
-// Models are kept by the identity of their file, so that a weight's buffer leads to its model.
+// model.h: a model of this process: its GGUF, the rule of its FFN, its artefacts and devices, its counters and observer.
+// Models are kept by the identity of their files, so that a weight's buffer leads to its model.
 #pragma once
 
 #include "activation.h"
@@ -40,7 +40,7 @@ struct pinfer_settings {
 };
 
 // What -ot takes for the tensors of FFNs.
-#define PINFER_FFN_TENSORS "\\.ffn_(up|gate|down)\\.(weight|bias)"
+#define PINFER_FFN_TENSORS "\\.(ffn_(up|gate|down)(_exps|_shexp)?|channel_mix_(key|value))\\.(weight|bias)"
 
 enum pinfer_model_state {
     PINFER_MODEL_OPEN,       // its artefacts are open
@@ -52,7 +52,7 @@ struct pinfer_model {
     std::string                     refusal; // why a recognised model must not be loaded; empty: it may
     std::atomic<bool>               asked{false}; // libllama wanted to know whether its FFN may lie in the plugin's buffers
 
-    pinfer_file_id  id;
+    pinfer_file_id  id; // of its first file
     pinfer_settings settings;
     pinfer_header   header; // empty where the rule is OTHER
     uint64_t        order = 0; // models configured later have a higher one
@@ -71,11 +71,11 @@ struct pinfer_model {
     bool              announce_fallback = false; // say it once on stderr, where nobody asks for the counters
     std::string       failure; // why the last FFN could not be computed
 
-    struct layer_state {
-        bool    checked = false; // the shards hold this layer's rows
+    struct ffn_state {
+        bool    checked = false; // the shards hold its rows
         uint8_t placed  = 0;     // parts (1 << pinfer_part) that lie in the plugin's buffers
     };
-    std::vector<layer_state>                   layers;
+    std::vector<ffn_state> ffns;
     std::map<const void *, std::vector<float>> biases; // those that the file does not have in F32, by their data
 
     const pinfer_rule & rule() const { return settings.rule; }
@@ -93,10 +93,10 @@ bool pinfer_model_configure(const pinfer_settings & settings, std::string * err)
 bool pinfer_model_open(pinfer_model * m, std::string * err);
 void pinfer_model_add(const std::shared_ptr<pinfer_model> & m);
 
-// At once, or with the last buffer that holds weights of it.
+// The model of that file, at once, or with the last buffer that holds weights of it.
 void pinfer_model_release(const pinfer_file_id & id);
 
-// Null where the file is not configured.
+// The model that a file, or a part, belongs to; null where it is not configured.
 std::shared_ptr<pinfer_model> pinfer_model_of(const pinfer_file_id & id);
 std::shared_ptr<pinfer_model> pinfer_model_of(const char * path);
 std::vector<std::shared_ptr<pinfer_model>> pinfer_models();
@@ -115,5 +115,5 @@ void pinfer_model_finish_check(const pinfer_model * m);
 void pinfer_model_place(pinfer_model * m, const ggml_tensor * weight);
 void pinfer_model_hold(pinfer_model * m);
 void pinfer_model_let_go(pinfer_model * m);
-// First layer whose FFN is not, as a whole, in the plugin's buffers; -1: there is none.
-int pinfer_model_missing_layer(pinfer_model * m);
+// First FFN that is not, as a whole, in the plugin's buffers; -1: there is none.
+int pinfer_model_missing_ffn(pinfer_model * m);

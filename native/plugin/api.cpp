@@ -151,26 +151,32 @@ void pinfer_observer_stop(const char * model_path) {
     }
 }
 
-bool pinfer_observer_get(const char * model_path, int32_t layer, pinfer_observer_layer * out) {
+bool pinfer_observer_get(const char * model_path, const char * name, pinfer_observer_ffn * out) {
     *out         = {};
     const auto m = pinfer_model_of(model_path);
     if (!m) {
         return false;
     }
     std::lock_guard<std::mutex> lock(m->mutex);
-    if (layer < 0 || (size_t) layer >= m->observer.layers.size()) {
-        return false;
+    for (size_t i = 0; i < m->observer.ffns.size(); i++) {
+        if (name && pinfer_ffn_name((int) i) == name) {
+            const pinfer_observer_store & s = m->observer.ffns[i];
+            *out = {
+                .count         = s.count.data(),
+                .mass          = s.mass.data(),
+                .x             = s.x.data(),
+                .active        = s.active.data(),
+                .routed        = s.routed.data(),
+                .experts       = s.experts.data(),
+                .n_neurons     = s.count.size(),
+                .n_embd        = s.n_embd,
+                .n_experts     = s.routed.size(),
+                .n_expert_used = s.n_used,
+                .n_samples     = s.n_samples,
+                .n_tokens      = s.n_tokens,
+            };
+            return true;
+        }
     }
-    const pinfer_observer_store & l = m->observer.layers[(size_t) layer];
-    *out = {
-        .count     = l.count.data(),
-        .mass      = l.mass.data(),
-        .x         = l.x.data(),
-        .active    = l.active.data(),
-        .n_ff      = l.n_ff,
-        .n_embd    = l.n_embd,
-        .n_samples = l.n_samples,
-        .n_tokens  = l.n_tokens,
-    };
-    return true;
+    return false;
 }

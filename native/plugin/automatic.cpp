@@ -7,6 +7,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <dirent.h>
 #include <dlfcn.h>
 #include <set>
 #include <sys/stat.h>
@@ -103,11 +104,28 @@ std::string pinfer_home() {
     return (data.empty() ? user + "/.local/share" : data) + "/pinfer";
 }
 
+// Without the number of a part: "m-00001-of-00003.gguf" -> "m.gguf".
+std::string without_number(const std::string & path) {
+    const size_t length = strlen("-00001-of-00003.gguf");
+    int          end    = 0;
+    if (path.size() > length && name_of(path).size() > length) {
+        const std::string number = path.substr(path.size() - length);
+        sscanf(number.c_str(), "-%*5[0-9]-of-%*5[0-9].gguf%n", &end);
+    }
+    return end == (int) length ? path.substr(0, path.size() - length) + ".gguf" : path;
+}
+
+// In the model hub's shared cache a model is called by its hash.
+bool is_in_hub_cache(const std::string & path) {
+    const std::string name = name_of(path);
+    return name.size() >= 40 && name.find_first_not_of("0123456789abcdef") == std::string::npos;
+}
+
 // Empty where the model has none.
-std::string folder_of(const std::string & path, const std::string & fingerprint) {
+std::string folder_of(const std::string & file, const std::string & fingerprint) {
+    const std::string path   = without_number(file);
     const std::string name   = name_of(path);
-    // in the model hub's shared cache a model is called by its hash; that cache may be emptied, so artefacts lie elsewhere
-    const bool        in_hub = name.size() >= 40 && name.find_first_not_of("0123456789abcdef") == std::string::npos;
+    const bool        in_hub = is_in_hub_cache(path); // which may be emptied, so artefacts lie elsewhere
     const std::string beside = path + ".pinfer";
     const std::string home   = pinfer_home() + "/" + (in_hub ? "hub" : name) + "-" + fingerprint.substr(0, 12);
     const bool        first_is_beside = !in_hub && can_be_written(beside);
@@ -138,7 +156,7 @@ bool find_artefacts(pinfer_model * m, bool named, std::string * err) {
         return false;
     }
     if (folder.empty()) {
-        if (!pinfer_fingerprint_file(s.model.c_str(), &fingerprint, err)) {
+        if (!pinfer_fingerprint_files(m->header.files, &fingerprint, err)) {
             return false;
         }
         folder = folder_of(s.model, fingerprint);
@@ -159,6 +177,51 @@ bool find_artefacts(pinfer_model * m, bool named, std::string * err) {
     return true;
 }
 
+// --- its parts -----------------------------------------------------------------------------------------------------------
+
+// Whether the file is part i of a model of n parts.
+bool is_part(const std::string & path, uint32_t i, uint32_t n) {
+    const pinfer_gguf_ptr gguf(pinfer_gguf_open(path.c_str()));
+    uint32_t              number = 0, count = 0;
+    return gguf && pinfer_gguf_u32(gguf.get(), "split.no", &number) && pinfer_gguf_u32(gguf.get(), "split.count", &count) &&
+           number == i && count == n;
+}
+
+// The path of the file that is open as fd; empty where that is no GGUF.
+std::string path_of_gguf(int fd) {
+    char          path[4096], magic[4] = "", link[64];
+    struct stat   st = {};
+    snprintf(link, sizeof(link), "/proc/self/fd/%d", fd);
+    const ssize_t length = readlink(link, path, sizeof(path) - 1);
+    const bool    is_gguf = length > 0 && fstat(fd, &st) == 0 && S_ISREG(st.st_mode) &&
+                         pread(fd, magic, sizeof(magic), 0) == (ssize_t) sizeof(magic) && memcmp(magic, "GGUF", sizeof(magic)) == 0;
+    return is_gguf ? std::string(path, (size_t) length) : "";
+}
+
+// The further parts are open too while libllama loads the model, as a rule in their order after the first. Names do not lead to
+// them: the path of an open file is that which a link points to, in the model hub's cache one named by its hash.
+bool open_parts(int first, uint32_t n, std::vector<std::string> * files, std::string * err) {
+    std::set<int> numbers = {first};
+    DIR * const   folder  = opendir("/proc/self/fd");
+    for (const dirent * entry = folder ? readdir(folder) : nullptr; entry; entry = readdir(folder)) {
+        numbers.insert(atoi(entry->d_name));
+    }
+    if (folder) {
+        closedir(folder);
+    }
+    auto at = numbers.find(first);
+    for (size_t n_tried = 0; files->size() < n && n_tried < numbers.size(); n_tried++) {
+        at = ++at == numbers.end() ? numbers.begin() : at;
+        const std::string path = path_of_gguf(*at);
+        if (!path.empty() && is_part(path, (uint32_t) files->size(), n)) {
+            files->push_back(path);
+            n_tried = 0;
+        }
+    }
+    *err = "not all of its parts are open";
+    return files->size() == n;
+}
+
 // --- the line ------------------------------------------------------------------------------------------------------------
 
 std::string described(const pinfer_model & m) {
@@ -172,7 +235,7 @@ std::string described(const pinfer_model & m) {
     text += s.predictor.empty() ? ", exact" : ", predicted";
     const std::string & any = s.predictor.empty() ? s.cold : s.predictor;
     if (any.empty()) {
-        return text + ", without artefacts; make them with: pinfer prepare " + s.model;
+        return text + ", without artefacts; make them with: pinfer prepare " + (is_in_hub_cache(s.model) ? "-hf USER/REPO" : s.model);
     }
     text += std::string(", with ") + (s.predictor.empty() ? "shards" : s.cold.empty() ? "the predictor" : "predictor and shards") +
             " of " + any.substr(0, any.find_last_of('/'));
@@ -204,35 +267,32 @@ std::shared_ptr<pinfer_model> pinfer_automatic_recognise(int fd, const pinfer_fi
     if (const auto known = pinfer_model_of(id)) {
         return known;
     }
-    char          path[4096], magic[4] = "", link[64];
-    snprintf(link, sizeof(link), "/proc/self/fd/%d", fd);
-    const ssize_t length = readlink(link, path, sizeof(path) - 1);
-    if (other_files.contains(id) || length <= 0 || pread(fd, magic, sizeof(magic), 0) != 4 || memcmp(magic, "GGUF", 4) != 0) {
+    const std::string path = other_files.contains(id) ? "" : path_of_gguf(fd);
+    if (path.empty()) {
         return nullptr;
     }
-    path[length] = '\0';
-
     auto        m = std::make_shared<pinfer_model>();
     std::string ignored;
+    bool        all_open = true;
+    const auto  find     = [&](uint32_t n, std::vector<std::string> * files, std::string * err) {
+        return all_open = open_parts(fd, n, files, err);
+    };
     m->id             = id;
     m->settings.model = path;
-    if (!pinfer_header_read(path, &m->header, &ignored) || m->header.token_embd.ne[1] == 0) {
-        other_files.insert(id); // an adapter, a projector, ...
+    if (!pinfer_header_read(path.c_str(), &m->header, &ignored, find) || m->header.token_embd.ne[1] == 0) {
+        if (all_open) { // else they may be the next time
+            other_files.insert(id); // an adapter, a projector, a further part, ...
+        }
         return nullptr;
     }
-    m->layers.resize(m->header.layers.size());
+    m->ffns.resize(m->header.ffns.size());
     m->state             = PINFER_MODEL_RECOGNISED;
     m->released          = true; // with its last buffer it goes, and is recognised again
     m->announce_fallback = true;
 
     const bool named = is_named(id, &m->refusal);
     if (m->refusal.empty() && read_rule(m.get(), named, &m->refusal) && m->settings.rule.act != PINFER_ACT_OTHER) {
-        if (m->header.is_split) {
-            m->settings.rule.act = PINFER_ACT_OTHER;
-            say(*m, "left to llama.cpp: it is one part of a split model; merge the parts with: llama-gguf-split --merge");
-        } else {
-            find_artefacts(m.get(), named, &m->refusal);
-        }
+        find_artefacts(m.get(), named, &m->refusal);
     } else if (m->refusal.empty()) {
         say(*m, "left to llama.cpp: its FFN (" + m->header.arch + ") is not of the ReLU family");
     }

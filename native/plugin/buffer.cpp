@@ -49,21 +49,22 @@ struct load_in_progress {
 
 thread_local load_in_progress last_load;
 
-bool is_open_as(int fd, const pinfer_file_id & id) {
+// Whether a file of the model is open as fd.
+bool is_open_as(int fd, const std::shared_ptr<pinfer_model> & m) {
     struct stat st = {};
-    return fstat(fd, &st) == 0 && S_ISREG(st.st_mode) && pinfer_file_id{st.st_dev, st.st_ino} == id;
+    return fstat(fd, &st) == 0 && S_ISREG(st.st_mode) && pinfer_model_of(pinfer_file_id{st.st_dev, st.st_ino}) == m;
 }
 
 bool has_tensor(const pinfer_model & m, const ggml_tensor * t) {
-    int               layer = -1;
-    const pinfer_part part  = pinfer_part_of(t->name, false, &layer);
+    int               ffn  = -1;
+    const pinfer_part part = pinfer_part_of(t->name, false, &ffn);
     if (part != PINFER_PART_NONE) {
-        return (size_t) layer < m.header.layers.size() && m.header.layers[(size_t) layer].part(part).is(t);
+        return (size_t) ffn < m.header.ffns.size() && m.header.ffns[(size_t) ffn].part(part).is(t);
     }
-    if (pinfer_part_of(t->name, true, &layer) == PINFER_PART_NONE) {
+    if (pinfer_part_of(t->name, true, &ffn) == PINFER_PART_NONE) {
         return m.header.token_embd.is(t);
     }
-    return (size_t) layer < m.header.layers.size();
+    return (size_t) ffn < m.header.ffns.size();
 }
 
 // Of the configured models whose file this process has open, one with such a tensor: that which was configured last.
@@ -232,7 +233,7 @@ ggml_backend_buffer_t buft_alloc_buffer(ggml_backend_buffer_type_t buft, size_t 
     }
     // weights that are read instead of mapped go here while their file is still open
     const auto loading = last_load.model.lock();
-    if (loading && is_open_as(last_load.fd, loading->id)) {
+    if (loading && is_open_as(last_load.fd, loading)) {
         memory->model = loading;
         if (!pinfer_automatic_open(loading.get())) {
             return nullptr;

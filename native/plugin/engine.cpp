@@ -16,11 +16,11 @@ static bool is_view(const ggml_tensor * t) {
            t->op == GGML_OP_TRANSPOSE;
 }
 
-static void mark_done(pinfer_engine * e, int layer, const ggml_tensor * h) {
-    if (e->activation_done.size() <= (size_t) layer) {
-        e->activation_done.resize((size_t) layer + 1, nullptr);
+static void mark_done(pinfer_engine * e, int ffn, const ggml_tensor * h) {
+    if (e->activation_done.size() <= (size_t) ffn) {
+        e->activation_done.resize((size_t) ffn + 1, nullptr);
     }
-    e->activation_done[(size_t) layer] = h;
+    e->activation_done[(size_t) ffn] = h;
 }
 
 static bool is_relu(const ggml_tensor * t) {
@@ -42,10 +42,10 @@ static bool graph_computes(const ggml_tensor * h, pinfer_activation act) {
     }
 }
 
-// Whether h, which feeds the down product of a layer, is the model's activation: the graph's own, or computed here.
+// Whether h, which feeds the down product of an FFN, is the model's activation: the graph's own, or computed here.
 // With a threshold the graph's own is right only as far as the ReLU in it was computed here.
-static bool is_models(const pinfer_engine * e, const pinfer_rule & rule, int layer, const ggml_tensor * h) {
-    const ggml_tensor * const done = (size_t) layer < e->activation_done.size() ? e->activation_done[(size_t) layer] : nullptr;
+static bool is_models(const pinfer_engine * e, const pinfer_rule & rule, int ffn, const ggml_tensor * h) {
+    const ggml_tensor * const done = (size_t) ffn < e->activation_done.size() ? e->activation_done[(size_t) ffn] : nullptr;
     const bool                same = graph_computes(h, rule.act);
     if (h == done) {
         return same || !is_relu(h); // a ReLU may be but the inner step
@@ -53,7 +53,7 @@ static bool is_models(const pinfer_engine * e, const pinfer_rule & rule, int lay
     return same && (rule.threshold == 0.0f || (done && (h->src[0] == done || h->src[1] == done)));
 }
 
-// Layer of an activation node that has to be computed by the model's rule instead of the graph's; -1: none such. Without
+// FFN of an activation node that has to be computed by the model's rule instead of the graph's; -1: none such. Without
 // a threshold a ReLU stays what it is: it is the whole of relu, and the inner step of the others.
 static int replaced_activation(const ggml_tensor * node, const pinfer_rule & rule) {
     pinfer_ffn f;
@@ -63,11 +63,16 @@ static int replaced_activation(const ggml_tensor * node, const pinfer_rule & rul
     if (!is_activation || (!thresholds && graph_computes(node, rule.act))) {
         return -1;
     }
-    return pinfer_match_activation(const_cast<ggml_tensor *>(node), &f) ? f.layer : pinfer_named_layer(node);
+    if (pinfer_match_activation(const_cast<ggml_tensor *>(node), &f)) {
+        return f.index;
+    }
+    const ggml_tensor * const weight = pinfer_match_claim(node).weight; // behind an adapter
+    int                       ffn    = -1;
+    return weight && pinfer_part_of(weight->name, false, &ffn) != PINFER_PART_NONE ? ffn : -1;
 }
 
 // An activation node by the model's rule, from its sources.
-static ggml_status compute_activation(pinfer_engine * e, pinfer_model * m, ggml_tensor * node, int layer) {
+static ggml_status compute_activation(pinfer_engine * e, pinfer_model * m, ggml_tensor * node, int ffn) {
     const pinfer_rule & rule = m->rule();
     pinfer_ffn f;
     f.h            = node;
@@ -82,7 +87,7 @@ static ggml_status compute_activation(pinfer_engine * e, pinfer_model * m, ggml_
         return GGML_STATUS_FAILED;
     }
     pinfer_dense_activation(&e->team, f, own);
-    mark_done(e, layer, node);
+    mark_done(e, ffn, node);
     return GGML_STATUS_SUCCESS;
 }
 
@@ -102,21 +107,21 @@ static ggml_status compute_single(pinfer_engine * e, pinfer_model * m, ggml_tens
         fprintf(stderr, "pinfer: %s (%s) is not part of an FFN that pinfer knows; such nodes run on the plain CPU backend\n",
                 node->name, ggml_op_desc(node));
     }
-    int layer = -1;
+    int ffn = -1;
     if (node->op == GGML_OP_ADD && node->src[1]->type != GGML_TYPE_F32 &&
-        pinfer_part_of(node->src[1]->name, true, &layer) != PINFER_PART_NONE && ggml_is_contiguous(node->src[0])) {
+        pinfer_part_of(node->src[1]->name, true, &ffn) != PINFER_PART_NONE && ggml_is_contiguous(node->src[0])) {
         return compute_bias(e, m, node);
     }
     if (m->rule().act == PINFER_ACT_GRAPH) {
         return pinfer_team_nodes(&e->team, &node, 1);
     }
-    layer = replaced_activation(node, m->rule());
-    if (layer >= 0) {
-        return compute_activation(e, m, node, layer);
+    ffn = replaced_activation(node, m->rule());
+    if (ffn >= 0) {
+        return compute_activation(e, m, node, ffn);
     }
-    if (node->op == GGML_OP_MUL_MAT && pinfer_part_of(node->src[0]->name, false, &layer) == PINFER_PART_DOWN &&
-        !is_models(e, m->rule(), layer, node->src[1])) {
-        pinfer_model_fail(m, "the activation of layer " + std::to_string(layer) + " was computed elsewhere, not as " +
+    if ((node->op == GGML_OP_MUL_MAT || node->op == GGML_OP_MUL_MAT_ID) &&
+        pinfer_part_of(node->src[0]->name, false, &ffn) == PINFER_PART_DOWN && !is_models(e, m->rule(), ffn, node->src[1])) {
+        pinfer_model_fail(m, "the activation of " + pinfer_ffn_title(ffn) + " was computed elsewhere, not as " +
                                  pinfer_activation_name(m->rule().act) + "; keep all FFNs in the plugin's buffers");
         return GGML_STATUS_FAILED;
     }
@@ -127,12 +132,12 @@ static bool is_embedding_lookup(const ggml_tensor * op) {
     return op->op == GGML_OP_GET_ROWS && !strcmp(op->src[0]->name, "token_embd.weight");
 }
 
-// The model of such a node; null: none that must be refused.
-static std::shared_ptr<pinfer_model> model_to_refuse(const ggml_tensor * op, int * layer) {
+// The model of such a node, and its FFN that lies elsewhere; null: none that must be refused.
+static std::shared_ptr<pinfer_model> model_to_refuse(const ggml_tensor * op, int * ffn) {
     const ggml_tensor * const embedding = op->src[0];
     for (const auto & m : pinfer_models()) {
         if (embedding->data && m->replaces_activation() && m->header.token_embd.is(embedding) &&
-            (*layer = pinfer_model_missing_layer(m.get())) >= 0) {
+            (*ffn = pinfer_model_missing_ffn(m.get())) >= 0) {
             // known by the mapping, or, where the file was read into memory, by the shape
             const auto mapped = pinfer_model_mapped_at(embedding->data);
             if (!mapped || mapped == m) {
@@ -144,7 +149,7 @@ static std::shared_ptr<pinfer_model> model_to_refuse(const ggml_tensor * op, int
 }
 
 bool pinfer_engine_must_refuse(const ggml_tensor * op) {
-    int layer = -1;
+    int ffn = -1;
     if (!is_embedding_lookup(op)) {
         return false;
     }
@@ -152,16 +157,16 @@ bool pinfer_engine_must_refuse(const ggml_tensor * op) {
         const auto m = pinfer_model_of_weight(op->src[0]);
         return m && !m->refusal.empty();
     }
-    return model_to_refuse(op, &layer) != nullptr;
+    return model_to_refuse(op, &ffn) != nullptr;
 }
 
 static ggml_status refuse(const ggml_tensor * op) {
-    int        layer = -1;
-    const auto m     = model_to_refuse(op, &layer);
+    int        ffn = -1;
+    const auto m   = model_to_refuse(op, &ffn);
     if (!m) {
         return GGML_STATUS_FAILED;
     }
-    const std::string why = "the FFN of layer " + std::to_string(layer) + " of " + m->settings.model +
+    const std::string why = "the FFN (" + pinfer_ffn_title(ffn) + ") of " + m->settings.model +
                             " is outside the plugin's buffers, so llama.cpp would compute another activation than " +
                             pinfer_activation_name(m->rule().act) + "; with -ngl also pass: -ot '" PINFER_FFN_TENSORS "=PINFER'";
     fprintf(stderr, "pinfer: %s\n", why.c_str());
@@ -187,12 +192,12 @@ static bool computes_whole(const pinfer_rule & rule, const pinfer_ffn & f) {
 
 static ggml_status compute_ffn(pinfer_engine * e, pinfer_model * m, const pinfer_ffn & f) {
     std::lock_guard<std::mutex> lock(m->mutex);
-    const bool                  first = m->cold && (size_t) f.layer < m->layers.size() && !m->layers[(size_t) f.layer].checked;
+    const bool                  first = m->cold && (size_t) f.index < m->ffns.size() && !m->ffns[(size_t) f.index].checked;
     m->failure.clear();
     const ggml_status status = pinfer_ffn_compute(&e->team, m, f);
     if (first) { // the loader of libllama has read the whole file; behind shards nothing reads the model's own matrices
         for (const ggml_tensor * weight : {f.gate.weight, f.up.weight, f.down.weight}) {
-            if (weight) {
+            if (weight && (!f.is_stack() || weight == f.down.weight)) { // but the gate and up rows of experts
                 pinfer_weight_release_pages(weight);
             }
         }
@@ -238,12 +243,14 @@ ggml_status pinfer_engine_compute(pinfer_engine * e, ggml_cgraph * graph) {
             !computes_whole(m->rule(), f)) {
             continue;
         }
-        const ggml_tensor * members[] = {f.gate.mul_mat, f.gate.add, f.up.mul_mat, f.up.add, f.inner, f.h, f.down.mul_mat, f.down.add};
+        std::vector<const ggml_tensor *> members = {f.gate.mul_mat, f.gate.add,     f.up.mul_mat, f.up.add, f.inner,
+                                                    f.h,            f.down.mul_mat, f.down.add,   f.weighted};
+        members.insert(members.end(), f.sums.begin(), f.sums.end());
         for (int k = 0; k < n; k++) {
-            if (std::find(std::begin(members), std::end(members), nodes[k]) != std::end(members)) {
+            if (std::find(members.begin(), members.end(), nodes[k]) != members.end()) {
                 plan[(size_t) k].inside = true;
             }
-            if (nodes[k] == f.down.out()) {
+            if (nodes[k] == f.out()) {
                 plan[(size_t) k].ends = (int) ffns.size();
             }
         }

@@ -10,7 +10,7 @@
 // One per backend instance, so one per llama_context.
 struct pinfer_engine {
     pinfer_team                      team;
-    std::vector<const ggml_tensor *> activation_done; // per layer: the last activation node computed here
+    std::vector<const ggml_tensor *> activation_done; // per FFN: the last activation node computed here
     std::weak_ptr<pinfer_model>      used;            // whose FFNs it computed last
 };
 

@@ -5,7 +5,7 @@
 
 #include <dlfcn.h>
 
-const char * const pinfer_plugin_tensors = "\\.ffn_(up|gate|down)\\.(weight|bias)";
+const char * const pinfer_plugin_tensors = "\\.(ffn_(up|gate|down)(_exps|_shexp)?|channel_mix_(key|value))\\.(weight|bias)";
 
 namespace {
 

@@ -19,6 +19,11 @@ static const activation_entry architectures[] = {
     {PINFER_ACT_RELU2, "nemotron"},
     {PINFER_ACT_RELU2, "plm"},
     {PINFER_ACT_RELU2, "jais2"},
+    {PINFER_ACT_RELU2, "rwkv6"},
+    {PINFER_ACT_RELU2, "rwkv7"},
+    {PINFER_ACT_RELU2, "nemotron_h"},
+    {PINFER_ACT_RELU2, "nemotron_h_moe"},
+    {PINFER_ACT_REGLU, "smallthinker"},
 };
 
 const char * pinfer_activation_name(pinfer_activation act) {

@@ -119,24 +119,19 @@ bool check_activation(pinfer_artefact * a, const pinfer_origin & origin, std::st
                          " is run with " + described(pinfer_activation_name(wanted.act), wanted.threshold) + a->remake);
 }
 
-// The numbers of the file's header must be the model's before any of them is an index.
-bool check_shape(pinfer_artefact * a, const pinfer_origin & origin, std::string * err) {
-    uint32_t n_layer = 0, n_embd = 0, n_ff = 0;
-    if (!pinfer_gguf_u32(a->gguf, "pinfer.n_layer", &n_layer) || !pinfer_gguf_u32(a->gguf, "pinfer.n_embd", &n_embd) ||
-        !pinfer_gguf_u32(a->gguf, "pinfer.n_ff", &n_ff)) {
-        return pinfer_artefact_damaged(a, "it lacks its shape (pinfer.n_layer, n_embd, n_ff)", err);
+// Arrays of the file have an item for each of the model's FFNs.
+bool check_ffns(pinfer_artefact * a, const pinfer_origin & origin, std::string * err) {
+    std::vector<std::string> names, wanted;
+    for (size_t i = 0; i < origin.header.ffns.size(); i++) {
+        if (origin.header.ffns[i].n_ff() > 0) {
+            wanted.push_back(pinfer_ffn_name((int) i));
+            a->ffns.push_back((int) i);
+        }
     }
-    bool has_width = false;
-    for (const pinfer_layer_header & layer : origin.header.layers) {
-        has_width |= layer.n_ff() == n_ff;
+    if (!pinfer_gguf_str_array(a->gguf, "pinfer.ffns", &names)) {
+        return pinfer_artefact_damaged(a, "it lacks the list of its FFNs (pinfer.ffns)", err);
     }
-    if (n_layer != origin.header.layers.size() || n_embd != origin.header.n_embd || !has_width) {
-        return pinfer_artefact_damaged(a, "its shape is not the model's", err);
-    }
-    a->n_layer = n_layer;
-    a->n_embd  = n_embd;
-    a->n_ff    = n_ff;
-    return true;
+    return names == wanted || pinfer_artefact_damaged(a, "its FFNs are not those of the model", err);
 }
 
 // Whether an artefact without checksums is refused. Those of pinfer 0.1 have none.
@@ -239,19 +234,19 @@ bool pinfer_artefact_open(pinfer_artefact * a, const char * path, const char * k
     if (gguf_get_alignment(a->gguf) % 32 != 0) {
         return pinfer_artefact_damaged(a, "its tensors are not aligned to 32 bytes", err);
     }
-    return check_activation(a, origin, err) && check_shape(a, origin, err) && start_verifier(a, err);
+    return check_activation(a, origin, err) && check_ffns(a, origin, err) && start_verifier(a, err);
 }
 
-bool pinfer_artefact_tensor(const pinfer_artefact * a, const char * name, ggml_type type, int64_t ne0, int64_t ne1,
-                            pinfer_blob * out, std::string * err) {
+bool pinfer_artefact_tensor(const pinfer_artefact * a, const std::string & name, ggml_type type, int64_t ne0, int64_t ne1,
+                            pinfer_blob * out, std::string * err, int64_t ne2) {
     *out             = {};
-    const int64_t id = gguf_find_tensor(a->gguf, name);
+    const int64_t id = gguf_find_tensor(a->gguf, name.c_str());
     if (id < 0) {
         return true;
     }
     const int64_t * ne = gguf_get_tensor_ne(a->gguf, id);
     out->type          = gguf_get_tensor_type(a->gguf, id);
-    if (ne[0] != ne0 || ne[1] != ne1 || ne[2] != 1 || ne[3] != 1 || (type != GGML_TYPE_COUNT && out->type != type)) {
+    if (ne[0] != ne0 || ne[1] != ne1 || ne[2] != ne2 || ne[3] != 1 || (type != GGML_TYPE_COUNT && out->type != type)) {
         return fail(err, a->path + ": tensor " + name + " has an unexpected shape or type" + a->remake);
     }
     memcpy(out->ne, ne, sizeof(out->ne));
@@ -272,27 +267,29 @@ bool pinfer_artefact_damaged(const pinfer_artefact * a, const std::string & caus
     return fail(err, a->path + " is damaged: " + cause + a->remake);
 }
 
-bool pinfer_artefact_neurons(const pinfer_artefact * a, const pinfer_origin & origin, int64_t il, const int32_t ** ids, int64_t * n,
-                             std::string * err) {
-    const std::string name = "blk." + std::to_string(il) + ".neurons";
-    const int64_t     id   = gguf_find_tensor(a->gguf, name.c_str());
-    *n                     = 0;
+bool pinfer_artefact_units(const pinfer_artefact * a, const pinfer_origin & origin, int ffn, const int32_t ** ids, int64_t * n,
+                           std::string * err) {
+    const bool        is_stack = pinfer_ffn_kind_of(ffn) == PINFER_FFN_EXPERTS;
+    const std::string name     = pinfer_ffn_name(ffn) + (is_stack ? ".experts" : ".neurons");
+    const int64_t     id       = gguf_find_tensor(a->gguf, name.c_str());
+    *n                         = 0;
     if (id < 0) {
         return true;
     }
-    const int64_t count = gguf_get_tensor_ne(a->gguf, id)[0];
-    pinfer_blob   blob;
-    if (!pinfer_artefact_tensor(a, name.c_str(), GGML_TYPE_I32, count, 1, &blob, err)) {
+    const pinfer_ffn_header & f     = origin.header.ffns[(size_t) ffn];
+    const int64_t             most  = is_stack ? f.n_experts() : f.n_ff();
+    const int64_t             count = gguf_get_tensor_ne(a->gguf, id)[0];
+    pinfer_blob               blob;
+    if (!pinfer_artefact_tensor(a, name, GGML_TYPE_I32, count, 1, &blob, err)) {
         return false;
     }
-    if (count < 1 || count > a->n_ff || origin.header.layers[(size_t) il].n_ff() != a->n_ff) {
-        return pinfer_artefact_damaged(a, "layer " + std::to_string(il) + " does not have the width of the model's FFN", err);
+    *ids       = (const int32_t *) blob.data;
+    bool known = count >= 1 && count <= most;
+    for (int64_t j = 0; known && j < count; j++) {
+        known = (*ids)[j] >= 0 && (*ids)[j] < most;
     }
-    *ids = (const int32_t *) blob.data;
-    for (int64_t j = 0; j < count; j++) {
-        if ((*ids)[j] < 0 || (*ids)[j] >= a->n_ff) {
-            return pinfer_artefact_damaged(a, "layer " + std::to_string(il) + " names neurons that the model does not have", err);
-        }
+    if (!known) {
+        return pinfer_artefact_damaged(a, name + " does not name " + (is_stack ? "experts" : "neurons") + " of the model", err);
     }
     *n = count;
     return true;
@@ -357,24 +354,30 @@ bool pinfer_gguf_str_array(const gguf_context * gguf, const char * key, std::vec
     return id >= 0;
 }
 
-bool pinfer_fingerprint_file(const char * path, std::string * out, std::string * err) {
-    const int fd = open(path, O_RDONLY | O_CLOEXEC);
-    if (fd < 0) {
-        return fail(err, std::string("cannot open ") + path + ": " + strerror(errno));
+static pinfer_gguf_ptr open_model(const char * path, std::string * err) {
+    if (access(path, R_OK) != 0) {
+        fail(err, std::string("cannot open ") + path + ": " + strerror(errno));
+        return nullptr;
     }
-    struct stat st = {};
-    gguf_context * gguf = fstat(fd, &st) == 0 && S_ISREG(st.st_mode) ? pinfer_gguf_open(path) : nullptr;
+    pinfer_gguf_ptr gguf(pinfer_gguf_open(path));
     if (!gguf) {
-        close(fd);
-        return fail(err, std::string(path) + " is not a GGUF file or its header is damaged");
+        fail(err, std::string(path) + " is not a GGUF file or its header is damaged");
+    }
+    return gguf;
+}
+
+// What pinfer_fingerprint() covers of one file, whose header is gguf.
+static bool hash_file(const char * path, const gguf_context * gguf, hash128 * hash, std::string * err) {
+    const int   fd = open(path, O_RDONLY | O_CLOEXEC);
+    struct stat st = {};
+    if (fd < 0 || fstat(fd, &st) != 0) {
+        return fail(err, std::string("cannot open ") + path + ": " + strerror(errno));
     }
     const size_t              header = gguf_get_data_offset(gguf), size = (size_t) st.st_size;
     const std::vector<region> regions = fingerprinted(gguf, size);
-    gguf_free(gguf);
 
-    bool    ok = header <= size;
-    hash128 hash;
-    hash.word(size);
+    bool ok = header <= size;
+    hash->word(size);
     std::vector<uint8_t> buf(ok ? std::max(header, FINGERPRINT_BLOCK) : 0);
     const auto           read_at = [&](size_t offset, size_t n) {
         size_t done = 0;
@@ -385,7 +388,7 @@ bool pinfer_fingerprint_file(const char * path, std::string * out, std::string *
             }
             done += (size_t) got;
         }
-        hash.bytes(buf.data(), n);
+        hash->bytes(buf.data(), n);
         return true;
     };
     for (const region & r : regions) { // asked for together, so that a disk may serve them in its own order
@@ -396,11 +399,31 @@ bool pinfer_fingerprint_file(const char * path, std::string * out, std::string *
         ok = ok && r.offset + r.size <= size && read_at(r.offset, r.size);
     }
     close(fd);
-    if (!ok) {
-        return fail(err, std::string(path) + " is truncated or cannot be read");
+    return ok || fail(err, std::string(path) + " is truncated or cannot be read");
+}
+
+// Of these files, in their order; gguf is the header of the first.
+static bool fingerprint(const std::vector<std::string> & files, pinfer_gguf_ptr gguf, std::string * out, std::string * err) {
+    hash128 hash;
+    for (size_t i = 0; i < files.size(); i++) {
+        gguf = i ? open_model(files[i].c_str(), err) : std::move(gguf);
+        if (!gguf || !hash_file(files[i].c_str(), gguf.get(), &hash, err)) {
+            return false;
+        }
     }
     char hex[33];
     snprintf(hex, sizeof(hex), "%016" PRIx64 "%016" PRIx64, hash.a, hash.b);
     *out = hex;
     return true;
+}
+
+bool pinfer_fingerprint_files(const std::vector<std::string> & files, std::string * out, std::string * err) {
+    return fingerprint(files, open_model(files[0].c_str(), err), out, err);
+}
+
+bool pinfer_fingerprint_file(const char * path, std::string * out, std::string * err) {
+    std::vector<std::string> files;
+    pinfer_gguf_ptr          gguf = open_model(path, err);
+    return gguf && pinfer_model_files(gguf.get(), path, pinfer_parts_by_name, &files, err) &&
+           fingerprint(files, std::move(gguf), out, err);
 }

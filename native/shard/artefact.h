@@ -19,7 +19,7 @@ struct pinfer_artefact {
     uint8_t *      map  = nullptr; // the whole file, read-only
     size_t         size = 0;
     pinfer_rule    rule; // it was made for
-    int64_t        n_layer = 0, n_embd = 0, n_ff = 0;
+    std::vector<int> ffns; // numbers of the model's FFNs, in the order of the file's arrays
 
     pinfer_verifier verifier;
 
@@ -50,10 +50,10 @@ struct pinfer_origin {
 bool pinfer_artefact_open(pinfer_artefact * a, const char * path, const char * kind, const pinfer_origin & origin,
                           std::string * err);
 
-// Tensor by name; false (with *err) when its shape is not [ne0, ne1] (ne1 = 1 for vectors) or its type not `type`
+// Tensor by name; false (with *err) when its shape is not [ne0, ne1, ne2] (ne1 = 1 for vectors) or its type not `type`
 // (GGML_TYPE_COUNT: any). A missing tensor is not an error: out->data stays null.
-bool pinfer_artefact_tensor(const pinfer_artefact * a, const char * name, ggml_type type, int64_t ne0, int64_t ne1,
-                            pinfer_blob * out, std::string * err);
+bool pinfer_artefact_tensor(const pinfer_artefact * a, const std::string & name, ggml_type type, int64_t ne0, int64_t ne1,
+                            pinfer_blob * out, std::string * err, int64_t ne2 = 1);
 
 // Gives back the memory that pages within these bytes of a mapped artefact take; they are read again when touched.
 void pinfer_artefact_release(const void * data, size_t size);
@@ -64,10 +64,10 @@ std::string pinfer_artefact_damage(const pinfer_artefact * a);
 // Writes "PATH is damaged: CAUSE; COMMAND" and returns false.
 bool pinfer_artefact_damaged(const pinfer_artefact * a, const std::string & cause, std::string * err);
 
-// Neurons that layer il of the file holds, by the tensor blk.N.neurons: *n of them, each less than n_ff; 0 where the layer is
-// not in the file. False (with *err) when they are not numbers of neurons, or the model has no such FFN in that layer.
-bool pinfer_artefact_neurons(const pinfer_artefact * a, const pinfer_origin & origin, int64_t il, const int32_t ** ids, int64_t * n,
-                             std::string * err);
+// Units of an FFN that the file holds: its neurons, or the experts of a stack, by the tensor NAME.neurons or NAME.experts: *n of
+// them; 0 where the file has none. False (with *err) when they are not numbers of units of the model.
+bool pinfer_artefact_units(const pinfer_artefact * a, const pinfer_origin & origin, int ffn, const int32_t ** ids, int64_t * n,
+                           std::string * err);
 
 // The text as one line: a file may have put a line break into a name. Returns false.
 bool pinfer_refuse(const std::string & text, std::string * err);
@@ -82,5 +82,6 @@ bool pinfer_gguf_str(const gguf_context * gguf, const char * key, std::string * 
 bool pinfer_gguf_u32_array(const gguf_context * gguf, const char * key, std::vector<uint32_t> * out);
 bool pinfer_gguf_str_array(const gguf_context * gguf, const char * key, std::vector<std::string> * out);
 
-// See pinfer_fingerprint() in pinfer.h.
+// See pinfer_fingerprint() in pinfer.h; of a model by the path of its first file, or by those of all its files in order.
+bool pinfer_fingerprint_files(const std::vector<std::string> & files, std::string * out, std::string * err);
 bool pinfer_fingerprint_file(const char * path, std::string * out, std::string * err);

@@ -3,37 +3,104 @@
 
 #include "artefact.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <unistd.h>
 
-pinfer_part pinfer_part_of(const char * name, bool bias, int * layer) {
-    int  il = -1, end = -1;
-    char part[8], kind[8];
-    if (sscanf(name, "blk.%9d.ffn_%4[a-z].%6[a-z]%n", &il, part, kind, &end) != 3 || name[end] != '\0' || il < 0 ||
-        strcmp(kind, bias ? "bias" : "weight") != 0) {
+namespace {
+
+struct weight_name {
+    const char *    text;
+    pinfer_part     part;
+    pinfer_ffn_kind kind;
+};
+
+const weight_name weight_names[] = {
+    {"ffn_gate", PINFER_PART_GATE, PINFER_FFN_DENSE},         {"ffn_up", PINFER_PART_UP, PINFER_FFN_DENSE},
+    {"ffn_down", PINFER_PART_DOWN, PINFER_FFN_DENSE},         {"ffn_gate_shexp", PINFER_PART_GATE, PINFER_FFN_SHARED},
+    {"ffn_up_shexp", PINFER_PART_UP, PINFER_FFN_SHARED},      {"ffn_down_shexp", PINFER_PART_DOWN, PINFER_FFN_SHARED},
+    {"ffn_gate_exps", PINFER_PART_GATE, PINFER_FFN_EXPERTS},  {"ffn_up_exps", PINFER_PART_UP, PINFER_FFN_EXPERTS},
+    {"ffn_down_exps", PINFER_PART_DOWN, PINFER_FFN_EXPERTS},  {"channel_mix_key", PINFER_PART_UP, PINFER_FFN_DENSE},
+    {"channel_mix_value", PINFER_PART_DOWN, PINFER_FFN_DENSE}, // RWKV
+};
+
+} // namespace
+
+// Part of an FFN that a tensor is, by a name like "blk.7.ffn_up.END".
+static pinfer_part part_of(const char * name, const char * wanted_end, int * ffn) {
+    int  layer = -1, length = -1;
+    char text[24], end[8];
+    if (sscanf(name, "blk.%6d.%23[a-z_].%7[a-z]%n", &layer, text, end, &length) != 3 || name[length] != '\0' || layer < 0 ||
+        strcmp(end, wanted_end) != 0) {
         return PINFER_PART_NONE;
     }
-    *layer = il;
-    if (!strcmp(part, "up")) {
-        return PINFER_PART_UP;
+    for (const weight_name & w : weight_names) {
+        if (!strcmp(text, w.text)) {
+            *ffn = pinfer_ffn_index(layer, w.kind);
+            return w.part;
+        }
     }
-    if (!strcmp(part, "gate")) {
-        return PINFER_PART_GATE;
-    }
-    return !strcmp(part, "down") ? PINFER_PART_DOWN : PINFER_PART_NONE;
+    return PINFER_PART_NONE;
+}
+
+pinfer_part pinfer_part_of(const char * name, bool bias, int * ffn) {
+    return part_of(name, bias ? "bias" : "weight", ffn);
+}
+
+std::string pinfer_ffn_name(int ffn) {
+    static const char * const ends[] = {"", ".shexp", ".exps"};
+    return "blk." + std::to_string(pinfer_ffn_layer(ffn)) + ends[pinfer_ffn_kind_of(ffn)];
+}
+
+std::string pinfer_ffn_title(int ffn) {
+    static const char * const begins[] = {"", "the shared expert of ", "the experts of "};
+    return begins[pinfer_ffn_kind_of(ffn)] + ("layer " + std::to_string(pinfer_ffn_layer(ffn)));
 }
 
 static bool refuse(const char * path, const std::string & why, std::string * err) {
     return pinfer_refuse(std::string(path) + " " + why, err);
 }
 
-static pinfer_matrix matrix_of(const gguf_context * gguf, int64_t tensor) {
+bool pinfer_parts_by_name(uint32_t n, std::vector<std::string> * files, std::string * err) {
+    const std::string first = files->front();
+    char              number[32];
+    snprintf(number, sizeof(number), "-%05d-of-%05u.gguf", 1, n);
+    if (!first.ends_with(number)) {
+        return refuse(first.c_str(), std::string("is a part of a model, but its name does not end in ") + number + "; rename it", err);
+    }
+    const std::string stem = first.substr(0, first.size() - strlen(number));
+    for (uint32_t i = 2; i <= n; i++) {
+        snprintf(number, sizeof(number), "-%05u-of-%05u.gguf", i, n);
+        files->push_back(stem + number);
+        if (access(files->back().c_str(), F_OK) != 0) {
+            return refuse(files->back().c_str(), "is missing, one of the " + std::to_string(n) +
+                                                     " parts of the model; put all parts into one folder", err);
+        }
+    }
+    return true;
+}
+
+bool pinfer_model_files(const gguf_context * gguf, const char * path, const pinfer_parts_find & find,
+                        std::vector<std::string> * files, std::string * err) {
+    uint32_t n = 1, i = 0;
+    pinfer_gguf_u32(gguf, "split.count", &n); // also an u16
+    pinfer_gguf_u32(gguf, "split.no", &i);
+    if (n > 1 && i > 0) {
+        return refuse(path, "is part " + std::to_string(i + 1ull) + " of " + std::to_string(n) + " of a model; name the first part", err);
+    }
+    *files = {path};
+    return n <= 1 || find(n, files, err);
+}
+
+static pinfer_matrix matrix_of(const gguf_context * gguf, size_t file, int64_t tensor) {
     const int64_t * ne = gguf_get_tensor_ne(gguf, tensor);
     pinfer_matrix   m;
-    if (ne[2] == 1 && ne[3] == 1) {
-        m = {.ne     = {ne[0], ne[1]},
+    if (ne[3] == 1) {
+        m = {.ne     = {ne[0], ne[1], ne[2]},
              .type   = gguf_get_tensor_type(gguf, tensor),
+             .file   = file,
              .offset = gguf_get_data_offset(gguf) + gguf_get_tensor_offset(gguf, tensor)};
     }
     return m;
@@ -56,9 +123,47 @@ static bool read_activation(const gguf_context * gguf, const char * path, pinfer
     return true;
 }
 
-static bool read_layers(const gguf_context * gguf, const char * path, pinfer_header * h, std::string * err) {
-    const int64_t n_tensors = gguf_get_n_tensors(gguf);
-    uint32_t      n_layer = 0, n_embd = 0;
+// Whether the matrices belong together; else *why says what is wrong with them.
+static bool is_whole(const pinfer_ffn_header & f, int ffn, int64_t n_embd, std::string * why) {
+    const bool    is_stack = pinfer_ffn_kind_of(ffn) == PINFER_FFN_EXPERTS;
+    const int64_t width    = f.n_embd(), n_ff = f.n_ff(), n = f.n_experts();
+    const auto    is       = [n](const pinfer_matrix & m, int64_t ne0, int64_t ne1) {
+        return m.ne[0] == ne0 && m.ne[1] == ne1 && m.ne[2] == n;
+    };
+    if (n_ff == 0 || f.down.ne[1] == 0) {
+        *why = "lacks its up or down matrix";
+    } else if ((f.gate.ne[1] > 0 && !is(f.gate, width, n_ff)) || !is(f.down, n_ff, width) ||
+               (!is_stack && (n != 1 || width != n_embd))) {
+        *why = "has matrices of different shapes";
+    }
+    return why->empty();
+}
+
+static void read_tensors(const gguf_context * gguf, size_t file, pinfer_header * h, std::vector<std::string> * why) {
+    for (int64_t i = 0; i < gguf_get_n_tensors(gguf); i++) {
+        const char * const name = gguf_get_tensor_name(gguf, i);
+        int                ffn  = -1;
+        const pinfer_part  part = pinfer_part_of(name, false, &ffn);
+        if (part != PINFER_PART_NONE && (size_t) ffn < h->ffns.size()) {
+            const_cast<pinfer_matrix &>(h->ffns[(size_t) ffn].part(part)) = matrix_of(gguf, file, i);
+        } else if (!strcmp(name, "token_embd.weight")) {
+            h->token_embd = matrix_of(gguf, file, i);
+        } else if (part_of(name, "scale", &ffn) != PINFER_PART_NONE && (size_t) ffn < why->size()) {
+            (*why)[(size_t) ffn] = "has matrices with scales of their own";
+        } else if (pinfer_part_of(name, true, &ffn) != PINFER_PART_NONE && (size_t) ffn < why->size() &&
+                   pinfer_ffn_kind_of(ffn) == PINFER_FFN_EXPERTS) {
+            (*why)[(size_t) ffn] = "has biases";
+        }
+    }
+}
+
+static bool read_ffns(const std::vector<pinfer_gguf_ptr> & files, const char * path, pinfer_header * h, std::string * err) {
+    const gguf_context * const gguf = files[0].get();
+    uint32_t                   n_layer = 0, n_embd = 0, n_drafting = 0; // layers that libllama does not run
+    int64_t                    n_tensors = 0;
+    for (const pinfer_gguf_ptr & file : files) {
+        n_tensors += gguf_get_n_tensors(file.get());
+    }
     if (!pinfer_gguf_u32(gguf, (h->arch + ".block_count").c_str(), &n_layer) ||
         !pinfer_gguf_u32(gguf, (h->arch + ".embedding_length").c_str(), &n_embd)) {
         return refuse(path, "lacks " + h->arch + ".block_count or " + h->arch + ".embedding_length, so it is not a model", err);
@@ -67,44 +172,50 @@ static bool read_layers(const gguf_context * gguf, const char * path, pinfer_hea
         return refuse(path, "says it has " + std::to_string(n_layer) + " layers, but it has only " + std::to_string(n_tensors) +
                                 " tensors; it is damaged", err);
     }
-    h->n_embd = n_embd;
-    h->layers.resize(n_layer);
-    for (int64_t i = 0; i < n_tensors; i++) {
-        const char * const name  = gguf_get_tensor_name(gguf, i);
-        int                layer = -1;
-        const pinfer_part  part  = pinfer_part_of(name, false, &layer);
-        if (part != PINFER_PART_NONE && (uint32_t) layer < n_layer) {
-            const_cast<pinfer_matrix &>(h->layers[(size_t) layer].part(part)) = matrix_of(gguf, i);
-        } else if (!strcmp(name, "token_embd.weight")) {
-            h->token_embd = matrix_of(gguf, i);
-        }
+    pinfer_gguf_u32(gguf, (h->arch + ".nextn_predict_layers").c_str(), &n_drafting);
+    n_layer -= std::min(n_layer, n_drafting);
+    uint32_t              n_used = 0;
+    std::vector<uint32_t> n_used_of; // each layer
+    if (pinfer_gguf_u32(gguf, (h->arch + ".expert_used_count").c_str(), &n_used)) {
+        h->n_expert_used = n_used;
+    } else if (pinfer_gguf_u32_array(gguf, (h->arch + ".expert_used_count").c_str(), &n_used_of) && !n_used_of.empty()) {
+        h->n_expert_used = *std::max_element(n_used_of.begin(), n_used_of.end());
     }
-    for (uint32_t il = 0; il < n_layer; il++) {
-        const pinfer_layer_header & l    = h->layers[il];
-        const bool                  gate = l.gate.ne[1] == 0 || (l.gate.ne[0] == n_embd && l.gate.ne[1] == l.n_ff());
-        const bool                  both = l.up.ne[0] == n_embd && l.down.ne[0] == l.n_ff() && l.down.ne[1] == n_embd;
-        const bool                  none = l.n_ff() == 0 && l.gate.ne[1] == 0;
-        if (!(gate && both) && !none) {
-            h->layers[il] = {}; // an FFN of another kind, which the plugin does not claim
+    h->n_embd = n_embd;
+    h->ffns.resize((size_t) n_layer * PINFER_FFN_KINDS);
+    std::vector<std::string> why(h->ffns.size());
+    for (size_t i = 0; i < files.size(); i++) {
+        read_tensors(files[i].get(), i, h, &why);
+    }
+    for (size_t i = 0; i < h->ffns.size(); i++) {
+        pinfer_ffn_header & f = h->ffns[i];
+        const bool          none = f.gate.ne[1] == 0 && f.up.ne[1] == 0 && f.down.ne[1] == 0;
+        if (!none && (!why[i].empty() || !is_whole(f, (int) i, n_embd, &why[i]))) {
+            f           = {}; // of another kind, which the plugin does not claim
+            h->obstacle = h->obstacle.empty() ? pinfer_ffn_title((int) i) + " " + why[i] : h->obstacle;
         }
     }
     return true;
 }
 
-bool pinfer_header_read(const char * path, pinfer_header * out, std::string * err) {
-    *out                      = {};
-    gguf_context * const gguf = pinfer_gguf_open(path);
-    if (!gguf) {
+bool pinfer_header_read(const char * path, pinfer_header * out, std::string * err, const pinfer_parts_find & find) {
+    *out = {};
+    std::vector<pinfer_gguf_ptr> files;
+    files.emplace_back(pinfer_gguf_open(path));
+    if (!files[0]) {
         return refuse(path, "is not a GGUF file, or its header is damaged; check the file", err);
     }
-    uint32_t n_split = 0;
-    bool     ok      = true;
-    if (!pinfer_gguf_str(gguf, "general.architecture", &out->arch)) {
-        ok = refuse(path, "lacks general.architecture, so it is not a model", err);
+    if (!pinfer_model_files(files[0].get(), path, find, &out->files, err)) {
+        return false;
     }
-    pinfer_gguf_u32(gguf, "split.count", &n_split); // also an u16
-    out->is_split = n_split > 1;
-    ok            = ok && read_activation(gguf, path, out, err) && read_layers(gguf, path, out, err);
-    gguf_free(gguf);
-    return ok;
+    for (size_t i = 1; i < out->files.size(); i++) {
+        files.emplace_back(pinfer_gguf_open(out->files[i].c_str()));
+        if (!files[i]) {
+            return refuse(out->files[i].c_str(), "is not a GGUF file, or its header is damaged; download this part again", err);
+        }
+    }
+    if (!pinfer_gguf_str(files[0].get(), "general.architecture", &out->arch)) {
+        return refuse(path, "lacks general.architecture, so it is not a model", err);
+    }
+    return read_activation(files[0].get(), path, out, err) && read_ffns(files, path, out, err);
 }

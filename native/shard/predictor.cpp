@@ -31,71 +31,73 @@ static int bits_of(const std::string & kind) {
     return kind == "one_bit" ? 1 : kind == "two_bit" ? 2 : 0;
 }
 
-static bool damaged(const pinfer_predictor * p, int64_t il, const std::string & cause, std::string * err) {
-    return pinfer_artefact_damaged(&p->file, "layer " + std::to_string(il) + " " + cause, err);
+static bool damaged(const pinfer_predictor * p, int ffn, const std::string & cause, std::string * err) {
+    return pinfer_artefact_damaged(&p->file, pinfer_ffn_title(ffn) + " " + cause, err);
 }
 
-static bool read_few_bits(pinfer_predictor * p, int64_t il, int bits, int64_t rank, std::string * err) {
-    pinfer_predictor_layer & layer  = p->layers[(size_t) il];
-    const std::string        blk    = "blk." + std::to_string(il) + ".";
-    const int64_t            n_embd = p->file.n_embd, n_ff = p->file.n_ff;
-    pinfer_blob              b, t;
-    if (rank != n_embd || n_embd % 32 != 0) {
-        return damaged(p, il, "has a rank that its kind does not allow", err);
+static bool read_few_bits(pinfer_predictor * p, int ffn, int bits, int64_t rank, const pinfer_origin & origin, std::string * err) {
+    pinfer_predictor_ffn &    f      = p->ffns[(size_t) ffn];
+    const std::string         name   = pinfer_ffn_name(ffn);
+    const pinfer_ffn_header & header = origin.header.ffns[(size_t) ffn];
+    const int64_t             n_embd = header.n_embd();
+    const bool                whole  = header.n_experts() == 1 || header.n_ff() % PINFER_TILE_ROWS == 0;
+    pinfer_blob               b, t;
+    if (rank != n_embd || n_embd % 32 != 0 || !whole) {
+        return damaged(p, ffn, "has a shape that its kind does not allow", err);
     }
-    if (!pinfer_artefact_tensor(&p->file, (blk + "pred_b").c_str(), GGML_TYPE_I8, n_embd * bits / 8, n_ff, &b, err) ||
-        !pinfer_artefact_tensor(&p->file, (blk + "pred_t").c_str(), GGML_TYPE_F32, n_ff, 1, &t, err)) {
+    if (!pinfer_artefact_tensor(&p->file, name + ".pred_b", GGML_TYPE_I8, n_embd * bits / 8, header.n_neurons(), &b, err) ||
+        !pinfer_artefact_tensor(&p->file, name + ".pred_t", GGML_TYPE_F32, header.n_neurons(), 1, &t, err)) {
         return false;
     }
     if (!b.data || !t.data) {
-        return damaged(p, il, "is incomplete", err);
+        return damaged(p, ffn, "is incomplete", err);
     }
-    layer.bits  = bits;
-    layer.rank  = rank;
-    layer.b     = b.data;
-    layer.b_row = (size_t) (n_embd * bits / 8);
-    layer.t     = (const float *) t.data;
+    f.bits  = bits;
+    f.rank  = rank;
+    f.n     = header.n_neurons();
+    f.b     = b.data;
+    f.b_row = (size_t) (n_embd * bits / 8);
+    f.t     = (const float *) t.data;
     return true;
 }
 
-static bool read_layer(pinfer_predictor * p, int64_t il, const std::string & kind, int64_t rank, const pinfer_origin & origin,
-                       std::string * err) {
-    pinfer_predictor_layer & layer  = p->layers[(size_t) il];
-    const int64_t            n_embd = p->file.n_embd, n_ff = p->file.n_ff;
+static bool read_ffn(pinfer_predictor * p, int ffn, const std::string & kind, int64_t rank, const pinfer_origin & origin,
+                     std::string * err) {
+    pinfer_predictor_ffn &    f      = p->ffns[(size_t) ffn];
+    const pinfer_ffn_header & header = origin.header.ffns[(size_t) ffn];
+    const int64_t             n_embd = header.n_embd(), n_ff = header.n_ff();
     if (kind == "none") {
         return true;
     }
-    if (origin.header.layers[(size_t) il].n_ff() != n_ff) {
-        return damaged(p, il, "does not have the width of the model's FFN", err);
-    }
     if (bits_of(kind)) {
-        return read_few_bits(p, il, bits_of(kind), rank, err);
+        return read_few_bits(p, ffn, bits_of(kind), rank, origin, err);
     }
-    if (kind != "low_rank" && kind != "mlp") {
-        return damaged(p, il, "has a predictor of the unknown kind '" + kind + "'", err);
+    if ((kind != "low_rank" && kind != "mlp") || pinfer_ffn_kind_of(ffn) == PINFER_FFN_EXPERTS) {
+        return damaged(p, ffn, "has a predictor of the unknown kind '" + kind + "'", err);
     }
     if (rank == 0 || rank % 32 != 0) {
-        return damaged(p, il, "has a rank that its kind does not allow", err);
+        return damaged(p, ffn, "has a rank that its kind does not allow", err);
     }
-    const std::string blk = "blk." + std::to_string(il) + ".";
+    const std::string name = pinfer_ffn_name(ffn);
     pinfer_blob       a, b, t;
-    if (!pinfer_artefact_tensor(&p->file, (blk + "pred_a").c_str(), GGML_TYPE_COUNT, n_embd, rank, &a, err) ||
-        !pinfer_artefact_tensor(&p->file, (blk + "pred_b").c_str(), GGML_TYPE_COUNT, rank, n_ff, &b, err) ||
-        !pinfer_artefact_tensor(&p->file, (blk + "pred_t").c_str(), GGML_TYPE_F32, n_ff, 1, &t, err)) {
+    if (!pinfer_artefact_tensor(&p->file, name + ".pred_a", GGML_TYPE_COUNT, n_embd, rank, &a, err) ||
+        !pinfer_artefact_tensor(&p->file, name + ".pred_b", GGML_TYPE_COUNT, rank, n_ff, &b, err) ||
+        !pinfer_artefact_tensor(&p->file, name + ".pred_t", GGML_TYPE_F32, n_ff, 1, &t, err)) {
         return false;
     }
-    layer.a_kernel = a.data ? pinfer_kernel_get(a.type) : nullptr;
-    layer.b_kernel = b.data ? pinfer_kernel_get(b.type) : nullptr;
-    if (!layer.a_kernel || !layer.b_kernel || !t.data) {
-        return damaged(p, il, "is incomplete", err);
+    f.a_kernel = a.data ? pinfer_kernel_get(a.type) : nullptr;
+    f.b_kernel = b.data ? pinfer_kernel_get(b.type) : nullptr;
+    if (!f.a_kernel || !f.b_kernel || !t.data) {
+        return damaged(p, ffn, "is incomplete", err);
     }
-    layer.rank  = rank;
-    layer.relu  = kind == "mlp";
-    layer.a     = a.data;
-    layer.b     = b.data;
-    layer.t     = (const float *) t.data;
-    layer.a_row = ggml_row_size(a.type, n_embd);
-    layer.b_row = ggml_row_size(b.type, rank);
+    f.rank  = rank;
+    f.n     = n_ff;
+    f.relu  = kind == "mlp";
+    f.a     = a.data;
+    f.b     = b.data;
+    f.t     = (const float *) t.data;
+    f.a_row = ggml_row_size(a.type, n_embd);
+    f.b_row = ggml_row_size(b.type, rank);
     return true;
 }
 
@@ -103,16 +105,16 @@ bool pinfer_predictor_open(pinfer_predictor * p, const char * path, const pinfer
     if (!pinfer_artefact_open(&p->file, path, "predictor", origin, err)) {
         return false;
     }
-    const auto               n_layer = (size_t) p->file.n_layer;
+    const size_t             n = p->file.ffns.size();
     std::vector<std::string> kind;
     std::vector<uint32_t>    rank;
     if (!pinfer_gguf_str_array(p->file.gguf, "pinfer.predictor.kind", &kind) ||
-        !pinfer_gguf_u32_array(p->file.gguf, "pinfer.predictor.rank", &rank) || kind.size() != n_layer || rank.size() != n_layer) {
-        return pinfer_artefact_damaged(&p->file, "it lacks the kind or rank of a layer", err);
+        !pinfer_gguf_u32_array(p->file.gguf, "pinfer.predictor.rank", &rank) || kind.size() != n || rank.size() != n) {
+        return pinfer_artefact_damaged(&p->file, "it lacks the kind or rank of an FFN", err);
     }
-    p->layers.resize(n_layer);
-    for (size_t il = 0; il < n_layer; il++) {
-        if (!read_layer(p, (int64_t) il, kind[il], rank[il], origin, err)) {
+    p->ffns.resize(origin.header.ffns.size());
+    for (size_t i = 0; i < n; i++) {
+        if (!read_ffn(p, p->file.ffns[i], kind[i], rank[i], origin, err)) {
             return false;
         }
     }
@@ -120,7 +122,7 @@ bool pinfer_predictor_open(pinfer_predictor * p, const char * path, const pinfer
 }
 
 // False where B has no tiles: its rows are used as they are.
-static bool choose_tiles(pinfer_predictor_layer * p) {
+static bool choose_tiles(pinfer_predictor_ffn * p) {
     if (p->bits) {
         p->multiply = pinfer_bits_multiply(p->bits);
         p->tile     = pinfer_bits_tile_size(p->bits, p->rank);
@@ -134,7 +136,7 @@ static bool choose_tiles(pinfer_predictor_layer * p) {
     return p->multiply;
 }
 
-static void pack_tile(const pinfer_predictor_layer & p, const void * const * rows, void * tile) {
+static void pack_tile(const pinfer_predictor_ffn & p, const void * const * rows, void * tile) {
     if (p.bits) {
         pinfer_bits_pack(p.bits, p.rank, rows, tile);
     } else {
@@ -143,10 +145,11 @@ static void pack_tile(const pinfer_predictor_layer & p, const void * const * row
 }
 
 void pinfer_predictor_arrange(pinfer_predictor * p, const std::vector<pinfer_neurons> * neurons) {
-    for (size_t il = 0; il < p->layers.size(); il++) {
-        pinfer_predictor_layer & layer = p->layers[il];
-        const int64_t            n     = neurons ? (*neurons)[il].n : p->file.n_ff;
-        const int32_t *          ids   = neurons ? (*neurons)[il].ids : nullptr;
+    for (const int ffn : p->file.ffns) {
+        pinfer_predictor_ffn & layer    = p->ffns[(size_t) ffn];
+        const bool             arranged = neurons && pinfer_ffn_kind_of(ffn) != PINFER_FFN_EXPERTS;
+        const int64_t          n        = arranged ? (*neurons)[(size_t) ffn].n : layer.n;
+        const int32_t *        ids      = arranged ? (*neurons)[(size_t) ffn].ids : nullptr;
         if (layer.rank == 0 || n == 0) {
             continue;
         }
@@ -168,11 +171,11 @@ void pinfer_predictor_arrange(pinfer_predictor * p, const std::vector<pinfer_neu
             }
             pack_tile(layer, rows, layer.tiles.data + (size_t) g * layer.tile);
         }
-        pinfer_artefact_release(layer.b, (size_t) p->file.n_ff * layer.b_row);
+        pinfer_artefact_release(layer.b, (size_t) layer.n * layer.b_row);
     }
 }
 
-void pinfer_predictor_scores(const pinfer_predictor_layer & p, const int32_t * ids, int64_t j, int64_t n, const uint8_t * z,
+void pinfer_predictor_scores(const pinfer_predictor_ffn & p, const int32_t * ids, int64_t j, int64_t n, const uint8_t * z,
                              size_t z_row, int64_t n_tokens, float * score) {
     std::fill(score, score + n_tokens * PINFER_TILE_ROWS, 0.0f);
     if (p.tiles.data) {

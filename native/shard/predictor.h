@@ -23,10 +23,11 @@ struct pinfer_buffer {
     void allocate(size_t n_bytes); // throws std::bad_alloc
 };
 
-// One layer: hidden z = A·x (mlp: relu of it), score_i = B_i·z, neuron i is a candidate when score_i > t_i. Where B is of a
+// One FFN: hidden z = A·x (mlp: relu of it), score_i = B_i·z, neuron i is a candidate when score_i > t_i. Where B is of a
 // few bits, z is x itself.
-struct pinfer_predictor_layer {
+struct pinfer_predictor_ffn {
     int64_t               rank = 0; // 0: no predictor, every neuron is a candidate
+    int64_t               n = 0; // neurons, of all experts of a stack
     int                   bits = 0; // of the numbers of B, 0: b_kernel's type
     bool                  relu = false;
     const pinfer_kernel * a_kernel = nullptr;
@@ -47,15 +48,16 @@ struct pinfer_predictor_layer {
 
 struct pinfer_predictor {
     pinfer_artefact                     file;
-    std::vector<pinfer_predictor_layer> layers;
+    std::vector<pinfer_predictor_ffn> ffns;
 };
 
-// Arranges B for the given neurons of each layer (null: all of them in the model's order), so that scores stream from memory.
+// Arranges B for the given neurons of each FFN (null, and in stacks: all of them in the model's order), so that scores stream
+// from memory.
 void pinfer_predictor_arrange(pinfer_predictor * p, const std::vector<pinfer_neurons> * neurons);
 
 // score[t*PINFER_TILE_ROWS + r] of the neurons at places j to j + n - 1 (j a multiple of PINFER_TILE_ROWS, n at most that
 // many, any finite number beyond them) for the n_tokens prepared hidden vectors z.
-void pinfer_predictor_scores(const pinfer_predictor_layer & p, const int32_t * ids, int64_t j, int64_t n, const uint8_t * z,
+void pinfer_predictor_scores(const pinfer_predictor_ffn & p, const int32_t * ids, int64_t j, int64_t n, const uint8_t * z,
                              size_t z_row, int64_t n_tokens, float * score);
 
 bool pinfer_predictor_open(pinfer_predictor * p, const char * path, const pinfer_origin & origin, std::string * err);

@@ -194,7 +194,7 @@ void test_memory() {
         const uint64_t bytes[] = {pinfer_hot_shard_bytes(files.model.c_str(), 0), pinfer_hot_shard_bytes(files.model.c_str(), 1)};
         for (size_t i = 0; i < 2; i++) {
             const pinfer_hot & hot = *pinfer_model_of(files.model.c_str())->hot[i];
-            const uint64_t     n   = (uint64_t) hot.layers[0].n;
+            const uint64_t     n   = (uint64_t) hot.ffns[0].n;
             check(hot.compute_size > 0 && hot.compute_size <= pinfer_hot_compute_bytes(N_EMBD, n),
                   std::string(pinfer_activation_name(c.act)) + ": compute buffer of " + std::to_string(hot.compute_size) + " bytes, " +
                       std::to_string(pinfer_hot_compute_bytes(N_EMBD, n)) + " said");
@@ -212,7 +212,7 @@ void test_memory() {
     s.place({50}, {"QUEUE"});
     const auto x = noise(N_EMBD, 1.0f);
     run_graph(s.m, x, 1, 1);
-    const pinfer_hot_layer &        layer = pinfer_model_of(files.model.c_str())->hot[0]->layers[0];
+    const pinfer_hot_ffn &        layer = pinfer_model_of(files.model.c_str())->hot[0]->ffns[0];
     const pinfer_hot_graph * const  kept  = layer.graphs.at(0).get();
     const ggml_tensor * const       node  = ggml_graph_node(kept->graph, 0);
     run_graph(s.m, noise(N_EMBD * 3, 1.0f), 3, 1);

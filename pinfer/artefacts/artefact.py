@@ -22,7 +22,7 @@ from pinfer.llama.plugin import load_plugin
 from pinfer.model import Model, describe_activation
 from pinfer.progress import NULL_PROGRESS, Progress
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 _MADE_BY = {
     "profile": "profile",
@@ -57,9 +57,7 @@ class ArtefactWriter(GgufFileWriter):
         self.header.add_string("pinfer.kind", kind)
         self.header.add_string("pinfer.model.name", model.name)
         self.header.add_string("pinfer.model.fingerprint", model.fingerprint)
-        self.header.add_uint32("pinfer.n_layer", model.n_layer)
-        self.header.add_uint32("pinfer.n_embd", model.n_embd)
-        self.header.add_uint32("pinfer.n_ff", model.n_ff)
+        self.add_str_array("pinfer.ffns", [f.name for f in model.ffns])
         self.header.add_string("pinfer.activation", model.activation)
         self.header.add_float32("pinfer.activation_threshold", model.activation_threshold)
         self.header.add_string("pinfer.settings", json.dumps(dict(settings), sort_keys=True))
@@ -194,9 +192,8 @@ def open_artefact(path: Path, kind: str, model: Model) -> Artefact:
     if gguf.get("pinfer.model.fingerprint") != model.fingerprint:
         made_from = gguf.get("pinfer.model.name")
         raise PinferError(f"{path} was made from another model ({made_from}) than {model.path}", again)
-    shape = (model.n_layer, model.n_embd, model.n_ff)
-    if tuple(gguf.get(f"pinfer.{key}") for key in ("n_layer", "n_embd", "n_ff")) != shape:
-        raise PinferError(f"{path} has another shape than {model.path}", again)
+    if gguf.get("pinfer.ffns") != [f.name for f in model.ffns]:
+        raise PinferError(f"{path} is of other FFNs than those of {model.path}", again)
     made_for = (gguf.get("pinfer.activation"), gguf.get("pinfer.activation_threshold") or 0.0)
     run_with = (model.activation, model.activation_threshold)
     if made_for != run_with:

@@ -1,6 +1,6 @@
 """Finds the artefacts of a model: ``MODEL.pinfer/`` beside it, or a folder under ``$PINFER_HOME``.
 
-native/runner/artefacts.cpp looks for them by the same rules.
+native/plugin/automatic.cpp looks for them by the same rules.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import platformdirs
 
 from pinfer.errors import PinferError
+from pinfer.gguf_io.part_names import part_name
 from pinfer.progress import NULL_PROGRESS, Progress
 
 if TYPE_CHECKING:
@@ -43,13 +44,16 @@ def pinfer_home() -> Path:
 def _candidates(model_path: Path, fingerprint: str) -> tuple[Path, ...]:
     """Folders that may hold the artefacts; the first is preferred for writing.
 
+    For a model in several files MODEL is its name without the number of a part.
     Users empty the hub's cache, so artefacts that took hours to make are kept elsewhere.
     """
     model_path = model_path.resolve()
     digits = fingerprint[:12]
     if _HUB_BLOB.fullmatch(model_path.name):
         return (pinfer_home() / f"hub-{digits}",)
-    return model_path.with_name(model_path.name + ".pinfer"), pinfer_home() / f"{model_path.name}-{digits}"
+    part = part_name(model_path.name)
+    name = part.whole if part else model_path.name
+    return model_path.with_name(f"{name}.pinfer"), pinfer_home() / f"{name}-{digits}"
 
 
 def _is_writable(folder: Path) -> bool:

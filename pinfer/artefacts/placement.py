@@ -1,4 +1,4 @@
-"""placement.gguf: the neurons of each device, and the predictions of the solver (docs/formats.md)."""
+"""placement.gguf: the neurons and experts of each device, and the predictions of the solver (docs/formats.md)."""
 
 from __future__ import annotations
 
@@ -13,10 +13,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pinfer.artefacts.artefact import Artefact, ArtefactWriter, open_artefact
-from pinfer.model import Model
+from pinfer.model import Ffn, Model
 
 GROUP = 64
 """Neurons are placed in groups of this many, so that the blocks of quantised types divide hot matrices."""
+
+
+def group(ffn: Ffn) -> int:
+    """Units of an FFN that are placed together: groups of neurons, single experts."""
+    return 1 if ffn.is_stack else GROUP
 
 
 def new_placement_id() -> str:
@@ -28,11 +33,11 @@ def _n_devices(device: str) -> int:
     return device.count(",") + 1
 
 
-def _ends(n_hot: Sequence[int], n_layer: int) -> list[tuple[int, ...]]:
-    """Ends of each device's neurons in the order of its layer, per layer; zeros before the first device."""
-    ends = [(0,) * n_layer]
-    for start in range(0, len(n_hot), n_layer):
-        more = n_hot[start : start + n_layer]
+def _ends(n_hot: Sequence[int], n_ffns: int) -> list[tuple[int, ...]]:
+    """Ends of each device's units in the order of their FFN, per FFN; zeros before the first device."""
+    ends = [(0,) * n_ffns]
+    for start in range(0, len(n_hot), n_ffns):
+        more = n_hot[start : start + n_ffns]
         ends.append(tuple(end + n for end, n in zip(ends[-1], more, strict=True)))
     return ends
 
@@ -52,7 +57,8 @@ class PlacementFile:
 
     id: str
     n_hot: tuple[int, ...]
-    """all layers of the first device, then all of the second, …: multiples of 64, but for a layer's last neurons"""
+    """units (neurons, or the experts of a stack) of all FFNs on the first device, then on the second, …: neurons in
+    multiples of 64, but for the last of an FFN"""
     device: str
     """names of the devices, separated by commas"""
     vram: int
@@ -61,7 +67,7 @@ class PlacementFile:
     n_ctx: int
     report: Mapping[str, Any]
     order: tuple[NDArray[np.int32], ...]
-    """per layer ``[n_ff]``: neurons by falling impact; the first are the first device's, the next the second's, …"""
+    """per FFN ``[n_units]``: units by falling impact; the first are the first device's, the next the second's, …"""
     vram_device: tuple[int, ...] = ()
     """budget of each device; ``vram`` for a single one; empty if not known"""
     vram_needed: tuple[int, ...] = ()
@@ -72,14 +78,19 @@ class PlacementFile:
         return _n_devices(self.device)
 
     def hot(self, device: int) -> tuple[NDArray[np.int32], ...]:
-        """The neurons of a device, per layer."""
+        """The units of a device, per FFN."""
         ends = _ends(self.n_hot, len(self.order))
         return tuple(order[ends[device][i] : ends[device + 1][i]] for i, order in enumerate(self.order))
 
     def cold(self) -> tuple[NDArray[np.int32], ...]:
-        """The neurons of no device, per layer."""
+        """The units of no device, per FFN."""
         last = _ends(self.n_hot, len(self.order))[-1]
         return tuple(order[n:] for order, n in zip(self.order, last, strict=True))
+
+    def hot_share(self, model: Model) -> float:
+        """Share of the model's neurons that are hot."""
+        per_ffn = zip(model.ffns, self.order, self.cold(), strict=True)
+        return sum(f.unit * (len(order) - len(cold)) for f, order, cold in per_ffn) / model.n_neurons
 
     @classmethod
     def read(cls, path: Path, model: Model) -> Self:
@@ -87,15 +98,15 @@ class PlacementFile:
         file = open_artefact(path, "placement", model)
         device, vram = file.get_str("pinfer.placement.device"), file.get_int("pinfer.placement.vram")
         n_devices = _n_devices(device)
-        n_hot = tuple(int(n) for n in file.get_list("pinfer.placement.n_hot", n_devices * model.n_layer))
+        n_hot = tuple(int(n) for n in file.get_list("pinfer.placement.n_hot", n_devices * len(model.ffns)))
         order = []
-        for layer, ends in enumerate(zip(*_ends(n_hot, model.n_layer), strict=True)):
-            if any(n > model.n_ff or (n % GROUP and n != model.n_ff) for n in ends):
-                raise file.damaged(f"layer {layer} has {ends[-1]} hot neurons of {model.n_ff}")
-            neurons = file.array(f"blk.{layer}.order", (model.n_ff,), "I32").copy()
-            if not np.array_equal(np.sort(neurons), np.arange(model.n_ff, dtype=np.int32)):
-                raise file.damaged(f"the order of layer {layer} does not contain each neuron once")
-            order.append(neurons)
+        for f, *ends in zip(model.ffns, *_ends(n_hot, len(model.ffns)), strict=True):
+            if any(n > f.n_units or (n % group(f) and n != f.n_units) for n in ends):
+                raise file.damaged(f"{f.title} has {ends[-1]} hot units of {f.n_units}")
+            units = file.array(f"{f.name}.order", (f.n_units,), "I32").copy()
+            if not np.array_equal(np.sort(units), np.arange(f.n_units, dtype=np.int32)):
+                raise file.damaged(f"the order of {f.title} does not contain each unit once")
+            order.append(units)
         try:
             report = json.loads(file.get_str("pinfer.placement.report") or "{}")
         except ValueError:
@@ -129,5 +140,5 @@ class PlacementFile:
             out.add_u32("pinfer.placement.n_gpu_layers", self.n_gpu_layers)
             out.add_u32("pinfer.placement.n_ctx", self.n_ctx)
             out.add_str("pinfer.placement.report", json.dumps(dict(self.report)))
-            for layer, order in enumerate(self.order):
-                out.add_array(f"blk.{layer}.order", np.asarray(order, dtype=np.int32))
+            for f, order in zip(model.ffns, self.order, strict=True):
+                out.add_array(f"{f.name}.order", np.asarray(order, dtype=np.int32))

@@ -1,4 +1,4 @@
-"""predictor.gguf: per layer the factors and thresholds that select the candidates (docs/formats.md)."""
+"""predictor.gguf: per FFN the factors and thresholds that select the candidates (docs/formats.md)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pinfer.gguf_io.reader import row_bytes, type_number
 from pinfer.llama import ggml
 
 if TYPE_CHECKING:
-    from pinfer.model import Model
+    from pinfer.model import Ffn, Model
 
 # Types of A and B by the name that --type has for them.
 FACTOR_TYPES = {"f16": ("f16", "f16"), "q8_0": ("q8_0", "q8_0"), "q4_0": ("q4_0", "q4_0")}
@@ -26,11 +26,13 @@ FACTOR_TYPES = {"f16": ("f16", "f16"), "q8_0": ("q8_0", "q8_0"), "q4_0": ("q4_0"
 # Bits of a weight in the kinds that copy the matrix.
 FEW_BITS = {"one_bit": 1, "two_bit": 2}
 KINDS = ("low_rank", "mlp", *FEW_BITS, "none")
+# The matrices of experts are close to full rank, so only copies pay.
+STACK_KINDS = (*FEW_BITS, "none")
 
 
 @dataclass(frozen=True)
 class LayerPredictor:
-    """One layer: neuron i is a candidate if ``(B (A x))_i > t_i``; with rank 0 every neuron is one."""
+    """One FFN: neuron i is a candidate if ``(B (A x))_i > t_i``; with rank 0 every neuron is one."""
 
     rank: int
     recall: float
@@ -39,10 +41,10 @@ class LayerPredictor:
     """measured share of neurons that are candidates"""
     a: NDArray[np.float32] | None = None
     """``[rank, n_embd]``; None where B is multiplied by x itself"""
-    b: NDArray[np.float32] | None = None
-    """``[n_ff, rank]``"""
+    b: NDArray[Any] | None = None
+    """``[n_neurons, rank]`` float32, or for few bits also as they are packed, uint8"""
     t: NDArray[np.float32] | None = None
-    """``[n_ff]``"""
+    """``[n_neurons]``"""
     kind: str = "low_rank"
     """its name in the file; ``none`` if the rank is 0"""
     types: tuple[str, str] | None = None
@@ -51,9 +53,10 @@ class LayerPredictor:
 
 @dataclass(frozen=True)
 class PredictorFile:
-    """predictor.gguf, opened and checked; ``layer`` dequantises the factors."""
+    """predictor.gguf, opened and checked; ``layer`` dequantises the factors. All lists are by FFN."""
 
     artefact: Artefact
+    names: tuple[str, ...]
     kind: tuple[str, ...]
     rank: tuple[int, ...]
     recall: tuple[float, ...]
@@ -63,56 +66,59 @@ class PredictorFile:
     def read(path: Path, model: Model) -> PredictorFile:
         """Raises PinferError when the file is missing, damaged or of another model."""
         artefact = open_artefact(path, "predictor", model)
-        kind = tuple(str(k) for k in artefact.get_list("pinfer.predictor.kind", model.n_layer))
-        rank = tuple(int(r) for r in artefact.get_list("pinfer.predictor.rank", model.n_layer))
-        for i, (k, r) in enumerate(zip(kind, rank, strict=True)):
-            if k not in KINDS or (k == "none") != (r == 0):
-                raise artefact.damaged(f"layer {i} has a predictor of kind {k!r} and rank {r}")
+        n = len(model.ffns)
+        kind = tuple(str(k) for k in artefact.get_list("pinfer.predictor.kind", n))
+        rank = tuple(int(r) for r in artefact.get_list("pinfer.predictor.rank", n))
+        for f, k, r in zip(model.ffns, kind, rank, strict=True):
+            if k not in (STACK_KINDS if f.is_stack else KINDS) or (k == "none") != (r == 0):
+                raise artefact.damaged(f"{f.title} has a predictor of kind {k!r} and rank {r}")
             if r:
-                for name, shape in _shapes(k, r, model).items():
-                    found = artefact.tensor(f"blk.{i}.pred_{name}").shape
+                for name, shape in _shapes(k, r, f).items():
+                    found = artefact.tensor(f"{f.name}.pred_{name}").shape
                     if found != shape:
-                        raise artefact.damaged(f"blk.{i}.pred_{name} has shape {list(found)} instead of {list(shape)}")
+                        raise artefact.damaged(f"{f.name}.pred_{name} has shape {list(found)} instead of {list(shape)}")
         return PredictorFile(
             artefact,
+            tuple(f.name for f in model.ffns),
             kind,
             rank,
-            _shares(artefact, "pinfer.predictor.recall", model.n_layer),
-            _shares(artefact, "pinfer.predictor.candidates", model.n_layer),
+            _shares(artefact, "pinfer.predictor.recall", n),
+            _shares(artefact, "pinfer.predictor.candidates", n),
         )
 
     def layer(self, i: int) -> LayerPredictor:
-        """Layer ``i`` with its factors as float32."""
+        """FFN ``i`` with its factors as float32."""
         from pinfer.llama import ggml
 
         if not self.rank[i]:
             return LayerPredictor(0, self.recall[i], self.candidates[i], kind="none")
-        kind, rank = self.kind[i], self.rank[i]
-        t = self.artefact.array(f"blk.{i}.pred_t", type_name="F32")
+        kind, rank, name = self.kind[i], self.rank[i], self.names[i]
+        t = self.artefact.array(f"{name}.pred_t", type_name="F32")
         if kind in FEW_BITS:
-            codes = self.artefact.array(f"blk.{i}.pred_b", type_name="I8")
+            codes = self.artefact.array(f"{name}.pred_b", type_name="I8")
             levels = unpacked(codes, FEW_BITS[kind])
             return LayerPredictor(rank, self.recall[i], self.candidates[i], None, levels, t, kind)
 
-        def factor(name: str) -> NDArray[np.float32]:
-            tensor = self.artefact.tensor(f"blk.{i}.pred_{name}")
+        def factor(which: str) -> NDArray[np.float32]:
+            tensor = self.artefact.tensor(f"{name}.pred_{which}")
             return ggml.dequantise(self.artefact.raw(tensor.name), tensor.type, tensor.row_length)
 
         return LayerPredictor(rank, self.recall[i], self.candidates[i], factor("a"), factor("b"), t, kind)
 
 
-def _shares(artefact: Artefact, key: str, n_layer: int) -> tuple[float, ...]:
-    values = artefact.get_list(key, n_layer)
+def _shares(artefact: Artefact, key: str, n: int) -> tuple[float, ...]:
+    values = artefact.get_list(key, n)
     if not all(isinstance(value, float) and 0 <= value <= 1 for value in values):
         raise artefact.damaged(f"its {key} has values outside 0..1")
     return tuple(values)
 
 
-def _shapes(kind: str, rank: int, model: Model) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors of a layer, by the end of their names."""
+def _shapes(kind: str, rank: int, ffn: Ffn) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors of an FFN, by the end of their names."""
+    n = ffn.n_neurons
     if kind in FEW_BITS:
-        return {"b": (model.n_embd * FEW_BITS[kind] // 8, model.n_ff), "t": (model.n_ff,)}
-    return {"a": (model.n_embd, rank), "b": (rank, model.n_ff), "t": (model.n_ff,)}
+        return {"b": (ffn.n_embd * FEW_BITS[kind] // 8, n), "t": (n,)}
+    return {"a": (ffn.n_embd, rank), "b": (rank, n), "t": (n,)}
 
 
 class PredictorWriter:
@@ -121,8 +127,9 @@ class PredictorWriter:
     Use it as a context manager. Raises PinferError or OSError when the disk is full or cannot be written.
     """
 
-    def __init__(self, path: Path, factor_type: str) -> None:
+    def __init__(self, path: Path, model: Model, factor_type: str) -> None:
         self._path = path
+        self._model = model
         self._file_types = FACTOR_TYPES[factor_type]
         self._layers: list[LayerPredictor] = []
         self._pieces: list[tuple[str, int]] = []  # tensor name, bytes, in the spool's order
@@ -139,8 +146,8 @@ class PredictorWriter:
             self._spool.close()
 
     def add(self, layer: LayerPredictor) -> None:
-        """The next layer. Its factors hold values that the factor type can represent (see ``quantised``)."""
-        i = len(self._layers)
+        """The next FFN. Its factors hold values that the factor type can represent (see ``quantised``)."""
+        ffn = self._model.ffns[len(self._layers)]
         kind = layer.kind if layer.rank else "none"
         types = self._types(layer)
         self._layers.append(LayerPredictor(layer.rank, layer.recall, layer.candidates, kind=kind, types=types))
@@ -150,11 +157,12 @@ class PredictorWriter:
             raise ValueError("a predictor without its factors")
         data_of: dict[str, NDArray[Any]]
         if layer.a is None:
-            data_of = {"b": packed(layer.b, FEW_BITS[layer.kind]), "t": layer.t}
+            codes = layer.b if layer.b.dtype == np.uint8 else packed(layer.b, FEW_BITS[layer.kind])
+            data_of = {"b": codes, "t": layer.t}
         else:
             data_of = {"a": quantise(layer.a, types[0]), "b": quantise(layer.b, types[1]), "t": layer.t}
         for name, data in data_of.items():
-            self._pieces.append((f"blk.{i}.pred_{name}", data.nbytes))
+            self._pieces.append((f"{ffn.name}.pred_{name}", data.nbytes))
             self._spool.write(data.tobytes())
 
     def _types(self, layer: LayerPredictor) -> tuple[str, str]:
@@ -162,19 +170,19 @@ class PredictorWriter:
         a, b = layer.types or self._file_types
         return a.upper(), b.upper()
 
-    def finish(self, model: Model, settings: Mapping[str, object]) -> int:
+    def finish(self, settings: Mapping[str, object]) -> int:
         """Writes the complete file or none; returns the bytes of its tensors."""
-        with ArtefactWriter(self._path, "predictor", model, settings) as out:
+        with ArtefactWriter(self._path, "predictor", self._model, settings) as out:
             out.add_str_array("pinfer.predictor.kind", [layer.kind for layer in self._layers])
             out.add_u32_array("pinfer.predictor.rank", [layer.rank for layer in self._layers])
             out.add_f32_array("pinfer.predictor.recall", [layer.recall for layer in self._layers])
             out.add_f32_array("pinfer.predictor.candidates", [layer.candidates for layer in self._layers])
-            for i, layer in enumerate(self._layers):
+            for ffn, layer in zip(self._model.ffns, self._layers, strict=True):
                 few = layer.kind in FEW_BITS
                 a, b = self._types(layer)
                 types = {"a": a, "b": "I8" if few else b, "t": "F32"}
-                for name, shape in _shapes(layer.kind, layer.rank, model).items() if layer.rank else ():
-                    out.declare(f"blk.{i}.pred_{name}", shape, types[name])
+                for name, shape in _shapes(layer.kind, layer.rank, ffn).items() if layer.rank else ():
+                    out.declare(f"{ffn.name}.pred_{name}", shape, types[name])
             self._spool.seek(0)
             for name, n_bytes in self._pieces:
                 out.write(name, self._spool.read(n_bytes))

@@ -17,7 +17,7 @@ from pinfer.artefacts.artefact import Artefact, ArtefactWriter, open_artefact
 from pinfer.artefacts.placement import GROUP, PlacementFile
 from pinfer.errors import PinferError
 from pinfer.gguf_io.reader import row_bytes, type_name, type_number, type_size
-from pinfer.model import FfnTensors, Model, Tensor
+from pinfer.model import Ffn, Model, Tensor
 
 COLD_ALIGNMENT = 4096
 PIECE_BYTES = 16 << 20
@@ -110,121 +110,153 @@ def _first_that_fits(names: Sequence[str], divisor: int) -> int:
 
 @dataclass(frozen=True)
 class DownTypes:
-    """ggml types of the requantised down rows of one layer."""
+    """ggml types of the down rows of one FFN in the shards."""
 
     hot: int
     cold: int
+    is_whole: bool = False
+    """hot units are experts, whose matrices stay as they are"""
 
 
-def down_types(model: Model, layer: int, wanted: str | None) -> DownTypes:
-    """The types that the down rows of a layer get: ``wanted``, else by what the model has (see docs/shards.md).
+def down_types(ffn: Ffn, wanted: str | None) -> DownTypes:
+    """The types that the down rows of an FFN get: ``wanted``, else by what the model has (see docs/shards.md).
 
     Rows of the hot matrix are cut at multiples of 64 neurons, so K-quants (blocks of 256) give way to Q8_0 there; a
-    width that no block divides gets F16. Raises PinferError for a type that is not offered.
+    width that no block divides gets F16. Hot experts are whole and stay as they are. Raises PinferError for a type that
+    is not offered.
     """
     if wanted is not None:
         if wanted.upper() not in DOWN_TYPES:
             raise PinferError(f"down rows cannot be of type {wanted!r}", f"use one of: {', '.join(DOWN_TYPES)}")
         names = [wanted.upper(), _DEFAULT_QUANTISED]
     else:
-        down = _down(model, layer)
-        names = [down.type_name if down.type_name in _PLAIN else _DEFAULT_QUANTISED]
-    return DownTypes(hot=_first_that_fits(names, gcd(GROUP, model.n_ff)), cold=_first_that_fits(names, model.n_embd))
+        names = [ffn.down.type_name if ffn.down.type_name in _PLAIN else _DEFAULT_QUANTISED]
+    hot = ffn.down.type if ffn.is_stack else _first_that_fits(names, gcd(GROUP, ffn.n_ff))
+    return DownTypes(hot=hot, cold=_first_that_fits(names, ffn.n_embd), is_whole=ffn.is_stack)
 
 
-def _down(model: Model, layer: int) -> Tensor:
-    down = model.ffn[layer].down
-    assert down is not None, "callers have asked model.require_sparse()"
-    return down
+def _first_bytes(ffn: Ffn) -> int:
+    return sum(t.row_bytes for t in (ffn.gate, ffn.up) if t is not None)
 
 
-def cold_neuron_bytes(model: Model, layer: int, types: DownTypes) -> int:
+def cold_neuron_bytes(ffn: Ffn, types: DownTypes) -> int:
     """Bytes of the rows of one cold neuron: gate (in gated models), up and down."""
-    f = model.ffn[layer]
-    rows = sum(t.row_bytes for t in (f.gate, f.up) if t is not None)
-    return rows + row_bytes(types.cold, model.n_embd)
+    return _first_bytes(ffn) + row_bytes(types.cold, ffn.n_embd)
 
 
-def _n_biases(f: FfnTensors) -> int:
-    return sum(b is not None for b in (f.gate_bias, f.up_bias))
+def cold_bytes(ffn: Ffn, types: DownTypes) -> int:
+    """Bytes that all neurons of an FFN take in cold.gguf. Gate and up rows of experts stay in the model."""
+    copied = 0 if ffn.is_stack else _first_bytes(ffn)
+    return ffn.n_neurons * (copied + row_bytes(types.cold, ffn.n_embd))
 
 
-def hot_neuron_bytes(model: Model, layer: int, types: DownTypes) -> int:
-    """Bytes of one hot neuron of this layer on the device (matrices and biases)."""
-    f = model.ffn[layer]
-    assert f.up is not None
-    gate = f.gate.row_bytes if f.gate is not None else 0
+def hot_unit_bytes(ffn: Ffn, types: DownTypes) -> int:
+    """Bytes of one hot neuron (matrices and biases), or of one expert, on the device."""
+    if ffn.is_stack:
+        return ffn.n_bytes // ffn.n_experts
     block, size = type_size(types.hot)
     # A group's down columns fill whole blocks, so the share of one neuron is the same for any count of groups.
-    down = model.n_embd * size / block
-    return int(-(-(gate + f.up.row_bytes + down + 4 * _n_biases(f)) // 1))
+    down = ffn.n_embd * size / block
+    n_biases = sum(b is not None for b in (ffn.gate_bias, ffn.up_bias))
+    return int(-(-(_first_bytes(ffn) + down + 4 * n_biases) // 1))
 
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """The neurons and types of all shards, by layer."""
+    """The units (neurons, or experts of a stack) and types of all shards, by FFN."""
 
     placement_id: str
     hot: tuple[tuple[NDArray[np.int32], ...], ...]
-    """per device and layer"""
+    """per device and FFN"""
     cold: tuple[NDArray[np.int32], ...]
     types: tuple[DownTypes, ...]
 
-    def hot_type(self, device: int, layer: int) -> int:
-        """Type of a hot down matrix; a layer that is wholly hot may have a width that no block divides."""
-        kind = self.types[layer].hot
-        return kind if len(self.hot[device][layer]) % type_size(kind)[0] == 0 else type_number("F16")
+    def hot_type(self, device: int, i: int) -> int:
+        """Type of a hot down matrix; an FFN that is wholly hot may have a width that no block divides."""
+        kind = self.types[i].hot
+        fits = self.types[i].is_whole or len(self.hot[device][i]) % type_size(kind)[0] == 0
+        return kind if fits else type_number("F16")
 
 
 def hot_writer(
     path: Path, model: Model, plan: ShardPlan, device: int, settings: Mapping[str, object]
 ) -> ArtefactWriter:
-    """A writer of a device's hot shard with everything declared; gate, up and down of each layer are still to be
+    """A writer of a device's hot shard with everything declared; gate, up and down of each FFN are still to be
     written."""
     out = ArtefactWriter(path, "hot", model, settings)
     out.add_str("pinfer.placement.id", plan.placement_id)
-    for layer, neurons in enumerate(plan.hot[device]):
-        if n := len(neurons):
-            _declare_rows(out, model, layer, neurons)
-            out.declare(down_name("hot", layer), (n, model.n_embd), plan.hot_type(device, layer))
+    for i, (ffn, units) in enumerate(zip(model.ffns, plan.hot[device], strict=True)):
+        if not len(units):
+            continue
+        _declare(out, model, ffn, units)
+        if not ffn.is_stack:
+            _declare_rows(out, ffn, units)
+            out.declare(down_name("hot", ffn), (len(units), ffn.n_embd), plan.hot_type(device, i))
+            continue
+        for part, tensor in parts(ffn).items():
+            out.declare(weight_name(ffn, part), (*tensor.shape[:2], len(units)), tensor.type)
     return out
 
 
 def cold_writer(path: Path, model: Model, plan: ShardPlan, settings: Mapping[str, object]) -> ArtefactWriter:
-    """A writer of cold.gguf with everything declared; gate, up and down of each layer are still to be written."""
+    """A writer of cold.gguf with everything declared; gate, up and down of each FFN are still to be written."""
     out = ArtefactWriter(path, "cold", model, settings, alignment=COLD_ALIGNMENT)
     out.add_str("pinfer.placement.id", plan.placement_id)
-    for layer, neurons in enumerate(plan.cold):
-        if n := len(neurons):
-            _declare_rows(out, model, layer, neurons)
-            out.declare(down_name("cold", layer), (model.n_embd, n), plan.types[layer].cold)
+    for ffn, units, types in zip(model.ffns, plan.cold, plan.types, strict=True):
+        if len(units):
+            _declare(out, model, ffn, units)
+            if not ffn.is_stack:
+                _declare_rows(out, ffn, units)
+            out.declare(down_name("cold", ffn), (ffn.n_embd, len(units) * ffn.unit), types.cold)
     return out
 
 
-def down_name(kind: str, layer: int) -> str:
+def parts(ffn: Ffn) -> dict[str, Tensor]:
+    """The matrices of an FFN by the part they are."""
+    found = {"gate": ffn.gate, "up": ffn.up, "down": ffn.down}
+    return {part: tensor for part, tensor in found.items() if tensor is not None}
+
+
+def weight_name(ffn: Ffn, part: str) -> str:
+    """Name of a matrix in a shard."""
+    return f"{ffn.name}.ffn_{part}.weight"
+
+
+def units_name(ffn: Ffn) -> str:
+    """Name of the list of an FFN's units in a shard."""
+    return f"{ffn.name}.{'experts' if ffn.is_stack else 'neurons'}"
+
+
+def down_name(kind: str, ffn: Ffn) -> str:
     """Name of the down matrix in a shard: ``hot`` has it as the model has, ``cold`` transposed, a row a neuron."""
-    return f"blk.{layer}.ffn_down{'_t' if kind == 'cold' else ''}.weight"
+    return weight_name(ffn, "down_t" if kind == "cold" else "down")
 
 
-def _declare_rows(out: ArtefactWriter, model: Model, layer: int, neurons: NDArray[np.int32]) -> None:
-    """The numbers of the neurons and their biases, which are small enough to keep, and their gate and up rows."""
-    f = model.ffn[layer]
-    out.add_array(f"blk.{layer}.neurons", neurons)
-    for kind, bias in (("gate", f.gate_bias), ("up", f.up_bias)):
+def _declare(out: ArtefactWriter, model: Model, ffn: Ffn, units: NDArray[np.int32]) -> None:
+    """The numbers of the units and their biases, which are small enough to keep."""
+    out.add_array(units_name(ffn), units)
+    for part, bias in (("gate", ffn.gate_bias), ("up", ffn.up_bias)):
         if bias is not None:
-            out.add_array(f"blk.{layer}.ffn_{kind}.bias", model.gguf.array(bias)[neurons])
-    for kind, tensor in (("gate", f.gate), ("up", f.up)):
-        if tensor is not None:
-            out.declare(f"blk.{layer}.ffn_{kind}.weight", (model.n_embd, len(neurons)), tensor.type)
+            out.add_array(f"{ffn.name}.ffn_{part}.bias", model.gguf.array(bias)[units])
 
 
-def _shapes(kind: str, model: Model, layer: int, n: int) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors of a layer with ``n`` neurons in a shard."""
-    f = model.ffn[layer]
-    parts = {"gate": (f.gate, f.gate_bias), "up": (f.up, f.up_bias)}
-    weights = {f"blk.{layer}.ffn_{part}.weight": (model.n_embd, n) for part, (weight, _) in parts.items() if weight}
-    biases = {f"blk.{layer}.ffn_{part}.bias": (n,) for part, (_, bias) in parts.items() if bias}
-    return {**weights, **biases, down_name(kind, layer): (n, model.n_embd) if kind == "hot" else (model.n_embd, n)}
+def _declare_rows(out: ArtefactWriter, ffn: Ffn, neurons: NDArray[np.int32]) -> None:
+    """Gate and up rows."""
+    for part, tensor in parts(ffn).items():
+        if part != "down":
+            out.declare(weight_name(ffn, part), (ffn.n_embd, len(neurons)), tensor.type)
+
+
+def _shapes(kind: str, ffn: Ffn, n: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors of an FFN with ``n`` units in a shard."""
+    if ffn.is_stack and kind == "hot":
+        return {weight_name(ffn, part): (*tensor.shape[:2], n) for part, tensor in parts(ffn).items()}
+    if ffn.is_stack:
+        return {down_name(kind, ffn): (ffn.n_embd, n * ffn.n_ff)}
+    weights = {weight_name(ffn, part): (ffn.n_embd, n) for part in parts(ffn) if part != "down"}
+    biases = {"gate": ffn.gate_bias, "up": ffn.up_bias}
+    named = {f"{ffn.name}.ffn_{part}.bias": (n,) for part, bias in biases.items() if bias}
+    return {**weights, **named, down_name(kind, ffn): (n, ffn.n_embd) if kind == "hot" else (ffn.n_embd, n)}
 
 
 @dataclass(frozen=True)
@@ -233,30 +265,34 @@ class ShardFile:
 
     artefact: Artefact
     placement_id: str
-    neurons: tuple[NDArray[np.int32], ...]
-    """per layer; empty for a layer without neurons in this shard"""
+    units: tuple[NDArray[np.int32], ...]
+    """per FFN, neurons or experts; empty for an FFN without any in this shard"""
     down_type: tuple[int, ...]
-    """per layer; not used for a layer without neurons in this shard"""
+    """per FFN; not used for an FFN without units in this shard"""
 
     @classmethod
     def read(cls, path: Path, kind: str, model: Model) -> Self:
         """Opens shard ``hot`` or ``cold``. Raises PinferError when it is missing, damaged or of another model."""
         file = open_artefact(path, kind, model)
-        neurons = []
-        for layer in range(model.n_layer):
-            name = f"blk.{layer}.neurons"
+        units, types = [], []
+        for ffn in model.ffns:
+            name = units_name(ffn)
             ids = file.array(name, type_name="I32").reshape(-1) if file.has(name) else np.empty(0, np.int32)
-            if len(ids) and not 0 <= ids.min() <= ids.max() < model.n_ff:
-                raise file.damaged(f"layer {layer} names neurons that the model does not have")
-            neurons.append(ids)
-            for name, shape in _shapes(kind, model, layer, len(ids)).items() if len(ids) else ():
+            if len(ids) and not 0 <= ids.min() <= ids.max() < ffn.n_units:
+                what = "experts" if ffn.is_stack else "neurons"
+                raise file.damaged(f"{ffn.title} names {what} that the model does not have")
+            units.append(ids)
+            for name, shape in _shapes(kind, ffn, len(ids)).items() if len(ids) else ():
                 if file.tensor(name).shape != shape:
-                    raise file.damaged(f"{name} has another shape than its {len(ids)} neurons")
-        names = [down_name(kind, layer) for layer in range(model.n_layer)]
-        types = tuple(file.tensor(name).type if len(ids) else 0 for name, ids in zip(names, neurons, strict=True))
-        return cls(file, file.get_str("pinfer.placement.id"), tuple(neurons), types)
+                    raise file.damaged(f"{name} has another shape than its {len(ids)} units")
+            types.append(file.tensor(down_name(kind, ffn)).type if len(ids) else 0)
+        return cls(file, file.get_str("pinfer.placement.id"), tuple(units), tuple(types))
+
+    def n_neurons(self, model: Model) -> int:
+        """Neurons in this shard."""
+        return sum(f.unit * len(ids) for f, ids in zip(model.ffns, self.units, strict=True))
 
     def describe_types(self) -> str:
         """The down types in use, as text."""
-        used = {t for t, n in zip(self.down_type, self.neurons, strict=True) if len(n)}
+        used = {t for t, n in zip(self.down_type, self.units, strict=True) if len(n)}
         return ", ".join(sorted(type_name(t) for t in used)) or "none"

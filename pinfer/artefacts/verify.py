@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pinfer.artefacts.shards import DOWN_TYPES, ShardFile, down_name, pieces
+from pinfer.artefacts.shards import DOWN_TYPES, ShardFile, down_name, parts, pieces, weight_name
 from pinfer.errors import PinferError
 from pinfer.gguf_io.reader import GgufError, type_name, type_size
 from pinfer.llama import ggml
-from pinfer.model import Model, Tensor
+from pinfer.model import Ffn, Model, Tensor
 from pinfer.progress import NULL_PROGRESS, Progress
 
 _ROWS = 256
@@ -27,11 +27,11 @@ def verify_shards(model: Model, hot_paths: Sequence[Path], cold_path: Path, prog
     if len({shard.placement_id for shard in (*hot, cold)}) > 1:
         raise _failed(model, "the hot and the cold shards come from different placements")
     with progress.task("verify", sum(shard.artefact.gguf.size for shard in (*hot, cold)), "bytes") as advance:
-        for layer in range(model.n_layer):
+        for i, ffn in enumerate(model.ffns):
             try:
-                _check_layer(_Layer(model, layer, hot, cold, advance))
+                _check_ffn(_Compared(model, ffn, i, hot, cold, advance))
             except (_Difference, GgufError) as difference:
-                raise _failed(model, f"layer {layer}: {difference}") from None
+                raise _failed(model, f"{ffn.title}: {difference}") from None
     for shard in (*hot, cold):
         shard.artefact.verify()
 
@@ -45,9 +45,12 @@ def _failed(model: Model, cause: str) -> PinferError:
 
 
 @dataclass(frozen=True)
-class _Layer:
+class _Compared:
+    """An FFN, and the shards that hold it."""
+
     model: Model
-    number: int
+    ffn: Ffn
+    i: int
     hot: tuple[ShardFile, ...]
     """one per device"""
     cold: ShardFile
@@ -59,28 +62,50 @@ class _Layer:
             shard.artefact.gguf.release()
 
 
-def _check_layer(at: _Layer) -> None:
-    cold = at.cold.neurons[at.number]
-    everywhere = np.concatenate([*(shard.neurons[at.number] for shard in at.hot), cold])
-    times = np.bincount(everywhere, minlength=at.model.n_ff)
+def _check_ffn(at: _Compared) -> None:
+    cold = at.cold.units[at.i]
+    everywhere = np.concatenate([*(shard.units[at.i] for shard in at.hot), cold])
+    times = np.bincount(everywhere, minlength=at.ffn.n_units)
     if (times != 1).any():
-        neuron = int(np.argmax(times != 1))
-        raise _Difference(f"neuron {neuron} occurs {times[neuron]} times")
+        unit = int(np.argmax(times != 1))
+        raise _Difference(f"{'expert' if at.ffn.is_stack else 'neuron'} {unit} occurs {times[unit]} times")
     for shard in at.hot:
-        if len(neurons := shard.neurons[at.number]):
-            _check_rows(at, shard, neurons)
-            _check_hot_down(at, shard, neurons)
-    if len(cold):
+        units = shard.units[at.i]
+        if len(units) and at.ffn.is_stack:
+            _check_hot_experts(at, shard, units)
+        elif len(units):
+            _check_rows(at, shard, units)
+            _check_hot_down(at, shard, units)
+    if len(cold) and at.ffn.is_stack:
+        for place, expert in enumerate(cold):
+            neurons = np.arange(at.ffn.n_ff, dtype=np.int32)
+            _check_cold_down(at, neurons, int(expert), place * at.ffn.n_ff)
+    elif len(cold):
         _check_rows(at, at.cold, cold)
         _check_cold_down(at, cold)
 
 
-def _check_biases(at: _Layer, shard: ShardFile, neurons: NDArray[np.int32]) -> None:
-    f = at.model.ffn[at.number]
+def _check_hot_experts(at: _Compared, shard: ShardFile, experts: NDArray[np.int32]) -> None:
+    """All matrices, byte for byte."""
+    for part, tensor in parts(at.ffn).items():
+        name, n = weight_name(at.ffn, part), tensor.shape[1]
+        if shard.artefact.tensor(name).type != tensor.type:
+            raise _Difference(f"{name} of {shard.artefact.path.name} has another type than the model")
+        rows = shard.artefact.raw(name)
+        for place, expert in enumerate(experts):
+            wanted = at.model.raw(tensor)[expert * n : (expert + 1) * n]
+            if not np.array_equal(rows[place * n : (place + 1) * n], wanted):
+                raise _Difference(f"the hot {part} matrix of expert {expert} differs")
+            at.advance(wanted.nbytes)
+            at.release()
+
+
+def _check_biases(at: _Compared, shard: ShardFile, neurons: NDArray[np.int32]) -> None:
+    f = at.ffn
     for kind, bias in (("gate", f.gate_bias), ("up", f.up_bias)):
         if bias is None:
             continue
-        found = shard.artefact.array(f"blk.{at.number}.ffn_{kind}.bias", (len(neurons),), "F32")
+        found = shard.artefact.array(f"{f.name}.ffn_{kind}.bias", (len(neurons),), "F32")
         if (found != at.model.gguf.array(bias)[neurons]).any():
             raise _Difference(f"the {kind} biases of the {shard.artefact.kind} neurons differ")
 
@@ -91,14 +116,14 @@ def _same_rows(found: NDArray[np.uint8], wanted: NDArray[np.uint8], neurons: NDA
         raise _Difference(f"the {what} row of neuron {neurons[first]} differs")
 
 
-def _check_rows(at: _Layer, shard: ShardFile, neurons: NDArray[np.int32]) -> None:
+def _check_rows(at: _Compared, shard: ShardFile, neurons: NDArray[np.int32]) -> None:
     """Biases, gate and up rows, byte for byte."""
-    model, f = at.model, at.model.ffn[at.number]
+    model = at.model
     _check_biases(at, shard, neurons)
-    for kind, tensor in (("gate", f.gate), ("up", f.up)):
-        if tensor is None:
+    for kind, tensor in parts(at.ffn).items():
+        if kind == "down":
             continue
-        name = f"blk.{at.number}.ffn_{kind}.weight"
+        name = weight_name(at.ffn, kind)
         entry = shard.artefact.tensor(name)
         if entry.type != tensor.type:
             raise _Difference(f"{name} of {shard.artefact.path.name} has another type than the model")
@@ -110,22 +135,20 @@ def _check_rows(at: _Layer, shard: ShardFile, neurons: NDArray[np.int32]) -> Non
             at.release()
 
 
-def _down(at: _Layer, shard: ShardFile) -> tuple[Tensor, Tensor]:
+def _down(at: _Compared, shard: ShardFile) -> tuple[Tensor, Tensor]:
     """The down matrix of the model and that of a shard."""
-    down, name = at.model.ffn[at.number].down, down_name(shard.artefact.kind, at.number)
-    assert down is not None
-    entry = shard.artefact.tensor(name)
+    entry = shard.artefact.tensor(down_name(shard.artefact.kind, at.ffn))
     if entry.type_name not in DOWN_TYPES:
         raise _Difference(f"the {shard.artefact.kind} down rows are of type {entry.type_name}")
-    return down, entry
+    return at.ffn.down, entry
 
 
-def _check_hot_down(at: _Layer, shard: ShardFile, neurons: NDArray[np.int32]) -> None:
+def _check_hot_down(at: _Compared, shard: ShardFile, neurons: NDArray[np.int32]) -> None:
     model = at.model
     down, entry = _down(at, shard)
     rows = shard.artefact.raw(entry.name)
-    for start in range(0, model.n_embd, _ROWS):
-        some = slice(start, min(start + _ROWS, model.n_embd))
+    for start in range(0, at.ffn.n_embd, _ROWS):
+        some = slice(start, min(start + _ROWS, at.ffn.n_embd))
         wanted = ggml.dequantise(model.raw(down)[some], down.type, down.row_length)[:, neurons]
         found = ggml.dequantise(rows[some], entry.type, len(neurons))
         _close(found, wanted, entry.type, "hot")
@@ -133,14 +156,16 @@ def _check_hot_down(at: _Layer, shard: ShardFile, neurons: NDArray[np.int32]) ->
         at.release()
 
 
-def _check_cold_down(at: _Layer, neurons: NDArray[np.int32]) -> None:
-    model = at.model
+def _check_cold_down(at: _Compared, neurons: NDArray[np.int32], expert: int = 0, first: int = 0) -> None:
+    """The down rows of some neurons of an expert; that of the first is row ``first`` in the shard."""
+    model, n_embd = at.model, at.ffn.n_embd
     down, entry = _down(at, at.cold)
-    rows = at.cold.artefact.raw(entry.name)
+    rows = at.cold.artefact.raw(entry.name)[first : first + len(neurons)]
     block, size = type_size(entry.type)
-    for start in range(0, model.n_embd, _ROWS):
-        end = min(start + _ROWS, model.n_embd)
-        wanted = ggml.dequantise(model.raw(down)[start:end], down.type, down.row_length)
+    for start in range(0, n_embd, _ROWS):
+        end = min(start + _ROWS, n_embd)
+        of_model = model.raw(down)[expert * n_embd + start : expert * n_embd + end]
+        wanted = ggml.dequantise(of_model, down.type, down.row_length)
         columns = slice(start // block * size, end // block * size)
         for piece in pieces(len(neurons), 4 * (end - start)):
             found = ggml.dequantise(rows[piece, columns], entry.type, end - start)

@@ -6,6 +6,7 @@ of neuron rows read is the plugin's count; their size is the mean over the layer
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -15,7 +16,7 @@ from pinfer.artefacts.shards import ShardFile
 from pinfer.gguf_io.reader import row_bytes
 from pinfer.llama.cache_types import DEFAULT_CACHE, CacheTypes, cache_type_bytes
 from pinfer.llama.plugin import Stats
-from pinfer.model import Model, Tensor
+from pinfer.model import Ffn, Model
 
 
 @dataclass(frozen=True)
@@ -36,26 +37,27 @@ class TokenBytes:
 
 @dataclass(frozen=True)
 class NeuronBytes:
-    """Bytes that one neuron's rows take, as a mean over the layers."""
+    """Bytes that one neuron's rows take, as a mean over the FFNs."""
 
     first: float
     """the row whose product decides whether the neuron fires"""
     rest: float
     """the rows that are read if it fires"""
     down_matrix: float
-    """the layer's whole down matrix, if there are no down rows to read singly"""
+    """an FFN's whole down matrix, if there are no down rows to read singly"""
     ffn: float
-    """all FFN matrices of a layer"""
+    """all matrices of an FFN that a token reads"""
 
 
 def can_count(model: Model) -> bool:
-    """Whether every layer is a plain FFN. For a mixture of experts the experts that were read are unknown."""
-    return all(f.up is not None and f.down is not None for f in model.ffn)
+    """Whether pinfer knows every FFN of the model."""
+    return bool(model.ffns) and not model.obstacle
 
 
 def dense_bytes(model: Model, n_tokens: int, cache: CacheTypes = DEFAULT_CACHE) -> TokenBytes:
-    """Stock libllama: every matrix, and the average size of the cache while ``n_tokens`` are decoded."""
-    ffn = sum(t.n_bytes for t in _ffn_matrices(model).values())
+    """Stock libllama: every matrix, of experts those a token is routed to, and the average size of the cache while
+    ``n_tokens`` are decoded."""
+    ffn = sum(_used(model, f) * f.n_bytes for f in model.ffns)
     return TokenBytes(_dense_weights(model), ffn, 0.0, _kv_bytes(model, n_tokens, cache))
 
 
@@ -69,8 +71,8 @@ def sparse_bytes(
 ) -> TokenBytes:
     """What the plugin read, from its ``stats`` over ``n_tokens`` decoded one at a time."""
     neuron = neuron_bytes(model, cold)
-    # Layers of tokens that no counter includes were computed by ggml's CPU backend.
-    n_dense = max(0, model.n_layer * n_tokens - stats.n_tokens)
+    # FFNs of tokens that no counter includes were computed by ggml's CPU backend.
+    n_dense = max(0, len(model.ffns) * n_tokens - stats.n_tokens)
     ffn = (
         stats.n_candidates * neuron.first
         + stats.n_active * neuron.rest
@@ -83,28 +85,29 @@ def sparse_bytes(
 
 def neuron_bytes(model: Model, cold: Path | None) -> NeuronBytes:
     """With the down rows of the cold shard, or else the model's down matrix, which is read whole."""
-    gate = _mean([f.gate.row_bytes for f in model.ffn if f.gate is not None])
-    up = _mean([f.up.row_bytes for f in model.ffn if f.up is not None])
+    used = [_used(model, f) * f.n_neurons for f in model.ffns]
+    gate = _mean([f.gate.row_bytes if f.gate else 0 for f in model.ffns], used)
+    up = _mean([f.up.row_bytes for f in model.ffns], used)
     down = 0.0
     if cold is not None:
-        shard = ShardFile.read(cold, "cold", model)
-        held = zip(shard.down_type, shard.neurons, strict=True)
-        down = _mean([row_bytes(kind, model.n_embd) for kind, ids in held if len(ids)])
+        kinds = ShardFile.read(cold, "cold", model).down_type
+        down = _mean([row_bytes(kind, f.n_embd) for kind, f in zip(kinds, model.ffns, strict=True)], used)
     return NeuronBytes(
         first=gate if model.gated else up,
         rest=(up if model.gated else 0.0) + down,
-        down_matrix=0.0 if cold is not None else _mean([f.down.n_bytes for f in model.ffn if f.down is not None]),
-        ffn=sum(t.n_bytes for t in _ffn_matrices(model).values()) / model.n_layer,
+        down_matrix=0.0 if cold is not None else _mean([_used(model, f) * f.down.n_bytes for f in model.ffns]),
+        ffn=_mean([_used(model, f) * f.n_bytes for f in model.ffns]),
     )
 
 
-def _ffn_matrices(model: Model) -> dict[str, Tensor]:
-    return {t.name: t for f in model.ffn for t in (f.gate, f.up, f.down) if t is not None}
+def _used(model: Model, ffn: Ffn) -> float:
+    """Share of an FFN's matrices that a token needs."""
+    return min(1.0, model.n_expert_used / ffn.n_experts) if ffn.is_stack else 1.0
 
 
 def _dense_weights(model: Model) -> float:
     tensors = model.gguf.tensors
-    ffn = _ffn_matrices(model)
+    ffn = {t.name for f in model.ffns for t in f.matrices}
     looked_up = {"position_embd.weight"} | ({"token_embd.weight"} if "output.weight" in tensors else set())
     return float(sum(t.row_bytes if name in looked_up else t.n_bytes for name, t in tensors.items() if name not in ffn))
 
@@ -116,8 +119,10 @@ def _kv_bytes(model: Model, n_tokens: int, cache: CacheTypes) -> float:
 
 
 def _predictor_bytes(path: Path, model: Model) -> int:
-    return sum(t.n_bytes for t in open_artefact(path, "predictor", model).gguf.tensors.values())
+    tensors = open_artefact(path, "predictor", model).gguf.tensors
+    of = {f"{f.name}.pred_{part}": _used(model, f) for f in model.ffns for part in "abt"}
+    return round(sum(t.n_bytes * of.get(name, 1) for name, t in tensors.items()))
 
 
-def _mean(values: list[int]) -> float:
-    return fmean(values) if values else 0.0
+def _mean(values: Sequence[float], weights: Sequence[float] | None = None) -> float:
+    return fmean(values, weights) if values else 0.0

@@ -43,3 +43,8 @@ def format_seconds(seconds: float) -> str:
 def percent(share: float) -> str:
     """A share between 0 and 1 as a percentage with one decimal."""
     return f"{100 * share:.1f} %"
+
+
+def ffn_label(layer: int, kind: str) -> str:
+    """``3``, ``3 shared`` or ``3 experts``: an FFN in a table by layers."""
+    return str(layer) if kind == "dense" else f"{layer} {kind}"

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from pinfer.artefacts.paths import pinfer_home
 from pinfer.errors import PinferError
+from pinfer.gguf_io.part_names import part_name
 
 NAME_IT = "pass one: pinfer COMMAND model.gguf (or set PINFER_MODEL)"
 _GGUF_MAGIC = b"GGUF"
@@ -95,11 +96,16 @@ def _note_of(folder: Path) -> Path:
 
 
 def _models_in(folder: Path) -> list[Path]:
-    """GGUF models directly in ``folder``, without artefacts and the projectors of vision models."""
+    """GGUF models directly in ``folder``, by their first parts, without artefacts and projectors of vision models."""
     if folder.suffix == ".pinfer":
         return []
     try:
         candidates = sorted(folder.glob("*.gguf"))
     except OSError:
         return []
-    return [path for path in candidates if path.is_file() and not path.name.startswith("mmproj")]
+    return [path for path in candidates if path.is_file() and _is_model_name(path.name)]
+
+
+def _is_model_name(name: str) -> bool:
+    part = part_name(name)
+    return not name.startswith("mmproj") and (part is None or part.number == 1)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pinfer.cli import ui
-from pinfer.cli.formats import percent
+from pinfer.cli.formats import ffn_label, percent
 from pinfer.cli.options import (
     ActivationOpt,
     Choice,
@@ -62,11 +62,19 @@ def profile(
 def print_profile(report: ProfileReport) -> None:
     """Print the share of active neurons per layer, and of those that make most activations."""
     rows = [
-        (str(layer.layer), percent(layer.active), percent(layer.most), percent(layer.never)) for layer in report.layers
+        (ffn_label(layer.layer, layer.kind), percent(layer.active), percent(layer.most), percent(layer.never))
+        for layer in report.layers
     ]
     rows.append(("whole model", percent(report.active), percent(report.most), percent(report.never)))
     title = f"{report.tokens:,} tokens of {report.corpus}"
     if report.interrupted:
         title += f", stopped before {report.tokens_wanted:,}"
     ui.print_table(title, ("layer", "active", "make 80 %", "never active"), rows)
+    routed = [(layer.layer, layer.routed) for layer in report.layers if layer.routed]
+    if routed:
+        table = [
+            (str(layer), f"{r.n_experts:,}", percent(r.most), f"{r.busiest:.1f}x", f"{r.never:,}")
+            for layer, r in routed
+        ]
+        ui.print_table("routing", ("layer", "experts", "take 80 %", "busiest", "never routed"), table)
     ui.print_paths(report.path, report.samples_path)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pinfer.cli import ui
-from pinfer.cli.formats import format_bytes, percent
+from pinfer.cli.formats import ffn_label, format_bytes, percent
 from pinfer.cli.options import (
     ActivationOpt,
     Choice,
@@ -65,8 +65,12 @@ def solve(
 
 def print_solve(report: SolveReport) -> None:
     """Print where the neurons go, how good that is, and the expected speed."""
-    rows = [(str(layer), f"{n:,}", percent(n / report.n_ff)) for layer, n in enumerate(report.n_hot)]
-    rows.append(("whole model", f"{sum(report.n_hot):,}", percent(report.hot_share)))
+    rows = [
+        (ffn_label(f.layer, f.kind), f"{f.n_hot:,}{' experts' * (f.kind == 'experts')}", percent(f.n_hot / f.n_units))
+        for f in report.ffns
+    ]
+    n_hot = sum(f.n_hot * f.n_neurons for f in report.ffns)
+    rows.append(("whole model", f"{n_hot:,}", percent(report.hot_share)))
     ui.print_table("", ("layer", "hot neurons", "share"), rows)
     if report.devices:
         _print_memory(report)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from pinfer.cli import ui
-from pinfer.cli.formats import format_bytes, percent
+from pinfer.cli.formats import ffn_label, format_bytes, percent
 from pinfer.cli.options import ActivationOpt, Choice, JsonOpt, settings, with_model
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def print_train(report: TrainReport) -> None:
         shares = (percent(part.recall), percent(part.candidates), percent(part.active))
         return (label, kind, *shares, ratio, format_bytes(part.predictor_bytes), saved)
 
-    rows = [row(str(layer.layer), kind(layer), layer) for layer in report.layers]
+    rows = [row(ffn_label(layer.layer, layer.ffn), kind(layer), layer) for layer in report.layers]
     rows.append(row("whole model", "", report))
     columns = ("layer", "kind", "recall", "candidates", "active", "cand./active", "predictor", "read per token")
     ui.print_table(f"trained on {report.n_samples:,} tokens", columns, rows)

@@ -160,7 +160,7 @@ def import_layers(
     layers: list[ImportedLayer] = []
     with (
         paths.writing_to(model, progress) as folder,
-        PredictorWriter(folder / paths.PREDICTOR, train.type) as writer,
+        PredictorWriter(folder / paths.PREDICTOR, model, train.type) as writer,
         progress.task("predictor", model.n_layer, "layers") as advance,
     ):
         for layer in range(model.n_layer):
@@ -170,7 +170,7 @@ def import_layers(
             layers.append(report)
             advance(1)
         settings = {**asdict(options), "command": "convert", "source": file.path.name, "n_samples": samples.n_samples}
-        n_bytes = writer.finish(model, settings)
+        n_bytes = writer.finish(settings)
     return _report(folder / paths.PREDICTOR, file, corpus, samples.n_samples, n_bytes, layers)
 
 
@@ -189,7 +189,8 @@ def _check(file: PowerInferFile, model: Model) -> None:
 def _import_layer(
     file: PowerInferFile, model: Model, layer: int, samples: SamplesFile, options: TrainOptions, keep: bool
 ) -> tuple[LayerPredictor, ImportedLayer]:
-    data = LayerData.read(model, layer, samples)
+    ffn = model.ffns[layer]
+    data = LayerData.read(model, ffn, samples)
     _, calibration, test = parts(len(data.x))
     fitted = None
     pays = False
@@ -200,7 +201,7 @@ def _import_layer(
         pays = keep or fitted.cost(data, held) < exact_cost(data, held)
         del held  # wide layers do not fit into memory twice
     held = HeldBack.of(data, test)
-    predictor, report = tested(data, layer, fitted, held) if fitted and pays else fit_layer(data, layer, options)
+    predictor, report = tested(data, ffn, fitted, held) if fitted and pays else fit_layer(data, ffn, options)
     by_sign = scores(fitted.a, fitted.b, held.x, "mlp") > 0 if fitted else None
     return predictor, ImportedLayer(
         **vars(report),

@@ -57,8 +57,10 @@ class Tensor:
     """``F16``, ``Q4_0``, ``IQ2_XXS``, ... as the gguf package spells it"""
     shape: tuple[int, ...]
     offset: int
-    """bytes from the start of the file"""
+    """bytes from the start of its file"""
     n_bytes: int
+    part: int = 0
+    """file that it is in, for a model in several (see ``parts``)"""
 
     @property
     def row_length(self) -> int:
@@ -135,6 +137,8 @@ class GgufFile:
     _values: Mapping[str, Any] = field(repr=False)
     _places: Mapping[str, tuple[int, int]] = field(repr=False)
     """type and offset of each value"""
+    others: tuple[GgufFile, ...] = field(default=(), repr=False)
+    """the further parts of a model in several files; ``tensors`` and ``size`` include theirs"""
 
     def __contains__(self, key: str) -> bool:
         return key in self._values
@@ -177,22 +181,25 @@ class GgufFile:
     def _bytes(self) -> NDArray[np.uint8]:
         return np.frombuffer(self._map, dtype=np.uint8)
 
+    def _data(self, tensor: Tensor) -> NDArray[np.uint8]:
+        file = self.others[tensor.part - 1] if tensor.part else self
+        return file._bytes[tensor.offset : tensor.offset + tensor.n_bytes]
+
     def raw(self, tensor: Tensor) -> NDArray[np.uint8]:
         """The tensor's bytes ``[n_rows, row_bytes]``, mapped from the file, read-only."""
-        data = self._bytes[tensor.offset : tensor.offset + tensor.n_bytes]
-        return data.reshape(tensor.n_rows, tensor.row_bytes)
+        return self._data(tensor).reshape(tensor.n_rows, tensor.row_bytes)
 
     def array(self, tensor: Tensor) -> NDArray[Any]:
         """A tensor of plain numbers in numpy's axis order (the reverse of GGUF's), mapped from the file, read-only."""
         plain = {"F32": "<f4", "F16": "<f2", "F64": "<f8", "I8": "i1", "I16": "<i2", "I32": "<i4", "I64": "<i8"}
         if tensor.type_name not in plain:
             raise GgufError(f"tensor {tensor.name} is of type {tensor.type_name}, not plain numbers")
-        data = self._bytes[tensor.offset : tensor.offset + tensor.n_bytes]
-        return data.view(np.dtype(plain[tensor.type_name])).reshape(tensor.shape[::-1])
+        return self._data(tensor).view(np.dtype(plain[tensor.type_name])).reshape(tensor.shape[::-1])
 
     def release(self) -> None:
         """Releases the pages that reads have mapped, so that they do not count as this process's memory."""
-        self._map.madvise(mmap.MADV_DONTNEED)
+        for file in (self, *self.others):
+            file._map.madvise(mmap.MADV_DONTNEED)
 
 
 class _Cursor:

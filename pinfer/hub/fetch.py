@@ -63,28 +63,33 @@ def fetch_files(
 ) -> list[Path]:
     """Paths in the shared cache of files of ``repo``, in order; missing ones are downloaded.
 
-    ``names`` is not empty; ``revision`` is a branch, tag or commit (None: the default branch). A broken connection is
-    resumed. Complete files stay in the cache if a later one fails or Ctrl-C is pressed.
+    ``names`` is not empty; ``revision`` is a branch, tag or commit (None: the default branch). All files are taken from
+    one commit. A broken connection is resumed. Complete files stay in the cache if a later one fails or Ctrl-C is
+    pressed.
 
     Raises what huggingface_hub raises (``explain`` turns it into a message), and PinferError if the disk is too small.
     """
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
 
-    def ask(name: str, **options: Any) -> Any:
-        return hf_hub_download(repo, name, repo_type=repo_type, revision=revision, library_name="pinfer", **options)
+    def ask(name: str, commit: str | None = revision, **options: Any) -> Any:
+        return hf_hub_download(repo, name, repo_type=repo_type, revision=commit, library_name="pinfer", **options)
+
+    def ask_all(**options: Any) -> list[Path]:
+        return [Path(ask(names[0], **options)), *(Path(ask(name, commit, **options)) for name in names[1:])]
 
     with _library_log(progress):
         # fails at once without a network, where hf_hub_download would try again for half a minute
         url = hf_hub_url(repo, names[0], repo_type=repo_type, revision=revision)
         get_hf_file_metadata(url, timeout=constants.HF_HUB_ETAG_TIMEOUT, library_name="pinfer")
         infos: list[DryRunFileInfo] = [ask(name, dry_run=True) for name in names]
+        commit = infos[0].commit_hash
         n_bytes = sum(info.file_size or 0 for info in infos if info.will_download)
         if not n_bytes:
-            return [Path(ask(name)) for name in names]
+            return ask_all()
         _check_space(Path(infos[0].local_path), n_bytes)
         try:
             with progress.task(f"fetching {label}", n_bytes, "bytes") as advance:
-                return [Path(ask(name, tqdm_class=_bar(advance))) for name in names]
+                return ask_all(tqdm_class=_bar(advance))
         except KeyboardInterrupt:
             progress.note("download stopped: complete files are kept, an incomplete one starts over next time")
             raise

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pinfer.errors import PinferError
+from pinfer.gguf_io.part_names import part_name
 from pinfer.hub.fetch import cached_files, explain, fetch_files, is_offline
 from pinfer.progress import NULL_PROGRESS, Progress
 
 _NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?::(?P<wanted>[^:]+))?")
-_PART = re.compile(r"-(?P<part>\d{5})-of-(?P<count>\d{5})\.gguf$", re.IGNORECASE)
 _QUANT = re.compile(r"[-.](?P<quant>[A-Za-z0-9_]+)$")
 
 # Without a quant in the name, the first of these that exists, as in llama.cpp; else the first file.
@@ -63,21 +63,26 @@ def parse_name(text: str) -> HubName:
 def fetch_gguf(name: str, progress: Progress = NULL_PROGRESS, *, offline: bool = False) -> Path:
     """The GGUF that ``name`` means (see ``parse_name``) in the hub's cache, downloaded if it is not there.
 
+    A model in several files is downloaded whole; the path is the first part's.
     With ``offline``, or if the hub cannot be reached, the cache is used. Raises PinferError.
     """
     which = parse_name(name)
     cause: PinferError | None = None
     if not (offline or is_offline()):
         try:
-            chosen = choose_gguf(_list_files(which.repo), which)
-            return fetch_files(which.repo, [chosen], Path(chosen).name, progress)[0]
+            names = _list_files(which.repo)
+            chosen = choose_gguf(names, which)
+            for name in chosen:
+                if name not in names:
+                    raise PinferError(f"{which.repo} lacks {name}, a part of the model", "name another repository")
+            return fetch_files(which.repo, chosen, Path(chosen[0]).name, progress)[0]
         except PinferError:
             raise
         except Exception as error:  # depends on the HTTP client
             cause = explain(error, which.repo)
     cached = cached_files(which.repo)
     try:
-        path = cached[choose_gguf(_require_cached(which.repo, cached), which)]
+        path = _cached_gguf(which, _require_cached(which.repo, cached))
     except PinferError as error:
         raise cause or error from None
     if cause is not None:
@@ -122,8 +127,11 @@ def fetch_checkpoint(repo: str, progress: Progress = NULL_PROGRESS, *, offline: 
     return folder
 
 
-def choose_gguf(names: Iterable[str], which: HubName) -> str:
-    """The file among ``names`` that is meant, chosen as in llama.cpp. Raises PinferError if there is none."""
+def choose_gguf(names: Iterable[str], which: HubName) -> list[str]:
+    """The file among ``names`` that is meant, chosen as in llama.cpp, or all parts of it in order.
+
+    Raises PinferError if there is none.
+    """
     names = sorted(names)
     models = [name for name in names if _is_model(name)]
     if which.wanted.lower().endswith(".gguf"):
@@ -135,20 +143,30 @@ def choose_gguf(names: Iterable[str], which: HubName) -> str:
         found = next((fit for quant in _DEFAULT_QUANTS if (fit := _of_quant(models, quant))), models)
     if not found:
         raise _nothing_fits(names, models, which)
-    first = found[0]
-    if part := _PART.search(first):
+    part = part_name(found[0])
+    if part is None:
+        return found[:1]
+    if part.number != 1:
         raise PinferError(
-            f"{first} of {which.repo} is one of {int(part['count'])} parts",
-            f"download all (hf download {which.repo} --include '{_PART.sub('', first)}*' --local-dir .) and merge: "
-            "llama-gguf-split --merge FIRST_PART whole.gguf",
+            f"{found[0]} of {which.repo} is part {part.number} of {part.count}",
+            f"name the first: -hf {which.repo}:{part.sibling(1)}",
         )
+    return part.siblings()
+
+
+def _cached_gguf(which: HubName, cached: Mapping[str, Path]) -> Path:
+    """A GGUF in the cache, with all its parts in one snapshot."""
+    chosen = choose_gguf(cached, which)
+    first = cached[chosen[0]]
+    for name in chosen:
+        if cached.get(name, name) != first.with_name(Path(name).name):
+            raise PinferError(f"the cache lacks {name} of {which.repo}", "run the command once without --offline")
     return first
 
 
 def _is_model(name: str) -> bool:
-    base = name.rpartition("/")[2].lower()
-    part = _PART.search(base)
-    is_later_part = part is not None and int(part["part"]) != 1
+    base, part = name.rpartition("/")[2].lower(), part_name(name)
+    is_later_part = part is not None and part.number != 1
     return base.endswith(".gguf") and not is_later_part and not any(word in base for word in _COMPANIONS)
 
 
@@ -159,7 +177,7 @@ def _of_quant(names: Iterable[str], quant: str) -> list[str]:
 
 
 def _nothing_fits(names: Iterable[str], models: Iterable[str], which: HubName) -> PinferError:
-    stems = [_PART.sub("", name).removesuffix(".gguf") for name in models]
+    stems = [part.stem if (part := part_name(name)) else name.removesuffix(".gguf") for name in models]
     quants = [match["quant"] if (match := _QUANT.search(stem)) else stem for stem in stems]
     if quants:
         there = ", ".join(quants[:12]) + (", …" if len(quants) > 12 else "")

@@ -23,7 +23,7 @@ from pinfer.model import Model
 DEVICE_NAME = b"PINFER"
 
 # The loader gives the FFN of a layer offloaded to a GPU to that GPU, unless an override names the plugin.
-_FFN_TENSORS = rb"\.ffn_(up|gate|down)\.(weight|bias)"
+_FFN_TENSORS = rb"\.(ffn_(up|gate|down)(_exps|_shexp)?|channel_mix_(key|value))\.(weight|bias)"
 
 _GPU_TYPES = (1, 2)  # of enum ggml_backend_dev_type: GPU and IGPU
 

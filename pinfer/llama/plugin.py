@@ -75,16 +75,20 @@ class _ObserverParams(ctypes.Structure):
     _fields_ = (("n_samples", ctypes.c_uint64), ("stride", ctypes.c_uint64))
 
 
-class _ObserverLayer(ctypes.Structure):
-    """``struct pinfer_observer_layer``."""
+class _ObserverFfn(ctypes.Structure):
+    """``struct pinfer_observer_ffn``."""
 
     _fields_ = (
         ("count", ctypes.POINTER(ctypes.c_uint64)),
         ("mass", ctypes.POINTER(ctypes.c_double)),
         ("x", ctypes.POINTER(ctypes.c_uint16)),
         ("active", ctypes.POINTER(ctypes.c_uint8)),
-        ("n_ff", ctypes.c_uint64),
+        ("routed", ctypes.POINTER(ctypes.c_uint64)),
+        ("experts", ctypes.POINTER(ctypes.c_int32)),
+        ("n_neurons", ctypes.c_uint64),
         ("n_embd", ctypes.c_uint64),
+        ("n_experts", ctypes.c_uint64),
+        ("n_expert_used", ctypes.c_uint64),
         ("n_samples", ctypes.c_uint64),
         ("n_tokens", ctypes.c_uint64),
     )
@@ -117,16 +121,18 @@ class Stats:
 
 
 @dataclass(frozen=True)
-class ObserverLayer:
-    """What the observer saw in one layer.
+class ObserverFfn:
+    """What the observer saw in one FFN.
 
     The arrays are the plugin's own memory: copy what has to outlive the next start or configuration.
     """
 
-    count: NDArray[np.uint64]  # [n_ff] tokens in which the neuron fired
-    mass: NDArray[np.float64]  # [n_ff] sum of |f_i(x)| over the tokens
+    count: NDArray[np.uint64]  # [n_neurons] tokens in which the neuron fired
+    mass: NDArray[np.float64]  # [n_neurons] sum of |f_i(x)| over the tokens
     x: NDArray[np.float16]  # [n_samples, n_embd] FFN inputs
-    active: NDArray[np.uint8]  # [n_samples, ceil(n_ff/8)] neuron i at byte i/8, bit i%8
+    active: NDArray[np.uint8]  # [n_samples, ceil(n_ff/8)] neuron i at byte i/8, bit i%8; empty for a stack of experts
+    routed: NDArray[np.uint64] | None  # [n_experts] tokens routed to the expert; None for an FFN that all tokens share
+    experts: NDArray[np.int32] | None  # [n_samples, n_expert_used] where the samples were routed to
     n_tokens: int
 
 
@@ -208,7 +214,7 @@ class PluginLibrary:
             "pinfer_checksum": (ctypes.c_uint64, (ctypes.c_void_p, ctypes.c_size_t)),
             "pinfer_observer_start": (ctypes.c_bool, (ctypes.c_char_p, ctypes.POINTER(_ObserverParams), *failing)),
             "pinfer_observer_stop": (None, (ctypes.c_char_p,)),
-            "pinfer_observer_get": (ctypes.c_bool, (ctypes.c_char_p, ctypes.c_int32, ctypes.POINTER(_ObserverLayer))),
+            "pinfer_observer_get": (ctypes.c_bool, (ctypes.c_char_p, ctypes.c_char_p, ctypes.POINTER(_ObserverFfn))),
         }
         for name, (result, arguments) in signatures.items():
             function = getattr(library, name)
@@ -318,23 +324,26 @@ class PluginLibrary:
         """Stop counting; what was counted stays readable until the next start, configuration or release."""
         self._library.pinfer_observer_stop(os.fsencode(model))
 
-    def observer_layer(self, model: Path, layer: int) -> ObserverLayer | None:
-        """What was seen in ``layer`` of ``model``; None when it never ran."""
-        seen = _ObserverLayer()
-        if not self._library.pinfer_observer_get(os.fsencode(model), layer, ctypes.byref(seen)) or not seen.count:
+    def observer_ffn(self, model: Path, name: str) -> ObserverFfn | None:
+        """What was seen in an FFN of ``model`` (``blk.3``, ``blk.3.shexp``, ``blk.3.exps``); None when it never ran."""
+        seen = _ObserverFfn()
+        if (
+            not self._library.pinfer_observer_get(os.fsencode(model), name.encode(), ctypes.byref(seen))
+            or not seen.count
+        ):
             return None
-        n_bytes = (seen.n_ff + 7) // 8
-        if seen.n_samples:
-            x = np.ctypeslib.as_array(seen.x, shape=(seen.n_samples, seen.n_embd)).view(np.float16)
-            active = np.ctypeslib.as_array(seen.active, shape=(seen.n_samples, n_bytes))
-        else:
-            x = np.empty((0, seen.n_embd), dtype=np.float16)
-            active = np.empty((0, n_bytes), dtype=np.uint8)
-        return ObserverLayer(
-            count=np.ctypeslib.as_array(seen.count, shape=(seen.n_ff,)),
-            mass=np.ctypeslib.as_array(seen.mass, shape=(seen.n_ff,)),
-            x=x,
-            active=active,
+
+        def array(pointer: Any, dtype: Any, *shape: int) -> NDArray[Any]:
+            return np.ctypeslib.as_array(pointer, shape=shape).view(dtype) if all(shape) else np.empty(shape, dtype)
+
+        n_samples, is_stack = seen.n_samples, seen.n_experts > 0
+        return ObserverFfn(
+            count=array(seen.count, np.uint64, seen.n_neurons),
+            mass=array(seen.mass, np.float64, seen.n_neurons),
+            x=array(seen.x, np.float16, n_samples, seen.n_embd),
+            active=array(seen.active, np.uint8, n_samples, 0 if is_stack else (seen.n_neurons + 7) // 8),
+            routed=array(seen.routed, np.uint64, seen.n_experts) if is_stack else None,
+            experts=array(seen.experts, np.int32, n_samples, seen.n_expert_used) if is_stack else None,
             n_tokens=seen.n_tokens,
         )
 

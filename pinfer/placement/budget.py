@@ -13,7 +13,7 @@ from pinfer.model import Model
 from pinfer.placement.compute_buffers import Layout, count_compute_bytes
 from pinfer.placement.integer_program import Room
 from pinfer.placement.machine import HotDevice, Machine, choose_devices, probe, read_machine
-from pinfer.placement.model_bytes import DensePart, compute_bytes, fit_dense, hot_buffers
+from pinfer.placement.model_bytes import DensePart, compute_bytes, fit_dense, hot_buffers, widest
 from pinfer.progress import NULL_PROGRESS, Progress
 
 _DEFAULT_CTX = 4096
@@ -105,9 +105,11 @@ class Budget:
         return self.devices[0].dense.n_gpu_layers if self.devices else 0
 
     def rooms(self, model: Model, group: int) -> tuple[Room, ...]:
-        """The memory of each device for hot neurons, placed in groups of ``group``."""
+        """The memory of each device for hot neurons, placed in groups of ``group``, and for hot experts."""
         per_group = hot_buffers(model, 2 * group) - hot_buffers(model, group)
-        fixed = hot_buffers(model, group) - per_group
+        fixed = (
+            hot_buffers(model, group + widest(model, [f.n_units if f.is_stack else 0 for f in model.ffns])) - per_group
+        )
         return tuple(Room(device.room, fixed, per_group) for device in self.devices)
 
     def without_dense(self) -> Budget:

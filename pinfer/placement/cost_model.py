@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from pinfer.artefacts.shards import DownTypes, cold_neuron_bytes, hot_neuron_bytes
-from pinfer.model import Model
+from pinfer.artefacts.placement import group
+from pinfer.artefacts.shards import DownTypes, cold_neuron_bytes, hot_unit_bytes
+from pinfer.model import Ffn
 from pinfer.placement.machine import Machine
 
 
@@ -65,30 +66,34 @@ class LayerCost:
         return max(float(self.cpu[sum(n_groups)]), *on_devices, 0.0)
 
 
-def layer_cost(
-    model: Model,
-    layer: int,
-    types: DownTypes,
-    frequency: NDArray[np.float64],
-    predictor: PredictorCost | None,
-    machine: Machine,
-    group: int,
-) -> LayerCost:
-    """``frequency`` is ``[n_ff]``, falling: how often each neuron fires per token, in the order of placement."""
-    first_matrix = model.ffn[layer].gate if model.gated else model.ffn[layer].up
-    assert first_matrix is not None
-    first = first_matrix.row_bytes
-    rest = cold_neuron_bytes(model, layer, types) - first
-    named = np.ones_like(frequency)
+@dataclass(frozen=True)
+class Use:
+    """How often the units of an FFN are used for a token, in the order of placement, ``[n_units]`` each."""
+
+    active: NDArray[np.float64]
+    """neurons of the unit that fire, falling"""
+    routed: NDArray[np.float64] | None = None
+    """how often a token is routed to the expert; None where every token uses all units"""
+
+
+def ffn_cost(ffn: Ffn, types: DownTypes, use: Use, predictor: PredictorCost | None, machine: Machine) -> LayerCost:
+    """The cost of an FFN by the groups of its units that are hot, the most used first."""
+    active = use.active
+    routed = np.ones_like(active) if use.routed is None else use.routed
+    first = (ffn.gate or ffn.up).row_bytes
+    rest = cold_neuron_bytes(ffn, types) - first
+    named = routed * ffn.unit
     if predictor is not None:
         # Candidates are assumed to be distributed like the neurons that fire.
-        named = np.minimum(1.0, frequency * predictor.candidates / max(float(frequency.mean()), 1e-12))
-    read = (first * named + rest * frequency) / (machine.cpu_bandwidth * machine.scattered)
-    starts = np.arange(0, len(frequency), group)
+        share = predictor.candidates * float(named.sum()) / max(float(active.sum()), 1e-12)
+        named = np.minimum(named, active * share)
+    read = (first * named + rest * active) / (machine.cpu_bandwidth * machine.scattered)
+    starts = np.arange(0, len(active), group(ffn))
     cold = np.append(np.add.reduceat(read, starts)[::-1].cumsum()[::-1], 0.0)
     if predictor is not None:
-        cold[:-1] += predictor.n_bytes / machine.cpu_bandwidth
-    hot_bytes = np.append(starts, len(frequency)) * hot_neuron_bytes(model, layer, types)
+        scored = float(routed.mean()) * predictor.n_bytes
+        cold[:-1] += scored / machine.cpu_bandwidth
+    hot_bytes = np.append(0.0, np.add.reduceat(routed, starts).cumsum()) * hot_unit_bytes(ffn, types)
     devices = []
     for device in machine.devices:
         devices.append(hot_bytes / device.bandwidth + device.sync_seconds)

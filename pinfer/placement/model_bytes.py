@@ -7,7 +7,7 @@ offloaded layer goes to the device except for the matrices of its FFN, which bel
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from pinfer.llama.cache_types import CacheTypes, cache_type_bytes
@@ -23,7 +23,7 @@ _HOT_TOKENS = 256
 _FLASH_WIDTHS = (64, 80, 96, 112, 128, 256)
 # Alignment of tensors and fragmentation.
 _SLACK = 1.05
-_FFN_MATRIX = re.compile(r"blk\.\d+\.ffn_(up|gate|down)\.(weight|bias)")
+_FFN_MATRIX = re.compile(r"blk\.\d+\.(ffn_(up|gate|down)(_exps|_shexp)?|channel_mix_(key|value))\.(weight|bias)")
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,14 @@ def hot_buffers(model: Model, n_hot: int) -> int:
         return 0
     activations = 4 * _HOT_TOKENS * (2 * model.n_embd + 3 * n_hot) + 16 * _ALIGNMENT
     converted = 2 * _HOT_TOKENS * (model.n_embd + n_hot)
-    ends = model.n_layer * (6 * _ALIGNMENT + 4 * model.n_embd)
+    ends = len(model.ffns) * (6 * _ALIGNMENT + 4 * model.n_embd)
     return _aligned(activations + converted + ends)
+
+
+def widest(model: Model, n_hot: Sequence[int]) -> int:
+    """The most hot neurons that a device computes at once for a token, given its hot units per FFN."""
+    used = ((min(n, model.n_expert_used) * f.n_ff if f.is_stack else n) for f, n in zip(model.ffns, n_hot, strict=True))
+    return max(used, default=0)
 
 
 def fit_dense(model: Model, room: int, n_ctx: int, cache_types: CacheTypes, compute: Callable[[int], int]) -> DensePart:

@@ -10,8 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pinfer.artefacts.profile import SamplesFile
-from pinfer.errors import PinferError
-from pinfer.model import Model, Tensor, dequantize
+from pinfer.model import Ffn, Model, Tensor, dequantize
 
 if TYPE_CHECKING:
     Matrix: TypeAlias = NDArray[np.float32]
@@ -57,32 +56,31 @@ class LayerData:
         return replace(self, weight=self.weight[neurons], bias=self.bias[neurons], down_norm=self.down_norm[neurons])
 
     @staticmethod
-    def read(model: Model, layer: int, samples: SamplesFile) -> LayerData:
-        """Reads layer ``layer`` of ``model``. Only the predicted matrix is kept in float32.
-
-        Raises PinferError if the layer has no plain FFN.
-        """
-        ffn = model.ffn[layer]
-        first = ffn.gate if model.gated else ffn.up
-        if first is None or ffn.up is None or ffn.down is None:
-            raise PinferError(f"layer {layer} of {model.name} has no plain FFN", "run it with --dense")
+    def read(model: Model, ffn: Ffn, samples: SamplesFile, expert: int = 0) -> LayerData:
+        """Reads an FFN of ``model``, of a stack one expert. Only the predicted matrix is kept in float32."""
+        n_ff, n_embd = ffn.n_ff, ffn.n_embd
+        first = ffn.gate or ffn.up
+        own, own_down = slice(expert * n_ff, (expert + 1) * n_ff), slice(expert * n_embd, (expert + 1) * n_embd)
         bias = ffn.gate_bias if model.gated else ffn.up_bias
         up, up_bias = ffn.up, ffn.up_bias
 
         def partner(x: Matrix) -> Matrix:
-            out = np.empty((len(x), model.n_ff), dtype=np.float32)
-            for begin in range(0, model.n_ff, _CHUNK_ROWS):
-                rows = slice(begin, min(begin + _CHUNK_ROWS, model.n_ff))
-                out[:, rows] = x @ dequantize(model, up, rows).T
+            out = np.empty((len(x), n_ff), dtype=np.float32)
+            for begin in range(0, n_ff, _CHUNK_ROWS):
+                end = min(begin + _CHUNK_ROWS, n_ff)
+                out[:, begin:end] = x @ dequantize(model, up, slice(own.start + begin, own.start + end)).T
             return out if up_bias is None else out + dequantize(model, up_bias).reshape(-1)
 
-        neuron_bytes = sum(t.n_bytes for t in (ffn.gate, ffn.up, ffn.down) if t is not None) // model.n_ff
+        neuron_bytes = ffn.n_bytes // ffn.n_neurons
+        x = samples.x(ffn)
+        if ffn.is_stack:
+            x = x[(samples.experts(ffn) == expert).any(axis=1)]
         return LayerData(
-            x=samples.x(layer),
-            weight=dequantize(model, first),
-            bias=np.zeros(model.n_ff, np.float32) if bias is None else dequantize(model, bias).reshape(-1),
+            x=x,
+            weight=dequantize(model, first, own),
+            bias=np.zeros(n_ff, np.float32) if bias is None else dequantize(model, bias).reshape(-1),
             partner=partner if model.gated else None,
-            down_norm=_column_norms(model, ffn.down),
+            down_norm=_column_norms(model, ffn.down, own_down),
             activation=model.activation,
             first_bytes=first.row_bytes,
             rest_bytes=neuron_bytes - first.row_bytes,
@@ -90,11 +88,11 @@ class LayerData:
         )
 
 
-def _column_norms(model: Model, down: Tensor) -> Matrix:
-    """L2 norm ``[n_ff]`` of each column of the down matrix ``[n_embd, n_ff]``."""
-    squares = np.zeros(model.n_ff, dtype=np.float64)
-    for begin in range(0, down.n_rows, _CHUNK_ROWS):
-        rows = dequantize(model, down, slice(begin, min(begin + _CHUNK_ROWS, down.n_rows)))
+def _column_norms(model: Model, down: Tensor, of: slice) -> Matrix:
+    """L2 norm ``[n_ff]`` of each column of the rows ``of`` of the down matrix."""
+    squares = np.zeros(down.row_length, dtype=np.float64)
+    for begin in range(of.start, of.stop, _CHUNK_ROWS):
+        rows = dequantize(model, down, slice(begin, min(begin + _CHUNK_ROWS, of.stop)))
         squares += np.einsum("ij,ij->j", rows, rows)
     return np.sqrt(squares).astype(np.float32)
 

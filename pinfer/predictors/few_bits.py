@@ -8,6 +8,7 @@ into the neuron's threshold, so only integers are stored.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -28,23 +29,38 @@ _DAMPING = 0.03
 _BLOCK = 64
 
 
-def few_bits(weight: Matrix, covariance: NDArray[np.float64], bits: int) -> Matrix:
-    """Rounds ``weight`` to levels ``[n_ff, n_embd]``: ±1 with one bit, ±1 and ±3 with two.
+@dataclass(frozen=True)
+class Compensation:
+    """The order in which inputs are rounded, and how their errors are passed on. The same for all neurons."""
 
-    ``covariance`` ``[n_embd, n_embd]`` is that of the FFN inputs. Neurons are rounded independently of one another.
-    """
+    order: NDArray[np.intp]
+    share: Matrix
+    """``[n_embd, n_embd]``: row i, divided by its diagonal, is how much of an error at input ``order[i]`` to subtract
+    from the weights of later inputs"""
+
+
+def compensation(covariance: NDArray[np.float64]) -> Compensation:
+    """The best compensation for inputs with this covariance ``[n_embd, n_embd]``."""
     from scipy.linalg import cholesky, solve_triangular
 
-    n_ff, n_embd = weight.shape
+    n_embd = len(covariance)
     order = np.argsort(-np.diag(covariance), kind="stable")
-    # C = R Rᵀ with R upper triangular comes from the Cholesky factor of C with its rows and columns reversed. Row i of
-    # R⁻¹, divided by its diagonal, is how much of an error at input i to subtract from the weights of later inputs.
+    # C = R Rᵀ with R upper triangular comes from the Cholesky factor of C with its rows and columns reversed.
     reverse = order[::-1]
     damped = covariance[np.ix_(reverse, reverse)]
     damped[np.diag_indices(n_embd)] += _DAMPING * float(np.trace(covariance)) / n_embd
     root = cholesky(damped, lower=True, overwrite_a=True, check_finite=False)[::-1, ::-1]
     share = solve_triangular(root, np.eye(n_embd), overwrite_b=True, check_finite=False).astype(np.float32)
+    return Compensation(order, share)
 
+
+def few_bits(weight: Matrix, how: Compensation, bits: int) -> Matrix:
+    """Rounds ``weight`` to levels ``[n_ff, n_embd]``: ±1 with one bit, ±1 and ±3 with two.
+
+    Neurons are rounded independently of one another.
+    """
+    n_ff, n_embd = weight.shape
+    order, share = how.order, how.share
     half = _HALF_STEP[bits] * np.sqrt(np.einsum("ij,ij->i", weight, weight) / n_embd) + np.float32(1e-20)
     top = np.float32(2**bits - 1)
     rest = weight.T[order]

@@ -19,11 +19,12 @@ from numpy.typing import NDArray
 from pinfer.artefacts.predictor import FACTOR_TYPES, FEW_BITS, LayerPredictor, quantised
 from pinfer.gguf_io.reader import row_bytes
 from pinfer.predictors.data import HeldBack, LayerData, parts
-from pinfer.predictors.few_bits import few_bits
+from pinfer.predictors.few_bits import Compensation, compensation, few_bits
 from pinfer.predictors.low_rank import Spectrum, covariance
 from pinfer.predictors.thresholds import calibrate
 
 if TYPE_CHECKING:
+    from pinfer.model import Ffn, FfnKind
     from pinfer.predictors.data import Matrix
 
 MIN_SAMPLES = 64
@@ -66,6 +67,7 @@ class LayerReport:
     """Quality of one layer's predictor. Shares are of its neurons, bytes are per token."""
 
     layer: int
+    ffn: FfnKind
     kind: str
     rank: int
     recall: float
@@ -115,7 +117,7 @@ def summary(path: Path, n_samples: int, n_bytes: int, layers: list[LayerReport])
 
 
 def fit_layer(
-    data: LayerData, layer: int, options: TrainOptions, kinds: tuple[str, ...] = KINDS
+    data: LayerData, ffn: Ffn, options: TrainOptions, kinds: tuple[str, ...] = KINDS
 ) -> tuple[LayerPredictor, LayerReport]:
     """The predictor of one layer with the lowest cost per token, or kind ``none`` if exact mode costs no more."""
     fit, calibration, test = parts(len(data.x))
@@ -129,11 +131,11 @@ def fit_layer(
     if fitted is not None and fitted.cost(data, held) >= exact_cost(data, held):
         fitted = None
     del held  # wide layers do not fit into memory twice
-    return tested(data, layer, fitted, HeldBack.of(data, test))
+    return tested(data, ffn, fitted, HeldBack.of(data, test))
 
 
-def tested(data: LayerData, layer: int, fitted: Fitted | None, held: HeldBack) -> tuple[LayerPredictor, LayerReport]:
-    """A layer's predictor and its quality on ``held``, samples that neither the fit nor the thresholds have seen.
+def tested(data: LayerData, ffn: Ffn, fitted: Fitted | None, held: HeldBack) -> tuple[LayerPredictor, LayerReport]:
+    """An FFN's predictor and its quality on ``held``, samples that neither the fit nor the thresholds have seen.
 
     ``fitted`` is None for a layer without a predictor.
     """
@@ -141,13 +143,15 @@ def tested(data: LayerData, layer: int, fitted: Fitted | None, held: HeldBack) -
     exact_bytes = len(data.weight) * (data.first_bytes + active * data.rest_bytes)
     if fitted is None:
         none = LayerPredictor(0, 1.0, 1.0, kind="none")
-        return none, LayerReport(layer, "none", 0, 1.0, 1.0, active, 0, exact_bytes, exact_bytes)
+        return none, LayerReport(ffn.layer, ffn.kind, "none", 0, 1.0, 1.0, active, 0, exact_bytes, exact_bytes)
     named = fitted.named(held)
     recall, candidates = held.recall(named), float(named.mean())
     rank = fitted.b.shape[1]
     result = LayerPredictor(rank, recall, candidates, fitted.a, fitted.b, fitted.t, fitted.kind, fitted.types)
     expected = fitted.n_bytes + fitted.row_bytes(data, held, named)
-    report = LayerReport(layer, fitted.kind, rank, recall, candidates, active, fitted.n_bytes, expected, exact_bytes)
+    report = LayerReport(
+        ffn.layer, ffn.kind, fitted.kind, rank, recall, candidates, active, fitted.n_bytes, expected, exact_bytes
+    )
     return result, report
 
 
@@ -221,10 +225,12 @@ class _FewBits:
         self.ranks = range(n_embd, n_embd + 1) if n_embd % BLOCK == 0 else range(0)
         self._data = data
         self._inputs = inputs
+        self._how: Compensation | None = None
 
     def parts(self, rank: int, neurons: slice) -> tuple[None, Matrix]:
         """B holds the levels; there is no A. Neurons are rounded independently, so a subset is cheap."""
-        return None, few_bits(self._data.weight[neurons], self._inputs, FEW_BITS[self.kind])
+        self._how = self._how or compensation(self._inputs)
+        return None, few_bits(self._data.weight[neurons], self._how, FEW_BITS[self.kind])
 
     def n_bytes(self, rank: int) -> int:
         """Bytes of the codes and the thresholds."""

@@ -1,0 +1,114 @@
+"""Fits the predictor of a stack of experts: a copy of their first matrices in one or two bits a weight.
+
+Expert matrices are close to full rank, so low-rank factors do not pay. Every expert is rounded for the inputs of all
+tokens of its layer, which are many, and its thresholds are calibrated on the tokens that were routed to it, which are
+few. An expert with too few tokens gets no thresholds: all its neurons stay candidates.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pinfer.artefacts.predictor import FEW_BITS, LayerPredictor, packed
+from pinfer.artefacts.profile import SamplesFile
+from pinfer.model import Ffn, Model
+from pinfer.predictors.data import HeldBack, LayerData
+from pinfer.predictors.few_bits import Compensation, compensation, few_bits
+from pinfer.predictors.fitting import BLOCK, MIN_SAMPLES, SCATTERED_COST, LayerReport, TrainOptions, exact_cost
+from pinfer.predictors.low_rank import covariance
+from pinfer.predictors.thresholds import calibrate
+
+# Experts on which the kinds are compared.
+_COMPARED = 4
+# Of an expert's samples, the last of so many tests what the others calibrated.
+_TEST = 5
+_MAX_CALIBRATION = 2048
+# Neurons scored at once by the plugin; experts are padded to it.
+_TILE = 16
+_THRESHOLD_BYTES = 4
+_EVERY_NEURON = np.float32(-3e38)
+
+
+class _Expert:
+    """One expert with its samples, and the predictor of one kind."""
+
+    def __init__(self, data: LayerData, how: Compensation, kind: str, recall: float) -> None:
+        bits = FEW_BITS[kind]
+        levels = few_bits(data.weight, how, bits)
+        self.codes = packed(levels, bits)
+        self.n_bytes = self.codes.nbytes + _THRESHOLD_BYTES * len(levels)
+        cut = len(data.x) - len(data.x) // _TEST
+        held = HeldBack.of(data, slice(max(0, cut - _MAX_CALIBRATION), cut))
+        self.t = calibrate(held.x @ levels.T, held, data, recall)
+        test = HeldBack.of(data, slice(cut, len(data.x)))
+        named = test.x @ levels.T > self.t
+        self.n = len(test.x)
+        self.named = int(np.count_nonzero(named))
+        self.active = int(np.count_nonzero(test.mass))
+        self.mass = float(test.mass.sum(dtype=np.float64))
+        self.kept = float(test.mass.sum(where=named, dtype=np.float64))
+        hits = int(np.count_nonzero(named & (test.mass > 0)))
+        rows = (self.named * data.first_bytes + hits * data.rest_bytes) / max(1, self.n)
+        self.expected_bytes = self.n_bytes + rows
+        self.cost = self.n_bytes + SCATTERED_COST * rows
+        self.exact_cost = exact_cost(data, test)
+        self.exact_bytes = len(levels) * data.first_bytes + self.active / max(1, self.n) * data.rest_bytes
+
+
+def fit_stack(
+    model: Model, ffn: Ffn, samples: SamplesFile, options: TrainOptions, advance: Callable[[int], None]
+) -> tuple[LayerPredictor, LayerReport]:
+    """The predictor of a stack, or kind ``none`` if it does not pay; ``advance`` is called for every expert."""
+    none = LayerPredictor(0, 1.0, 1.0, kind="none")
+    report = LayerReport(ffn.layer, ffn.kind, "none", 0, 1.0, 1.0, 0.0, 0, 0.0, 0.0)
+    routed = np.bincount(samples.experts(ffn).reshape(-1), minlength=ffn.n_experts)
+    if ffn.n_embd % BLOCK or ffn.n_ff % _TILE or routed.max() < MIN_SAMPLES:
+        advance(ffn.n_experts)
+        return none, report
+    how = compensation(covariance(samples.x(ffn).astype(np.float32)))
+
+    def fit(expert: int, kind: str) -> _Expert:
+        return _Expert(LayerData.read(model, ffn, samples, expert), how, kind, options.recall)
+
+    busiest = np.argsort(-routed, kind="stable")[:_COMPARED]
+    compared = {kind: [fit(int(e), kind) for e in busiest if routed[e] >= MIN_SAMPLES] for kind in FEW_BITS}
+    kind, tried = min(compared.items(), key=lambda item: math.fsum(e.cost for e in item[1]))
+    pays = math.fsum(e.cost for e in tried) < math.fsum(e.exact_cost for e in tried)
+    known: list[_Expert] = []
+    n_bytes = ffn.n_embd * FEW_BITS[kind] // 8
+    codes = np.zeros((ffn.n_neurons, n_bytes), dtype=np.uint8)
+    thresholds = np.full(ffn.n_neurons, _EVERY_NEURON, dtype=np.float32)
+    for expert in range(ffn.n_experts):
+        if pays and routed[expert] >= MIN_SAMPLES:
+            fitted = fit(expert, kind)
+            own = slice(expert * ffn.n_ff, (expert + 1) * ffn.n_ff)
+            codes[own], thresholds[own] = fitted.codes, fitted.t
+            fitted.codes = codes[own]  # the experts together are large enough
+            known.append(fitted)
+        advance(1)
+    report = _report(model, ffn, report, known or tried, routed)
+    if not pays:
+        return none, report
+    predictor = LayerPredictor(ffn.n_embd, report.recall, report.candidates, None, codes, thresholds, kind)
+    return predictor, replace(report, kind=kind, rank=ffn.n_embd)
+
+
+def _report(model: Model, ffn: Ffn, empty: LayerReport, known: list[_Expert], routed: NDArray[np.intp]) -> LayerReport:
+    """Shares of the neurons of routed experts; bytes of all experts of a token."""
+    pairs = sum(e.n for e in known) * ffn.n_ff
+    mass = math.fsum(e.mass for e in known)
+    used = model.n_expert_used
+    return replace(
+        empty,
+        recall=math.fsum(e.kept for e in known) / mass if mass else 1.0,
+        candidates=sum(e.named for e in known) / max(1, pairs),
+        active=sum(e.active for e in known) / max(1, pairs),
+        predictor_bytes=used * known[0].n_bytes,
+        expected_bytes=used * math.fsum(e.expected_bytes for e in known) / len(known),
+        exact_bytes=used * math.fsum(e.exact_bytes for e in known) / len(known),
+    )
