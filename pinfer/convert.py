@@ -390,6 +390,8 @@ def _write_values(tensor: PlannedTensor, type_name: str, writer: GgufFileWriter)
     values = tensor.load()
     if values.shape != tensor.shape[::-1]:
         raise AssertionError(f"{tensor.name} has shape {values.shape} instead of {tensor.shape[::-1]}")
+    if values.ndim > 1:  # a stack of experts, too, is written row by row
+        values = values.reshape(-1, tensor.shape[0])
     rows = max(1, _CHUNK // tensor.shape[0]) if values.ndim > 1 else len(values)
     for start in range(0, len(values), rows):
         writer.write(tensor.name, _encode(tensor.name, values[start : start + rows], type_name))
