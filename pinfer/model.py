@@ -110,6 +110,11 @@ class Ffn:
         return self.n_experts if self.is_stack else self.n_ff
 
     @property
+    def units(self) -> str:
+        """What a unit is, in the plural."""
+        return "experts" if self.is_stack else "neurons"
+
+    @property
     def unit(self) -> int:
         """Neurons of a unit."""
         return self.n_ff if self.is_stack else 1

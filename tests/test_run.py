@@ -355,12 +355,12 @@ def make_predictor(path: Path, threshold: float) -> Path:
     model = open_model(path)
     rng = np.random.default_rng(4)
     folder = paths.artefact_dir(path, model.fingerprint, for_writing=True)
-    with PredictorWriter(folder / paths.PREDICTOR, "f16") as out:
+    with PredictorWriter(folder / paths.PREDICTOR, model, "f16") as out:
         for _ in range(model.n_layer):
             a = rng.standard_normal((32, model.n_embd), dtype=np.float32)
             b = rng.standard_normal((model.n_ff, 32), dtype=np.float32)
             out.add(LayerPredictor(32, 1.0, 1.0, a, b, np.full(model.n_ff, threshold, np.float32)))
-        out.finish(model, {})
+        out.finish({})
     return folder / paths.PREDICTOR
 
 
