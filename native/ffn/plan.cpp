@@ -260,6 +260,7 @@ bool check_ffn(pinfer_model * m, const pinfer_ffn & f) {
         return false;
     }
     if (m->layers[il].checked) {
+        pinfer_model_begin_check(m); // the first batch is through: from now on it delays no load
         return true;
     }
     if (!is_of_file(*m, f.up, m->header.layers[il].up)) {
