@@ -151,16 +151,19 @@ build/sanitize/build.ninja: $(CMAKE_FILES) $(STAMPS)/llama $(BIN)/pinfer
 	$(call configure,sanitize) -DPINFER_SERVER_LIBRARY=$(CURDIR)/$(NATIVE)/libpinfer-llama-server.a --log-level=WARNING
 	touch $@
 
-# The Python tests that use the native code, with the sanitized plugin and runner. CPython is not built with sanitizers,
-# so the runtime is preloaded, and leaks are not reported because most are the interpreter's.
-SANITIZED_TESTS := $(patsubst %,tests/test_%.py,native exact run profile bad_input)
+# The Python tests that use the native code, with the sanitized plugin and runner. Types of weights are covered by the
+# native tests. CPython is not built with sanitizers, so the runtime is preloaded, and leaks are not reported because
+# most are the interpreter's.
+SANITIZED_TESTS := $(patsubst %,tests/test_%.py,native profile run exact guest bad_input)
+SANITIZED := test_native or test_profile or test_run or (test_exact and (F16 or Q4_0 or Q4_K)) or plugin_refuses or \
+    runner_refuses or without_its_rows or two_engines or refused_configuration or other_weights
 
-test-sanitize: build/sanitize/build.ninja
+test-sanitize: build build/sanitize/build.ninja
 	@ninja --quiet -C build/sanitize -j $(JOBS)
 	@UBSAN_OPTIONS=print_stacktrace=1 $(BIN)/ctest --test-dir build/sanitize --output-on-failure --no-tests=error
 	@PINFER_NATIVE_DIR=$(CURDIR)/build/sanitize LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
 	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	    $(BIN)/python -m pytest -q $(SANITIZED_TESTS)
+	    $(BIN)/python -m pytest -q -n $(TEST_JOBS) -k '$(SANITIZED)' $(SANITIZED_TESTS)
 
 build/fuzz/build.ninja: $(CMAKE_FILES) $(STAMPS)/llama $(BIN)/pinfer
 	@command -v clang++ > /dev/null || { echo 'make fuzz needs Clang; type: apt-get install clang libclang-rt-dev' >&2; exit 1; }

@@ -10,6 +10,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <map>
+#include <sched.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -154,8 +155,11 @@ static std::vector<uint8_t> changed_sample(const sample & s, const uint8_t * inp
 // --- the readers -------------------------------------------------------------------------------------------------------
 
 // Whether the tensors have their checksums; nothing of the file may be relied on before this is known.
-static bool is_whole(const pinfer_artefact & file, std::string * err) {
-    require(file.verifier.wait(5));
+static bool is_whole(pinfer_artefact & file, std::string * err) {
+    file.verifier.begin();
+    while (!file.verifier.wait(0)) {
+        sched_yield(); // a hang is for -timeout to notice
+    }
     *err = pinfer_artefact_damage(&file);
     return err->empty();
 }

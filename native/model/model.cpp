@@ -295,8 +295,13 @@ const pinfer_artefact * pinfer_model_damaged_file(const pinfer_model * m) {
     return damaged;
 }
 
+void pinfer_model_begin_check(const pinfer_model * m) {
+    each_file(m, [](pinfer_artefact & file) { file.verifier.begin(); });
+}
+
 void pinfer_model_finish_check(const pinfer_model * m) {
     const double seconds = 10.0;
+    pinfer_model_begin_check(m);
     each_file(m, [&](const pinfer_artefact & file) {
         if (!file.verifier.wait(seconds)) {
             fprintf(stderr, "pinfer: %s was not checked to its end; to check it, type: pinfer show %s --verify\n", file.path.c_str(),

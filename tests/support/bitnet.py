@@ -48,7 +48,8 @@ def write_bitnet(path: Path, kind: str = "F32", seed: int = 0) -> Path:
         out.add_tensor(name, rows, raw_dtype=number)
 
     def matrix(rows: int, columns: int) -> NDArray[np.float64]:
-        return rng.normal(size=(rows, columns)) / np.sqrt(columns)
+        values: NDArray[np.float64] = rng.normal(size=(rows, columns)) / np.sqrt(columns)
+        return values
 
     common = rng.normal(size=N_EMBD) / np.sqrt(N_EMBD)  # what all inputs share, and gates lean against
     add("token_embd.weight", rng.normal(size=(N_VOCAB, N_EMBD)) + 16 * common)
