@@ -296,12 +296,8 @@ bool check_ffn(pinfer_model * m, const pinfer_ffn & f) {
         pinfer_model_fail(m, pinfer_artefact_damage(file));
         return false;
     }
-<<<<<<< HEAD
     if (m->ffns[il].checked) {
-=======
-    if (m->layers[il].checked) {
         pinfer_model_begin_check(m); // the first batch is through: from now on it delays no load
->>>>>>> guest
         return true;
     }
     if (!is_of_file(*m, f.up, m->header.ffns[il].up)) {

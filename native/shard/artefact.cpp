@@ -234,11 +234,7 @@ bool pinfer_artefact_open(pinfer_artefact * a, const char * path, const char * k
     if (gguf_get_alignment(a->gguf) % 32 != 0) {
         return pinfer_artefact_damaged(a, "its tensors are not aligned to 32 bytes", err);
     }
-<<<<<<< HEAD
-    return check_activation(a, origin, err) && check_ffns(a, origin, err) && start_verifier(a, err);
-=======
-    return check_activation(a, origin, err) && check_shape(a, origin, err) && prepare_verifier(a, err);
->>>>>>> guest
+    return check_activation(a, origin, err) && check_ffns(a, origin, err) && prepare_verifier(a, err);
 }
 
 bool pinfer_artefact_tensor(const pinfer_artefact * a, const std::string & name, ggml_type type, int64_t ne0, int64_t ne1,
