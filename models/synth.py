@@ -634,7 +634,7 @@ def main(
         raise typer.BadParameter(f"unknown preset {preset}: one of {', '.join(PRESETS)}")
     if preset:
         options = dataclasses.replace(PRESETS[preset], **planted)
-        options = dataclasses.replace(options, n_layer=n_layer or options.n_layer)
+        options = dataclasses.replace(options, n_layer=n_layer or options.n_layer, tied=tied or options.tied)
     else:
         options = SynthOptions(
             arch=arch,
