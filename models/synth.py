@@ -1033,7 +1033,7 @@ def main(
         options = dataclasses.replace(PRESETS[preset], **planted)
         if pattern:
             options = dataclasses.replace(options, pattern=pattern, n_layer=len(pattern))
-        options = dataclasses.replace(options, n_layer=n_layer or options.n_layer)
+        options = dataclasses.replace(options, n_layer=n_layer or options.n_layer, tied=tied or options.tied)
     else:
         options = SynthOptions(
             arch=arch,

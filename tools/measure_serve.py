@@ -2,13 +2,14 @@
 
 ``python tools/measure_serve.py model.gguf --draft draft.gguf`` after ``pinfer prepare model.gguf`` and
 ``ninja -C build/native stock``. All servers are started first and take turns, a round of each case at a time; those
-that do not have their turn are stopped, since idle threads may spin. Stock gets its best number of threads and -fa,
-which are found before, and pinfer gets the same.
+that do not have their turn are stopped, since idle threads may spin. Stock gets its best number of threads, -fa and
+wait policy, which are found before; pinfer gets the same threads and -fa, and waits passively as it always does.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import resource
@@ -79,17 +80,21 @@ class Result:
 CASES = (Case(1), Case(4), Case(1, busy=True))
 
 
-def sides_of(with_draft: bool) -> tuple[Side, ...]:
-    """Stock comes first: the others are compared with it."""
-    stock = (str(native_folder() / "bin" / "llama-server"), "-m")
+def stock_side(policy: str | None, name: str = "stock", *, draft: bool = False) -> Side:
+    return Side(name, (str(native_folder() / "bin" / "llama-server"), "-m"), policy, draft)
+
+
+def sides_of(policy: str | None, with_draft: bool) -> tuple[Side, ...]:
+    """Stock with its best wait policy comes first: the others are compared with it."""
+    other = None if policy else "passive"
     sides = [
-        Side("stock", stock),
-        Side("stock, passive", stock, "passive"),
+        stock_side(policy),
+        stock_side(other, f"stock, {other or 'default'} waiting"),
         Side("pinfer", PINFER),
-        Side("pinfer, active", PINFER, "active"),
+        Side("pinfer, active waiting", PINFER, "active"),
     ]
     if with_draft:
-        sides += [Side("stock, draft", stock, draft=True), Side("pinfer, draft", PINFER, draft=True)]
+        sides += [stock_side(policy, "stock, draft", draft=True), Side("pinfer, draft", PINFER, draft=True)]
     return tuple(sides)
 
 
@@ -148,25 +153,25 @@ def beside_a_spinning_process(wanted: bool) -> Iterator[None]:
             process.kill()
 
 
-def best_flags(side: Side, arguments: argparse.Namespace, folder: Path) -> list[str]:
-    """The number of threads and -fa with which this side decodes one sequence fastest."""
-    threads = sorted({physical_cores(), len(os.sched_getaffinity(0))}) if not arguments.threads else [arguments.threads]
-    tried: list[tuple[float, list[str]]] = []
-    for n in threads:
-        for attention in ("on", "off"):
-            flags = ["-t", str(n), "-fa", attention]
-            with started(side, arguments, flags, folder) as server:
-                measure(server, CASES[0], 8)
-                speed = median(measure(server, CASES[0], arguments.tokens)[0] for _ in range(3))
-            print(f"{side.name} {' '.join(flags)}: {speed:.2f} t/s", file=sys.stderr, flush=True)
-            tried.append((speed, flags))
-    return max(tried)[1]
+def best_settings(arguments: argparse.Namespace, folder: Path) -> tuple[list[str], str | None]:
+    """The number of threads, -fa and wait policy with which stock decodes one sequence fastest."""
+    threads = {arguments.threads} if arguments.threads else {physical_cores(), len(os.sched_getaffinity(0))}
+    tried: list[tuple[float, list[str], str | None]] = []
+    for n, attention, policy in itertools.product(sorted(threads), ("on", "off"), (None, "passive")):
+        flags = ["-t", str(n), "-fa", attention]
+        with started(stock_side(policy), arguments, flags, folder) as server:
+            measure(server, CASES[0], 8)
+            speed = median(measure(server, CASES[0], arguments.tokens)[0] for _ in range(3))
+        print(f"stock {' '.join(flags)}, {policy or 'default'} waiting: {speed:.2f} t/s", file=sys.stderr, flush=True)
+        tried.append((speed, flags, policy))
+    _, flags, policy = max(tried, key=lambda one: one[0])
+    return flags, policy
 
 
-def run(arguments: argparse.Namespace, folder: Path) -> tuple[list[str], list[Result]]:
-    """Stock's best flags, and what was measured."""
-    sides = sides_of(arguments.draft is not None)
-    flags = best_flags(sides[0], arguments, folder)
+def run(arguments: argparse.Namespace, folder: Path) -> tuple[str, list[Result]]:
+    """Stock's best settings, and what was measured."""
+    flags, policy = best_settings(arguments, folder)
+    sides = sides_of(policy, arguments.draft is not None)
     speeds: dict[tuple[Side, Case], list[float]] = {(side, case): [] for side in sides for case in CASES}
     drafted = dict.fromkeys(sides, (0, 0))
     with ExitStack() as stack:
@@ -186,7 +191,7 @@ def run(arguments: argparse.Namespace, folder: Path) -> tuple[list[str], list[Re
         ratios = tuple(a / b for a, b in zip(found, speeds[sides[0], case], strict=True))
         n, n_accepted = drafted[side]
         results.append(Result(side.name, case.name, tuple(found), ratios, n_accepted / n if n else None))
-    return flags, results
+    return f"{' '.join(flags)}, {policy or 'default'} waiting", results
 
 
 def table(results: Sequence[Result]) -> list[str]:
@@ -231,10 +236,10 @@ def main() -> None:
     load = os.getloadavg()[0]
     before, own_before = cpu_time(), _own_cpu_time()
     with tempfile.TemporaryDirectory() as folder:
-        flags, results = run(arguments, Path(folder))
+        settings, results = run(arguments, Path(folder))
     others = used_by_others(before, cpu_time(), _own_cpu_time() - own_before)
-    environment = describe(int(flags[1]), "", "", load, started_at, "")
-    print(f"{arguments.model.name}, {' '.join(flags)}, {arguments.tokens} tokens per answer, {environment.cpu},")
+    environment = describe(int(settings.split()[1]), "", "", load, started_at, "")
+    print(f"{arguments.model.name}, stock with {settings}, {arguments.tokens} tokens per answer, {environment.cpu},")
     print(f"commit {environment.commit}; other processes used {'?' if others is None else f'{others:.2f}'} CPUs")
     print()
     print("\n".join(table(results)))
