@@ -432,7 +432,7 @@ def test_two_hot_devices(tiny_relu2: Path) -> None:
     for devices in ("CPU", "CPU,CPU,CPU"):
         line = refused(tiny_relu2, device=devices)
         assert "one of 2 hot shards" in line
-        assert "--device" in line
+        assert "--hot-device" in line
     assert "there is no device CUDA99" in refused(tiny_relu2, device="CPU,CUDA99")
     # half of the neurons in the place of none
     (folder / "hot-1.gguf").write_bytes(kept[paths.HOT])
@@ -632,9 +632,12 @@ def test_the_command_becomes_the_runner(tiny_relu2: Path) -> None:
         assert b"Traceback" not in err.read()
 
 
-def test_sigterm_ends_a_chat_that_waits(tiny_relu2: Path) -> None:
-    with started(run_command(tiny_relu2)) as (process, into, _, _):
+@pytest.mark.parametrize("words", [("-n", 4), ENDLESS])
+def test_sigterm_ends_a_chat(tiny_relu2: Path, words: tuple[object, ...]) -> None:
+    """One that waits for a question, and one in the middle of an answer (which Ctrl-C would only cut short)."""
+    with started(run_command(tiny_relu2, *words)) as (process, into, out, err):
         into.write(b"Hello\n")
-        time.sleep(1.5)
+        read_until(out.fileno(), b"\n" if words[0] == "-n" else 20)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(10) in (0, 143, -signal.SIGTERM)
+        assert process.wait(10) == 128 + signal.SIGTERM
+        assert b"[ active " in err.read()
