@@ -603,8 +603,8 @@ def test_split_writes_the_placement_and_verifies_it(way: Way) -> None:
     solved = json.loads(way.jsons["solve"].out)
     report = json.loads(way.jsons["split"].out)
     assert report["verified"] is True
-    assert report["n_hot"] == sum(solved["n_hot"])
-    assert report["n_hot"] + report["n_cold"] == solved["n_layer"] * solved["n_ff"]
+    assert report["n_hot"] == sum(solved["n_hot"]) == sum(ffn["n_hot"] for ffn in solved["ffns"])
+    assert report["n_hot"] + report["n_cold"] == sum(ffn["n_units"] * ffn["n_neurons"] for ffn in solved["ffns"])
     assert "verified" in way.tables["split"].out
 
 
