@@ -29,38 +29,101 @@ static int reads(const ggml_cgraph * graph, const ggml_tensor * t) {
     return n;
 }
 
-static void check_ffn(const ggml_cgraph * graph, const pinfer_ffn & f) {
-    int il = -1;
-    require(f.layer >= 0 && f.down.mul_mat->src[1] == f.h && f.up.mul_mat->src[1] == f.x);
-    require(pinfer_part_of(f.up.weight->name, false, &il) == PINFER_PART_UP && il == f.layer);
-    require(pinfer_part_of(f.down.weight->name, false, &il) == PINFER_PART_DOWN && il == f.layer);
-    require(!f.gated() || (f.gate.mul_mat->src[1] == f.x && pinfer_part_of(f.gate.weight->name, false, &il) == PINFER_PART_GATE));
-    for (const ggml_tensor * t : {f.gate.mul_mat, f.gate.add, f.up.mul_mat, f.up.add, f.inner}) {
-        require(!t || (reads(graph, t) == 1 && !(t->flags & GGML_TENSOR_FLAG_OUTPUT)));
+static bool is_read_by(const ggml_cgraph * graph, const ggml_tensor * t, int n) {
+    return reads(graph, t) == n && !(t->flags & GGML_TENSOR_FLAG_OUTPUT);
+}
+
+// The sum of the first experts of each token, times their weights, and nothing else reads what lies before it.
+static void check_sum(const ggml_cgraph * graph, const pinfer_ffn & f) {
+    require(f.weighted->src[0] == f.down.mul_mat && f.weighted->src[1] == f.weights && is_read_by(graph, f.down.mul_mat, 1));
+    require(is_read_by(graph, f.h, 1) && is_read_by(graph, f.weighted, (int) f.views.size()));
+    require(!f.sums.empty() && f.sums.size() == (f.views.size() == 1 ? 1 : f.views.size() - 1));
+    for (size_t i = 0; i < f.views.size(); i++) {
+        require(f.views[i]->src[0] == f.weighted && f.views[i]->view_offs == i * f.weighted->nb[1] && is_read_by(graph, f.views[i], 1));
     }
-    require(f.h_is_read == (reads(graph, f.h) != 1 || (f.h->flags & GGML_TENSOR_FLAG_OUTPUT)));
+    for (size_t i = 0; i < f.sums.size(); i++) {
+        require(f.sums[i]->src[0] == (i ? f.sums[i - 1] : f.views[0]) && (i + 1 == f.sums.size() || is_read_by(graph, f.sums[i], 1)));
+    }
+}
+
+static void check_ffn(const ggml_cgraph * graph, const pinfer_ffn & f) {
+    int ffn = -1;
+    require(f.index >= 0 && f.down.mul_mat->src[1] == f.h && f.up.mul_mat->src[1] == f.x);
+    require(pinfer_part_of(f.up.weight->name, false, &ffn) == PINFER_PART_UP && ffn == f.index);
+    require(pinfer_part_of(f.down.weight->name, false, &ffn) == PINFER_PART_DOWN && ffn == f.index);
+    require(!f.gated() || (f.gate.mul_mat->src[1] == f.x && pinfer_part_of(f.gate.weight->name, false, &ffn) == PINFER_PART_GATE));
+    require(f.is_stack() == (pinfer_ffn_kind_of(f.index) == PINFER_FFN_EXPERTS));
+    for (const ggml_tensor * t : {f.gate.mul_mat, f.up.mul_mat, f.down.mul_mat}) {
+        require(!t || t->src[2] == f.experts); // null where it is no stack
+    }
+    for (const ggml_tensor * t : {f.gate.mul_mat, f.gate.add, f.up.mul_mat, f.up.add, f.inner}) {
+        require(!t || is_read_by(graph, t, 1));
+    }
+    if (f.is_stack()) {
+        check_sum(graph, f);
+    } else {
+        require(f.h_is_read == !is_read_by(graph, f.h, 1));
+    }
+}
+
+// Leafs of a graph with experts: their matrices, x, where the tokens go, the weights; and matrices of a shared expert.
+static const int N_LEAFS = 8, IDS = 4;
+
+static void add_stack_leafs(ggml_context * ctx, std::vector<ggml_tensor *> * all) {
+    for (const char * name : {"blk.0.ffn_up_exps.weight", "blk.0.ffn_gate_exps.weight", "blk.0.ffn_down_exps.weight"}) {
+        all->push_back(ggml_set_name(ggml_new_tensor_3d(ctx, GGML_TYPE_F32, 8, 8, 4), name));
+    }
+    all->push_back(ggml_new_tensor_3d(ctx, GGML_TYPE_F32, 8, 1, 8));
+    all->push_back(ggml_new_tensor_2d(ctx, GGML_TYPE_I32, 2, 8));
+    all->push_back(ggml_new_tensor_3d(ctx, GGML_TYPE_F32, 1, 2, 8));
+    for (const char * name : {"blk.0.ffn_up_shexp.weight", "blk.0.ffn_down_shexp.weight"}) {
+        all->push_back(ggml_set_name(ggml_new_tensor_2d(ctx, GGML_TYPE_F32, 8, 8), name));
+    }
+}
+
+// An operation of two tensors, by a number; null where their shapes do not allow it.
+static ggml_tensor * operation(ggml_context * ctx, const std::vector<ggml_tensor *> & all, int which, ggml_tensor * a, ggml_tensor * b,
+                               int place) {
+    const bool same = ggml_are_same_shape(a, b) && ggml_is_contiguous(a) && ggml_is_contiguous(b);
+    const bool flat = a->ne[2] == 1 && b->ne[2] == 1;
+    if (a->type != GGML_TYPE_F32 || b->type != GGML_TYPE_F32) {
+        return nullptr;
+    }
+    switch (which) {
+        case 0: case 1:
+            if (a->ne[0] == b->ne[0] && flat && a->nb[0] == sizeof(float)) {
+                return ggml_mul_mat(ctx, a, b);
+            }
+            return a->ne[2] == 4 && a->ne[0] == b->ne[0] && b->ne[2] == 8 && b->ne[1] <= 2 ? ggml_mul_mat_id(ctx, a, b, all[IDS]) : nullptr;
+        case 2: return ggml_are_same_shape(a, b) ? ggml_add(ctx, a, b) : nullptr;
+        case 3: return ggml_is_contiguous(a) ? ggml_relu(ctx, a) : nullptr;
+        case 4: return ggml_sqr(ctx, a);
+        case 5: return same ? ggml_swiglu_split(ctx, a, b) : nullptr;
+        case 6: return same ? ggml_reglu_split(ctx, a, b) : nullptr;
+        case 7: return same || (a->ne[0] == 8 && b == all[IDS + 1] && a->ne[1] == 2 && a->ne[2] == 8) ? ggml_mul(ctx, a, b) : nullptr;
+        case 8: return place & 1 ? ggml_cont(ctx, a) : ggml_scale(ctx, a, 2.0f);
+        default: break;
+    }
+    return a->ne[2] == 8 && a->ne[0] == 8 ? ggml_view_2d(ctx, a, 8, 8, a->nb[2], (size_t) (place % a->ne[1]) * a->nb[1])
+         : a->ne[0] == 8 && a->ne[1] == 8 ? ggml_view_2d(ctx, a, 8, 8, a->nb[1], 0) : nullptr;
 }
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t * data, size_t size) {
     static std::vector<uint8_t> memory(1 << 20);
     ggml_context * const        ctx = ggml_init({.mem_size = memory.size(), .mem_buffer = memory.data(), .no_alloc = true});
     std::vector<ggml_tensor *>  all;
-    for (int i = 0; i < 8; i++) { // leafs
-        all.push_back(ggml_set_name(ggml_new_tensor_2d(ctx, GGML_TYPE_F32, 8, 8), NAMES[i < 6 ? i : 14]));
+    if (size % 4 == 1) {
+        add_stack_leafs(ctx, &all);
+    } else {
+        for (int i = 0; i < N_LEAFS; i++) {
+            all.push_back(ggml_set_name(ggml_new_tensor_2d(ctx, GGML_TYPE_F32, 8, 8), NAMES[i < 6 ? i : 14]));
+        }
     }
     for (size_t i = 0; i + 3 < size && all.size() < 64; i += 4) {
         ggml_tensor * const a = all[data[i + 1] % all.size()], * const b = all[data[i + 2] % all.size()];
-        ggml_tensor *       t = nullptr;
-        switch (data[i] % 10) {
-            case 0: case 1: t = ggml_mul_mat(ctx, a, b); break;
-            case 2: t = ggml_add(ctx, a, b); break;
-            case 3: t = ggml_relu(ctx, a); break;
-            case 4: t = ggml_sqr(ctx, a); break;
-            case 5: t = ggml_swiglu_split(ctx, a, b); break;
-            case 6: t = ggml_reglu_split(ctx, a, b); break;
-            case 7: t = ggml_mul(ctx, a, b); break;
-            case 8: t = ggml_scale(ctx, a, 2.0f); break;
-            case 9: t = ggml_view_2d(ctx, a, 8, 8, a->nb[1], 0); break;
+        ggml_tensor * const t = operation(ctx, all, data[i] % 10, a, b, data[i + 2]);
+        if (!t) {
+            continue;
         }
         if (data[i + 3] & 0x80) {
             ggml_set_output(t);

@@ -14,8 +14,9 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-// As the files of the corpus have it.
-static const int64_t N_LAYER = 2, N_EMBD = 32, N_FF = 64;
+// As the files of the corpus have it: layer 0 has a dense FFN, layer 1 a stack of experts with as many neurons.
+static const int64_t N_EMBD = 32, N_FF = 64, N_EXPERTS = 4, N_FF_EXPERT = 16;
+static const int     DENSE  = pinfer_ffn_index(0, PINFER_FFN_DENSE), STACK = pinfer_ffn_index(1, PINFER_FFN_EXPERTS);
 
 static pinfer_origin origin_of_corpus() {
     pinfer_origin o;
@@ -24,10 +25,14 @@ static pinfer_origin origin_of_corpus() {
     o.rule          = {PINFER_ACT_REGLU, 0.0f};
     o.header.arch   = "llama";
     o.header.n_embd = N_EMBD;
-    pinfer_ffn_header layer;
-    layer.gate.ne[0] = layer.up.ne[0] = layer.down.ne[1] = N_EMBD;
-    layer.gate.ne[1] = layer.up.ne[1] = layer.down.ne[0] = N_FF;
-    o.header.ffns.assign(N_LAYER, layer);
+    o.header.n_expert_used = 2;
+    o.header.ffns.resize(2 * PINFER_FFN_KINDS);
+    for (const int ffn : {DENSE, STACK}) {
+        const int64_t       n_ff = ffn == STACK ? N_FF_EXPERT : N_FF, n = ffn == STACK ? N_EXPERTS : 1;
+        pinfer_ffn_header & f    = o.header.ffns[(size_t) ffn];
+        f.gate = f.up = {.ne = {N_EMBD, n_ff, n}};
+        f.down        = {.ne = {n_ff, N_EMBD, n}};
+    }
     return o;
 }
 
@@ -70,27 +75,35 @@ struct sample {
 };
 
 static sample make_sample(char kind) {
-    const int64_t n = kind == 'C' ? 48 : 16, first = kind == 'C' ? 0 : 48; // neurons of the shard
+    const int64_t n = kind == 'C' ? 48 : 16, first = kind == 'C' ? 0 : 48; // neurons of the shard in each FFN
+    const int64_t n_experts = n / N_FF_EXPERT, first_expert = first / N_FF_EXPERT;
     ggml_context * const ctx  = ggml_init({.mem_size = 32 * ggml_tensor_overhead(), .mem_buffer = nullptr, .no_alloc = true});
     gguf_context * const gguf = gguf_init_empty();
-    const auto           add  = [&](int layer, const char * name, ggml_type type, int64_t ne0, int64_t ne1) {
-        ggml_tensor * t = ggml_new_tensor_2d(ctx, type, ne0, ne1);
-        ggml_set_name(t, ("blk." + std::to_string(layer) + "." + name).c_str());
+    const auto           add  = [&](int ffn, const char * name, ggml_type type, int64_t ne0, int64_t ne1, int64_t ne2 = 1) {
+        ggml_tensor * t = ggml_new_tensor_3d(ctx, type, ne0, ne1, ne2);
+        ggml_set_name(t, (pinfer_ffn_name(ffn) + "." + name).c_str());
         gguf_add_tensor(gguf, t);
     };
-    for (int layer = 0; layer < N_LAYER; layer++) {
-        if (kind == 'P') {
-            if (layer == 0) {
-                add(layer, "pred_a", GGML_TYPE_F16, N_EMBD, 32);
-            }
-            add(layer, "pred_b", layer == 0 ? GGML_TYPE_F16 : GGML_TYPE_I8, layer == 0 ? 32 : N_EMBD / 8, N_FF);
-            add(layer, "pred_t", GGML_TYPE_F32, N_FF, 1);
-        } else {
-            add(layer, "neurons", GGML_TYPE_I32, n, 1);
-            add(layer, "ffn_gate.weight", GGML_TYPE_F16, N_EMBD, n);
-            add(layer, "ffn_up.weight", GGML_TYPE_Q8_0, N_EMBD, n);
-            kind == 'C' ? add(layer, "ffn_down_t.weight", GGML_TYPE_Q4_0, N_EMBD, n) : add(layer, "ffn_down.weight", GGML_TYPE_F16, n, N_EMBD);
-        }
+    if (kind == 'P') {
+        add(DENSE, "pred_a", GGML_TYPE_F16, N_EMBD, 32);
+        add(DENSE, "pred_b", GGML_TYPE_F16, 32, N_FF);
+        add(STACK, "pred_b", GGML_TYPE_I8, N_EMBD / 8, N_FF);
+        add(DENSE, "pred_t", GGML_TYPE_F32, N_FF, 1);
+        add(STACK, "pred_t", GGML_TYPE_F32, N_FF, 1);
+    } else {
+        add(DENSE, "neurons", GGML_TYPE_I32, n, 1);
+        add(DENSE, "ffn_gate.weight", GGML_TYPE_F16, N_EMBD, n);
+        add(DENSE, "ffn_up.weight", GGML_TYPE_Q8_0, N_EMBD, n);
+        add(STACK, "experts", GGML_TYPE_I32, n_experts, 1);
+    }
+    if (kind == 'C') {
+        add(DENSE, "ffn_down_t.weight", GGML_TYPE_Q4_0, N_EMBD, n);
+        add(STACK, "ffn_down_t.weight", GGML_TYPE_Q8_0, N_EMBD, n);
+    } else if (kind == 'H') {
+        add(DENSE, "ffn_down.weight", GGML_TYPE_F16, n, N_EMBD);
+        add(STACK, "ffn_gate.weight", GGML_TYPE_F32, N_EMBD, N_FF_EXPERT, n_experts);
+        add(STACK, "ffn_up.weight", GGML_TYPE_F32, N_EMBD, N_FF_EXPERT, n_experts);
+        add(STACK, "ffn_down.weight", GGML_TYPE_F32, N_FF_EXPERT, N_EMBD, n_experts);
     }
     const char *   kinds[] = {"low_rank", "one_bit"};
     const uint32_t ranks[] = {32, 32};
@@ -99,9 +112,8 @@ static sample make_sample(char kind) {
     gguf_set_val_u32(gguf, "pinfer.format_version", PINFER_FORMAT_VERSION);
     gguf_set_val_str(gguf, "pinfer.kind", kind == 'C' ? "cold" : kind == 'H' ? "hot" : "predictor");
     gguf_set_val_str(gguf, "pinfer.model.fingerprint", "0123456789abcdef0123456789abcdef");
-    gguf_set_val_u32(gguf, "pinfer.n_layer", N_LAYER);
-    gguf_set_val_u32(gguf, "pinfer.n_embd", N_EMBD);
-    gguf_set_val_u32(gguf, "pinfer.n_ff", N_FF);
+    const char * ffns[] = {"blk.0", "blk.1.exps"};
+    gguf_set_arr_str(gguf, "pinfer.ffns", ffns, 2);
     gguf_set_val_str(gguf, "pinfer.activation", "reglu");
     gguf_set_val_str(gguf, "pinfer.placement.id", "0000000000000000");
 
@@ -114,8 +126,9 @@ static sample make_sample(char kind) {
         for (size_t k = 0; k < t.size; k++) {
             data[t.offset + k] = (uint8_t) (k * 7 & 0x3b); // numbers of any type
         }
-        for (int32_t k = 0; gguf_get_tensor_type(gguf, i) == GGML_TYPE_I32 && k < n; k++) {
-            const int32_t id = (int32_t) first + k;
+        const bool is_stack = strstr(gguf_get_tensor_name(gguf, i), ".experts") != nullptr;
+        for (int32_t k = 0; gguf_get_tensor_type(gguf, i) == GGML_TYPE_I32 && k < (is_stack ? n_experts : n); k++) {
+            const int32_t id = (int32_t) (is_stack ? first_expert : first) + k;
             memcpy(data.data() + t.offset + (size_t) k * sizeof(id), &id, sizeof(id));
         }
         checksums.push_back(pinfer_checksum(data.data() + t.offset, t.size));
@@ -168,8 +181,11 @@ static bool read(char kind, const char * path, const pinfer_origin & origin, std
     if (kind == 'm') {
         pinfer_header h;
         const bool    ok = pinfer_header_read(path, &h, err);
-        for (const pinfer_ffn_header & l : h.ffns) {
-            require(!ok || l.n_ff() == 0 || (l.up.ne[0] == h.n_embd && l.down.ne[0] == l.n_ff()));
+        for (size_t i = 0; ok && i < h.ffns.size(); i++) {
+            const pinfer_ffn_header & f        = h.ffns[i];
+            const bool                is_stack = pinfer_ffn_kind_of((int) i) == PINFER_FFN_EXPERTS;
+            require(f.n_ff() == 0 || (f.down.ne[0] == f.n_ff() && f.down.ne[1] == f.n_embd() && f.down.ne[2] == f.n_experts() &&
+                                      (is_stack || (f.n_embd() == h.n_embd && f.n_experts() == 1))));
         }
         std::string fingerprint;
         return ok && pinfer_fingerprint_file(path, &fingerprint, err);
@@ -179,14 +195,18 @@ static bool read(char kind, const char * path, const pinfer_origin & origin, std
         if (!pinfer_cold_open(&c, path, origin, err)) {
             return false;
         }
-        require(c.ffns.size() == (size_t) N_LAYER);
-        for (const pinfer_neurons & l : c.ffns) {
-            for (int64_t j = 0; j < l.n; j++) {
-                require(l.ids[j] >= 0 && l.ids[j] < N_FF);
+        require(c.ffns.size() == origin.header.ffns.size());
+        for (const int ffn : {DENSE, STACK}) {
+            const pinfer_neurons & f = c.ffns[(size_t) ffn];
+            for (int64_t j = 0; j < f.n; j++) {
+                require(f.ids[j] >= 0 && f.ids[j] < (ffn == STACK ? N_EXPERTS : N_FF));
             }
-            touch_rows(l.gate, l.n);
-            touch_rows(l.up, l.n);
-            touch_rows(l.down, l.n);
+            for (const int64_t place : f.place) {
+                require(place == -1 || (place % N_FF_EXPERT == 0 && place < f.n * N_FF_EXPERT));
+            }
+            touch_rows(f.gate, f.n);
+            touch_rows(f.up, f.n);
+            touch_rows(f.down, ffn == STACK ? f.n * N_FF_EXPERT : f.n);
         }
         return is_whole(c.file, err);
     }
@@ -197,7 +217,7 @@ static bool read(char kind, const char * path, const pinfer_origin & origin, std
         }
         for (const ggml_tensor * t = ggml_get_first_tensor(h.weights); t; t = ggml_get_next_tensor(h.weights, (ggml_tensor *) t)) {
             pinfer_blob blob;
-            require(pinfer_artefact_tensor(&h.file, t->name, t->type, t->ne[0], t->ne[1], &blob, err) && blob.size == ggml_nbytes(t));
+            require(pinfer_artefact_tensor(&h.file, t->name, t->type, t->ne[0], t->ne[1], &blob, err, t->ne[2]) && blob.size == ggml_nbytes(t));
             touch(blob.data, blob.size);
         }
         return is_whole(h.file, err);
