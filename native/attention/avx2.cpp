@@ -40,6 +40,11 @@ vec vec_load_i8(const int8_t * p) {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *) p)));
 }
 
+template <int shift> vec vec_load_nibbles(const uint8_t * p) {
+    const __m256i wide = _mm256_srli_epi32(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *) p)), shift);
+    return _mm256_cvtepi32_ps(_mm256_and_si256(wide, _mm256_set1_epi32(15)));
+}
+
 void vec_store(float * p, vec v) {
     _mm256_storeu_ps(p, v);
 }

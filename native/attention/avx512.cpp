@@ -44,6 +44,11 @@ vec vec_load_i8(const int8_t * p) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *) p)));
 }
 
+template <int shift> vec vec_load_nibbles(const uint8_t * p) {
+    const __m512i wide = _mm512_srli_epi32(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *) p)), shift);
+    return _mm512_cvtepi32_ps(_mm512_and_si512(wide, _mm512_set1_epi32(15)));
+}
+
 void vec_store(float * p, vec v) {
     _mm512_storeu_ps(p, v);
 }

@@ -4,6 +4,7 @@
 //   vec, VEC_LANES                  float vector; VEC_LANES divides PINFER_BLOCK_POSITIONS
 //   VEC_SUMS                        sums that fit in registers, beside what is multiplied
 //   vec_zero/load/load_f16/load_i8/store/set1/set1_f16/add/mul/fma(a, b, c) = a*b + c
+//   vec_load_nibbles<s>(p)          of VEC_LANES bytes, the low nibbles (s 0) or the high ones (s 4)
 //   vec_max(a, b)                   b where either is NaN
 //   vec_round(v)                    to the nearest integer
 //   vec_times_power(v, n)           v * 2^n for integers n in -126..0
@@ -62,14 +63,10 @@ void unpack_row(const block_q8_0 * row, int64_t n, float * out) {
 
 void unpack_row(const block_q4_0 * row, int64_t n, float * out) {
     for (int64_t b = 0; b < n / 32; b++) {
-        const vec d = vec_set1_f16(row[b].d);
-        int8_t    q[32];
-        for (int i = 0; i < 16; i++) {
-            q[i]      = (int8_t) ((row[b].q[i] & 15) - 8);
-            q[i + 16] = (int8_t) ((row[b].q[i] >> 4) - 8);
-        }
-        for (int i = 0; i < 32; i += VEC_LANES) {
-            vec_store(out + 32 * b + i, vec_mul(d, vec_load_i8(q + i)));
+        const vec d = vec_set1_f16(row[b].d), minus_8d = vec_mul(d, vec_set1(-8.0f));
+        for (int i = 0; i < 16; i += VEC_LANES) {
+            vec_store(out + 32 * b + i, vec_fma(d, vec_load_nibbles<0>(row[b].q + i), minus_8d));
+            vec_store(out + 32 * b + i + 16, vec_fma(d, vec_load_nibbles<4>(row[b].q + i), minus_8d));
         }
     }
 }
@@ -80,9 +77,17 @@ void unpack_row(const uint16_t * row, int64_t n, float * out) {
     }
 }
 
-// The positions that there are; the others are zeros.
-void unpack(enum ggml_type type, const char * from, size_t stride, int n_positions, int64_t n, float * out) {
+// Into the second-level cache: a block of all heads is too large for the first.
+void fetch(const char * p) {
+    __builtin_prefetch(p, 0, 2);
+}
+
+// The positions that there are, the next block's being fetched; the others are zeros.
+void unpack(enum ggml_type type, const char * from, const char * next, size_t stride, int n_positions, int64_t n, float * out) {
     for (int p = 0; p < n_positions; p++, from += stride, out += n) {
+        for (size_t i = 0; next && i < row_bytes(type, n); i += 64) {
+            fetch(next + (size_t) p * stride + i);
+        }
         switch (type) {
             case GGML_TYPE_Q8_0: unpack_row((const block_q8_0 *) from, n, out); break;
             case GGML_TYPE_Q4_0: unpack_row((const block_q4_0 *) from, n, out); break;
@@ -90,12 +95,6 @@ void unpack(enum ggml_type type, const char * from, size_t stride, int n_positio
         }
     }
     memset(out, 0, (size_t) (N - n_positions) * (size_t) n * sizeof(float));
-}
-
-void fetch(const char * from, size_t bytes) {
-    for (size_t i = 0; i < bytes; i += 64) {
-        __builtin_prefetch(from + i, 0, 2);
-    }
 }
 
 vec load_float(const void * p) {
@@ -107,14 +106,7 @@ struct values {
     const char * at;
     size_t       stride; // of a position
     int64_t      n;
-    const char * next; // NULL: nothing to fetch
-    size_t       next_stride, next_bytes;
-
-    void fetch_next(int position) const {
-        if (next) {
-            fetch(next + (size_t) position * next_stride, next_bytes);
-        }
-    }
+    const char * next; // block to fetch, line by line as this one is read; NULL: none
 };
 
 // ---- scores and sums for R rows at once ----------------------------------------------------------------------------
@@ -125,7 +117,7 @@ void multiply_k(const struct pinfer_attention_row * rows, const values & k, floa
     constexpr int P = sums_for(R, N);
     alignas(64) float lanes[R][N * VEC_LANES];
     for (int p = 0; p < N; p += P) {
-        const char * at = k.at + (size_t) p * k.stride;
+        const size_t from = (size_t) p * k.stride;
         vec          sums[R][P];
         for (int r = 0; r < R; r++) {
             for (int j = 0; j < P; j++) {
@@ -139,14 +131,17 @@ void multiply_k(const struct pinfer_attention_row * rows, const values & k, floa
             }
 #pragma GCC unroll 16
             for (int j = 0; j < P; j++) {
-                const vec w = load(at + (size_t) j * k.stride + size * i);
+                const size_t at = from + (size_t) j * k.stride + (size_t) (size * i);
+                const vec    w  = load(k.at + at);
+                if (k.next && size * i % 64 == 0) {
+                    fetch(k.next + at);
+                }
                 for (int r = 0; r < R; r++) {
                     sums[r][j] = vec_fma(w, q[r], sums[r][j]);
                 }
             }
         }
         for (int j = 0; j < P; j++) {
-            k.fetch_next(p + j);
             for (int r = 0; r < R; r++) {
                 vec_store(lanes[r] + (p + j) * VEC_LANES, sums[r][j]);
             }
@@ -169,7 +164,7 @@ void add_v(const struct pinfer_attention_row * rows, const values & v, const flo
                 sums[r][c] = vec_load(rows[r].state + i + c * VEC_LANES);
             }
         }
-        const char * at = v.at + size * i;
+        size_t at = (size_t) (size * i);
         for (int p = 0; p < N; p++, at += v.stride) {
             vec w[R];
             for (int r = 0; r < R; r++) {
@@ -177,7 +172,11 @@ void add_v(const struct pinfer_attention_row * rows, const values & v, const flo
             }
 #pragma GCC unroll 8
             for (int c = 0; c < C; c++) {
-                const vec x = load(at + size * c * VEC_LANES);
+                const size_t here = at + (size_t) (size * c * VEC_LANES);
+                const vec    x    = load(v.at + here);
+                if (v.next && size * c * VEC_LANES % 64 == 0) {
+                    fetch(v.next + here);
+                }
                 for (int r = 0; r < R; r++) {
                     sums[r][c] = vec_fma(w[r], x, sums[r][c]);
                 }
@@ -263,9 +262,6 @@ void attend_rows(const struct pinfer_attention_block * b, const struct pinfer_at
             memset(weights + N * r, 0, N * sizeof(float));
         }
     }
-    for (int p = 0; p < N; p++) {
-        v.fetch_next(p);
-    }
     constexpr int C = sums_for(R, 8);
     for (int r = 0; r < R && b->skip_zero_weights; r++) {
         if (v_is_f16) {
@@ -290,18 +286,16 @@ constexpr int ROWS_AT_ONCE = 4;
 void attend(const struct pinfer_attention_block * b) {
     const bool k_is_f16 = b->k_type == GGML_TYPE_F16 && b->n_rows <= ROWS_AT_ONCE && b->n_positions == N;
     const bool v_is_f16 = b->v_type == GGML_TYPE_F16 && b->n_rows <= ROWS_AT_ONCE && b->n_positions == N;
-    values     k        = {b->k, b->k_stride, b->k_size, b->next_k, b->k_stride, row_bytes(b->k_type, b->k_size)};
-    values     v        = {b->v, b->v_stride, b->v_size, b->next_v, b->v_stride, row_bytes(b->v_type, b->v_size)};
+    values     k        = {b->k, b->k_stride, b->k_size, b->next_k};
+    values     v        = {b->v, b->v_stride, b->v_size, b->next_v};
     if (!k_is_f16) {
-        unpack(b->k_type, b->k, b->k_stride, b->n_positions, b->k_size, b->unpacked);
-        k.at     = (const char *) b->unpacked;
-        k.stride = (size_t) b->k_size * sizeof(float);
+        unpack(b->k_type, b->k, b->next_k, b->k_stride, b->n_positions, b->k_size, b->unpacked);
+        k = {(const char *) b->unpacked, (size_t) b->k_size * sizeof(float), b->k_size, nullptr};
     }
     if (!v_is_f16) {
         float * const to = b->unpacked + N * b->k_size;
-        unpack(b->v_type, b->v, b->v_stride, b->n_positions, b->v_size, to);
-        v.at     = (const char *) to;
-        v.stride = (size_t) b->v_size * sizeof(float);
+        unpack(b->v_type, b->v, b->next_v, b->v_stride, b->n_positions, b->v_size, to);
+        v = {(const char *) to, (size_t) b->v_size * sizeof(float), b->v_size, nullptr};
     }
     for (int r = 0; r < b->n_rows; r += ROWS_AT_ONCE) {
         switch (b->n_rows - r) {

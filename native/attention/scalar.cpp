@@ -35,6 +35,10 @@ vec vec_load_i8(const int8_t * p) {
     return (float) *p;
 }
 
+template <int shift> vec vec_load_nibbles(const uint8_t * p) {
+    return (float) (*p >> shift & 15);
+}
+
 void vec_store(float * p, vec v) {
     *p = v;
 }
