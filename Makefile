@@ -23,7 +23,7 @@ SDIST  := .cache/llama_cpp_python-$(shell sed -n 's/^llama-cpp-python==\([^ ]*\)
 # Ninja and CMake come from the virtual environment.
 export PATH := $(BIN):$(PATH)
 
-.PHONY: help demo test test-models test-sanitize test-threads fuzz soak lint build web-ui bench docs gpu-kit clean distclean FORCE
+.PHONY: help demo test test-models test-sanitize test-threads fuzz soak lint build web-ui test-page bench docs gpu-kit clean distclean FORCE
 
 help:
 	@echo 'make build          install the pinfer command into .venv and build the native part in build/native'
@@ -32,6 +32,7 @@ help:
 	@echo 'make test           build, then run all tests'
 	@echo 'make test-models    check the recorded results of the tiny checkpoints against transformers (installs PyTorch)'
 	@echo 'make test-sanitize  test the native code with the address and undefined-behaviour sanitizers'
+	@echo 'make test-page      build the web page and use it in headless Chromium; needs npm, a network and Chromium'
 	@echo 'make soak           test the server under load for 10 minutes'
 	@echo 'make test-threads   test hot devices and several models at once with the thread sanitizer'
 	@echo 'make fuzz           fuzz the readers of artefacts and graphs, FUZZ_SECONDS=120 each (needs Clang)'
@@ -92,7 +93,7 @@ $(BIN)/pinfer: $(STAMPS)/dependencies
 
 # $(call configure,preset)
 configure = cd native && cmake --preset $(1) -DCMAKE_PREFIX_PATH="$$(cat $(STAMPS)/purelib)" \
-    -DPINFER_LLAMA_SDIST=$(CURDIR)/$(SDIST) $(if $(filter sanitize,$(1)),-DPINFER_BENCH=OFF)
+    -DPINFER_LLAMA_SDIST=$(CURDIR)/$(SDIST)
 
 CMAKE_FILES := native/CMakeLists.txt native/CMakePresets.json $(wildcard native/cmake/*.cmake) $(PIN)
 
@@ -129,6 +130,10 @@ soak: export OMP_WAIT_POLICY ?= passive
 soak: build
 	@PINFER_SOAK_SECONDS=600 $(BIN)/python -m pytest -q tests/test_serve.py -k many_clients --timeout 900
 
+# A skipped test is a failure here.
+test-page: web-ui
+	@PINFER_TEST_PAGE=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q tests/test_page.py
+
 # `make test` compares with recorded results of transformers; this target checks the recordings, in an environment with
 # PyTorch. TORCH chooses another build of PyTorch than the default one, which includes CUDA.
 TORCH ?= torch>=2.4
@@ -141,20 +146,24 @@ test-models: $(STAMPS)/models
 	@$(VENV)/models/bin/python tools/make_checkpoints.py --check
 	@$(VENV)/models/bin/python tools/models_tokenizers.py
 
+# llama.cpp's server is compiled without sanitizers in either build, so this one takes the library of the first.
 build/sanitize/build.ninja: $(CMAKE_FILES) $(STAMPS)/llama $(BIN)/pinfer
-	$(call configure,sanitize) --log-level=WARNING
+	$(call configure,sanitize) -DPINFER_SERVER_LIBRARY=$(CURDIR)/$(NATIVE)/libpinfer-llama-server.a --log-level=WARNING
 	touch $@
 
-# The Python tests that use the native code, with the sanitized plugin and runner. CPython is not built with sanitizers,
-# so the runtime is preloaded, and leaks are not reported because most are the interpreter's.
-SANITIZED_TESTS := $(patsubst %,tests/test_%.py,native exact run profile bad_input)
+# The Python tests that use the native code, with the sanitized plugin and runner. Types of weights are covered by the
+# native tests. CPython is not built with sanitizers, so the runtime is preloaded, and leaks are not reported because
+# most are the interpreter's.
+SANITIZED_TESTS := $(patsubst %,tests/test_%.py,native profile run exact guest bad_input)
+SANITIZED := test_native or test_profile or test_run or (test_exact and (F16 or Q4_0 or Q4_K)) or plugin_refuses or \
+    runner_refuses or without_its_rows or two_engines or refused_configuration or other_weights
 
-test-sanitize: build/sanitize/build.ninja
+test-sanitize: build build/sanitize/build.ninja
 	@ninja --quiet -C build/sanitize -j $(JOBS)
 	@UBSAN_OPTIONS=print_stacktrace=1 $(BIN)/ctest --test-dir build/sanitize --output-on-failure --no-tests=error
 	@PINFER_NATIVE_DIR=$(CURDIR)/build/sanitize LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
 	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	    $(BIN)/python -m pytest -q $(SANITIZED_TESTS)
+	    $(BIN)/python -m pytest -q -n $(TEST_JOBS) -k '$(SANITIZED)' $(SANITIZED_TESTS)
 
 build/fuzz/build.ninja: $(CMAKE_FILES) $(STAMPS)/llama $(BIN)/pinfer
 	@command -v clang++ > /dev/null || { echo 'make fuzz needs Clang; type: apt-get install clang libclang-rt-dev' >&2; exit 1; }

@@ -29,21 +29,21 @@ def train_layers(path: Path) -> dict[str, object]:
     done = folder / "trained"
     done.mkdir(exist_ok=True)
     kinds = KINDS if model.n_embd < WIDE else ("low_rank",)
-    for layer in range(model.n_layer):
-        file = done / f"{layer}.pickle"
+    for i, ffn in enumerate(model.ffns):
+        file = done / f"{i}.pickle"
         if not file.exists():
-            fitted = fit_layer(LayerData.read(model, layer, samples), layer, options, kinds)
+            fitted = fit_layer(LayerData.read(model, ffn, samples), ffn, options, kinds)
             file.with_suffix(".tmp").write_bytes(pickle.dumps(fitted))
             file.with_suffix(".tmp").replace(file)
-            print(f"layer {layer + 1} of {model.n_layer}: {fitted[1]}", file=sys.stderr)
+            print(f"FFN {i + 1} of {len(model.ffns)}: {fitted[1]}", file=sys.stderr)
     target = folder / paths.PREDICTOR
     reports = []
-    with PredictorWriter(target, options.type) as writer:
-        for layer in range(model.n_layer):
-            predictor, report = pickle.loads((done / f"{layer}.pickle").read_bytes())
+    with PredictorWriter(target, model, options.type) as writer:
+        for i in range(len(model.ffns)):
+            predictor, report = pickle.loads((done / f"{i}.pickle").read_bytes())
             writer.add(predictor)
             reports.append(report)
-        n_bytes = writer.finish(model, {"command": "kit/train_layers.py", "kinds": list(kinds), "type": options.type})
+        n_bytes = writer.finish({"command": "kit/train_layers.py", "kinds": list(kinds), "type": options.type})
     for file in done.iterdir():
         file.unlink()
     done.rmdir()

@@ -1,7 +1,8 @@
 """Records what PyTorch computes for a shipped model, so that tests can compare with it without PyTorch.
 
 Writes ``tests/vectors/NAME.npz``: tokenizer ids of sample strings, logits of prompts, greedy continuations and how
-often every neuron fires on a held-out text. Example: ``python models/record_vectors.py models/tiny-reglu.gguf
+often every neuron fires on a held-out text. For a mixture also: how often every expert is chosen and its neurons fire,
+and the text's perplexity. Example: ``python models/record_vectors.py models/tiny-reglu.gguf
 --tokenizer work/tokenizer.json --text heldout.txt.xz --out tests/vectors/tiny-reglu.npz``.
 """
 
@@ -13,9 +14,11 @@ from typing import Annotated, Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import typer
 from numpy.typing import NDArray
-from tiny_model import TinyModel, read_gguf
+from tiny_mixture import MixtureOutput, TinyMixture, read_model
+from tiny_model import Output, TinyModel
 from tiny_text import END_OF_TEXT, encode_documents, is_held_out, read_documents
 
 N_PREDICT = 128
@@ -52,7 +55,7 @@ PROMPTS = (
 )
 
 
-def greedy(net: TinyModel, prompt: list[int]) -> tuple[list[int], float]:
+def greedy(net: TinyModel | TinyMixture, prompt: list[int]) -> tuple[list[int], float]:
     """The N_PREDICT tokens of greedy decoding, and the smallest lead of a chosen token over the second best."""
     tokens, lead = list(prompt), float("inf")
     for _ in range(N_PREDICT):
@@ -75,7 +78,7 @@ def main(
 
     torch.set_grad_enabled(False)
     torch.set_num_threads(1)  # a model this small is slower with more
-    net = read_gguf(model).eval()
+    net = read_model(model).eval()
     vocabulary = Tokenizer.from_file(str(tokenizer))
     arrays: dict[str, NDArray[Any]] = {}
 
@@ -99,17 +102,42 @@ def main(
     documents = [d for d in read_documents(text) if not held_out or is_held_out(d, held_out)]
     tokens = encode_documents(vocabulary, documents)[0][1 : n_tokens + 1].astype(np.int64)
     n_window = net.shape.n_ctx - 1
-    counts = np.zeros((net.shape.n_layer, net.shape.n_ff), np.int64)
     windows = [np.concatenate(([END_OF_TEXT], tokens[low : low + n_window])) for low in range(0, len(tokens), n_window)]
-    for window in windows:
-        for layer, fired in enumerate(net(torch.from_numpy(window)[None], inspect=True).firing):
-            counts[layer] += fired[0].sum(0).numpy()
+    results = [net(torch.from_numpy(window)[None], inspect=True) for window in windows]
     arrays["text_tokens"] = np.concatenate(windows).astype(np.int32)
     arrays["text_lengths"] = np.asarray([len(w) for w in windows], np.int32)
+    layers = range(len(results[0].firing))
+    counts = np.stack([sum(r.firing[layer][0].sum(0).numpy() for r in results) for layer in layers])
     arrays["counts"] = counts.astype(np.int32)
-    np.savez_compressed(out, allow_pickle=False, **arrays)
     active = counts.sum(1) / counts.shape[1] / sum(len(w) for w in windows)
     print(f"{out}: active {active.mean():.3f} per layer {np.round(active, 3)}", file=sys.stderr)
+    if isinstance(net, TinyMixture):
+        arrays |= count_experts(results, net.shape.n_expert)
+        arrays["perplexity"] = np.asarray(perplexity(results, windows), np.float32)
+    np.savez_compressed(out, allow_pickle=False, **arrays)
+
+
+def count_experts(results: list[MixtureOutput], n_expert: int) -> dict[str, NDArray[Any]]:
+    """For each mixture how often its experts were chosen, and how often each of their neurons fired."""
+    chosen, fired = [], []
+    for layer in range(len(results[0].mixed)):
+        mixed = [result.mixed[layer] for result in results]
+        of = torch.cat([m.chosen.flatten() for m in mixed])
+        rows = torch.cat([m.fired().flatten(0, 1) for m in mixed])
+        chosen.append(torch.bincount(of, minlength=n_expert).numpy())
+        fired.append(torch.stack([rows[of == expert].sum(0) for expert in range(n_expert)]).numpy())
+        share = fired[-1].sum() / rows.numel()
+        print(f"  chosen {np.sort(chosen[-1])[::-1] / len(of)}, active {share:.3f}", file=sys.stderr)
+    return {"chosen": np.stack(chosen).astype(np.int32), "expert_counts": np.stack(fired).astype(np.int32)}
+
+
+def perplexity(results: list[Output], windows: list[NDArray[np.int64]]) -> float:
+    """Of all tokens of the windows but the first of each."""
+    losses = [
+        F.cross_entropy(result.logits[0, :-1], torch.from_numpy(window[1:]), reduction="none")
+        for result, window in zip(results, windows, strict=True)
+    ]
+    return float(torch.cat(losses).mean().exp())
 
 
 if __name__ == "__main__":

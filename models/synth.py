@@ -108,7 +108,7 @@ class SynthOptions:
     n_vocab: int = 1024
     n_ctx: int = 512
     n_head_dim: int = 0  # 0: n_embd / n_head
-    pattern: str = "ME*-"  # Nemotron-H: M Mamba-2, * attention, E experts, - dense FFN; repeated up to n_layer
+    pattern: str = "M*-"  # Nemotron-H: M Mamba-2, * attention, E experts, - dense FFN; repeated up to n_layer
     mixture: Mixture | None = None  # n_ff is the size of one expert
     mamba: Mamba | None = None
     rwkv: Rwkv | None = None
@@ -136,7 +136,10 @@ class SynthOptions:
     def kinds(self) -> str:
         """A letter for each layer: those of ``pattern``, R in RWKV, else B for attention and FFN."""
         if self.arch in NEMOTRON:
-            return (self.pattern * self.n_layer)[: self.n_layer]
+            repeated = self.pattern * (self.n_layer // len(self.pattern) + 1)
+            windows = [repeated[first : first + self.n_layer] for first in range(len(self.pattern))]
+            # A few layers of a long pattern: the first ones that have every kind.
+            return next((window for window in windows if set(window) == set(self.pattern)), windows[0])
         return ("R" if self.arch == "rwkv7" else "B") * self.n_layer
 
     @property
@@ -179,8 +182,8 @@ class SynthOptions:
         if (self.arch in NEMOTRON) != (self.mamba is not None) or (self.arch == "rwkv7") != (self.rwkv is not None):
             raise ValueError(f"{self.arch} with the sizes of another architecture")
         ffn = {"nemotron_h": "-", "nemotron_h_moe": "E"}.get(self.arch)
-        if ffn and ("M" not in self.kinds or set(self.kinds) - set(f"M*{ffn}")):
-            raise ValueError(f"layers {self.kinds}: {self.arch} needs M, and may have * and {ffn}")
+        if ffn and set(self.kinds) != set(f"M*{ffn}"):  # libllama aborts if one of its two memories is empty
+            raise ValueError(f"layers {self.kinds}: {self.arch} needs at least one each of M, * and {ffn}")
         if self.n_vocab < 257:
             raise ValueError(f"the vocabulary needs at least 257 tokens, not {self.n_vocab}")
         if not 0 < self.active < 0.5 or not 0 < self.hot_share < 0.8:
@@ -973,7 +976,7 @@ def _parts(
         parts["mixture"] = Mixture(n_expert, n_expert_used, shared)
     if arch in NEMOTRON:
         parts["mamba"] = Mamba(n_embd, n_head, n_state=64, n_group=1)
-        parts["pattern"] = pattern or ("ME*E" if arch == "nemotron_h_moe" else "M-*-")
+        parts["pattern"] = pattern or ("M*E" if arch == "nemotron_h_moe" else "M*-")
     if arch == "rwkv7":
         parts["rwkv"] = Rwkv()
     return parts
@@ -1028,7 +1031,9 @@ def main(
         raise typer.BadParameter(f"unknown preset {preset}: one of {', '.join(PRESETS)}")
     if preset:
         options = dataclasses.replace(PRESETS[preset], **planted)
-        options = dataclasses.replace(options, n_layer=n_layer or options.n_layer)
+        if pattern:
+            options = dataclasses.replace(options, pattern=pattern, n_layer=len(pattern))
+        options = dataclasses.replace(options, n_layer=n_layer or options.n_layer, tied=tied or options.tied)
     else:
         options = SynthOptions(
             arch=arch,

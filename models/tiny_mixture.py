@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tiny_model import NORM_EPS, Output, RMSNorm, write_tokenizer
+from tiny_model import NORM_EPS, Output, RMSNorm, Shape, TinyModel, read_gguf, write_tokenizer
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
@@ -156,6 +156,30 @@ class Stack(nn.Module):
         return torch.cat([F.linear(part, matrix) for part, matrix in zip(parts, matrices, strict=True)])
 
 
+@dataclass(frozen=True)
+class Mixed:
+    """What a mixture computed for n tokens, k experts each."""
+
+    y: Tensor  # [batch, token, n_embd]
+    routed: Tensor  # [n * k, n_ff], the values that decide which routed neurons fire (those > 0), sorted by expert
+    shared: Tensor  # [batch, token, n_ff_shared], those of the shared expert
+    chosen: Tensor  # [n, k], experts
+    order: Tensor  # [n * k], for each row of ``routed`` its place in ``chosen``
+
+    def fired(self) -> Tensor:
+        """Which routed neurons fired, [n, k, n_ff]."""
+        values = torch.empty_like(self.routed)
+        values[self.order] = self.routed
+        return (values > 0).unflatten(0, self.chosen.shape)
+
+
+@dataclass(frozen=True)
+class MixtureOutput(Output):
+    """The results of a mixture's forward pass; ``firing`` is of the shared experts, ``mixed`` only with ``inspect``."""
+
+    mixed: list[Mixed]
+
+
 class Mixture(nn.Module):
     """Routed experts and a shared one. A sigmoid router, whose bias changes only which experts are chosen."""
 
@@ -171,12 +195,8 @@ class Mixture(nn.Module):
         self.register_buffer("exp_probs_b", torch.zeros(shape.n_expert))
         self.register_buffer("load", torch.full((shape.n_expert,), 1 / shape.n_expert))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """For normed x [batch, token, n_embd]: output, deciding values of routed and shared neurons, chosen experts.
-
-        The routed values are [batch * token * n_expert_used, n_ff], sorted by expert; the choice is
-        [batch * token, n_expert_used].
-        """
+    def forward(self, x: Tensor) -> Mixed:
+        """The sub-layer's output for normed x [batch, token, n_embd]."""
         s = self.shape
         shared = self.ffn_up_shexp(x)
         flat = x.reshape(-1, s.n_embd)
@@ -195,7 +215,8 @@ class Mixture(nn.Module):
         neurons = F.relu(routed).square() * weights.flatten()[order, None].to(routed.dtype)
         y = self.ffn_down_exps(neurons.split(sizes)).float()
         y = torch.zeros_like(flat, dtype=torch.float32).index_add(0, token, y)
-        return y.view(x.shape) + self.ffn_down_shexp(F.relu(shared).square()), routed, shared, chosen
+        y = y.view(x.shape) + self.ffn_down_shexp(F.relu(shared).square())
+        return Mixed(y, routed, shared, chosen, order)
 
     def balance(self) -> None:
         """Moves the bias of experts that are routed far more or far less than evenly. Between, nothing pushes."""
@@ -231,30 +252,32 @@ class TinyMixture(nn.Module):
                     block.ssm_a_log.copy_(torch.linspace(1, 16, n_head).log())
                     block.ssm_conv1d.bias.zero_()
 
-    def forward(self, tokens: Tensor, inspect: bool = False) -> Output:
+    def forward(self, tokens: Tensor, inspect: bool = False) -> MixtureOutput:
         """Runs tokens [batch, token]; ``active`` has two numbers per mixture: of its routed experts and the shared one.
 
-        With ``inspect``, ``ffn_inputs`` and ``firing`` (of the shared expert) are kept for each mixture.
+        ``inspect`` keeps what each mixture received and computed.
         """
         x = self.token_embd(tokens)
-        active, l1, ffn_inputs, firing = [], [], [], []
+        active, l1, ffn_inputs, kept = [], [], [], []
         for block in self.blk:
             normed = block.attn_norm(x)
             if isinstance(block, Mixture):
-                y, routed, shared, _ = block(normed)
-                for decides in (routed, shared):
+                mixed = block(normed)
+                y = mixed.y
+                for decides in (mixed.routed, mixed.shared):
                     # Divided by the spread: shrinking the matrix does not reduce the loss, only inactive neurons do.
                     spread = decides.detach().float().square().mean().sqrt()
                     l1.append(F.relu(decides).mean(dtype=torch.float32) / spread)
                     active.append((decides.detach() > 0).float().mean())
                 if inspect:
                     ffn_inputs.append(normed)
-                    firing.append(shared > 0)
+                    kept.append(mixed)
             else:
                 y = block(normed)
             x = x + y.float()
         logits = F.linear(self.output_norm(x), self.token_embd.weight)
-        return Output(logits, torch.stack(active), torch.stack(l1).mean(), ffn_inputs, firing)
+        firing = [mixed.shared > 0 for mixed in kept]
+        return MixtureOutput(logits, torch.stack(active), torch.stack(l1).mean(), ffn_inputs, firing, kept)
 
     def balance(self) -> None:
         """Adjusts the routers after a training step."""
@@ -379,3 +402,16 @@ def read_mixture(path: Path) -> TinyMixture:
         }
     )
     return model
+
+
+def build(shape: Shape | MixtureShape, seed: int) -> TinyModel | TinyMixture:
+    """A model of a shape, with random weights."""
+    return TinyMixture(shape, seed) if isinstance(shape, MixtureShape) else TinyModel(shape, seed)
+
+
+def read_model(path: Path) -> TinyModel | TinyMixture:
+    """The model of a GGUF that train_tiny.py has written."""
+    import gguf
+
+    arch = gguf.GGUFReader(str(path)).fields["general.architecture"].contents()
+    return read_mixture(path) if arch == ARCH else read_gguf(path)

@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 import typer
 from muon import Muon
-from tiny_mixture import ARCH, KINDS, MixtureShape, TinyMixture, read_mixture, write_mixture
-from tiny_model import ACTIVATIONS, Shape, TinyModel, read_gguf, write_gguf
+from tiny_mixture import KINDS, MixtureShape, TinyMixture, build, read_model, write_mixture
+from tiny_model import ACTIVATIONS, Shape, write_gguf
 from tiny_text import (
     END_OF_TEXT,
     Source,
@@ -169,19 +169,6 @@ class Training:
         self.sampler.rng.bit_generator.state = saved["rng"]
         self.state = RunState(**saved["state"])
         self._started = time.monotonic()
-
-
-def build(shape: Shape | MixtureShape, seed: int) -> TinyModel | TinyMixture:
-    """A model of a shape, with random weights."""
-    return TinyMixture(shape, seed) if isinstance(shape, MixtureShape) else TinyModel(shape, seed)
-
-
-def read_model(path: Path) -> TinyModel | TinyMixture:
-    """The model of a GGUF that ``train`` has written."""
-    import gguf
-
-    arch = gguf.GGUFReader(str(path)).fields["general.architecture"].contents()
-    return read_mixture(path) if arch == ARCH else read_gguf(path)
 
 
 def say(text: str) -> None:

@@ -62,8 +62,9 @@ class ConvertOptions:
     """None: the source's name and the type, in the current folder"""
     type: str | None = None
     """None: f16, or the source's own for a PowerInfer file"""
-    dataset: str = "wikitext"
-    """text on which a PowerInfer file's predictor is calibrated and its recall measured"""
+    dataset: str | None = None
+    """text on which a PowerInfer file's predictor is calibrated and its recall measured; None: that of the model's
+    samples, else wikitext"""
     activation: str | None = None
     """overrides the source's"""
     force: bool = False
@@ -123,7 +124,7 @@ def convert(source: Path, options: ConvertOptions, progress: Progress) -> Conver
     opened = _open(source, options.activation)
     type_ = options.type or opened.default_type
     name = options.name or _stem(source)
-    out = options.out or Path(f"{name}-{type_.upper()}.gguf")
+    out = _output(source, opened, options)
     _require_free_name(out, source, options.force)
     missing_text = _missing_text(source, options, progress)
     n_weights = sum(prod(tensor.shape) for tensor in opened.plan.tensors)
@@ -145,6 +146,26 @@ def convert(source: Path, options: ConvertOptions, progress: Progress) -> Conver
         predictor=predictor,
         notes=(*opened.plan.notes, *(tokenizer.notes if tokenizer else ()), *notes),
     )
+
+
+def convert_predictor(source: Path, options: ConvertOptions, progress: Progress) -> ImportReport:
+    """Writes only predictor.gguf, for the GGUF that `convert` with the same options made from ``source``.
+
+    Raises PinferError if the source has no predictor, or if that GGUF is missing or was not made from it.
+    """
+    out = _output(source, _open(source, options.activation), options)
+    if not _brings_predictor(source):
+        model = shlex.quote(str(out))
+        raise PinferError(f"{source} has no predictor", f"make one: pinfer profile {model}; pinfer train {model}")
+    if not out.exists():
+        command = f"pinfer convert {shlex.quote(str(source))}"
+        raise PinferError(f"{out} does not exist", f"name the model with -o, or convert it as well: {command}")
+    return import_predictor(source, out, ImportOptions(options.dataset, n_threads=options.n_threads), progress)
+
+
+def _output(source: Path, opened: _Source, options: ConvertOptions) -> Path:
+    name, type_ = options.name or _stem(source), options.type or opened.default_type
+    return options.out or Path(f"{name}-{type_.upper()}.gguf")
 
 
 def _write_file(
@@ -198,17 +219,18 @@ def _missing_text(source: Path, options: ConvertOptions, progress: Progress) -> 
     Raises PinferError for a file that cannot be read. Returns it for a hub that cannot be reached: the model can be
     converted without its predictor.
     """
-    if not _brings_predictor(source) or options.dataset == "-":
+    dataset = options.dataset or ProfileOptions().dataset
+    if not _brings_predictor(source) or dataset == "-":
         return None
     try:
-        corpus = open_corpus(options.dataset, progress)
+        corpus = open_corpus(dataset, progress)
     except PinferError as error:
-        if options.dataset not in HUB_SOURCES:
+        if dataset not in HUB_SOURCES:
             raise
         progress.note(f"the model will be converted without its predictor: {error}")
         return error
     if next(corpus.documents(), None) is None:
-        raise PinferError(f"{options.dataset} has no text", "use another one: --dataset c4|wikitext|FILE")
+        raise PinferError(f"{dataset} has no text", "use another one: --dataset c4|wikitext|FILE")
     return None
 
 
@@ -217,8 +239,8 @@ def import_predictor(
 ) -> ImportReport:
     """Writes predictor.gguf of ``model_path``, which was converted from ``source``, and reports how well it predicts.
 
-    Uses the samples of `pinfer profile`; if there are none, the model is profiled here. Raises PinferError if the file
-    has no predictor, if the model was not made from it, or if the text cannot be read.
+    Uses the samples of `pinfer profile`; if there are none, or none of the text asked for, the model is profiled here.
+    Raises PinferError if the file has no predictor, if the model was not made from it, or if the text cannot be read.
     """
     file, model = open_powerinfer(source), open_model(model_path)
     check_import(file, model, options)
@@ -227,14 +249,16 @@ def import_predictor(
 
 
 def _samples(model: Model, options: ImportOptions, progress: Progress) -> tuple[SamplesFile, str]:
-    """The samples of the model and the name of their text. Profiles the model if there are too few."""
+    """The samples of the model and the name of their text. Profiles the model if there are too few of this text."""
     path = paths.artefact_dir(model.path, model.fingerprint, for_writing=False) / paths.SAMPLES
     if path.exists():
         samples = SamplesFile.read(path, model)
-        if samples.n_samples >= MIN_SAMPLES:
-            return samples, str(samples.artefact.settings.get("dataset", ""))
+        dataset = str(samples.artefact.settings.get("dataset", ""))
+        if samples.n_samples >= MIN_SAMPLES and options.dataset in (None, dataset):
+            return samples, dataset
     # PowerInfer computes only ReLU, so the activation of its models need not be checked.
-    settings = ProfileOptions(options.dataset, options.n_tokens, n_threads=options.n_threads, force=True)
+    dataset = options.dataset or ProfileOptions().dataset
+    settings = ProfileOptions(dataset, options.n_tokens, n_threads=options.n_threads, force=True)
     profiled = profile(model.path, settings, progress)
     if profiled.interrupted:  # alone it keeps what was counted; here Ctrl-C is meant for the whole command
         raise KeyboardInterrupt
@@ -252,16 +276,16 @@ def _import_predictor(
     """The predictor of a PowerInfer file beside the model, or why there is none: the model is whole without it."""
     if not _brings_predictor(source):
         return None, []
+    again = f"pinfer convert {shlex.quote(str(source))} -o {shlex.quote(str(out))} --predictor-only"
     try:
         if missing_text is not None:
             raise missing_text
         report = import_predictor(source, out, ImportOptions(options.dataset, n_threads=options.n_threads), progress)
     except KeyboardInterrupt:
-        progress.note(f"{out} is complete; its predictor was not imported")
+        progress.note(f"{out} is complete; its predictor was not imported; to import it: {again}")
         raise
     except PinferError as error:
-        another = shlex.quote(str(out))
-        return None, [f"its predictor was left out: {error}", f"pinfer profile {another}; pinfer train {another}"]
+        return None, [f"its predictor was left out: {error}", f"to import it: {again}"]
     return report, report.notes()
 
 
@@ -366,6 +390,8 @@ def _write_values(tensor: PlannedTensor, type_name: str, writer: GgufFileWriter)
     values = tensor.load()
     if values.shape != tensor.shape[::-1]:
         raise AssertionError(f"{tensor.name} has shape {values.shape} instead of {tensor.shape[::-1]}")
+    if values.ndim > 1:  # a stack of experts, too, is written row by row
+        values = values.reshape(-1, tensor.shape[0])
     rows = max(1, _CHUNK // tensor.shape[0]) if values.ndim > 1 else len(values)
     for start in range(0, len(values), rows):
         writer.write(tensor.name, _encode(tensor.name, values[start : start + rows], type_name))

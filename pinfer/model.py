@@ -19,8 +19,8 @@ from pinfer.gguf_io.reader import GgufError, GgufFile, Tensor
 from pinfer.llama import ggml
 from pinfer.llama.plugin import load_plugin
 
-ACTIVATIONS = ("relu", "relu2", "reglu", "drelu")
-GATED_ACTIVATIONS = ("reglu", "drelu")
+ACTIVATIONS = ("relu", "relu2", "reglu", "drelu", "reglu2")
+GATED_ACTIVATIONS = ("reglu", "drelu", "reglu2")
 ACTIVATION_KEY = "pinfer.ffn.activation"
 THRESHOLD_KEY = "pinfer.ffn.activation_threshold"
 
@@ -68,6 +68,8 @@ class Ffn:
     gate_bias: Tensor | None = None
     up_bias: Tensor | None = None
     down_bias: Tensor | None = None
+    norm: Tensor | None = None
+    """weight ``[n_ff]`` of an RMS norm between the activation and down (BitNet)"""
 
     @property
     def name(self) -> str:
@@ -108,6 +110,11 @@ class Ffn:
         return self.n_experts if self.is_stack else self.n_ff
 
     @property
+    def units(self) -> str:
+        """What a unit is, in the plural."""
+        return "experts" if self.is_stack else "neurons"
+
+    @property
     def unit(self) -> int:
         """Neurons of a unit."""
         return self.n_ff if self.is_stack else 1
@@ -139,7 +146,7 @@ class Model:
     head_dim_k: int
     head_dim_v: int
     activation: str
-    """``relu``, ``relu2``, ``reglu``, ``drelu`` or ``other``"""
+    """one of ``ACTIVATIONS`` or ``other``"""
     activation_threshold: float
     """a float32 value; the ReLU zeroes inputs up to it. 0 except for FATReLU"""
     gated: bool
@@ -393,7 +400,10 @@ def _ffn(gguf: GgufFile, layer: int, kind: FfnKind, n_embd: int, n_expert: int) 
         return None, f"experts with biases in {where}, which pinfer does not compute"
     if any(find(part, "scale") for part in _PARTS):
         return None, f"FFN matrices with scales of their own in {where}, which pinfer does not compute"
-    return Ffn(layer, kind, width, n_ff, n_experts, gate, up, down, *biases), ""
+    norm = gguf.tensors.get(f"blk.{layer}.ffn_sub_norm.weight") if kind == "dense" else None
+    if norm is not None and (norm.shape != (n_ff,) or norm.type_name != "F32"):
+        return None, f"a norm that is not F32 in {where}"
+    return Ffn(layer, kind, width, n_ff, n_experts, gate, up, down, biases[0], biases[1], biases[2], norm), ""
 
 
 def _activation(path: Path, gguf: GgufFile, arch: str) -> str:

@@ -19,7 +19,7 @@ from pinfer.artefacts.predictor import PredictorFile
 from pinfer.artefacts.profile import ProfileFile
 from pinfer.artefacts.shards import ShardFile, cold_bytes, down_types
 from pinfer.errors import PinferError
-from pinfer.execution import ExecutionOptions, decide
+from pinfer.execution import Execution, ExecutionOptions, decide
 from pinfer.llama.devices import measure_throughput, physical_cores
 from pinfer.model import Model, open_model
 from pinfer.profile import ProfileOptions, profile, sample_bytes, sample_count
@@ -36,6 +36,8 @@ _PROFILE_SHARE = 0.5
 _TRAIN_PRODUCTS = 60_000
 # Rough speed of copying and requantising the FFN, in bytes per second.
 _SPLIT_SPEED = 150e6
+# Smaller FFNs are decoded in a time that fixed costs decide; a predictor gains nothing there (docs/benchmarks.md).
+_SMALLEST_FFN = 64 << 20
 
 _Options = TypeVar("_Options")
 
@@ -67,6 +69,13 @@ class Estimate:
     seconds: float
     disk: int
     """bytes of the artefacts together"""
+
+    def __str__(self) -> str:
+        return f"about {max(1, round(self.seconds / 60))} min and up to {_disk(self.disk)}"
+
+
+def _disk(n: int) -> str:
+    return f"{n / (1 << 30):.1f} GiB" if n >= 1 << 30 else f"{max(1, n >> 20)} MiB"
 
 
 @dataclass(frozen=True)
@@ -165,7 +174,7 @@ def _is_split(cold: Path, placement: Path, model: Model) -> bool:
 def estimate(model: Model, options: PrepareOptions) -> Estimate:
     """Time from a measured product, disk from the shapes. Takes a second."""
     n_tokens = options.n_tokens or ProfileOptions().n_tokens
-    ffn = sum(f.n_bytes for f in model.ffns)
+    ffn = _ffn_bytes(model)
     shards = sum(cold_bytes(f, down_types(f, None)) for f in model.ffns)
     n_samples = min(n_tokens, sample_count(model))
     samples = n_samples * sample_bytes(model)
@@ -180,16 +189,29 @@ def estimate(model: Model, options: PrepareOptions) -> Estimate:
     )
 
 
+def _ffn_bytes(model: Model) -> int:
+    return sum(f.n_bytes for f in model.ffns)
+
+
+def worth_preparing(execution: Execution, options: ExecutionOptions) -> Estimate | None:
+    """What preparing would take, if it would make this execution faster; None if not, or if the user chose its mode."""
+    chosen = options.exact or options.no_artefacts or options.artefacts is not None
+    if chosen or execution.mode != "exact" or _ffn_bytes(execution.model) < _SMALLEST_FFN:
+        return None
+    try:
+        return estimate(execution.model, PrepareOptions(n_threads=execution.n_threads))
+    except PinferError:  # too little memory to measure: the run itself is not affected
+        return None
+
+
 def _announce(model: Model, expected: Estimate, stages: Iterable[str], folder: Path, progress: Progress) -> None:
     """One line before the work starts. Raises PinferError if the disk is too small."""
-    minutes = max(1, round(expected.seconds / 60))
-    disk = f"{expected.disk / (1 << 30):.1f} GiB" if expected.disk >= 1 << 30 else f"{max(1, expected.disk >> 20)} MiB"
-    progress.note(f"preparing {model.name}: {', '.join(stages)}; about {minutes} min and up to {disk} in {folder}")
+    progress.note(f"preparing {model.name}: {', '.join(stages)}; {expected} in {folder}")
     existing = sum(file.stat().st_size for file in folder.rglob("*.gguf"))
     free = shutil.disk_usage(folder).free
     if expected.disk > free + existing:
         raise PinferError(
-            f"{folder} has {free / (1 << 30):.1f} GiB free, preparing takes up to {disk}",
+            f"{folder} has {free / (1 << 30):.1f} GiB free, preparing takes up to {_disk(expected.disk)}",
             "free some space, or name another folder: export PINFER_HOME=FOLDER",
         )
 

@@ -119,11 +119,7 @@ def profile(model_path: Path, options: ProfileOptions, progress: Progress = NULL
     """
     _check(options)
     model = open_model(model_path, options.activation)
-    if not model.is_sparse:
-        raise PinferError(
-            f"{model.name} has no exact zeros to count: its FFN is not of the ReLU family",
-            "run it as it is: pinfer run, or name what its FFN computes: --activation relu|relu2|reglu|drelu",
-        )
+    model.require_sparse()
     with paths.writing_to(model, progress) as folder:
         return _profile(model, folder, options, progress)
 

@@ -1,10 +1,11 @@
-"""Describes a model, its artefacts and how pinfer will run it. Reads headers, not weights."""
+"""Describes a model, its artefacts and how pinfer will run it. Reads headers, and tensors only to verify artefacts."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import count, takewhile
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -12,16 +13,17 @@ from typing import Any
 import numpy as np
 
 from pinfer.artefacts import paths
-from pinfer.artefacts.artefact import made_by
+from pinfer.artefacts.artefact import made_by, verify_artefact
 from pinfer.artefacts.placement import PlacementFile
 from pinfer.artefacts.predictor import PredictorFile
 from pinfer.artefacts.profile import ProfileFile, SamplesFile
-from pinfer.artefacts.shards import ShardFile
+from pinfer.artefacts.shards import ShardFile, hot_name
 from pinfer.errors import PinferError
 from pinfer.execution import ExecutionOptions, decide
 from pinfer.gguf_io.reader import GgufError
 from pinfer.model import ACTIVATION_KEY, ACTIVATIONS, Model, Tensor, open_model
 from pinfer.profile import share_of_most
+from pinfer.progress import NULL_PROGRESS, Progress
 
 _FFN = re.compile(
     r"blk\.\d+\.(ffn_(up|gate|down|gate_up)(_exps|_shexp|_chexps)?|channel_mix_(key|value))\.(weight|bias|scale)"
@@ -40,7 +42,10 @@ _USED = ("predictor", "placement", "hot", "cold")
 
 @dataclass(frozen=True, kw_only=True)
 class ShowOptions(ExecutionOptions):
-    """Settings of ``pinfer show``, the same as those of a run."""
+    """Settings of ``pinfer show``: those of a run, and its own."""
+
+    verify: bool = False
+    """compare all artefacts with their checksums"""
 
 
 @dataclass(frozen=True)
@@ -100,6 +105,8 @@ class ShowReport:
     """of 1,024 tokens in F16"""
     artefact_folder: Path
     artefacts: tuple[ArtefactState, ...]
+    verified: bool
+    """whether the artefacts were compared with their checksums"""
     mode: str
     """``dense``, ``exact``, ``predicted``, or ``refused`` if `run` would refuse an artefact"""
     plan: str
@@ -117,11 +124,13 @@ class ShowReport:
         }
 
 
-def show(model_path: Path, options: ShowOptions) -> ShowReport:
+def show(model_path: Path, options: ShowOptions, progress: Progress = NULL_PROGRESS) -> ShowReport:
     """Describe a model and its artefacts. Raises PinferError if it is not a model; bad artefacts are reported."""
     model = open_model(model_path, options.activation)
     folder = paths.artefact_dir(model.path, model.fingerprint, for_writing=False)
     artefacts = artefact_states(model, folder)
+    if options.verify:
+        artefacts = tuple(_verified(model, artefact, progress) for artefact in artefacts)
     mode, plan = _plan(model, artefacts, options)
     return ShowReport(
         model=model.path,
@@ -150,6 +159,7 @@ def show(model_path: Path, options: ShowOptions) -> ShowReport:
         ),
         artefact_folder=folder,
         artefacts=artefacts,
+        verified=options.verify,
         mode=mode,
         plan=plan,
         next=_next(model, artefacts),
@@ -239,6 +249,21 @@ def _state(model: Model, kind: str, path: Path, read: Callable[[Path, Model], Ma
         return ArtefactState(kind, path, UNUSABLE, size, f"{path} is damaged: {error}", mend)
 
 
+def _verified(model: Model, artefact: ArtefactState, progress: Progress) -> ArtefactState:
+    """The artefact, unusable if a tensor of it does not have its checksum."""
+    if artefact.state in (ABSENT, UNUSABLE):
+        return artefact
+    files = [artefact.path]
+    if artefact.kind == "hot":
+        files = list(takewhile(Path.is_file, (artefact.path.with_name(hot_name(i)) for i in count())))
+    try:
+        for file in files:
+            verify_artefact(file, artefact.kind, model, progress)
+    except PinferError as error:
+        return replace(artefact, state=UNUSABLE, problem=error.message)
+    return artefact
+
+
 def _profile_facts(path: Path, model: Model) -> dict[str, Any]:
     file = ProfileFile.read(path, model)
     count = np.concatenate(file.count)
@@ -296,11 +321,14 @@ def _shard_facts(path: Path, kind: str, model: Model) -> dict[str, Any]:
 
 def _plan(model: Model, artefacts: Sequence[ArtefactState], options: ShowOptions) -> tuple[str, str]:
     """Mode and a sentence on what ``pinfer run`` does with the model and these artefacts."""
+    bad = dict.fromkeys(a.mend for a in artefacts if a.kind in _USED and a.state == UNUSABLE)
+    error = ""
     try:
         mode = decide(model, options).mode
-    except PinferError as error:
-        bad = dict.fromkeys(a.mend for a in artefacts if a.kind in _USED and a.state == UNUSABLE)
-        again = " and ".join(bad) or str(error)
+    except PinferError as refused:
+        error = str(refused)
+    if error or (options.verify and bad):
+        again = " and ".join(bad) or error
         return "refused", f"run cannot use these artefacts: make them again ({again}), or pass --no-artefacts"
     if mode == "dense" and model.activation not in ACTIVATIONS:
         return mode, f"no exact zeros (SiLU, GELU or similar in {model.arch}): runs dense on stock libllama"

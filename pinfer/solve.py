@@ -240,7 +240,11 @@ def _program_layer(ffn: Ffn, types: DownTypes, active: NDArray[np.float64], cost
     impact = np.add.reduceat(active, np.arange(0, ffn.n_units, group(ffn)))
     least, most, alone = [], [], []
     for index, (device, n) in enumerate(zip(machine.devices, cost.most_groups(), strict=True)):
-        if device.own_memory:
+        if ffn.norm is not None:  # all neurons of a token are needed in one place
+            least.append(len(impact) + 1)
+            most.append(0)
+            alone.append(0)
+        elif device.own_memory:
             # If no count pays, a least count beyond all groups keeps the layer off the device.
             least.append(cost.least_groups(index) or len(impact) + 1)
             most.append(max(least[-1], n))

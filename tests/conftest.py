@@ -71,6 +71,12 @@ def tiny_reglu(copy_model: Callable[[str], Path]) -> Path:
     return copy_model("tiny-reglu.gguf")
 
 
+@pytest.fixture
+def tiny_moe(copy_model: Callable[[str], Path]) -> Path:
+    """A copy of models/tiny-moe.gguf: nemotron_h_moe, ReLU² experts; stock libllama computes it correctly."""
+    return copy_model("tiny-moe.gguf")
+
+
 @pytest.fixture(scope="session")
 def _synthetic_master(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("synthetic") / "synthetic.gguf"

@@ -90,10 +90,10 @@ def test_profile_and_predictor_follow_the_threshold(options: RandomModel, tmp_pa
     assert report.samples_path is not None
     samples = SamplesFile.read(report.samples_path, model)
     reference = Reference(path)
-    for layer in range(model.n_layer):
-        neurons = reference.ffn(f"blk.{layer}", samples.x(layer).astype(np.float64))[1]
+    for layer, ffn in enumerate(model.ffns):
+        neurons = reference.ffn(f"blk.{layer}", samples.x(ffn).astype(np.float64))[1]
         expected = neurons != 0
-        assert (samples.active(layer, N_FF) != expected).mean() < 1e-3, "x is kept in F16, so ties may turn"
+        assert (samples.active(ffn) != expected).mean() < 1e-3, "x is kept in F16, so ties may turn"
         assert counted.count[layer].sum() == pytest.approx(counted.tokens * N_FF * expected.mean(), rel=0.02)
         assert counted.mass[layer].sum() == pytest.approx(
             np.abs(neurons).sum() / len(neurons) * counted.tokens, rel=0.02
@@ -170,7 +170,7 @@ def test_artefacts_of_another_threshold_are_refused(tmp_path: Path) -> None:
     profile_path = tmp_path / "profile.gguf"
     counts = tuple(np.ones(N_FF, np.int64) for _ in range(model.n_layer))
     mass = tuple(np.ones(N_FF) for _ in range(model.n_layer))
-    ProfileFile(10, "none", "0" * 64, counts, mass).write(profile_path, model, {})
+    ProfileFile(10, "none", "0" * 64, counts, mass, (None,) * len(counts)).write(profile_path, model, {})
     ProfileFile.read(profile_path, model)
     other = replace(model, activation_threshold=0.0)
     said = r"made for activation reglu above 0\.01, model\.gguf is run with reglu"

@@ -23,6 +23,7 @@ from support.command_line import MODELS, ROOT, CommandLine, Outcome
 from support.runs import run_command
 
 from pinfer.artefacts import paths
+from pinfer.artefacts.artefact import FORMAT_VERSION
 from pinfer.artefacts.placement import PlacementFile
 from pinfer.artefacts.predictor import PredictorFile
 from pinfer.artefacts.profile import ProfileFile, SamplesFile
@@ -309,8 +310,8 @@ def test_an_artefact_of_another_model(command: CommandLine, kind: str, name: str
 
 @pytest.mark.parametrize(("kind", "name"), PAIRS)
 def test_an_artefact_of_another_format_version(command: CommandLine, kind: str, name: str) -> None:
-    set_format_version(artefacts_of(command) / KINDS[kind], 2)
-    _is_refused(command, kind, name, "version")
+    set_format_version(artefacts_of(command) / KINDS[kind], FORMAT_VERSION - 1)
+    _is_refused(command, kind, name, f"version {FORMAT_VERSION - 1}")
 
 
 @pytest.mark.parametrize(("kind", "name"), PAIRS)

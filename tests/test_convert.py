@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shlex
 import shutil
 import signal
 import struct
@@ -614,12 +615,58 @@ def test_without_the_hub_the_model_alone_is_made_and_that_is_said_first(command:
     assert said.index("converted without its predictor") < said.index("writing again.gguf") < said.index("left out")
     assert "next: pinfer profile again.gguf" in outcome.err_lines
     assert open_model(command.folder / "again.gguf").is_sparse
+    # the command that it names, with a text that is here
+    (again,) = [line.partition("to import it: pinfer ")[2] for line in outcome.err_lines if "to import it: " in line]
+    outcome = command(*shlex.split(again), "--dataset", ROOT / "tests" / "data" / "heldout.txt")
+    assert outcome.code == 0, outcome.err
+    assert (command.folder / "again.gguf.pinfer" / "predictor.gguf").exists()
+
+
+def test_the_predictor_alone(command: CommandLine) -> None:
+    source, text = powerinfer(command.folder), ROOT / "tests" / "data" / "heldout.txt"
+    assert command("convert", source.name, "--dataset", text).code == 0
+    model, predictor = command.folder / "tiny-F16.gguf", command.folder / "tiny-F16.gguf.pinfer" / "predictor.gguf"
+    before, whole = model.stat(), predictor.read_bytes()
+    predictor.unlink()
+    outcome = command("convert", source.name, "--predictor-only", "--json")
+    assert outcome.code == 0, outcome.err
+    report = json.loads(outcome.out)
+    assert report["corpus"] == str(text), "the samples are those of the conversion"
+    assert predictor.read_bytes() == whole
+    assert model.stat().st_mtime_ns == before.st_mtime_ns
+    outcome = command("convert", source.name, "--predictor-only", "--dataset", ROOT / "tests" / "data" / "profile.txt")
+    assert outcome.code == 0, outcome.err
+    assert "measured on profile.txt" in outcome.out
+    assert "too few to rely on" not in outcome.err, "of a long text enough is read"
+    assert "next:" not in outcome.err
+
+
+def test_a_predictor_that_cannot_be_had_alone_is_one_line(command: CommandLine) -> None:
+    source = powerinfer(command.folder)
+    plain = write_powerinfer(command.folder / "plain.gguf", read_weights(ROOT / "models" / "tiny-reglu.gguf"), "F16")
+    shutil.copy(ROOT / "models" / "tiny-relu2.gguf", command.folder / "other.gguf")
+    shutil.copytree(next(path for path in CHECKPOINTS.iterdir() if path.is_dir()), command.folder / "checkpoint")
+    for words, code, says in (
+        ((source.name,), 1, "tiny-F16.gguf does not exist"),
+        ((source.name, "-o", "other.gguf"), 1, "other.gguf was not made from tiny.powerinfer.gguf"),
+        ((source.name, "-o", "text.txt"), 1, "text.txt"),
+        ((plain.name,), 1, "plain.gguf has no predictor"),
+        (("checkpoint",), 1, "checkpoint has no predictor"),
+        (("nowhere",), 1, "nowhere does not exist"),
+        ((source.name, "--force"), 2, "--force"),
+    ):
+        (command.folder / "text.txt").write_text("no model")
+        outcome = command("convert", *words, "--predictor-only")
+        assert (outcome.code, outcome.out) == (code, ""), outcome.err
+        assert says in outcome.err.splitlines()[-1]
+        assert len(outcome.err_lines) == 1, outcome.err
+    assert not list(command.folder.glob("**/predictor.gguf"))
 
 
 @pytest.mark.parametrize(
     ("patch", "marker"),
     [
-        ("p.ImportOptions.__init__.__defaults__ = ('wikitext', 10**7, 0.995, None, False); ", "converting: "),
+        ("p.ImportOptions.__init__.__defaults__ = (None, 10**7, 0.995, None, False); ", "converting: "),
         ("p._fit = lambda *_: (print('fitting', file=sys.stderr, flush=True), time.sleep(60)); ", "fitting"),
     ],
     ids=["profile", "fit"],
@@ -651,7 +698,7 @@ def test_ctrl_c_while_the_predictor_is_imported(patch: str, marker: str, command
     _, err = child.communicate(timeout=60)
     assert time.monotonic() - begin < 5
     assert child.returncode == 130, err
-    assert "out.gguf is complete; its predictor was not imported" in err
+    assert "out.gguf is complete; its predictor was not imported; to import it: pinfer convert tiny.powerinfer" in err
     assert open_model(command.folder / "out.gguf").is_sparse
     assert not list(command.folder.glob("**/predictor.gguf"))
     assert not list(command.folder.glob("**/.*.tmp"))

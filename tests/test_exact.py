@@ -71,18 +71,16 @@ def down_of_shards(path: Path, shards: SplitReport) -> list[NDArray[np.float32]]
     model = open_model(path)
     cold, hot = ShardFile.read(shards.cold, "cold", model), ShardFile.read(shards.hot, "hot", model)
     out = []
-    for layer in range(model.n_layer):
+    for layer, ffn in enumerate(model.ffns):
         down = np.full((model.n_embd, model.n_ff), np.nan, np.float32)
-        if len(cold.neurons[layer]):
-            rows = cold.artefact.raw(down_name("cold", layer))
-            down[:, cold.neurons[layer]] = ggml.dequantise(rows, cold.down_type[layer], model.n_embd).T
-        if len(hot.neurons[layer]):
+        if len(cold.units[layer]):
+            rows = cold.artefact.raw(down_name("cold", ffn))
+            down[:, cold.units[layer]] = ggml.dequantise(rows, cold.down_type[layer], model.n_embd).T
+        if len(hot.units[layer]):
             raw = hot.artefact.raw(f"blk.{layer}.ffn_down.weight")
-            n_hot = len(hot.neurons[layer])
+            n_hot = len(hot.units[layer])
             rows = np.ascontiguousarray(raw.reshape(model.n_embd, -1))
-            down[:, hot.neurons[layer]] = ggml.dequantise(rows, hot.down_type[layer], n_hot).reshape(
-                model.n_embd, n_hot
-            )
+            down[:, hot.units[layer]] = ggml.dequantise(rows, hot.down_type[layer], n_hot).reshape(model.n_embd, n_hot)
         assert not np.isnan(down).any(), "a neuron is in no shard"
         out.append(down)
     return out

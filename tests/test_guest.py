@@ -14,8 +14,11 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -114,33 +117,52 @@ def test_perplexity_bench_and_chat(tiny_reglu: Path) -> None:
     assert said(chat)[0].startswith(taken)
 
 
-def test_the_server(tiny_reglu: Path, tmp_path: Path) -> None:
-    expected = greedy_text(tiny_reglu, PluginConfig.of(open_model(tiny_reglu)))
+class Server:
+    """llama-server on a port of its own; ``post`` waits until it has loaded its models."""
+
+    def __init__(self, process: subprocess.Popen[bytes], port: int, log: Path) -> None:
+        self.process, self.port, self.log = process, port, log
+
+    def post(self, **body: Any) -> Any:
+        data = json.dumps({"temperature": 0, "cache_prompt": False} | body).encode()
+        deadline = time.monotonic() + 120
+        while True:
+            try:
+                request = urllib.request.Request(f"http://127.0.0.1:{self.port}/completion", data)
+                with urllib.request.urlopen(request, timeout=60) as answer:
+                    return json.load(answer)
+            except OSError:
+                assert self.process.poll() is None, self.log.read_text()[-2000:]
+                assert time.monotonic() < deadline, self.log.read_text()[-2000:]
+                time.sleep(0.1)
+
+
+@contextmanager
+def serving(log: Path, *arguments: str | Path, **settings: str | bool) -> Iterator[Server]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    log = tmp_path / "server.txt"
-    command = [str(stock("server")), "-m", str(tiny_reglu), "--port", str(port), "-t", "1", "-c", "256", "--no-warmup"]
+    words = ("--port", port, "-t", "1", "-c", "256", "-np", "1", "--no-warmup", *arguments)
+    env = environment(**settings)  # type: ignore[arg-type]
     with log.open("wb") as file:
-        server = subprocess.Popen(command, env=environment(), stdin=subprocess.DEVNULL, stdout=file, stderr=file)
+        process = subprocess.Popen(
+            [str(stock("server")), *map(str, words)], env=env, stdin=subprocess.DEVNULL, stdout=file, stderr=file
+        )
     try:
-        deadline = time.monotonic() + 120
-        body = json.dumps({"prompt": PROMPT, "n_predict": 12, "temperature": 0, "cache_prompt": False}).encode()
-        while True:
-            try:
-                request = urllib.request.Request(f"http://127.0.0.1:{port}/completion", body)
-                with urllib.request.urlopen(request, timeout=60) as answer:
-                    text = json.load(answer)["content"]
-                break
-            except OSError:
-                assert server.poll() is None, log.read_text()[-2000:]
-                assert time.monotonic() < deadline, log.read_text()[-2000:]
-                time.sleep(0.1)
-        assert expected.startswith(PROMPT + text) or (PROMPT + text).startswith(expected)
-        assert "pinfer: tiny-reglu.gguf: computed by pinfer as reglu, exact" in log.read_text()
+        yield Server(process, port, log)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == 0
     finally:
-        server.send_signal(signal.SIGTERM)
-        assert server.wait(timeout=60) == 0
+        process.kill()
+        process.wait()
+
+
+def test_the_server(tiny_reglu: Path, tmp_path: Path) -> None:
+    expected = greedy_text(tiny_reglu, PluginConfig.of(open_model(tiny_reglu)))
+    with serving(tmp_path / "server.txt", "-m", tiny_reglu) as server:
+        text = server.post(prompt=PROMPT, n_predict=12)["content"]
+        assert expected.startswith(PROMPT + text) or (PROMPT + text).startswith(expected)
+        assert "pinfer: tiny-reglu.gguf: computed by pinfer as reglu, exact" in server.log.read_text()
 
 
 def test_a_model_without_zeros_is_left_alone(tiny_reglu: Path) -> None:
@@ -315,6 +337,94 @@ def test_another_model_than_the_named_one(tiny_relu2: Path, tiny_reglu: Path) ->
     done = complete(tiny_reglu, PINFER_MODEL=str(tiny_relu2), PINFER_ARTEFACTS=str(foreign), PINFER_ACTIVATION="relu2")
     last_line_starts(done, expected)
     assert said(done)[0].startswith("tiny-reglu.gguf: computed by pinfer as reglu, exact, without artefacts")
+
+
+def write_draft(path: Path, model: Path, n_layer: int, n_ff: int) -> Path:
+    """The model with its first layers and neurons alone: cheaper, and often of the same opinion."""
+    source = gguf.GGUFReader(model)
+    out = gguf.GGUFWriter(path, "arcee")
+    changed = {"arcee.block_count": n_layer, "arcee.feed_forward_length": n_ff}
+    for name, field in source.fields.items():
+        if name.startswith("GGUF.") or name == "general.architecture":
+            continue
+        kind, *element = field.types
+        out.add_key_value(name, changed.get(name, field.contents()), kind, element[0] if element else None)
+    for tensor in source.tensors:
+        if (layer := re.match(r"blk\.(\d+)\.", tensor.name)) and int(layer.group(1)) >= n_layer:
+            continue
+        data = tensor.data[:n_ff] if "ffn_up" in tensor.name else tensor.data
+        out.add_tensor(tensor.name, np.ascontiguousarray(data[:, :n_ff] if "ffn_down" in tensor.name else data))
+    out.write_header_to_file()
+    out.write_kv_data_to_file()
+    out.write_tensors_to_file()
+    out.close()
+    return path
+
+
+class Drafts:
+    """What llama-server answers with a draft model, and how many of its tokens it drafted and accepted."""
+
+    prompts = (PROMPT, "The little dog ran to the")
+
+    def __init__(self, log: Path, model: Path, draft: Path) -> None:
+        self.log = log
+        self.words = ("-m", model, "-md", draft, "--spec-type", "draft-simple", "--spec-draft-n-max", "4")
+
+    def __call__(self, **settings: str | bool) -> tuple[list[str], list[tuple[int, int]]]:
+        with serving(self.log, *self.words, **settings) as server:
+            answers = [server.post(prompt=prompt, n_predict=48) for prompt in self.prompts]
+        timings = [answer["timings"] for answer in answers]
+        return [answer["content"] for answer in answers], [(t["draft_n"], t["draft_n_accepted"]) for t in timings]
+
+    def said(self) -> list[str]:
+        """The plugin's own lines, in alphabetical order."""
+        lines = self.log.read_text().splitlines()
+        return sorted(line.removeprefix("pinfer: ") for line in lines if line.startswith("pinfer: "))
+
+
+@pytest.mark.parametrize(("n_layer", "n_ff"), [(5, 1024), (4, 512)])
+@pytest.mark.parametrize("artefacts", [False, True])
+def test_a_draft_model_beside_another(
+    tiny_relu2: Path, tmp_path: Path, n_layer: int, n_ff: int, artefacts: bool
+) -> None:
+    """Of the same or another shape; the plugin on both, on the model alone, or on the draft alone."""
+    draft = write_draft(tmp_path / "draft.gguf", tiny_relu2, n_layer, n_ff)
+    if artefacts:
+        for model, share in ((tiny_relu2, 0.5), (draft, 0.25)):
+            write_shards(model, share)
+    ask = Drafts(tmp_path / "server.txt", tiny_relu2, draft)
+    expected, drafted = ask(preload=False)
+    assert all(0 < accepted <= n for n, accepted in drafted), drafted
+    how = ": computed by pinfer as relu2, exact, with" + (" shards of " if artefacts else "out artefacts; ")
+    left = ": left to llama.cpp: its FFN (arcee) is not of the ReLU family"
+    for other in (None, draft, tiny_relu2):
+        settings = {"PINFER_MODEL": str(other), "PINFER_ACTIVATION": "other"} if other else {}
+        assert ask(**settings) == (expected, drafted), other
+        for line, name in zip(ask.said(), sorted(["draft.gguf", "tiny-relu2.gguf"]), strict=True):
+            assert line.startswith(name + (left if other and other.name == name else how)), ask.said()
+
+
+def test_a_draft_model_with_a_predictor(tiny_relu2: Path, tmp_path: Path) -> None:
+    """A predictor of the draft changes what is drafted, never what is answered."""
+    draft = write_draft(tmp_path / "draft.gguf", tiny_relu2, 4, 512)
+    profile(draft, ProfileOptions(str(TEXT), 512, n_threads=1))
+    train(draft, TrainOptions())
+    write_shards(draft, 0.25)
+    ask = Drafts(tmp_path / "server.txt", tiny_relu2, draft)
+    expected, _ = ask(preload=False)
+    answers, drafted = ask()
+    assert answers == expected
+    assert all(accepted > 0 for _, accepted in drafted), drafted
+    assert "draft.gguf: computed by pinfer as relu2, predicted, with predictor and shards of" in ask.said()[0]
+
+
+def test_a_draft_model_that_only_pinfer_computes_rightly(tiny_relu2: Path, tiny_reglu: Path, tmp_path: Path) -> None:
+    """ReGLU, where llama.cpp would compute SwiGLU: the same answers, from more drafts that are accepted."""
+    ask = Drafts(tmp_path / "server.txt", tiny_relu2, tiny_reglu)
+    expected, drafted = ask(preload=False)
+    answers, drafted_by_pinfer = ask()
+    assert answers == expected
+    assert sum(accepted for _, accepted in drafted_by_pinfer) > sum(accepted for _, accepted in drafted)
 
 
 def test_two_engines_are_each_themselves(tiny_relu2: Path, tiny_reglu: Path) -> None:

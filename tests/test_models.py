@@ -23,10 +23,15 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from models import synth, tiny_text  # noqa: E402
-from models.reference import Reference  # noqa: E402
+from models.reference import MixtureReference, MixtureResult, Reference  # noqa: E402
 from models.synth import SynthOptions  # noqa: E402
 
-SHIPPED = {"tiny-relu2": ("arcee", "relu2"), "tiny-reglu": ("llama", "reglu")}
+SHIPPED = {
+    "tiny-relu2": ("arcee", "relu2"),
+    "tiny-reglu": ("llama", "reglu"),
+    "tiny-moe": ("nemotron_h_moe", "relu2"),
+}
+MIXTURES = ("tiny-moe",)
 STOCK = {"llama": "swiglu", "arcee": "relu2", "falcon": "gelu", "gpt2": "gelu"}  # the activation that libllama applies
 PARAMETERS = {
     "afm-4.5b": 4.5e9,
@@ -239,7 +244,8 @@ def vectors(shipped: str) -> dict[str, NDArray[Any]]:
 @pytest.fixture(scope="module")
 def reference(shipped: str) -> Reference:
     """The numpy forward pass of the model."""
-    return Reference(ROOT / "models" / f"{shipped}.gguf")
+    path = ROOT / "models" / f"{shipped}.gguf"
+    return MixtureReference(path) if shipped in MIXTURES else Reference(path)
 
 
 def test_shipped_models_have_the_documented_properties(shipped: str) -> None:
@@ -249,6 +255,8 @@ def test_shipped_models_have_the_documented_properties(shipped: str) -> None:
     assert path.stat().st_size <= 25e6
     assert fields["general.architecture"].contents() == arch
     assert fields["pinfer.ffn.activation"].contents() == activation
+    if shipped in MIXTURES:
+        return
     for key in ("embedding_length", "feed_forward_length"):
         assert fields[f"{arch}.{key}"].contents() % 256 == 0, "K-quants need whole blocks"
 
@@ -276,15 +284,69 @@ def test_recorded_continuations_are_greedy(reference: Reference, vectors: dict[s
         assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == continuation.tolist()
 
 
+def windows_of(vectors: dict[str, NDArray[Any]]) -> list[NDArray[Any]]:
+    """The windows of held-out text on which firing was counted."""
+    return np.split(vectors["text_tokens"], np.cumsum(vectors["text_lengths"])[:-1])
+
+
 def test_activity_on_held_out_text(reference: Reference, vectors: dict[str, NDArray[Any]]) -> None:
     counts = np.zeros_like(vectors["counts"])
-    for window in np.split(vectors["text_tokens"], np.cumsum(vectors["text_lengths"])[:-1]):
+    routed, fired = (np.zeros_like(vectors.get(key, counts)) for key in ("chosen", "expert_counts"))
+    for window in windows_of(vectors):
         result = reference.forward(window)
-        counts += np.stack([result.fired(layer).sum(0) for layer in range(reference.n_layer)]).astype(counts.dtype)
+        counts += np.stack([(f != 0).sum(0) for f in result.neurons if f is not None]).astype(counts.dtype)
+        if isinstance(result, MixtureResult):
+            routing = [choice for choice in result.routing if choice is not None]
+            n_expert = routed.shape[1]
+            routed += np.stack([choice.counts(n_expert) for choice in routing]).astype(routed.dtype)
+            fired += np.stack([[c.fired(e).sum(0) for e in range(n_expert)] for c in routing]).astype(fired.dtype)
     n_tokens = vectors["text_lengths"].sum()
     # With other rounding, a few neurons near zero may fall on the other side.
     assert np.abs(counts - vectors["counts"]).sum() <= 1e-5 * n_tokens * counts.size + 5
-    assert counts.mean() / n_tokens <= 0.15
+    if "chosen" not in vectors:
+        assert counts.mean() / n_tokens <= 0.15
+        return
+    # Another choice of a router changes the neurons of a whole expert, and the rest of the window a little.
+    assert np.abs(routed - vectors["chosen"]).sum() <= 1e-4 * vectors["chosen"].sum() + 2
+    assert np.abs(fired - vectors["expert_counts"]).sum() <= 1e-4 * vectors["expert_counts"].sum() + 50
+
+
+# -- the shipped mixture -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def mixture_vectors() -> dict[str, NDArray[Any]]:
+    """What PyTorch computed for tiny-moe."""
+    with np.load(ROOT / "tests" / "vectors" / "tiny-moe.npz") as saved:
+        return dict(saved)
+
+
+def test_stock_libllama_reaches_the_perplexity_of_pytorch(mixture_vectors: dict[str, NDArray[Any]]) -> None:
+    """Stock libllama computes the mixture correctly, all at once and token by token."""
+    losses = []
+    with Engine(ROOT / "models" / "tiny-moe.gguf", n_ctx=256, n_threads=1) as engine:
+        for n_batch in (256, 1):
+            windows = windows_of(mixture_vectors)[: 9 if n_batch > 1 else 1]
+            for window in windows:
+                engine.clear()
+                pieces = np.split(window, range(n_batch, len(window), n_batch))
+                logits = np.concatenate([engine.decode(piece.tolist(), logits=True) for piece in pieces])[:-1]
+                logits -= logits.max(1, keepdims=True)
+                of_next = logits[np.arange(len(logits)), window[1:]]
+                losses.append(np.log(np.exp(logits).sum(1)) - of_next)
+    assert np.exp(np.concatenate(losses[:-1]).mean()) == pytest.approx(float(mixture_vectors["perplexity"]), rel=0.01)
+    assert losses[-1].mean() == pytest.approx(losses[0].mean(), rel=0.01)
+
+
+def test_routing_of_the_mixture_is_real(mixture_vectors: dict[str, NDArray[Any]]) -> None:
+    """Every expert is used, some far more than others, and most neurons stay silent."""
+    chosen, fired = mixture_vectors["chosen"], mixture_vectors["expert_counts"]
+    for layer, counts in enumerate(chosen):
+        shares = np.sort(counts / counts.sum())[::-1]
+        assert shares[-1] > 0, f"layer {layer}: {shares}"
+        assert 1.5 / len(shares) < shares[0] < 0.45, f"layer {layer}: {shares}"
+        active = fired[layer].sum() / (counts.sum() * fired.shape[2])
+        assert 0.03 <= active <= 0.30, f"layer {layer}: {active:.3f}"
 
 
 # -- text of the recipe ------------------------------------------------------------------------------------------------

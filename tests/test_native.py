@@ -205,9 +205,9 @@ def test_isa_can_be_forced() -> None:
     assert "mmx" in done.stderr
 
 
-def test_observer_layer_that_never_ran() -> None:
+def test_observer_ffn_that_never_ran() -> None:
     done = run_python(
         "from pathlib import Path; from pinfer.llama import plugin as native; "
-        "print(native.load_plugin().observer_layer(Path('none.gguf'), 0))"
+        "print(native.load_plugin().observer_ffn(Path('none.gguf'), 'blk.0'))"
     )
     assert (done.returncode, done.stdout) == (0, "None\n"), done.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -195,9 +196,14 @@ def test_existing_samples_are_used(tmp_path: Path) -> None:
     source = write_powerinfer(tmp_path / "m.pi", weights.with_predictors(exact(weights)), "F16")
     model = convert(source, tmp_path / "m.gguf")
     profile(model, ProfileOptions(str(HELD_OUT), 512, n_threads=1))
-    report = import_predictor(source, model, KEEP)
+    report = import_predictor(source, model, replace(KEEP, dataset=None))
     assert report.n_samples == 512
     assert report.corpus == str(HELD_OUT)
+    assert "too few to rely on; use a longer text: --predictor-only --dataset" in report.notes()[1]
+    # another text is counted anew
+    report = import_predictor(source, model, KEEP)
+    assert report.n_samples == 1536
+    assert report.corpus == "profile.txt"
 
 
 def test_a_file_without_a_predictor_is_refused(tmp_path: Path) -> None:
@@ -213,6 +219,9 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
     other = Path(shutil.copy(MODELS / "tiny-reglu.gguf", tmp_path))
     with pytest.raises(PinferError, match="was not made from"):
         import_predictor(source, other, OPTIONS)
+    same_shape = write_powerinfer(tmp_path / "other.pi", bamboo(seed=1), "F16")
+    with pytest.raises(PinferError, match="was not made from"):
+        import_predictor(source, convert(same_shape, tmp_path / "other.gguf"), OPTIONS)
 
 
 def test_a_text_that_is_too_short_is_reported(tmp_path: Path) -> None:

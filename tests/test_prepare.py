@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from support.command_line import ROOT, CommandLine
 
+from models.synth import SynthOptions, write_model
 from pinfer import Model, PrepareOptions, generate, prepare
 from pinfer.errors import PinferError
-from pinfer.execution import ExecutionOptions
+from pinfer.execution import ExecutionOptions, decide
 from pinfer.library import artefact_files, prepared_models, remove_artefacts
 from pinfer.llama.engine import Engine
 from pinfer.model import open_model
-from pinfer.preparation import estimate
+from pinfer.preparation import estimate, worth_preparing
 
 TEXT = str(ROOT / "tests" / "data" / "profile.txt")
 QUICK = PrepareOptions(dataset=TEXT, n_tokens=2048, n_threads=1)
@@ -92,6 +95,45 @@ def test_the_estimate_covers_what_is_written(tiny_relu2: Path) -> None:
     report = prepare(tiny_relu2, QUICK)
     assert report.n_bytes < 1.2 * expected.disk
     assert expected.seconds > 0
+
+
+def test_run_and_serve_say_once_what_preparing_would_bring(tmp_path: Path, pinfer: CommandLine) -> None:
+    model = tmp_path / "wide.gguf"
+    write_model(model, SynthOptions(n_embd=512, n_ff=8192, n_layer=3))
+    generated = ("-p", PROMPT, "-n", "1", "-t", "1")
+    told = pinfer("run", model, *generated)
+    assert told.code == 0
+    hint, closing = told.err_lines
+    pattern = rf"note: decoding is .* after: pinfer prepare {model} \(about \d+ min and up to \d+ MiB of disk\)"
+    assert re.fullmatch(pattern, hint)
+    assert closing.startswith("[ Prompt: ")
+    assert "prepare" not in told.out
+    for words in (("--json",), ("--exact",), ("--dense",), ("--no-artefacts",)):
+        done = pinfer("run", model, *generated, *words)
+        assert done.code == 0
+        assert "pinfer prepare" not in done.err, words
+    served = pinfer("serve", model, "-t", "1", "--port", "0", "-c", "many")  # llama.cpp ends it at once
+    assert served.code == 2
+    assert sum(re.fullmatch(pattern, line) is not None for line in served.err_lines) == 1
+
+
+def test_nothing_is_suggested_where_nothing_is_gained(
+    tiny_relu2: Path, synthetic: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def suggested(path: Path, **chosen: Any) -> bool:
+        options = ExecutionOptions(n_threads=1, **chosen)
+        return worth_preparing(decide(open_model(path), options), options) is not None
+
+    assert not suggested(tiny_relu2), "fixed costs decide the speed of a tiny model"
+    monkeypatch.setattr("pinfer.preparation._SMALLEST_FFN", 0)
+    assert suggested(tiny_relu2)
+    for chosen in ({"exact": True}, {"dense": True}, {"no_artefacts": True}, {"artefacts": tiny_relu2.parent}):
+        assert not suggested(tiny_relu2, **chosen), chosen
+    prepare(tiny_relu2, QUICK)
+    assert not suggested(tiny_relu2)
+    assert suggested(synthetic)
+    synthetic.write_bytes(synthetic.read_bytes().replace(b"pinfer.ffn.activation", b"pinfer.was.activation"))
+    assert not suggested(synthetic), "no ReLU, no zeros to skip"
 
 
 def test_list_tells_fresh_from_stale_and_orphaned(tiny_relu2: Path) -> None:

@@ -355,12 +355,12 @@ def make_predictor(path: Path, threshold: float) -> Path:
     model = open_model(path)
     rng = np.random.default_rng(4)
     folder = paths.artefact_dir(path, model.fingerprint, for_writing=True)
-    with PredictorWriter(folder / paths.PREDICTOR, "f16") as out:
+    with PredictorWriter(folder / paths.PREDICTOR, model, "f16") as out:
         for _ in range(model.n_layer):
             a = rng.standard_normal((32, model.n_embd), dtype=np.float32)
             b = rng.standard_normal((model.n_ff, 32), dtype=np.float32)
             out.add(LayerPredictor(32, 1.0, 1.0, a, b, np.full(model.n_ff, threshold, np.float32)))
-        out.finish(model, {})
+        out.finish({})
     return folder / paths.PREDICTOR
 
 
@@ -432,7 +432,7 @@ def test_two_hot_devices(tiny_relu2: Path) -> None:
     for devices in ("CPU", "CPU,CPU,CPU"):
         line = refused(tiny_relu2, device=devices)
         assert "one of 2 hot shards" in line
-        assert "--device" in line
+        assert "--hot-device" in line
     assert "there is no device CUDA99" in refused(tiny_relu2, device="CPU,CUDA99")
     # half of the neurons in the place of none
     (folder / "hot-1.gguf").write_bytes(kept[paths.HOT])
@@ -632,9 +632,12 @@ def test_the_command_becomes_the_runner(tiny_relu2: Path) -> None:
         assert b"Traceback" not in err.read()
 
 
-def test_sigterm_ends_a_chat_that_waits(tiny_relu2: Path) -> None:
-    with started(run_command(tiny_relu2)) as (process, into, _, _):
+@pytest.mark.parametrize("words", [("-n", 4), ENDLESS])
+def test_sigterm_ends_a_chat(tiny_relu2: Path, words: tuple[object, ...]) -> None:
+    """One that waits for a question, and one in the middle of an answer (which Ctrl-C would only cut short)."""
+    with started(run_command(tiny_relu2, *words)) as (process, into, out, err):
         into.write(b"Hello\n")
-        time.sleep(1.5)
+        read_until(out.fileno(), b"\n" if words[0] == "-n" else 20)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(10) in (0, 143, -signal.SIGTERM)
+        assert process.wait(10) == 128 + signal.SIGTERM
+        assert b"[ active " in err.read()

@@ -8,19 +8,17 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import pytest
 from support.command_line import CommandLine
 from support.runs import run
+from support.server import N_PREDICT, Server, serving
 
 from pinfer import serve as stage
 
@@ -35,86 +33,8 @@ PROMPTS = [
     "A cat",
     "In the morning the king",
 ]
-N_PREDICT = 32
 SECONDS = float(os.environ.get("PINFER_SOAK_SECONDS", "20"))
 """How long the load test lasts; `make soak` sets 600."""
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-        assert isinstance(port, int)
-        return port
-
-
-class Server:
-    """A started `pinfer serve`, and requests to it."""
-
-    def __init__(self, process: subprocess.Popen[bytes], port: int, log: Path) -> None:
-        self.process, self.port, self.log = process, port, log
-
-    def request(
-        self, path: str, body: object = None, timeout: float = 120, raw: bytes | None = None
-    ) -> tuple[int, Any]:
-        """Status and JSON of the answer."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
-        try:
-            data = raw if raw is not None else None if body is None else json.dumps(body).encode()
-            connection.request("GET" if data is None else "POST", path, data, {"Content-Type": "application/json"})
-            answer = connection.getresponse()
-            text = answer.read()
-            return answer.status, json.loads(text) if text[:1] in (b"{", b"[") else text
-        finally:
-            connection.close()
-
-    def complete(self, prompt: str, **settings: object) -> str:
-        body = {"prompt": prompt, "n_predict": N_PREDICT, "temperature": 0, **settings}
-        status, answer = self.request("/completion", body)
-        assert status == 200, answer
-        text = answer["content"]
-        assert isinstance(text, str)
-        return text
-
-    def stream(self, prompt: str, **settings: object) -> http.client.HTTPResponse:
-        """An answer that arrives as it is written; the caller reads and closes it."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
-        body = {"prompt": prompt, "n_predict": N_PREDICT, "temperature": 0, "stream": True, **settings}
-        connection.request("POST", "/completion", json.dumps(body).encode(), {"Content-Type": "application/json"})
-        return connection.getresponse()
-
-    def memory(self) -> int:
-        """Bytes of the process that lie in memory and belong to no file."""
-        status = Path(f"/proc/{self.process.pid}/status").read_text()
-        (line,) = [line for line in status.splitlines() if line.startswith("RssAnon:")]
-        return int(line.split()[1]) * 1024
-
-
-@contextmanager
-def serving(folder: Path, *words: str | Path, env: dict[str, str] | None = None) -> Iterator[Server]:
-    port = free_port()
-    log = folder / f"log-{port}"
-    command = [sys.executable, "-m", "pinfer", "serve", *map(str, words), "--port", str(port)]
-    settings = {"PYTHONPATH": str(ROOT), "PINFER_HOME": str(folder / "home"), **(env or {})}
-    with (
-        log.open("wb") as out,
-        subprocess.Popen(command, stdout=out, stderr=out, env={**os.environ, **settings}) as process,
-    ):
-        server = Server(process, port, log)
-        try:
-            deadline = time.monotonic() + 120
-            while True:
-                assert process.poll() is None, log.read_text()
-                assert time.monotonic() < deadline, log.read_text()
-                try:
-                    if server.request("/health")[0] == 200:
-                        break
-                except OSError:
-                    pass
-                time.sleep(0.1)
-            yield server
-        finally:
-            process.kill()
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +54,7 @@ def server(folder: Path) -> Iterator[Server]:
 def answers(folder: Path) -> dict[str, str]:
     """What stock llama.cpp writes after each prompt, one at a time."""
     with serving(folder, folder / "tiny.gguf", "--dense", "-np", "1") as dense:
+        assert dense.request("/pinfer") == (200, {"models": []})
         return {prompt: dense.complete(prompt) for prompt in PROMPTS}
 
 
@@ -145,6 +66,20 @@ def test_it_says_what_it_serves(server: Server, folder: Path) -> None:
     assert [address for address in sockets if address.endswith(f":{server.port:04X}")] == [
         f"0100007F:{server.port:04X}"
     ]
+
+
+def test_it_tells_what_it_has_computed(server: Server) -> None:
+    server.complete(PROMPTS[0])
+    status, before = server.request("/pinfer")
+    assert status == 200
+    (model,) = before["models"]
+    assert model["model"].endswith("tiny.gguf")
+    assert (model["mode"], model["activation"], model["devices"]) == ("exact", "relu2", [])
+    assert 0 < model["active"] < 0.5
+    assert (model["computed"], model["hot"], model["n_fallback"]) == (1, None, 0)
+    server.complete(PROMPTS[1], cache_prompt=False)
+    after = server.request("/pinfer")[1]["models"][0]
+    assert after["tokens"] >= model["tokens"] + N_PREDICT
 
 
 def test_the_wait_policy_of_the_user_stays(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -291,6 +226,7 @@ def test_what_cannot_be_served_is_one_line(folder: Path, tmp_path: Path) -> None
 def test_a_key_is_asked_for(folder: Path) -> None:
     with serving(folder, folder / "tiny.gguf", "--api-key", "secret") as server:
         assert server.request("/completion", {"prompt": "a"})[0] == 401
+        assert server.request("/pinfer")[0] == 401
 
 
 def test_a_draft_model_changes_nothing_but_the_speed(folder: Path, answers: dict[str, str]) -> None:
@@ -302,6 +238,10 @@ def test_a_draft_model_changes_nothing_but_the_speed(folder: Path, answers: dict
             status, answer = server.request("/completion", body)
             assert (status, answer["content"]) == (200, answers[prompt])
             assert answer["timings"]["draft_n_accepted"] > 0
+        assert [Path(model["model"]).name for model in server.request("/pinfer")[1]["models"]] == [
+            "tiny.gguf",
+            "draft.gguf",
+        ]
     draft.unlink()
 
 
@@ -316,6 +256,9 @@ def test_a_router_serves_many_models_each_by_its_own_configuration(folder: Path,
         assert server.complete(PROMPTS[0], model="one") == answers[PROMPTS[0]]
         alone = run(models / "two.gguf", "-p", PROMPTS[0], "-n", N_PREDICT, "--temp", 0, as_json=True)
         assert server.complete(PROMPTS[0], model="two") == alone.json["text"]
+        for name, activation in (("one", "relu2"), ("two", "reglu")):
+            (model,) = server.request(f"/pinfer?model={name}")[1]["models"]
+            assert (model["model"], model["activation"]) == (str(models / f"{name}.gguf"), activation)
         log = server.log.read_text()
         assert "serving one.gguf: relu2 FFN by its active neurons" in log
         assert "serving two.gguf: reglu FFN by its active neurons" in log

@@ -11,10 +11,12 @@ import gguf
 import numpy as np
 import pytest
 from support.command_line import ROOT, CommandLine
+from support.shards import write_shards
 from support.small_model import Shape, write_profile, write_small_model
 
 from pinfer.artefacts import paths
 from pinfer.artefacts.placement import PlacementFile
+from pinfer.artefacts.predictor import LayerPredictor, PredictorWriter
 from pinfer.cli.show import print_show
 from pinfer.model import open_model
 from pinfer.show import ShowOptions, ShowReport, show
@@ -254,6 +256,65 @@ def test_shards_that_do_not_belong_together(small: Path) -> None:
     report = _show(small)
     assert (_states(report)["hot"], report.mode) == ("unusable", "refused")
     assert "exists without cold.gguf" in report.artefacts[4].problem
+
+
+# --- verify ---------------------------------------------------------------------------------------------------------
+
+
+def _flip_last_bit(path: Path) -> None:
+    """The last byte of the last tensor; behind it there is only padding."""
+    last = max(gguf.GGUFReader(path).tensors, key=lambda tensor: int(tensor.data_offset))
+    at = int(last.data_offset) + int(last.n_bytes) - 1
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+def _write_predictor(path: Path) -> None:
+    model = open_model(path)
+    with PredictorWriter(_folder(path) / paths.PREDICTOR, model, "f16") as out:
+        for ffn in model.ffns:
+            a, b = np.zeros((32, ffn.n_embd), np.float32), np.zeros((ffn.n_ff, 32), np.float32)
+            out.add(LayerPredictor(32, 1.0, 1.0, a, b, np.zeros(ffn.n_ff, np.float32)))
+        out.finish({})
+
+
+@pytest.mark.parametrize("damaged", [paths.PROFILE, paths.PREDICTOR, paths.HOT, "hot-1.gguf", paths.COLD])
+def test_verify_finds_a_single_wrong_bit_in_any_artefact(small: Path, command: CommandLine, damaged: str) -> None:
+    folder = _folder(small)
+    write_profile(folder / paths.PROFILE, open_model(small))
+    _write_predictor(small)
+    write_shards(small, 0.5, n_devices=2)
+    sound = command("show", small, "--verify")
+    assert sound.code == 0, sound.err
+    assert "Every tensor of the artefacts has its checksum." in sound.out
+    for name in ("profile.gguf", "predictor.gguf", "placement.gguf", "hot.gguf", "hot-1.gguf", "cold.gguf"):
+        assert f"verify {name}" in sound.err, "no progress is shown"
+
+    _flip_last_bit(folder / damaged)
+    assert set(_states(_show(small)).values()) == {"fits", "absent"}, "headers do not tell"
+    report = show(small, ShowOptions(verify=True))
+    kind = damaged.partition(".")[0].partition("-")[0]
+    assert [a.kind for a in report.artefacts if a.state == "unusable"] == [kind]
+    assert (report.mode == "refused") == (damaged != paths.PROFILE)
+
+    shown = command("show", small, "--verify")
+    assert shown.code == 1
+    assert "Every tensor" not in shown.out
+    problem = shown.err_lines[-1]
+    assert problem.startswith(f"{folder / damaged} is damaged: tensor "), shown.err
+    assert "does not have its checksum; make it again: pinfer " in problem
+    as_json = command("show", small, "--verify", "--json")
+    assert as_json.code == 1
+    states = _states_of(json.loads(as_json.out))
+    assert states == _states(report)
+
+
+def test_verify_without_artefacts_has_nothing_to_do(small: Path, command: CommandLine) -> None:
+    shown = command("show", small, "--verify")
+    assert shown.code == 0, shown.err
+    assert "no artefacts yet" in shown.out
+    assert "Every tensor" not in shown.out
 
 
 # --- the command, and what run does ---------------------------------------------------------------------------------

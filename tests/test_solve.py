@@ -21,7 +21,7 @@ from pinfer import solve as stage
 from pinfer.artefacts import paths
 from pinfer.artefacts.placement import GROUP, PlacementFile
 from pinfer.artefacts.predictor import LayerPredictor, PredictorWriter
-from pinfer.artefacts.shards import down_types, hot_neuron_bytes
+from pinfer.artefacts.shards import down_types, hot_unit_bytes
 from pinfer.errors import PinferError
 from pinfer.execution import ExecutionOptions, decide
 from pinfer.llama import devices, log
@@ -29,7 +29,7 @@ from pinfer.llama.cache_types import DEFAULT_CACHE
 from pinfer.model import Model, open_model
 from pinfer.placement import budget
 from pinfer.placement.compute_buffers import Layout, count_compute_bytes
-from pinfer.placement.cost_model import LayerCost, PredictorCost, layer_cost
+from pinfer.placement.cost_model import LayerCost, PredictorCost, Use, ffn_cost
 from pinfer.placement.machine import HotDevice, Machine, probe, read_machine
 from pinfer.placement.model_bytes import compute_bytes, fit_dense, hot_buffers, kv_bytes, layer_bytes, output_bytes
 from pinfer.progress import NULL_PROGRESS
@@ -96,7 +96,7 @@ def test_a_budget_is_filled_and_never_exceeded(
     placement = PlacementFile.read(report.placement, model)
     assert placement.n_hot == report.n_hot
     total = _dense_bytes(model, placement.n_gpu_layers, n_ctx, (cache_type, cache_type))
-    neuron = [hot_neuron_bytes(model, layer, down_types(model, layer, None)) for layer in range(model.n_layer)]
+    neuron = [hot_unit_bytes(ffn, down_types(ffn, None)) for ffn in model.ffns]
     hot = sum(n * size for n, size in zip(placement.n_hot, neuron, strict=True))
     total += hot + hot_buffers(model, max(placement.n_hot))
     assert total == _used(report) <= vram == placement.vram
@@ -210,9 +210,9 @@ def test_a_slow_way_to_the_device_keeps_layers_off_it(model: Model, tmp_path: Pa
     report = solve(model.path, SolveOptions(vram=30 * MIB, n_ubatch=64, machine=path))
     machine = read_machine(path)
     profile = write_profile(_folder(model) / paths.PROFILE, model)
-    for layer, n in enumerate(report.n_hot):
-        frequency = np.sort(profile.count[layer])[::-1] / profile.tokens
-        cost = layer_cost(model, layer, down_types(model, layer, None), frequency, None, machine, GROUP)
+    for ffn, count, n in zip(model.ffns, profile.count, report.n_hot, strict=True):
+        frequency = np.sort(count)[::-1] / profile.tokens
+        cost = ffn_cost(ffn, down_types(ffn, None), Use(frequency), None, machine)
         groups = n // GROUP
         assert groups >= cost.least_groups(0) > 1
         device = cost.devices[0]
@@ -224,9 +224,9 @@ def test_costs_by_hand(model: Model) -> None:
     """One layer of 2048 neurons of 3 rows; Q4_0 rows of 512 values are 288 bytes, Q8_0 ones 544."""
     device = HotDevice("X", "", "gpu", 1, 1, 1e9, 1e-3)
     machine = Machine("m", 1, 2e9, 0.5, (device, replace(device, bandwidth=5e8)))
-    frequency = np.full(2048, 0.25)
-    types = down_types(model, 0, None)
-    exact = layer_cost(model, 0, types, frequency, None, machine, GROUP)
+    ffn, use = model.ffns[0], Use(np.full(2048, 0.25))
+    types = down_types(ffn, None)
+    exact = ffn_cost(ffn, types, use, None, machine)
     assert exact.devices[0][[0, 1, 32]] == pytest.approx([0, 1e-3 + 64 * 1120 / 1e9, 1e-3 + 2048 * 1120 / 1e9])
     assert exact.devices[1][[0, 1, 32]] == pytest.approx([0, 1e-3 + 64 * 1120 / 5e8, 1e-3 + 2048 * 1120 / 5e8])
     # All gates, a quarter of the other rows, at half of 2 GB/s.
@@ -235,7 +235,7 @@ def test_costs_by_hand(model: Model) -> None:
     # All sides work at the same time, and the slowest decides.
     assert exact.seconds((0, 0)) == pytest.approx(2048 * per_neuron)
     assert exact.seconds((3, 5)) == pytest.approx(max(1536 * per_neuron, 1e-3 + 320 * 1120 / 5e8))
-    predicted = layer_cost(model, 0, types, frequency, PredictorCost(10_000, 0.5), machine, GROUP)
+    predicted = ffn_cost(ffn, types, use, PredictorCost(10_000, 0.5), machine)
     per_neuron = (0.5 * 288 + 0.25 * (288 + 544)) / 1e9
     assert predicted.cpu[[0, 31, 32]] == pytest.approx([2048 * per_neuron + 5e-6, 64 * per_neuron + 5e-6, 0])
 
@@ -258,12 +258,12 @@ def test_no_device_gets_more_of_a_layer_than_it_does_in_the_time_of_the_others()
 def test_a_predictor_that_is_there_is_counted(model: Model, machine_file: Path) -> None:
     options = SolveOptions(vram=0, machine=machine_file)
     exact = solve(model.path, options).tokens_per_s
-    with PredictorWriter(_folder(model) / paths.PREDICTOR, "f16") as out:
+    with PredictorWriter(_folder(model) / paths.PREDICTOR, model, "f16") as out:
         for _ in range(3):
             a, b = np.zeros((32, model.n_embd), np.float32), np.zeros((model.n_ff, 32), np.float32)
             out.add(LayerPredictor(32, 1.0, 0.2, a, b, np.zeros(model.n_ff, np.float32)))
         out.add(LayerPredictor(0, 1.0, 1.0, kind="none"))
-        out.finish(model, {})
+        out.finish({})
     cost = PredictorCost(2 * 32 * (512 + 2048) + 4 * 2048, float(np.float32(0.2)))
     assert stage._predictors(model, _folder(model)) == [cost] * 3 + [None]
     assert solve(model.path, options).tokens_per_s > exact

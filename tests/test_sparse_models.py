@@ -14,6 +14,9 @@ from pinfer.llama.engine import Engine
 
 TOKENS = np.random.default_rng(0).integers(1, N_VOCAB, 64).tolist()
 EVERY = [SparseModel(arch, kind) for arch in ARCHITECTURES for kind in TYPES]
+EVERY += [
+    SparseModel(arch, kind, n_embd=256, n_ff=256, n_ff_shared=256) for arch in MIXTURES for kind in ("Q4_K", "Q6_K")
+]
 EVERY += [SparseModel("llama", kind, activation=name) for name in ("reglu", "drelu") for kind in ("F32", "Q8_0")]
 
 

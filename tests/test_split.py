@@ -24,7 +24,7 @@ from pinfer.artefacts.placement import PlacementFile, new_placement_id
 from pinfer.artefacts.shards import DOWN_TYPES, ShardFile, down_name
 from pinfer.errors import PinferError
 from pinfer.llama import ggml
-from pinfer.model import Model, dequantize, open_model
+from pinfer.model import Ffn, Model, dequantize, open_model
 from pinfer.progress import NULL_PROGRESS, Progress
 from pinfer.split import SplitOptions, split
 
@@ -79,11 +79,9 @@ def _check_by_the_format(model: Model) -> None:
         t = tensors[name]
         return np.ascontiguousarray(t.data).view(np.uint8).reshape(int(np.prod(t.shape[1:])), -1)
 
-    for layer in range(model.n_layer):
+    for f in model.ffns:
         seen: list[int] = []
-        blk = f"blk.{layer}."
-        f = model.ffn[layer]
-        assert f.down is not None
+        blk = f"{f.name}."
         down = dequantize(model, f.down)
         for shard, down_part in (*((one, "ffn_down.weight") for one in hot), (cold, "ffn_down_t.weight")):
             parts = ["ffn_gate.weight", "ffn_up.weight"] if model.gated else ["ffn_up.weight"]
@@ -101,7 +99,7 @@ def _check_by_the_format(model: Model) -> None:
             assert t.shape.tolist() == list(wanted.shape[::-1])
             found = ggml.dequantise(rows(shard, t.name), t.tensor_type, wanted.shape[1])
             _assert_close(found, wanted, t.tensor_type.name)
-            _assert_biases(model, layer, shard, neurons)
+            _assert_biases(model, f, shard, neurons)
         assert sorted(seen) == list(range(model.n_ff))
 
 
@@ -119,13 +117,12 @@ def _assert_close(
 
 def _assert_biases(
     model: Model,
-    layer: int,
+    f: Ffn,
     shard: dict[str, gguf.ReaderTensor],
     neurons: np.ndarray[tuple[int, ...], np.dtype[np.int32]],
 ) -> None:
-    f = model.ffn[layer]
     for part, bias in (("gate", f.gate_bias), ("up", f.up_bias)):
-        name = f"blk.{layer}.ffn_{part}.bias"
+        name = f"{f.name}.ffn_{part}.bias"
         assert (name in shard) == (bias is not None)
         if bias is not None:
             assert (shard[name].data == model.gguf.array(bias)[neurons]).all()
@@ -206,11 +203,10 @@ def test_plain_values_are_moved_as_they_are(tmp_path: Path) -> None:
         _place(model, [64, 64])
         split(model.path, SplitOptions())
         cold = ShardFile.read(_folder(model.path) / paths.COLD, "cold", model)
-        down = model.ffn[0].down
-        assert down is not None
+        down = model.ffns[0].down
         width = down.n_bytes // (model.n_ff * model.n_embd)
-        elements = model.raw(down).reshape(model.n_embd, model.n_ff, width)[:, cold.neurons[0]]
-        found = cold.artefact.raw(down_name("cold", 0))
+        elements = model.raw(down).reshape(model.n_embd, model.n_ff, width)[:, cold.units[0]]
+        found = cold.artefact.raw(down_name("cold", model.ffns[0]))
         assert (found.reshape(-1, model.n_embd, width) == elements.transpose(1, 0, 2)).all()
 
 
@@ -250,14 +246,14 @@ def test_without_a_placement_everything_is_cold(tmp_path: Path) -> None:
     assert (report.n_hot, report.order) == (0, "model")
     assert "in the order of the model" in notes[0]
     cold = ShardFile.read(report.cold, "cold", model)
-    assert all((n == np.arange(model.n_ff)).all() for n in cold.neurons)
+    assert all((n == np.arange(model.n_ff)).all() for n in cold.units)
     assert gguf.GGUFReader(report.hot).tensors == []
 
     profile = write_profile(_folder(model.path) / paths.PROFILE, model)
     report = split(model.path, SplitOptions(verify=True))
     assert report.order == "profile"
     cold = ShardFile.read(report.cold, "cold", model)
-    for neurons, count in zip(cold.neurons, profile.count, strict=True):
+    for neurons, count in zip(cold.units, profile.count, strict=True):
         assert (np.diff(count[neurons]) <= 0).all()
     _check_by_the_format(model)
 
@@ -274,7 +270,7 @@ def test_each_device_has_a_shard_of_its_own(tmp_path: Path) -> None:
     for device, path in enumerate(report.hot_shards):
         shard = ShardFile.read(path, "hot", model)
         assert shard.placement_id == placement.id
-        for layer, neurons in enumerate(shard.neurons):
+        for layer, neurons in enumerate(shard.units):
             assert neurons.tolist() == placement.hot(device)[layer].tolist()
     # The best neurons of a layer are those of the first device.
     assert placement.hot(0)[2].tolist() == placement.order[2][:128].tolist()

@@ -120,10 +120,22 @@ def test_command_line_refuses_in_one_line(tmp_path: Path) -> None:
     assert refused.stderr.count("\n") == 1
 
 
+def test_a_few_layers_of_a_preset_have_every_kind() -> None:
+    for name, n_layer, kinds in (
+        ("nemotron-3-nano", 4, "MEM*"),
+        ("nemotron-3-nano", 7, "MEMEM*E"),
+        ("nemotron-3-nano", 52, synth.PRESETS["nemotron-3-nano"].pattern),
+        ("nemotron-h-9b", 4, "M-M*"),
+    ):
+        options = replace(synth.PRESETS[name], n_layer=n_layer)
+        options.check()
+        assert options.kinds == kinds
+
+
 def test_command_line_writes_a_mixture(tmp_path: Path) -> None:
     out = tmp_path / "synth.gguf"
     command = [sys.executable, str(ROOT / "models" / "synth.py"), str(out), "--arch", "nemotron_h_moe"]
-    command += ["--n-expert", "8", "--n-layer", "4", "--type", "q8_0"]
+    command += ["--n-expert", "8", "--pattern", "ME*E", "--n-layer", "4", "--type", "q8_0"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert list(synth.planted_routing(out)) == [1, 3]

@@ -19,15 +19,19 @@ from pinfer.artefacts.predictor import FEW_BITS, LayerPredictor, PredictorFile, 
 from pinfer.artefacts.profile import SamplesFile, samples_writer
 from pinfer.errors import PinferError
 from pinfer.gguf_io.reader import row_bytes
-from pinfer.model import Model, dequantize, open_model
+from pinfer.model import Ffn, Model, Tensor, dequantize, open_model
 from pinfer.predictors.data import HeldBack, LayerData, parts
-from pinfer.predictors.few_bits import few_bits
+from pinfer.predictors.few_bits import compensation, few_bits
 from pinfer.predictors.fitting import KINDS, SCATTERED_COST, TrainOptions, fit_layer, scores
 from pinfer.predictors.low_rank import Spectrum, covariance
 from pinfer.predictors.thresholds import calibrate, gain, inverse_gain, log_gain
 from pinfer.train import train
 
 Matrix = NDArray[np.float32]
+
+_MATRIX = Tensor("matrix", 0, "F32", (96, 384), 0, 0)
+# What fit_layer takes of it is where it lies in the model, for the report.
+FFN = Ffn(0, "dense", 96, 384, 1, None, _MATRIX, _MATRIX)
 
 
 def _layer(
@@ -115,7 +119,7 @@ def test_factors_fit_half_floats_whatever_the_scale() -> None:
 
 def test_fewer_samples_than_inputs_still_give_a_predictor() -> None:
     data = _layer(n_samples=80, n_embd=128, n_ff=256)
-    predictor, report = fit_layer(data, 0, TrainOptions(recall=0.9, type="f16"))
+    predictor, report = fit_layer(data, FFN, TrainOptions(recall=0.9, type="f16"))
     assert 0 < report.recall <= 1
     assert report.expected_bytes <= report.exact_bytes
     assert predictor.rank == report.rank
@@ -151,9 +155,9 @@ def test_errors_are_made_up_for(bits: int) -> None:
     data = _layer(rank=96)
     x = data.x.astype(np.float32)
     x -= x.mean(axis=0)
-    levels = few_bits(data.weight, covariance(x), bits)
+    levels = few_bits(data.weight, compensation(covariance(x)), bits)
     assert set(np.unique(levels)) == set(range(1 - 2**bits, 2**bits, 2))
-    alone = few_bits(data.weight, np.eye(96), bits)
+    alone = few_bits(data.weight, compensation(np.eye(96)), bits)
 
     def unexplained(found: Matrix) -> float:
         true, said = x @ data.weight.T, x @ found.T
@@ -168,8 +172,8 @@ def test_errors_are_made_up_for(bits: int) -> None:
 
 def test_neurons_are_rounded_each_by_itself() -> None:
     data = _layer()
-    c = covariance(data.x.astype(np.float32))
-    np.testing.assert_array_equal(few_bits(data.weight[::3], c, 2), few_bits(data.weight, c, 2)[::3])
+    how = compensation(covariance(data.x.astype(np.float32)))
+    np.testing.assert_array_equal(few_bits(data.weight[::3], how, 2), few_bits(data.weight, how, 2)[::3])
 
 
 @pytest.mark.parametrize("bits", [1, 2])
@@ -192,7 +196,7 @@ def test_codes_lie_as_the_format_says(bits: int) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_recall_is_reached_on_samples_never_seen(activation: str, recall: float, kind: str) -> None:
     data = _layer(activation, n_samples=3000)
-    predictor, report = fit_layer(data, 0, TrainOptions(recall=recall, type="f16"), (kind,))
+    predictor, report = fit_layer(data, FFN, TrainOptions(recall=recall, type="f16"), (kind,))
     assert report.kind == kind
     measured, candidates = _measure(data, predictor, parts(len(data.x))[2])
     assert measured == pytest.approx(report.recall, abs=1e-6)
@@ -240,7 +244,7 @@ def test_neurons_that_never_fire_and_weigh_nothing_are_left_out() -> None:
     data = _layer("reglu")
     data.bias[:10] = -1e3
     data.down_norm[10:20] = 0.0
-    predictor, _ = fit_layer(data, 0, TrainOptions(type="f16"), ("low_rank",))
+    predictor, _ = fit_layer(data, FFN, TrainOptions(type="f16"), ("low_rank",))
     assert predictor.t is not None
     assert np.isfinite(predictor.t).all()
     held = HeldBack.of(data, parts(len(data.x))[2])
@@ -253,7 +257,7 @@ def test_neurons_that_never_fire_and_weigh_nothing_are_left_out() -> None:
 def test_layer_in_which_nothing_fires() -> None:
     data = _layer()
     data.bias[:] = -1e3
-    predictor, report = fit_layer(data, 0, TrainOptions(type="f16"))
+    predictor, report = fit_layer(data, FFN, TrainOptions(type="f16"))
     assert report.recall == 1.0
     assert report.active == 0.0
     assert report.candidates == 0.0 or predictor.rank == 0
@@ -283,14 +287,14 @@ def test_kind_follows_the_structure() -> None:
     few = _layer(rank=16, remainder=0.02)
     many = _layer(rank=96, remainder=1.0, bias=-1.6)
     options = TrainOptions(recall=0.98)
-    assert fit_layer(few, 0, options, KINDS)[1].kind == "low_rank"
-    predictor, report = fit_layer(many, 0, options, KINDS)
+    assert fit_layer(few, FFN, options, KINDS)[1].kind == "low_rank"
+    predictor, report = fit_layer(many, FFN, options, KINDS)
     assert report.kind in FEW_BITS
     assert (predictor.kind, predictor.rank, predictor.a) == (report.kind, 96, None)
     assert report.predictor_bytes == 384 * (96 * FEW_BITS[report.kind] // 8 + 4)
 
     def cost(kinds: tuple[str, ...]) -> float:
-        found = fit_layer(many, 0, options, kinds)[1]
+        found = fit_layer(many, FFN, options, kinds)[1]
         return found.predictor_bytes + SCATTERED_COST * (found.expected_bytes - found.predictor_bytes)
 
     assert cost(KINDS) <= 1.02 * min(cost((kind,)) for kind in KINDS)
@@ -300,7 +304,7 @@ def test_streamed_bytes_cost_less_than_scattered_ones() -> None:
     """A predictor whose rows are as many bytes as it saves does not pay: exact mode streams them."""
     often, rarely = _layer(bias=0.5), _layer(bias=-1.2)
     options = TrainOptions(recall=0.999)
-    (_, report), (_, rare) = (fit_layer(data, 0, options) for data in (often, rarely))
+    (_, report), (_, rare) = (fit_layer(data, FFN, options) for data in (often, rarely))
     assert 1 / SCATTERED_COST < report.active < 0.8
     assert report.kind == "none"
     assert rare.kind == "low_rank"
@@ -308,7 +312,7 @@ def test_streamed_bytes_cost_less_than_scattered_ones() -> None:
 
 def test_matrix_without_structure_gets_no_predictor() -> None:
     data = _layer(rank=96, remainder=3.0, bias=0.0)
-    predictor, report = fit_layer(data, 0, TrainOptions(recall=0.999, type="f16"))
+    predictor, report = fit_layer(data, FFN, TrainOptions(recall=0.999, type="f16"))
     assert (report.kind, predictor.rank, predictor.a) == ("none", 0, None)
     assert (report.recall, report.candidates) == (1.0, 1.0)
     assert report.expected_bytes == report.exact_bytes
@@ -317,10 +321,10 @@ def test_matrix_without_structure_gets_no_predictor() -> None:
 def test_rank_follows_the_price() -> None:
     data = _layer(rank=80, remainder=0.05)
     dear = dataclasses.replace(data, first_bytes=16 * data.first_bytes)
-    cheap_rank, dear_rank = (fit_layer(d, 0, TrainOptions(type="f16"), ("low_rank",))[1].rank for d in (data, dear))
+    cheap_rank, dear_rank = (fit_layer(d, FFN, TrainOptions(type="f16"), ("low_rank",))[1].rank for d in (data, dear))
     assert 32 <= cheap_rank < dear_rank
-    assert fit_layer(dear, 0, TrainOptions(max_rank=40, type="f16"), ("low_rank",))[1].rank == 32
-    assert fit_layer(data, 0, TrainOptions(max_rank=0, type="f16"), ("low_rank",))[1].kind == "none"
+    assert fit_layer(dear, FFN, TrainOptions(max_rank=40, type="f16"), ("low_rank",))[1].rank == 32
+    assert fit_layer(data, FFN, TrainOptions(max_rank=0, type="f16"), ("low_rank",))[1].kind == "none"
 
 
 @settings(max_examples=5, deadline=None)
@@ -337,7 +341,7 @@ def test_predictor_never_costs_more_than_none(
 ) -> None:
     data = _layer(activation, n_samples=1000, n_embd=64, n_ff=192, rank=rank, remainder=remainder, bias=bias)
     options = TrainOptions(type=factor_type)
-    predictor, report = fit_layer(data, 0, options, kinds)
+    predictor, report = fit_layer(data, FFN, options, kinds)
     assert report.expected_bytes <= report.exact_bytes
     assert report.kind in (*kinds, "none")
     if predictor.a is not None:
@@ -363,9 +367,8 @@ def _write_samples(model: Model, n: int, seed: int = 0) -> None:
     rng = np.random.default_rng(seed)
     folder = paths.artefact_dir(model.path, model.fingerprint, for_writing=True)
     layers: list[tuple[NDArray[np.float16], NDArray[np.uint8]]] = []
-    for ffn in model.ffn:
-        first = ffn.gate if model.gated else ffn.up
-        assert first is not None
+    for ffn in model.ffns:
+        first = ffn.gate or ffn.up
         # Inputs of few directions: what a predictor needs.
         few = rng.normal(size=(n, 24)) @ rng.normal(size=(24, model.n_embd))
         x = (few + 0.1 * rng.normal(size=(n, model.n_embd))).astype(np.float16)
@@ -386,13 +389,15 @@ def test_file_holds_what_was_learnt(tmp_path: Path, activation: str, factor_type
     file = PredictorFile.read(report.path, model)
     assert file.rank == tuple(layer.rank for layer in report.layers)
     assert any(file.rank)
-    for i, layer in enumerate(report.layers):
+    samples = SamplesFile.read(path.with_name("m.gguf.pinfer") / paths.SAMPLES, model)
+    for i, (ffn, layer) in enumerate(zip(model.ffns, report.layers, strict=True)):
+        assert (layer.layer, layer.ffn) == (ffn.layer, ffn.kind)
         read = file.layer(i)
         assert read.recall == pytest.approx(layer.recall, rel=1e-6)
         assert read.candidates == pytest.approx(layer.candidates, rel=1e-6)
         if layer.kind == "none":
             continue
-        data = LayerData.read(model, i, SamplesFile.read(path.with_name("m.gguf.pinfer") / paths.SAMPLES, model))
+        data = LayerData.read(model, ffn, samples)
         recall, candidates = _measure(data, read, parts(900)[2])
         assert recall == pytest.approx(layer.recall, abs=1e-4)
         assert candidates == pytest.approx(layer.candidates, abs=1e-4)
@@ -448,11 +453,11 @@ def test_interrupted_training_leaves_the_old_predictor(tmp_path: Path, monkeypat
     before = predictor.read_bytes()
     calls: list[int] = []
 
-    def stop(data: LayerData, layer: int, options: TrainOptions) -> object:
-        calls.append(layer)
-        if layer == 1:
+    def stop(data: LayerData, ffn: Ffn, options: TrainOptions) -> object:
+        calls.append(ffn.layer)
+        if ffn.layer == 1:
             raise KeyboardInterrupt
-        return fit_layer(data, layer, options)
+        return fit_layer(data, ffn, options)
 
     monkeypatch.setattr("pinfer.train.fit_layer", stop)
     with pytest.raises(KeyboardInterrupt):

@@ -117,9 +117,12 @@ def draw(model: Any, case: Case, seed: int) -> None:
             values = case.embedding_std * values
         else:
             gain = 2.0 if any(part in name for part in ("q_proj", "k_proj", "query_key_value")) else 1.2
-            values = gain * values / weight.shape[1] ** 0.5
+            values = gain * values / weight.shape[-1 if "experts." in name else 1] ** 0.5
             values *= case.gate_scale if "gate_proj" in name else 1 / case.gate_scale if "up_proj" in name else 1.0
         weight.data = values.to(weight.dtype)
+    for name, bias in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):  # of the router, about as large as its scores differ
+            bias.data = (0.1 * torch.randn(bias.shape, generator=generator)).to(bias.dtype)
 
 
 def _save_bin(model: Any, folder: Path, case: Case) -> None:

@@ -46,7 +46,7 @@ def measure(model_path: Path, text: Path, n_tokens: int, n_threads: int) -> None
                 split(path, SplitOptions(down_type=down_type))
                 options = EvalOptions(text=text, n_tokens=n_tokens, exact=True, n_threads=n_threads)
                 found = evaluate(path, options)
-                n_bytes = cold_neuron_bytes(model, 0, down_types(model, 0, down_type))
+                n_bytes = cold_neuron_bytes(model.ffns[0], down_types(model.ffns[0], down_type))
                 print(
                     f"| {model_type} | {down_type} | {n_bytes} "
                     f"| {found.perplexity_dense:.2f} | {found.perplexity_sparse:.2f} "

@@ -22,7 +22,7 @@ from pinfer.artefacts.profile import SamplesFile
 from pinfer.gguf_io.reader import row_bytes
 from pinfer.model import open_model
 from pinfer.predictors.data import HeldBack, LayerData, parts
-from pinfer.predictors.few_bits import few_bits
+from pinfer.predictors.few_bits import compensation, few_bits
 from pinfer.predictors.fitting import SCATTERED_COST
 from pinfer.predictors.low_rank import Spectrum, covariance
 from pinfer.predictors.thresholds import calibrate
@@ -222,8 +222,8 @@ def copies(layer: Layer) -> Iterator[Kind]:
     by_row, by_block = two_bit_copy(weight, n_embd), two_bit_copy(weight, BLOCK)
     yield Kind("2 bits, scale per row", 0, two_bits, lambda x: x @ by_row.T)
     yield Kind("2 bits, scale per 32", 0, two_bits + 2 * n_ff * n_embd // BLOCK, lambda x: x @ by_block.T)
-    inputs = covariance(layer.fit)
-    one, two = few_bits(weight, inputs, 1), few_bits(weight, inputs, 2)
+    how = compensation(covariance(layer.fit))
+    one, two = few_bits(weight, how, 1), few_bits(weight, how, 2)
     yield Kind("one_bit: 1 bit, errors compensated", 0, one_bit, lambda x: x @ one.T)
     yield Kind("two_bit: 2 bits, errors compensated", 0, two_bits, lambda x: x @ two.T)
 
@@ -280,7 +280,7 @@ def read_layer(path: Path, i: int, row_type: str | None) -> Layer:
     samples = SamplesFile.read(
         paths.artefact_dir(model.path, model.fingerprint, for_writing=False) / paths.SAMPLES, model
     )
-    data = LayerData.read(model, i, samples)
+    data = LayerData.read(model, model.ffns[i], samples)
     if row_type:
         one = row_bytes(row_type, model.n_embd)
         data = dataclasses.replace(data, first_bytes=one, rest_bytes=one * (2 if model.gated else 1))

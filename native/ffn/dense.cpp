@@ -310,5 +310,5 @@ ggml_status pinfer_dense_ffn(pinfer_team * team, pinfer_model * m, const pinfer_
                             team->n_threads);
     }
     account(m, f);
-    return pinfer_dense_product(team, m, f.down, (const float *) f.h->data);
+    return pinfer_dense_product(team, m, f.down, (const float *) f.h->data); // of half an FFN there is none
 }

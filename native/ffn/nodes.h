@@ -38,5 +38,6 @@ struct pinfer_ffn {
     bool          gated() const { return gate.mul_mat != nullptr; }
     bool          is_stack() const { return experts != nullptr; }
     int64_t       n_tokens() const { return is_stack() ? x->ne[2] : x->ne[1]; }
-    ggml_tensor * out() const { return is_stack() ? sums.back() : down.out(); }
+    bool          is_half() const { return !down.mul_mat; } // ends in h: other nodes lie between it and down
+    ggml_tensor * out() const { return is_half() ? h : is_stack() ? sums.back() : down.out(); }
 };

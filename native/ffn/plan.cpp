@@ -287,7 +287,7 @@ bool check_ffn(pinfer_model * m, const pinfer_ffn & f) {
     const auto        il    = (size_t) f.index;
     const std::string layer = pinfer_ffn_title(f.index);
     if (il >= m->ffns.size() || !same_matrix(f.gate, m->header.ffns[il].gate) || !same_matrix(f.up, m->header.ffns[il].up) ||
-        !same_matrix(f.down, m->header.ffns[il].down)) {
+        (!f.is_half() && !same_matrix(f.down, m->header.ffns[il].down))) {
         pinfer_model_fail(m, "the FFN of " + layer + " in the graph is not that of " + m->settings.model +
                                  "; load the model that was configured");
         return false;
@@ -297,6 +297,7 @@ bool check_ffn(pinfer_model * m, const pinfer_ffn & f) {
         return false;
     }
     if (m->ffns[il].checked) {
+        pinfer_model_begin_check(m); // the first batch is through: from now on it delays no load
         return true;
     }
     if (!is_of_file(*m, f.up, m->header.ffns[il].up)) {
@@ -330,6 +331,11 @@ ggml_status pinfer_ffn_compute(pinfer_team * team, pinfer_model * m, const pinfe
 
     // where another node reads h, all of h has to be there
     const pinfer_neurons *         cold = m->cold && !f.h_is_read ? &m->cold->ffns[il] : nullptr;
+    if (f.is_half() && cold && cold->n < f.up.weight->ne[1]) {
+        pinfer_model_fail(m, "neurons of " + m->settings.model + " cannot be on a device: a norm follows their activation; type: "
+                             "pinfer solve --vram 0, then pinfer split");
+        return GGML_STATUS_FAILED;
+    }
     const pinfer_predictor_ffn * pred = m->predictor ? &m->predictor->ffns[il] : nullptr;
     if (pred && (pred->rank == 0 || (m->cold && !cold))) {
         pred = nullptr; // it is arranged for the neurons of the shard
@@ -341,11 +347,14 @@ ggml_status pinfer_ffn_compute(pinfer_team * team, pinfer_model * m, const pinfe
         return pinfer_dense_ffn(team, m, f, rule);
     }
     if (n_tokens >= m->settings.n_batch_dense && !f.is_stack()) {
-        return cold ? long_batch_of_shards(team, m, f, *cold, rule) : pinfer_dense_ffn(team, m, f, rule);
+        return cold && !f.is_half() ? long_batch_of_shards(team, m, f, *cold, rule) : pinfer_dense_ffn(team, m, f, rule);
     }
 
     pinfer_neurons own;
-    if (!cold || f.is_stack()) {
+    if (f.is_half() && cold) {
+        own      = *cold;
+        own.down = {};
+    } else if (!cold || f.is_stack()) {
         if (cold) {
             own = *cold;
         } else {
@@ -358,7 +367,7 @@ ggml_status pinfer_ffn_compute(pinfer_team * team, pinfer_model * m, const pinfe
         }
     }
     pinfer_sparse_job j;
-    j.neurons   = cold && !f.is_stack() ? cold : &own;
+    j.neurons   = cold && !f.is_stack() && !f.is_half() ? cold : &own;
     j.predictor = n_tokens < m->settings.n_batch_dense ? pred : nullptr;
     j.rule      = rule;
     j.gated     = f.gated();
@@ -371,5 +380,5 @@ ggml_status pinfer_ffn_compute(pinfer_team * team, pinfer_model * m, const pinfe
     }
     m->stats.n_tokens += (uint64_t) n_tokens;
     m->stats.n_neurons += (uint64_t) (n_tokens * j.n_ff);
-    return cold ? short_batch_of_shards(team, m, f, j) : short_batch_of_model(team, m, f, j);
+    return cold && !f.is_half() ? short_batch_of_shards(team, m, f, j) : short_batch_of_model(team, m, f, j);
 }

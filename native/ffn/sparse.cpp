@@ -664,3 +664,46 @@ pinfer_sparse_counts pinfer_sparse_compute(pinfer_team * team, const pinfer_spar
     }
     return sum;
 }
+
+void pinfer_sparse_down(pinfer_team * team, const pinfer_neurons & neurons, const float * h, int64_t n_ff, int64_t n_embd,
+                        int64_t n_tokens, float * y) {
+    const size_t    scratch = scratch_size(n_embd), sums = (size_t) (n_tokens * n_embd) * sizeof(float);
+    uint8_t * const arena   = pinfer_team_arena(team, (scratch + sums) * (size_t) team->n_threads);
+#pragma omp parallel num_threads(team->n_threads)
+    {
+        const int       ith = omp_get_thread_num(), nth = omp_get_num_threads();
+        uint8_t * const own = arena + (scratch + sums) * (size_t) ith;
+        float * const   sum = (float *) (own + scratch);
+        std::fill(sum, sum + n_tokens * n_embd, 0.0f);
+        for (int64_t t = 0; t < n_tokens; t++) {
+            const float * const row = h + t * n_ff;
+            const void *        rows[GROUP];
+            float               f[GROUP];
+            int64_t             n   = 0;
+            const auto          add = [&] {
+                pinfer_kernel_accumulate(neurons.down.kernel, n_embd, n, rows, f, 1, sum + t * n_embd, (float *) own);
+                n = 0;
+            };
+            for (int64_t j = share_begin(neurons.n, ith, nth); j < share_begin(neurons.n, ith + 1, nth); j++) {
+                const float value = row[neurons.ids ? neurons.ids[j] : j];
+                if (value != 0.0f) {
+                    prefetch_row(neurons.down, j, n_embd);
+                    rows[n] = row_at(neurons.down, j);
+                    f[n++]  = value;
+                    if (n == GROUP) {
+                        add();
+                    }
+                }
+            }
+            add();
+        }
+#pragma omp barrier
+        for (int64_t k = n_tokens * n_embd * ith / nth; k < n_tokens * n_embd * (ith + 1) / nth; k++) {
+            float total = 0.0f;
+            for (int i = 0; i < nth; i++) {
+                total += ((const float *) (arena + (scratch + sums) * (size_t) i + scratch))[k];
+            }
+            y[k] = total;
+        }
+    }
+}

@@ -24,3 +24,7 @@ struct pinfer_sparse_counts {
 };
 
 pinfer_sparse_counts pinfer_sparse_compute(pinfer_team * team, const pinfer_sparse_job & job);
+
+// y [n_tokens, n_embd] = the down rows of what is not zero in h [n_tokens, n_ff].
+void pinfer_sparse_down(pinfer_team * team, const pinfer_neurons & neurons, const float * h, int64_t n_ff, int64_t n_embd,
+                        int64_t n_tokens, float * y);

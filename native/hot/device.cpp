@@ -80,13 +80,13 @@ static ggml_backend_dev_t find_device(const char * name, int index, std::string 
         known += (known.empty() ? "" : ", ") + std::string(ggml_backend_dev_name(dev));
     }
     if (name) {
-        *err = "no device named " + std::string(name) + " (there are: " + known + "); choose one with --device";
+        *err = "no device named " + std::string(name) + " (there are: " + known + "); choose one with --hot-device";
     } else if (n_gpus == 0) {
         *err = "the placement puts neurons on a GPU, but this machine has none; type: pinfer solve --vram 0, then "
-               "pinfer split (or choose a device with --device)";
+               "pinfer split (or choose a device with --hot-device)";
     } else {
         *err = "the placement puts neurons on " + std::to_string(index + 1) + " GPUs, but this machine has " +
-               std::to_string(n_gpus) + "; choose devices with --device, or type: pinfer solve, then pinfer split";
+               std::to_string(n_gpus) + "; choose devices with --hot-device, or type: pinfer solve, then pinfer split";
     }
     return nullptr;
 }

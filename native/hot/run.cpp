@@ -70,12 +70,17 @@ static std::unique_ptr<pinfer_hot_graph> build(const pinfer_hot_ffn & layer, con
     }
     ggml_set_input(g->x);
     ggml_tensor * h = product(*g, layer.up, layer.up_bias, g->x);
-    if (rule.act != PINFER_ACT_REGLU) {
+    if (rule.act != PINFER_ACT_REGLU && rule.act != PINFER_ACT_REGLU2) {
         h = relu(ctx, h, rule.threshold);
     }
     if (layer.gate) {
         ggml_tensor * gate = product(*g, layer.gate, layer.gate_bias, g->x);
-        h = rule.threshold > 0.0f ? ggml_mul(ctx, relu(ctx, gate, rule.threshold), h) : ggml_reglu_split(ctx, gate, h);
+        if (rule.act == PINFER_ACT_REGLU2) {
+            gate = ggml_sqr(ctx, relu(ctx, gate, rule.threshold));
+            h    = ggml_mul(ctx, gate, h);
+        } else {
+            h = rule.threshold > 0.0f ? ggml_mul(ctx, relu(ctx, gate, rule.threshold), h) : ggml_reglu_split(ctx, gate, h);
+        }
     } else if (rule.act == PINFER_ACT_RELU2) {
         h = ggml_sqr(ctx, h);
     }

@@ -28,13 +28,14 @@ extern "C" {
 // when it is opened (pinfer_hot_compute_bytes), and never grows. Fewer would leave a GPU waiting for its weights.
 #define PINFER_HOT_TOKENS 256
 
-// What the FFN of the model computes (DESIGN section 4: relu, relu2, reglu, drelu).
+// What the FFN of the model computes: relu, relu2, reglu, drelu, reglu2 (the square of a ReLU of the gate, times up).
 enum pinfer_activation {
     PINFER_ACT_GRAPH = 0,  // whatever the graph of libllama says
     PINFER_ACT_RELU  = 1,
     PINFER_ACT_RELU2 = 2,
     PINFER_ACT_REGLU = 3,
     PINFER_ACT_DRELU = 4,
+    PINFER_ACT_REGLU2 = 6,
     PINFER_ACT_OTHER = 5,  // SiLU, GELU, ...: no exact zeros, nothing for pinfer to do
 };
 

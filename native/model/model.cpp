@@ -54,8 +54,8 @@ static bool read_hot(pinfer_model * m, const pinfer_origin & origin, std::string
     const pinfer_settings & s = m->settings;
     if (!s.hot.empty() && !s.devices.empty() && s.devices.size() != s.hot.size()) {
         *err = s.hot[0] + " is one of " + std::to_string(s.hot.size()) + " hot shards, but " + std::to_string(s.devices.size()) +
-               " devices are named; name as many with --device, or make the shards again: pinfer solve " + s.model +
-               " --device, then pinfer split";
+               " devices are named; name as many with --hot-device, or make the shards again: pinfer solve " + s.model +
+               ", then pinfer split";
         return false;
     }
     for (const std::string & path : s.hot) {
@@ -142,8 +142,8 @@ bool pinfer_model_open(pinfer_model * m, std::string * err) {
 }
 
 static bool check_settings(const pinfer_settings & s, std::string * err) {
-    if (s.rule.act < PINFER_ACT_GRAPH || s.rule.act > PINFER_ACT_OTHER) {
-        *err = "unknown activation; it is one of relu, relu2, reglu and drelu";
+    if (s.rule.act < PINFER_ACT_GRAPH || s.rule.act > PINFER_ACT_REGLU2) {
+        *err = "unknown activation; it is one of relu, relu2, reglu, drelu and reglu2";
         return false;
     }
     const float threshold = s.rule.threshold;
@@ -295,8 +295,13 @@ const pinfer_artefact * pinfer_model_damaged_file(const pinfer_model * m) {
     return damaged;
 }
 
+void pinfer_model_begin_check(const pinfer_model * m) {
+    each_file(m, [](pinfer_artefact & file) { file.verifier.begin(); });
+}
+
 void pinfer_model_finish_check(const pinfer_model * m) {
     const double seconds = 10.0;
+    pinfer_model_begin_check(m);
     each_file(m, [&](const pinfer_artefact & file) {
         if (!file.verifier.wait(seconds)) {
             fprintf(stderr, "pinfer: %s was not checked to its end; to check it, type: pinfer show %s --verify\n", file.path.c_str(),

@@ -107,8 +107,11 @@ void pinfer_model_fail(pinfer_model * m, const std::string & why);
 // The first of its artefacts that was found to be damaged; null: none so far.
 const pinfer_artefact * pinfer_model_damaged_file(const pinfer_model * m);
 
+// Starts to compare its artefacts with their checksums in the background, when it is called first. The mutex is held.
+void pinfer_model_begin_check(const pinfer_model * m);
+
 // Waits, some seconds at most, until its artefacts have been compared with their checksums, and says on stderr what differs:
-// it may have been used already.
+// it may have been used already. The mutex is held.
 void pinfer_model_finish_check(const pinfer_model * m);
 
 // Weights come and go.

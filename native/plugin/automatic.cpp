@@ -70,7 +70,7 @@ bool read_rule(pinfer_model * m, bool named, std::string * err) {
     if (!activation.empty()) {
         m->settings.rule.act = pinfer_activation_parse(activation.c_str());
         if (m->settings.rule.act == PINFER_ACT_GRAPH) {
-            *err = "PINFER_ACTIVATION=" + activation + " is not an activation; it is one of relu, relu2, reglu, drelu and other";
+            *err = "PINFER_ACTIVATION=" + activation + " is not an activation; it is one of relu, relu2, reglu, drelu, reglu2 and other";
             return false;
         }
     }

@@ -45,6 +45,9 @@ static bool graph_computes(const ggml_tensor * h, pinfer_activation act) {
 // Whether h, which feeds the down product of an FFN, is the model's activation: the graph's own, or computed here.
 // With a threshold the graph's own is right only as far as the ReLU in it was computed here.
 static bool is_models(const pinfer_engine * e, const pinfer_rule & rule, int ffn, const ggml_tensor * h) {
+    if (h->op == GGML_OP_MUL && h->src[0]->op == GGML_OP_RMS_NORM) { // a norm between them
+        h = h->src[0]->src[0];
+    }
     const ggml_tensor * const done = (size_t) ffn < e->activation_done.size() ? e->activation_done[(size_t) ffn] : nullptr;
     const bool                same = graph_computes(h, rule.act);
     if (h == done) {
@@ -98,16 +101,45 @@ static ggml_status compute_bias(pinfer_engine * e, pinfer_model * m, ggml_tensor
     return GGML_STATUS_SUCCESS;
 }
 
+static bool has_norm(const pinfer_model & m, int ffn) {
+    return (size_t) ffn < m.header.ffns.size() && m.header.ffns[(size_t) ffn].normed;
+}
+
+static ggml_status refuse_activation(pinfer_model * m, int ffn) {
+    pinfer_model_fail(m, "the activation of " + pinfer_ffn_title(ffn) + " was computed elsewhere, not as " +
+                             pinfer_activation_name(m->rule().act) + "; keep all FFNs in the plugin's buffers");
+    return GGML_STATUS_FAILED;
+}
+
+// The down product of an FFN whose first half went before: what was zero there is zero behind the norm as well.
+static ggml_status compute_second_half(pinfer_engine * e, pinfer_model * m, ggml_tensor * node, int ffn) {
+    const ggml_tensor * const h        = node->src[1];
+    const int64_t             n_tokens = ggml_nrows(h);
+    if (m->rule().act != PINFER_ACT_GRAPH && !is_models(e, m->rule(), ffn, h)) {
+        return refuse_activation(m, ffn);
+    }
+    const pinfer_neurons * const cold = m->cold ? &m->cold->ffns[(size_t) ffn] : nullptr;
+    if (cold && cold->n == h->ne[0] && m->ffns[(size_t) ffn].checked && n_tokens < m->settings.n_batch_dense && !m->observer.on &&
+        ggml_is_contiguous(h)) {
+        pinfer_sparse_down(&e->team, *cold, (const float *) h->data, h->ne[0], node->ne[0], n_tokens, (float *) node->data);
+        return GGML_STATUS_SUCCESS;
+    }
+    return pinfer_team_nodes(&e->team, &node, 1);
+}
+
 // A node outside a whole FFN, computed from its direct sources: what lies before them may be overwritten by now. A down
 // product whose input is not the model's activation is refused: it would be silently wrong.
 static ggml_status compute_single(pinfer_engine * e, pinfer_model * m, ggml_tensor * node) {
+    int ffn = -1;
+    if (node->op == GGML_OP_MUL_MAT && pinfer_part_of(node->src[0]->name, false, &ffn) == PINFER_PART_DOWN && has_norm(*m, ffn)) {
+        return compute_second_half(e, m, node, ffn);
+    }
     m->stats.n_fallback++;
     if (m->announce_fallback) {
         m->announce_fallback = false;
         fprintf(stderr, "pinfer: %s (%s) is not part of an FFN that pinfer knows; such nodes run on the plain CPU backend\n",
                 node->name, ggml_op_desc(node));
     }
-    int ffn = -1;
     if (node->op == GGML_OP_ADD && node->src[1]->type != GGML_TYPE_F32 &&
         pinfer_part_of(node->src[1]->name, true, &ffn) != PINFER_PART_NONE && ggml_is_contiguous(node->src[0])) {
         return compute_bias(e, m, node);
@@ -121,9 +153,7 @@ static ggml_status compute_single(pinfer_engine * e, pinfer_model * m, ggml_tens
     }
     if ((node->op == GGML_OP_MUL_MAT || node->op == GGML_OP_MUL_MAT_ID) &&
         pinfer_part_of(node->src[0]->name, false, &ffn) == PINFER_PART_DOWN && !is_models(e, m->rule(), ffn, node->src[1])) {
-        pinfer_model_fail(m, "the activation of " + pinfer_ffn_title(ffn) + " was computed elsewhere, not as " +
-                                 pinfer_activation_name(m->rule().act) + "; keep all FFNs in the plugin's buffers");
-        return GGML_STATUS_FAILED;
+        return refuse_activation(m, ffn);
     }
     return pinfer_team_nodes(&e->team, &node, 1);
 }
@@ -235,11 +265,12 @@ ggml_status pinfer_engine_compute(pinfer_engine * e, ggml_cgraph * graph) {
     std::vector<std::shared_ptr<pinfer_model>> models; // of the FFNs
     for (int i = 0; i < n; i++) {
         pinfer_ffn f;
-        if (!pinfer_match_ffn(graph, i, &f)) {
+        const bool whole = pinfer_match_ffn(graph, i, &f);
+        if (!whole && !pinfer_match_half(graph, i, &f)) {
             continue;
         }
         const auto m = pinfer_model_of_weight(f.up.weight);
-        if (!m || pinfer_model_of_weight(f.down.weight) != m || (f.gated() && pinfer_model_of_weight(f.gate.weight) != m) ||
+        if (!m || (whole ? pinfer_model_of_weight(f.down.weight) != m : !has_norm(*m, f.index)) || (f.gated() && pinfer_model_of_weight(f.gate.weight) != m) ||
             !computes_whole(m->rule(), f)) {
             continue;
         }
@@ -265,6 +296,9 @@ ggml_status pinfer_engine_compute(pinfer_engine * e, ggml_cgraph * graph) {
             const auto & m = models[(size_t) p.ends];
             e->used        = m;
             status         = compute_ffn(e, m.get(), ffns[(size_t) p.ends]);
+            if (ffns[(size_t) p.ends].is_half()) {
+                mark_done(e, ffns[(size_t) p.ends].index, ffns[(size_t) p.ends].h);
+            }
         } else if (!p.inside && !is_view(nodes[i])) {
             status = compute_node(e, nodes[i]);
         }

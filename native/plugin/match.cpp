@@ -187,6 +187,21 @@ static bool match_stack(const ggml_cgraph * graph, int i_down, pinfer_ffn * f) {
            f->weights->ne[2] == n_tokens && (int64_t) f->views.size() <= k && is_token_matrix(f->out());
 }
 
+// Whether the products that lead to h come before node i, and nothing else reads them.
+static bool has_products(const ggml_cgraph * graph, int i, const pinfer_ffn & f) {
+    for (const ggml_tensor * t : {f.gate.mul_mat, f.gate.add, f.up.mul_mat, f.up.add, f.inner}) {
+        if (t && (!is_among(graph, i, t) || readers(graph, t) != 1)) {
+            return false;
+        }
+    }
+    return true;
+}
+
+static bool are_token_matrices(const pinfer_ffn & f) {
+    return is_token_matrix(f.x) && is_token_matrix(f.h) && is_token_matrix(f.up.out()) &&
+           (!f.gated() || is_token_matrix(f.gate.out()));
+}
+
 bool pinfer_match_ffn(const ggml_cgraph * graph, int i_down, pinfer_ffn * out) {
     ggml_tensor * down = graph->nodes[i_down];
     pinfer_ffn    f;
@@ -199,12 +214,7 @@ bool pinfer_match_ffn(const ggml_cgraph * graph, int i_down, pinfer_ffn * out) {
         return false;
     }
     f.down = d;
-    for (const ggml_tensor * t : {f.gate.mul_mat, f.gate.add, f.up.mul_mat, f.up.add, f.inner}) {
-        if (t && (!is_among(graph, i_down, t) || readers(graph, t) != 1)) {
-            return false;
-        }
-    }
-    if (!is_among(graph, i_down, f.h)) {
+    if (!has_products(graph, i_down, f) || !is_among(graph, i_down, f.h)) {
         return false;
     }
     if (f.is_stack()) {
@@ -219,8 +229,16 @@ bool pinfer_match_ffn(const ggml_cgraph * graph, int i_down, pinfer_ffn * out) {
         return false;
     }
     f.h_is_read = readers(graph, f.h) != 1;
-    if (!is_token_matrix(f.x) || !is_token_matrix(f.h) || !is_token_matrix(f.up.out()) || !is_token_matrix(f.down.out()) ||
-        (f.gated() && !is_token_matrix(f.gate.out()))) {
+    if (!are_token_matrices(f) || !is_token_matrix(f.down.out())) {
+        return false;
+    }
+    *out = f;
+    return true;
+}
+
+bool pinfer_match_half(const ggml_cgraph * graph, int i_h, pinfer_ffn * out) {
+    pinfer_ffn f;
+    if (!pinfer_match_activation(graph->nodes[i_h], &f) || f.is_stack() || !has_products(graph, i_h, f) || !are_token_matrices(f)) {
         return false;
     }
     *out = f;

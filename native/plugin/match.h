@@ -14,6 +14,9 @@ bool pinfer_match_activation(ggml_tensor * h, pinfer_ffn * out);
 // an FFN without experts may be, which is noted.
 bool pinfer_match_ffn(const ggml_cgraph * graph, int i_down, pinfer_ffn * out);
 
+// The first half of an FFN, which ends in its activation at node i_h; the same conditions.
+bool pinfer_match_half(const ggml_cgraph * graph, int i_h, pinfer_ffn * out);
+
 // What makes an operation one of an FFN.
 struct pinfer_claim {
     const ggml_tensor * weight = nullptr; // the weight or bias that it works with, or whose product it takes; null: not of an FFN

@@ -6,6 +6,7 @@
 #include "report.h"
 #include "speculative.h"
 #include "run.h"
+#include "server-http.h"
 
 #include <algorithm>
 #include <atomic>
@@ -89,16 +90,18 @@ void on_signal(int sig) {
 }
 
 // Waits for the signal. A server's handler takes locks, so it runs here; a completion looks at `pending` after each token.
+// A chat has nothing to wait for.
 void signal_thread(void) {
     char          byte;
     const ssize_t ignored = read(wake_pipe[0], &byte, 1);
     (void) ignored;
-    const bool server = run->options.verb == "server";
+    const bool server     = run->options.verb == "server";
+    const bool completion = run->options.verb == "completion";
     if (server) {
         program_handler(pending.load());
     }
-    sleep(server ? 3 : 2);
-    if (server) {
+    sleep(server ? 3 : completion ? 2 : 0);
+    if (!completion) {
         pinfer_run_end(*run, nullptr);
     }
     pinfer_leave(server ? 0 : 128 + pending.load());
@@ -196,7 +199,8 @@ void pinfer_common_init(void) {
 }
 
 int pinfer_signal_handler_set(int sig, const struct sigaction * action) {
-    if (run->options.verb == "cli") {
+    // A chat's own handler stops the answer and lets the chat go on: that is for Ctrl-C, not for SIGTERM.
+    if (run->options.verb == "cli" && sig != SIGTERM) {
         return sigaction(sig, action, nullptr);
     }
     if (wake_pipe[0] < 0) {
@@ -266,6 +270,14 @@ void pinfer_completion_end(const llama_context * ctx, const common_sampler * sam
     if (run->verbose) {
         common_perf_print(ctx, sampler);
     }
+}
+
+// --- llama_server -----------------------------------------------------------------------------------------------------
+
+server_http_res_ptr pinfer_server_status(const server_http_req &) {
+    auto response  = std::make_unique<server_http_res>();
+    response->data = pinfer_report_models();
+    return response;
 }
 
 // --- llama_cli --------------------------------------------------------------------------------------------------------

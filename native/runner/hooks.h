@@ -44,6 +44,15 @@ LOG_ATTRIBUTE_FORMAT(1, 2) void pinfer_log(const char * format, ...);
 #    define common_sampler_accept pinfer_completion_accept
 #    define common_perf_print     pinfer_completion_end
 #endif
+#if defined(PINFER_HOOKS_SERVER)
+#    include "server-http.h"
+// llama_server: the last call of those that add its routes adds GET /pinfer; a router asks the model's own server.
+server_http_res_ptr pinfer_server_status(const server_http_req & request);
+#    define register_gcp_compat()                                                                                  \
+        get("/pinfer", ex_wrapper(is_router_server ? models_routes->proxy_get                                      \
+                                                   : server_http_context::handler_t(pinfer_server_status)));       \
+        ctx_http.register_gcp_compat()
+#endif
 #if defined(PINFER_HOOKS_CHAT)
 #    include "cli-context.h"
 

@@ -1,11 +1,11 @@
 // main.cpp: pinfer-runner: one of llama.cpp's own programs, with pinfer's plugin configured as the command line says.
+#include "common.h"
 #include "leave.h"
 #include "pinfer.h"
 #include "plugin_setup.h"
 #include "run.h"
 #include "ui.h"
 
-#include <algorithm>
 #include <atomic>
 #include <csignal>
 #include <cstdio>
@@ -27,13 +27,8 @@ pinfer_run run;
 const char router_variable[] = "PINFER_ROUTER_COMMAND";
 
 void router_child_become(const std::string & command) {
-    std::vector<std::string> words;
-    for (size_t begin = 0; begin <= command.size();) {
-        const size_t end = std::min(command.find('\n', begin), command.size());
-        words.push_back(command.substr(begin, end - begin));
-        begin = end + 1;
-    }
-    std::vector<char *> argv;
+    std::vector<std::string> words = string_split<std::string>(command, '\n');
+    std::vector<char *>      argv;
     for (std::string & word : words) {
         argv.push_back(word.data());
     }

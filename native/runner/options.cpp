@@ -14,11 +14,7 @@ bool model_flag_set(pinfer_model_options & model, const std::string & name, cons
             err = std::string("--pinfer-activation: unknown activation '") + value + "'";
         }
     } else if (name == "threshold") {
-        char * end      = nullptr;
-        model.threshold = strtof(value, &end);
-        if (end == value || *end != '\0') {
-            err = std::string("--pinfer-threshold: '") + value + "' is not a number";
-        }
+        model.threshold = strtof(value, nullptr);
     } else if (name == "predictor") {
         model.predictor = value;
     } else if (name == "cold") {

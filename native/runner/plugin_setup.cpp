@@ -3,27 +3,13 @@
 
 #include "pinfer_remote.h"
 
-#include <dlfcn.h>
+extern "C" ggml_backend_reg_t ggml_backend_init(void);  // libggml-pinfer.so, which this program is linked with
 
 const char * const pinfer_plugin_tensors = "\\.(ffn_(up|gate|down)(_exps|_shexp)?|channel_mix_(key|value))\\.(weight|bias)";
 
 namespace {
 
 ggml_backend_reg_t plugin = nullptr;
-
-// Puts libggml-pinfer.so, which this program is linked with, into the registry that libllama uses.
-bool plugin_register(std::string & err) {
-    Dl_info info;
-    if (!dladdr((const void *) pinfer_configure, &info) || !info.dli_fname) {
-        err = "libggml-pinfer.so cannot be found; run `make build`";
-        return false;
-    }
-    plugin = ggml_backend_load(info.dli_fname);
-    if (!plugin) {
-        err = std::string(info.dli_fname) + " cannot be loaded; run `make build`";
-    }
-    return plugin != nullptr;
-}
 
 // Whether each hot device exists and has the memory free that the placement takes.
 bool devices_check(const pinfer_model_options & model, std::string & err) {
@@ -53,7 +39,7 @@ bool devices_check(const pinfer_model_options & model, std::string & err) {
     return true;
 }
 
-// The texts as a list that ends with NULL; nullptr without texts.
+// The texts as a list that ends with NULL.
 std::vector<const char *> pointers(const std::vector<std::string> & texts) {
     std::vector<const char *> list;
     for (const std::string & text : texts) {
@@ -92,8 +78,13 @@ bool pinfer_plugin_setup(const pinfer_options & options, std::string & err) {
         err = cause;
         return false;
     }
-    if (!options.models.empty() && !plugin_register(err)) {
-        return false;
+    if (!options.models.empty()) {
+        plugin = ggml_backend_init();
+        if (!plugin) {
+            err = "libggml-pinfer.so is of another version of ggml; run `make build`";
+            return false;
+        }
+        ggml_backend_register(plugin);
     }
     for (const pinfer_model_options & model : options.models) {
         if (!devices_check(model, err) || !model_configure(model, err)) {

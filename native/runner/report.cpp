@@ -1,13 +1,13 @@
 // report.cpp: rates from libllama's counters, shares from the plugin's, memory from both and from the devices.
 #include "report.h"
 
+#include "common.h"
 #include "json.h"
 #include "pinfer.h"
 #include "src/llama-ext.h"
 
 #include <algorithm>
 #include <cmath>
-#include <cstdio>
 #include <cstring>
 
 namespace {
@@ -36,23 +36,25 @@ struct shares {
     double   active = NAN, candidates = NAN;  // of the CPU's neurons: those that fired; those whose first product was computed
     double   computed = NAN, hot = NAN;       // of all neurons: those computed at all; those on devices
     double   on_device = NAN;                 // of the neurons computed, those on devices
-    uint64_t hot_bytes = 0, n_fallback = 0;
+    uint64_t n_tokens = 0, hot_bytes = 0, n_fallback = 0;
 };
 
-shares shares_get(void) {
+// Of a model; NULL: of all together.
+shares shares_get(const pinfer_model_options * model = nullptr) {
     shares s;
     if (options->models.empty()) {
         return s;
     }
     struct pinfer_stats stats = {};
-    pinfer_get_stats(nullptr, &stats);
+    pinfer_get_stats(model ? model->path.c_str() : nullptr, &stats);
     s.active     = share(stats.n_active, stats.n_neurons - stats.n_hot);
     s.candidates = share(stats.n_candidates, stats.n_neurons - stats.n_hot);
     s.computed   = share(stats.n_candidates + stats.n_hot, stats.n_neurons);
-    if (!options->models[0].hot.empty()) {
+    if (!(model ? *model : options->models[0]).hot.empty()) {
         s.hot       = share(stats.n_hot, stats.n_neurons);
         s.on_device = share(stats.n_hot, stats.n_hot + stats.n_candidates);
     }
+    s.n_tokens   = stats.n_tokens;
     s.hot_bytes  = stats.hot_bytes;
     s.n_fallback = stats.n_fallback;
     return s;
@@ -98,14 +100,16 @@ vram vram_get(const llama_context * ctx) {
     return v;
 }
 
-std::string formatted(const char * format, double a, double b = 0.0) {
-    char text[128];
-    snprintf(text, sizeof(text), format, a, b);
-    return text;
+const char * mode_name(const pinfer_model_options & model) {
+    return model.predictor.empty() ? "exact" : "predicted";
 }
 
 const char * mode_name(void) {
-    return options->models.empty() ? "dense" : options->models[0].predictor.empty() ? "exact" : "predicted";
+    return options->models.empty() ? "dense" : mode_name(options->models[0]);
+}
+
+common_json_value number(double value) {
+    return std::isfinite(value) ? common_json_value(value) : common_json_value(nullptr);
 }
 
 } // namespace
@@ -139,24 +143,24 @@ std::string pinfer_report_line(const llama_context * ctx) {
         const double                  prompt    = rate(perf.n_p_eval, perf.t_p_eval_ms);
         const double                  generated = rate(perf.n_eval, perf.t_eval_ms);
         if (std::isfinite(prompt)) {
-            add(formatted("Prompt: %.1f t/s", prompt));
+            add(string_format("Prompt: %.1f t/s", prompt));
         }
         if (std::isfinite(generated)) {
-            add(formatted("Generation: %.1f t/s", generated));
+            add(string_format("Generation: %.1f t/s", generated));
         }
     }
     if (std::isfinite(s.active)) {
-        add(formatted("active %.1f %%", 100.0 * s.active));
+        add(string_format("active %.1f %%", 100.0 * s.active));
     }
     if (std::isfinite(s.computed) && strcmp(mode_name(), "predicted") == 0) {
-        add(formatted("computed %.0f %%", 100.0 * s.computed));
+        add(string_format("computed %.0f %%", 100.0 * s.computed));
     }
     if (std::isfinite(s.on_device)) {
-        add(formatted("on GPU %.0f %%", 100.0 * s.on_device));
+        add(string_format("on GPU %.0f %%", 100.0 * s.on_device));
     }
     const vram v = vram_get(ctx);
     if (v.used > 0) {
-        add(formatted("VRAM %.1f/%.1f GiB", (double) v.used / gib, (double) v.limit / gib));
+        add(string_format("VRAM %.1f/%.1f GiB", (double) v.used / gib, (double) v.limit / gib));
     }
     return line.size() > 1 ? line + " ]" : "";
 }
@@ -177,7 +181,6 @@ std::string pinfer_report_json(const llama_context * ctx, const pinfer_answer & 
     const bool                    eog    = !answer.tokens.empty() && llama_vocab_is_eog(vocab, answer.tokens.back());
     const std::vector<int32_t>    tokens(answer.tokens.begin(), answer.tokens.end() - (eog ? 1 : 0));
 
-    const auto number = [](double value) { return std::isfinite(value) ? common_json_value(value) : common_json_value(nullptr); };
     const auto bytes  = [](bool known, uint64_t n) { return known ? common_json_value(n) : common_json_value(nullptr); };
     char arch[64] = "";
     llama_model_meta_val_str(model, "general.architecture", arch, sizeof(arch));
@@ -210,5 +213,29 @@ std::string pinfer_report_json(const llama_context * ctx, const pinfer_answer & 
         { "vram_limit", bytes(v.used > 0, v.limit) },
         { "n_fallback", bytes(sparse, s.n_fallback) },
     };
+    return json.dump_safe() + "\n";
+}
+
+std::string pinfer_report_models(void) {
+    common_json models = common_json::array();
+    for (const pinfer_model_options & model : options->models) {
+        const shares s = shares_get(&model);
+        models.push_back({
+            { "model", model.path },
+            { "mode", mode_name(model) },
+            { "activation", pinfer_activation_name(model.activation) },
+            { "isa", pinfer_isa() },
+            { "devices", model.hot.empty() ? std::vector<std::string>() : model.devices },
+            { "tokens", s.n_tokens },
+            { "active", number(s.active) },
+            { "candidates", number(s.candidates) },
+            { "computed", number(s.computed) },
+            { "hot", number(s.hot) },
+            { "on_device", number(s.on_device) },
+            { "hot_bytes", s.hot_bytes },
+            { "n_fallback", s.n_fallback },
+        });
+    }
+    common_json json = { { "models", models } };
     return json.dump_safe() + "\n";
 }

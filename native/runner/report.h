@@ -27,3 +27,6 @@ std::string pinfer_report_fallback(void);
 
 // One JSON object and a line break.
 std::string pinfer_report_json(const llama_context * ctx, const pinfer_answer & answer);
+
+// The same about the models that the plugin computes, and what it has computed of them so far.
+std::string pinfer_report_models(void);

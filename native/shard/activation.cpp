@@ -10,7 +10,7 @@ struct activation_entry {
 
 static const activation_entry activations[] = {
     {PINFER_ACT_RELU, "relu"},   {PINFER_ACT_RELU2, "relu2"}, {PINFER_ACT_REGLU, "reglu"},
-    {PINFER_ACT_DRELU, "drelu"}, {PINFER_ACT_OTHER, "other"}, {PINFER_ACT_GRAPH, "graph"},
+    {PINFER_ACT_DRELU, "drelu"}, {PINFER_ACT_REGLU2, "reglu2"}, {PINFER_ACT_OTHER, "other"}, {PINFER_ACT_GRAPH, "graph"},
 };
 
 // Architectures whose graph in llama.cpp has a ReLU-family FFN.

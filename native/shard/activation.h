@@ -11,7 +11,7 @@ struct pinfer_rule {
 };
 
 inline bool pinfer_is_gated(pinfer_activation act) {
-    return act == PINFER_ACT_REGLU || act == PINFER_ACT_DRELU;
+    return act == PINFER_ACT_REGLU || act == PINFER_ACT_DRELU || act == PINFER_ACT_REGLU2;
 }
 
 // ReLU with a threshold: what does not exceed it is zero.
@@ -27,6 +27,8 @@ inline float pinfer_activate(const pinfer_rule & rule, float g, float u) {
             return gate * gate;
         case PINFER_ACT_REGLU:
             return gate * u;
+        case PINFER_ACT_REGLU2:
+            return gate * gate * u;
         case PINFER_ACT_DRELU:
             return gate * pinfer_relu(u, rule.threshold);
         default:

@@ -137,7 +137,7 @@ bool check_ffns(pinfer_artefact * a, const pinfer_origin & origin, std::string *
 // Whether an artefact without checksums is refused. Those of pinfer 0.1 have none.
 const bool CHECKSUMS_REQUIRED = true;
 
-bool start_verifier(pinfer_artefact * a, std::string * err) {
+bool prepare_verifier(pinfer_artefact * a, std::string * err) {
     const int64_t id        = find_key(a->gguf, "pinfer.checksums", GGUF_TYPE_UINT64, true);
     const int64_t n_tensors = gguf_get_n_tensors(a->gguf);
     if (id < 0) {
@@ -158,7 +158,7 @@ bool start_verifier(pinfer_artefact * a, std::string * err) {
     if (fd < 0) {
         return fail(err, "cannot open " + a->path + ": " + strerror(errno) + a->remake);
     }
-    a->verifier.start(fd, std::move(all));
+    a->verifier.prepare(fd, std::move(all));
     return true;
 }
 
@@ -234,7 +234,7 @@ bool pinfer_artefact_open(pinfer_artefact * a, const char * path, const char * k
     if (gguf_get_alignment(a->gguf) % 32 != 0) {
         return pinfer_artefact_damaged(a, "its tensors are not aligned to 32 bytes", err);
     }
-    return check_activation(a, origin, err) && check_ffns(a, origin, err) && start_verifier(a, err);
+    return check_activation(a, origin, err) && check_ffns(a, origin, err) && prepare_verifier(a, err);
 }
 
 bool pinfer_artefact_tensor(const pinfer_artefact * a, const std::string & name, ggml_type type, int64_t ne0, int64_t ne1,

@@ -93,14 +93,22 @@ void pinfer_verifier::work() {
     state.store(result, std::memory_order_release);
 }
 
-void pinfer_verifier::start(int file, std::vector<pinfer_checked_bytes> bytes) {
-    fd    = file;
-    all   = std::move(bytes);
+void pinfer_verifier::prepare(int file, std::vector<pinfer_checked_bytes> bytes) {
+    fd  = file;
+    all = std::move(bytes);
     name.reserve(64);
+}
+
+void pinfer_verifier::begin() {
+    if (begun || fd < 0) {
+        return;
+    }
+    begun = true;
     state = WORKING;
     try {
         thread = std::thread([this] {
-            const int self = 1, idle = 3 << 13; // IOPRIO_WHO_PROCESS, IOPRIO_CLASS_IDLE: the model's own reading comes first
+            // what the model reads comes first
+            const int self = 1, idle = 3 << 13; // IOPRIO_WHO_PROCESS, IOPRIO_CLASS_IDLE
             syscall(SYS_ioprio_set, self, 0, idle);
             work();
         });

@@ -24,7 +24,7 @@ struct pinfer_checked_bytes {
     uint64_t    checksum = 0;
 };
 
-// Reads them in the background, so that a model is ready meanwhile. What reads the file has to ask is_damaged() as it goes.
+// Reads them in the background. What reads the file has to ask is_damaged() as it goes.
 class pinfer_verifier {
 public:
     pinfer_verifier() = default;
@@ -32,12 +32,14 @@ public:
     pinfer_verifier & operator=(const pinfer_verifier &) = delete;
     ~pinfer_verifier();
 
-    // Takes fd over. Where no thread can be made all is read before it returns.
-    void start(int fd, std::vector<pinfer_checked_bytes> all);
+    // Takes fd over.
+    void prepare(int fd, std::vector<pinfer_checked_bytes> all);
+    // Starts, when it is called first. Where no thread can be made all is read before it returns. Not for two threads at once.
+    void begin();
     // Cheap; damage() is the name of the first tensor that differs, once this is true.
     bool is_damaged() const { return state.load(std::memory_order_acquire) == DAMAGED; }
     const std::string & damage() const { return name; }
-    // Waits until all was read, at most so long; false where the time was over.
+    // Once it has begun, waits until all was read, at most so long; false where the time was over.
     bool wait(double seconds) const;
 
 private:
@@ -48,6 +50,7 @@ private:
     int                               fd = -1;
     std::vector<pinfer_checked_bytes> all;
     std::string                       name;
+    bool                              begun = false;
     std::atomic<int>                  state{WHOLE};
     std::atomic<bool>                 stop{false};
     std::thread                       thread;

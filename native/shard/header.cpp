@@ -49,6 +49,12 @@ pinfer_part pinfer_part_of(const char * name, bool bias, int * ffn) {
     return part_of(name, bias ? "bias" : "weight", ffn);
 }
 
+// The layer whose norm between the activation and the down product a tensor is the weight of; -1: it is not.
+static int layer_of_norm(const char * name) {
+    int layer = -1, length = 0;
+    return sscanf(name, "blk.%6d.ffn_sub_norm.weight%n", &layer, &length) == 1 && length > 0 && name[length] == '\0' ? layer : -1;
+}
+
 std::string pinfer_ffn_name(int ffn) {
     static const char * const ends[] = {"", ".shexp", ".exps"};
     return "blk." + std::to_string(pinfer_ffn_layer(ffn)) + ends[pinfer_ffn_kind_of(ffn)];
@@ -148,6 +154,8 @@ static void read_tensors(const gguf_context * gguf, size_t file, pinfer_header *
             const_cast<pinfer_matrix &>(h->ffns[(size_t) ffn].part(part)) = matrix_of(gguf, file, i);
         } else if (!strcmp(name, "token_embd.weight")) {
             h->token_embd = matrix_of(gguf, file, i);
+        } else if (layer_of_norm(name) >= 0 && (size_t) layer_of_norm(name) < h->ffns.size() / PINFER_FFN_KINDS) {
+            h->ffns[(size_t) pinfer_ffn_index(layer_of_norm(name), PINFER_FFN_DENSE)].normed = true;
         } else if (part_of(name, "scale", &ffn) != PINFER_PART_NONE && (size_t) ffn < why->size()) {
             (*why)[(size_t) ffn] = "has matrices with scales of their own";
         } else if (pinfer_part_of(name, true, &ffn) != PINFER_PART_NONE && (size_t) ffn < why->size() &&

@@ -55,6 +55,7 @@ pinfer_part pinfer_part_of(const char * name, bool bias, int * ffn);
 // An FFN; one that the model does not have has no up matrix. Neuron i of expert e has the number e*n_ff + i.
 struct pinfer_ffn_header {
     pinfer_matrix gate, up, down;
+    bool          normed = false; // a norm lies between the activation and the down product (BitNet)
 
     int64_t                n_embd() const { return up.ne[0]; }
     int64_t                n_ff() const { return up.ne[1]; } // of one expert in a stack

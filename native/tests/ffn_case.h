@@ -141,9 +141,8 @@ inline void add_common(gguf_context * g, const char * kind, const ffn_case & c, 
     gguf_set_val_u32(g, "pinfer.format_version", PINFER_FORMAT_VERSION);
     gguf_set_val_str(g, "pinfer.kind", kind);
     gguf_set_val_str(g, "pinfer.model.fingerprint", fingerprint.c_str());
-    gguf_set_val_u32(g, "pinfer.n_layer", 1);
-    gguf_set_val_u32(g, "pinfer.n_embd", N_EMBD);
-    gguf_set_val_u32(g, "pinfer.n_ff", N_FF);
+    const char * ffn = "blk.0";
+    gguf_set_arr_str(g, "pinfer.ffns", &ffn, 1);
     gguf_set_val_str(g, "pinfer.activation", pinfer_activation_name(c.act));
     gguf_set_val_f32(g, "pinfer.activation_threshold", c.threshold);
     gguf_set_val_str(g, "pinfer.placement.id", "0123456789abcdef");

@@ -257,9 +257,9 @@ void test_refusals() {
     s.split({25, 25});
     check(s.open(2, {"CPU", "QUEUE"}, false, &err), "two shards: " + err);
     refused(1, {"CPU"}, "exactly once");
-    refused(2, {"CPU"}, "--device");
+    refused(2, {"CPU"}, "--hot-device");
     refused(2, {"CPU", "NONE"}, "no device named NONE");
-    refused(2, {"CPU", "CPU", "CPU"}, "--device");
+    refused(2, {"CPU", "CPU", "CPU"}, "--hot-device");
     queue.fault = FAKE_CANNOT_MULTIPLY;
     refused(2, {"CPU", "QUEUE"}, "device QUEUE cannot compute MUL_MAT of f32");
     queue.fault = FAKE_WORKS;

@@ -102,10 +102,10 @@ class PlacementFile:
         order = []
         for f, *ends in zip(model.ffns, *_ends(n_hot, len(model.ffns)), strict=True):
             if any(n > f.n_units or (n % group(f) and n != f.n_units) for n in ends):
-                raise file.damaged(f"{f.title} has {ends[-1]} hot units of {f.n_units}")
+                raise file.damaged(f"{f.title} has {ends[-1]} hot {f.units} of {f.n_units}")
             units = file.array(f"{f.name}.order", (f.n_units,), "I32").copy()
             if not np.array_equal(np.sort(units), np.arange(f.n_units, dtype=np.int32)):
-                raise file.damaged(f"the order of {f.title} does not contain each unit once")
+                raise file.damaged(f"the order of {f.title} does not contain each {f.units[:-1]} once")
             order.append(units)
         try:
             report = json.loads(file.get_str("pinfer.placement.report") or "{}")

@@ -224,7 +224,7 @@ def weight_name(ffn: Ffn, part: str) -> str:
 
 def units_name(ffn: Ffn) -> str:
     """Name of the list of an FFN's units in a shard."""
-    return f"{ffn.name}.{'experts' if ffn.is_stack else 'neurons'}"
+    return f"{ffn.name}.{ffn.units}"
 
 
 def down_name(kind: str, ffn: Ffn) -> str:
@@ -279,12 +279,11 @@ class ShardFile:
             name = units_name(ffn)
             ids = file.array(name, type_name="I32").reshape(-1) if file.has(name) else np.empty(0, np.int32)
             if len(ids) and not 0 <= ids.min() <= ids.max() < ffn.n_units:
-                what = "experts" if ffn.is_stack else "neurons"
-                raise file.damaged(f"{ffn.title} names {what} that the model does not have")
+                raise file.damaged(f"{ffn.title} names {ffn.units} that the model does not have")
             units.append(ids)
             for name, shape in _shapes(kind, ffn, len(ids)).items() if len(ids) else ():
                 if file.tensor(name).shape != shape:
-                    raise file.damaged(f"{name} has another shape than its {len(ids)} units")
+                    raise file.damaged(f"{name} has another shape than its {len(ids)} {ffn.units}")
             types.append(file.tensor(down_name(kind, ffn)).type if len(ids) else 0)
         return cls(file, file.get_str("pinfer.placement.id"), tuple(units), tuple(types))
 

@@ -68,7 +68,7 @@ def _check_ffn(at: _Compared) -> None:
     times = np.bincount(everywhere, minlength=at.ffn.n_units)
     if (times != 1).any():
         unit = int(np.argmax(times != 1))
-        raise _Difference(f"{'expert' if at.ffn.is_stack else 'neuron'} {unit} occurs {times[unit]} times")
+        raise _Difference(f"{at.ffn.units[:-1]} {unit} occurs {times[unit]} times")
     for shard in at.hot:
         units = shard.units[at.i]
         if len(units) and at.ffn.is_stack:

@@ -9,9 +9,10 @@ import typer
 
 from pinfer.cli import ui
 from pinfer.cli.formats import format_bytes, format_seconds, percent
-from pinfer.cli.options import ActivationOpt, Choice, DatasetOpt, JsonOpt, OfflineOpt, ThreadsOpt, settings
+from pinfer.cli.options import ActivationOpt, Choice, JsonOpt, OfflineOpt, ThreadsOpt, settings
 
 if TYPE_CHECKING:
+    from pinfer.conversion.powerinfer_predictor import ImportReport
     from pinfer.convert import ConvertReport
 
 
@@ -33,7 +34,18 @@ def convert(
         typer.Option("--type", "--outtype", help="Type of the matrices. [default: f16, or a PowerInfer file's own]"),
     ] = None,
     activation: ActivationOpt = None,
-    dataset: DatasetOpt = "wikitext",
+    dataset: Annotated[
+        str | None,
+        typer.Option(
+            "--dataset",
+            metavar="c4|wikitext|FILE|-",
+            help="Text to measure a PowerInfer file's predictor on. [default: wikitext]",
+        ),
+    ] = None,
+    predictor_only: Annotated[
+        bool,
+        typer.Option("--predictor-only", help="Write only a PowerInfer file's predictor; its model is FILE of -o."),
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
     n_threads: ThreadsOpt = None,
     repo: Annotated[
@@ -50,6 +62,9 @@ def convert(
 
     if (source is None) == (repo is None):
         raise typer.BadParameter("pass one checkpoint: a folder, or -hf USER/REPO", param_hint="SOURCE")
+    for flag, value in (("-hf", repo), ("--activation", activation), ("--force", force)):
+        if predictor_only and value:
+            raise typer.BadParameter(f"it does not go with {flag}", param_hint="--predictor-only")
     Choice(source, repo=repo, offline=offline).check()
     progress = ui.stderr_progress()
     name = None
@@ -58,9 +73,14 @@ def convert(
 
         source, name = fetch_checkpoint(repo, progress, offline=offline), repo.rpartition("/")[2]
     assert source is not None
-    report = stage.convert(source, settings(stage.ConvertOptions, locals()), progress)
-    ui.print_json(report.to_json()) if as_json else print_convert(report)
-    ui.say(f"next: {report.next_command}")
+    options = settings(stage.ConvertOptions, locals())
+    if predictor_only:
+        imported = stage.convert_predictor(source, options, progress)
+        ui.print_json(imported.to_json()) if as_json else print_import(imported)
+    else:
+        report = stage.convert(source, options, progress)
+        ui.print_json(report.to_json()) if as_json else print_convert(report)
+        ui.say(f"next: {report.next_command}")
 
 
 def print_convert(report: ConvertReport) -> None:
@@ -74,22 +94,32 @@ def print_convert(report: ConvertReport) -> None:
         ("tokenizer", _tokenizer(report)),
         ("took", format_seconds(report.seconds)),
     ]
-    if (predictor := report.predictor) is not None:
-        facts.append(("predictor", f"{format_bytes(predictor.predictor_bytes)}, measured on {predictor.corpus}"))
-        facts.append(
-            ("recall", f"{percent(predictor.recall)} of the activation mass, {percent(predictor.candidates)} computed")
-        )
-        if predictor.sign_recall is not None and predictor.sign_candidates is not None:
-            facts.append(
-                (
-                    "as PowerInfer used it",
-                    f"{percent(predictor.sign_recall)}, {percent(predictor.sign_candidates)} computed",
-                )
-            )
+    if report.predictor is not None:
+        facts += _predictor_facts(report.predictor)
     ui.print_facts(facts)
     for note in report.notes:
         ui.say(f"note: {note}")
     ui.print_paths(report.path)
+
+
+def print_import(report: ImportReport) -> None:
+    """Describe the imported predictor."""
+    ui.print_facts(_predictor_facts(report))
+    for note in report.notes():
+        ui.say(f"note: {note}")
+    ui.print_paths(report.path)
+
+
+def _predictor_facts(report: ImportReport) -> list[tuple[str, str]]:
+    facts = [
+        ("predictor", f"{format_bytes(report.predictor_bytes)}, measured on {report.corpus}"),
+        ("recall", f"{percent(report.recall)} of the activation mass, {percent(report.candidates)} computed"),
+    ]
+    if report.sign_recall is not None and report.sign_candidates is not None:
+        facts.append(
+            ("as PowerInfer used it", f"{percent(report.sign_recall)}, {percent(report.sign_candidates)} computed")
+        )
+    return facts
 
 
 def _tokenizer(report: ConvertReport) -> str:

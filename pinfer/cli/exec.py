@@ -23,10 +23,13 @@ def exec_program(
     ] = None,
     activation: Annotated[
         str | None,
-        typer.Option("--activation", help="What its FFN computes: relu, relu2, reglu, drelu, or other for llama.cpp."),
+        typer.Option(
+            "--activation", help="What its FFN computes: relu, relu2, reglu, drelu, reglu2, or other for llama.cpp."
+        ),
     ] = None,
     device: Annotated[
-        str | None, typer.Option("--device", help="Devices of its hot neurons; default: those of the placement.")
+        str | None,
+        typer.Option("--hot-device", "--device", help="Devices of its hot neurons; default: those of the placement."),
     ] = None,
 ) -> None:
     """Run a program of llama.cpp with pinfer's plugin: llama-server, llama-cli, llama-perplexity, ...

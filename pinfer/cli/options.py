@@ -276,10 +276,14 @@ class Choice:
             os.environ["HF_HUB_OFFLINE"] = "1"  # also for data sets
 
     def say_next(self, command: str, rest: str = "") -> None:
-        """Print the next command to type. It names the model if the user did."""
-        words = ["pinfer", command]
+        """Print the next command to type."""
+        ui.say(f"next: {self.command(command, rest)}")
+
+    def command(self, name: str, rest: str = "") -> str:
+        """A command on this model as the user would type it. It names the model if the user did."""
+        words = ["pinfer", name]
         if self.repo is not None:
             words += ["-hf", shlex.quote(self.repo)]
         elif model := self.model or self.flag:
             words.append(shlex.quote(str(model)))
-        ui.say("next: " + " ".join(words + ([rest] if rest else [])))
+        return " ".join(words + ([rest] if rest else []))

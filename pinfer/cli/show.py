@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from pinfer.cli import ui
 from pinfer.cli.formats import format_bytes, percent
@@ -16,17 +18,28 @@ _PART_NAMES = {"ffn": "FFN", "dense": "attention, norms, other", "embeddings": "
 
 
 @with_model
-def show(choice: Choice, activation: ActivationOpt = None, as_json: JsonOpt = False) -> None:
+def show(
+    choice: Choice,
+    activation: ActivationOpt = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Compare every tensor of the artefacts with its checksum.")
+    ] = False,
+    as_json: JsonOpt = False,
+) -> None:
     """Describe a model, its artefacts and how pinfer runs it."""
     from pinfer import show as stage
 
-    report = stage.show(choice.path(), settings(stage.ShowOptions, locals()))
+    report = stage.show(choice.path(), settings(stage.ShowOptions, locals()), ui.stderr_progress())
     ui.print_json(report.to_json()) if as_json else print_show(report)
+    if verify and any(artefact.state == stage.UNUSABLE for artefact in report.artefacts):
+        raise typer.Exit(1)
     choice.say_next(report.next)
 
 
 def print_show(report: ShowReport) -> None:
     """Print the model, its artefacts and how it will run."""
+    from pinfer.show import UNUSABLE
+
     ui.print_facts(_facts(report))
     print()
     ui.print_table("", ("part", "size", "share", "types"), _parts(report), left=(0, 3))
@@ -37,6 +50,8 @@ def print_show(report: ShowReport) -> None:
         )
     else:
         print("no artefacts yet")
+    if rows and report.verified and all(artefact.state != UNUSABLE for artefact in report.artefacts):
+        print("Every tensor of the artefacts has its checksum.")
     print()
     print(f"{report.plan[0].upper()}{report.plan[1:]}.")
     for artefact in report.artefacts:

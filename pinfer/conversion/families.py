@@ -18,7 +18,16 @@ from gguf import MODEL_ARCH, GGUFWriter, get_tensor_name_map
 from numpy.typing import NDArray
 
 from pinfer.conversion.checkpoint import Checkpoint, CheckpointTensor
+from pinfer.conversion.experts import is_expert, stacked_experts
 from pinfer.conversion.hints import ANOTHER_MODEL, DOWNLOAD_AGAIN
+from pinfer.conversion.nemotron_h import (
+    add_nemotron_h_metadata,
+    change_nemotron_h,
+    is_mixture,
+    layer_kinds,
+    require_expressible_nemotron_h,
+    shape_nemotron_h,
+)
 from pinfer.conversion.opt_model import add_opt_metadata, opt_tensors, require_expressible_opt
 from pinfer.conversion.plan import ConvertPlan, PlannedTensor
 from pinfer.conversion.rope import add_rope, rope_tensors, rotated_dims
@@ -28,6 +37,8 @@ from pinfer.model import MAX_LAYERS
 Change = Callable[[Checkpoint, str, NDArray[Any]], NDArray[Any]]
 
 _UNUSED = re.compile(r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$|\.masked_bias$")
+_RENAMED = {"dt_bias": "dt_proj.bias", "e_score_correction_bias": "e_score_correction.bias"}
+"""ends of names that gguf's map spells in another way"""
 _SQUARED = ("relu2", "relu_squared", "squared_relu")
 _SMOOTH = {
     "silu": ("silu", "swish"),
@@ -52,6 +63,8 @@ class Family:
     metadata: Callable[[Checkpoint, GGUFWriter], None]
     change: Change = _unchanged
     """what becomes of a tensor's values, given its name in the GGUF"""
+    shape: Callable[[Checkpoint, PlannedTensor], PlannedTensor] = lambda checkpoint, tensor: tensor
+    """the tensor in the shape and type that the graph needs"""
     tied_by_default: bool = False
     """whether the original's config class takes the output for the embedding"""
     output: Literal["maybe", "never", "always"] = "maybe"
@@ -139,9 +152,10 @@ def _mapped_tensors(family: Family, checkpoint: Checkpoint) -> list[PlannedTenso
         )
     planned = rope_tensors(checkpoint, family.rope_factors, _head_dim(checkpoint))
     for name, tensor in checkpoint.tensors.items():
-        if _UNUSED.search(name) or (tied and name == "lm_head.weight"):
+        if _UNUSED.search(name) or (tied and name == "lm_head.weight") or is_expert(name):
             continue
-        mapped = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        *parents, last = name.split(".")
+        mapped = names.get_name(".".join([*parents, _RENAMED.get(last, last)]), try_suffixes=(".weight", ".bias"))
         if mapped is None:
             raise PinferError(
                 f"{name} of {checkpoint.folder} is not a tensor of {checkpoint.model_type} models that libllama knows",
@@ -150,7 +164,10 @@ def _mapped_tensors(family: Family, checkpoint: Checkpoint) -> list[PlannedTenso
         targets = [mapped, "output.weight"] if mapped == "token_embd.weight" and tied else [mapped]
         for target in targets if family.output == "always" else [mapped]:
             load = partial(_load_changed, family.change, checkpoint, tensor, target)
-            planned.append(PlannedTensor(target, tensor.shape[::-1], tensor.n_bytes, load=load))
+            planned.append(
+                family.shape(checkpoint, PlannedTensor(target, tensor.shape[::-1], tensor.n_bytes, load=load))
+            )
+    planned += stacked_experts(checkpoint)
     return planned + family.missing_tensors(checkpoint, {tensor.name for tensor in planned})
 
 
@@ -230,6 +247,15 @@ def _require_expressible_plm(checkpoint: Checkpoint) -> None:
         )
 
 
+# --- mixtures --------------------------------------------------------------------------------------------------------
+
+
+def _add_mixtral_metadata(checkpoint: Checkpoint, header: GGUFWriter) -> None:
+    _add_metadata(checkpoint, header)
+    header.add_expert_count(checkpoint.integer("num_local_experts"))
+    header.add_expert_used_count(checkpoint.integer("num_experts_per_tok"))
+
+
 # --- falcon ----------------------------------------------------------------------------------------------------------
 
 
@@ -304,6 +330,16 @@ _FAMILIES: dict[str, Family] = {
         tied_by_default=True,
         require_expressible=_require_plain_minicpm,
     ),
+    "mixtral": replace(_LLAMA, metadata=_add_mixtral_metadata),
+    "nemotron_h": Family(
+        "nemotron_h",
+        False,
+        "relu2",
+        add_nemotron_h_metadata,
+        change_nemotron_h,
+        shape_nemotron_h,
+        require_expressible=require_expressible_nemotron_h,
+    ),
     "arcee": Family(
         "arcee", False, "relu2", _add_metadata, _interleave_rotation, biases=_QKV, rope_factors=("llama3",)
     ),
@@ -343,6 +379,7 @@ _FAMILIES: dict[str, Family] = {
         "gpt2", False, "gelu", add_opt_metadata, require_expressible=require_expressible_opt, tensors=opt_tensors
     ),
 }
+_FAMILIES["turbosparsemixtral"] = _FAMILIES["mixtral"]
 _FAMILIES |= {"RefinedWeb": _FAMILIES["falcon"], "RefinedWebModel": _FAMILIES["falcon"]}
 
 
@@ -353,11 +390,15 @@ def plan_checkpoint(checkpoint: Checkpoint, activation: str | None = None) -> Co
     """
     family = _FAMILIES.get(checkpoint.model_type)
     if family is None:
-        known = sorted({name for name in _FAMILIES if name.islower()} - {"sparsellama", "turbosparsemistral"})
+        known = sorted(
+            {name for name in _FAMILIES if name.islower()} - {"sparsellama", "turbosparsemistral", "turbosparsemixtral"}
+        )
         raise PinferError(
             f"{checkpoint.folder} has model_type {checkpoint.model_type[:40]!r}, which pinfer does not convert",
             f"it converts {', '.join(known)}; for others use llama.cpp's convert_hf_to_gguf.py",
         )
+    if family.arch == "nemotron_h" and is_mixture(checkpoint):
+        family = replace(family, arch="nemotron_h_moe")
     family.require_expressible(checkpoint)
     _n_layer(checkpoint)
     found, threshold = (activation, 0.0) if activation else _activation(checkpoint, family)
@@ -376,7 +417,8 @@ def plan_checkpoint(checkpoint: Checkpoint, activation: str | None = None) -> Co
 
 def _n_layer(checkpoint: Checkpoint) -> int:
     """Layers by config.json. Raises PinferError for more than the weights can hold, or than libllama computes."""
-    n_layer = checkpoint.integer("num_hidden_layers", "n_layer")
+    is_hybrid = checkpoint.model_type == "nemotron_h"
+    n_layer = len(layer_kinds(checkpoint)) if is_hybrid else checkpoint.integer("num_hidden_layers", "n_layer")
     n_tensors = len(checkpoint.tensors)
     if n_layer > n_tensors:
         raise PinferError(
@@ -444,7 +486,7 @@ def _activation(checkpoint: Checkpoint, family: Family) -> tuple[str, float]:
         return "other", 0.0
     raise PinferError(
         f"{checkpoint.folder} computes {named[:40]!r} in its FFN, which libllama's {family.arch} graph does not",
-        "if config.json is wrong, pass --activation relu|relu2|reglu|drelu",
+        "if config.json is wrong, pass --activation relu|relu2|reglu|drelu|reglu2",
     )
 
 
@@ -455,7 +497,9 @@ def _notes(checkpoint: Checkpoint, activation: str, given: str | None) -> list[s
         if checkpoint.model_type.lower().startswith(("falcon", "refinedweb")) and given is None:
             notes.append("config.json names no ReLU; if the model's code has one, pass --activation relu")
     if checkpoint.model_type == "mistral" and activation in ("reglu", "drelu") and given is None:
-        notes.append(f"its activation was taken to be {activation}; if that is wrong, pass --activation reglu|drelu")
+        notes.append(
+            f"its activation was taken to be {activation}; if that is wrong, pass --activation reglu|drelu|reglu2"
+        )
     window, context = _window(checkpoint)
     if window < context:
         notes.append(

@@ -124,10 +124,12 @@ class PowerInferFile:
 
     def predictor(self, layer: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """A layer's predictor: fc1 ``[rank, n_embd]`` and fc2 ``[n_ff, rank]``; the score is fc2·relu(fc1·x)."""
-        fc1, fc2 = (self._float(self.gguf.tensors[f"blk.{layer}.{name}.weight"]) for name in ("fc1", "fc2"))
+        fc1, fc2 = (self.values(f"blk.{layer}.{name}.weight") for name in ("fc1", "fc2"))
         return fc1, fc2
 
-    def _float(self, tensor: Tensor) -> NDArray[np.float32]:
+    def values(self, name: str) -> NDArray[np.float32]:
+        """A tensor as float32, ``[n_rows, row_length]``."""
+        tensor = self.gguf.tensors[name]
         return ggml.dequantise(self.gguf.raw(tensor), tensor.type, tensor.row_length)
 
 

@@ -59,8 +59,8 @@ _CALIBRATION_SAMPLES = 2048
 _SEARCH_SAMPLES = 256
 _SEARCH_NEURONS = 2048
 
-# With fewer tokens a measured recall is unreliable: a single token changes it by 0.1 % or more.
-_ENOUGH_TOKENS = 1000
+# With fewer tokens a measured recall is unreliable: a single token changes it by 0.2 % or more.
+_ENOUGH_TOKENS = 500
 
 # Candidates for mean / deviation of a layer norm's input.
 _MEANS = (0.0, 0.02, -0.02, 0.05, -0.05, 0.1, -0.1, 0.2, -0.2, 0.4, -0.4)
@@ -74,9 +74,10 @@ _THRESHOLD_BYTES = 4
 
 @dataclass(frozen=True)
 class ImportOptions:
-    """Requested recall, and the text for finding thresholds if there are no samples from `pinfer profile`."""
+    """Requested recall, and the text for finding thresholds."""
 
-    dataset: str = "wikitext"
+    dataset: str | None = None
+    """None: that of the samples from `pinfer profile`, else wikitext"""
     n_tokens: int = 8192
     recall: float = 0.995
     n_threads: int | None = None
@@ -130,7 +131,7 @@ class ImportReport(TrainReport):
             imported += f", {n_new} were replaced with new ones ({', '.join(causes)})"
         measured = f"recall was measured on {self.n_test} tokens of {self.corpus}"
         if self.n_test < _ENOUGH_TOKENS:
-            measured += ", too few to rely on; convert with a longer text: --dataset c4|wikitext|FILE"
+            measured += ", too few to rely on; use a longer text: --predictor-only --dataset c4|wikitext|FILE"
         return [imported, measured]
 
 
@@ -169,14 +170,16 @@ def import_layers(
             writer.add(predictor)
             layers.append(report)
             advance(1)
-        settings = {**asdict(options), "command": "convert", "source": file.path.name, "n_samples": samples.n_samples}
+        made_with = {"dataset": options.dataset or corpus, "source": file.path.name, "n_samples": samples.n_samples}
+        settings = {**asdict(options), "command": "convert", **made_with}
         n_bytes = writer.finish(settings)
     return _report(folder / paths.PREDICTOR, file, corpus, samples.n_samples, n_bytes, layers)
 
 
 def _check(file: PowerInferFile, model: Model) -> None:
     model.require_sparse()
-    if (file.n_layer, file.n_embd, file.n_ff) != (model.n_layer, model.n_embd, model.n_ff):
+    same_shape = (file.n_layer, file.n_embd, file.n_ff) == (model.n_layer, model.n_embd, model.n_ff)
+    if not same_shape or not _same_norms(file, model):
         raise PinferError(
             f"{model.path} was not made from {file.path}", f"convert it again: pinfer convert {file.path}"
         )
@@ -184,6 +187,12 @@ def _check(file: PowerInferFile, model: Model) -> None:
         raise PinferError(
             f"{file.path} has no predictor", f"make one: pinfer profile {model.path}; pinfer train {model.path}"
         )
+
+
+def _same_norms(file: PowerInferFile, model: Model) -> bool:
+    """Whether the norms, which conversion copies, are equal: cheap to compare, and different in other models."""
+    names = [name for name in file.gguf.tensors if name.endswith("norm.weight") and name in model.gguf.tensors]
+    return all(np.array_equal(file.values(name), dequantize(model, model.gguf.tensors[name])) for name in names)
 
 
 def _import_layer(

@@ -39,7 +39,7 @@ NEVER_DENSE = 2**31 - 1
 class PluginConfig:
     """What the plugin is to do in this engine; every default is the plugin's own."""
 
-    activation: str | None = None  # relu, relu2, reglu, drelu; None: what the architecture says
+    activation: str | None = None  # one of ACTIVATIONS; None: what the architecture says
     activation_threshold: float = 0.0  # what a ReLU lets through has to exceed it
     predictor: Path | None = None  # None: exact mode
     hot: Path | Sequence[Path] | None = None  # a shard for each hot device

@@ -27,7 +27,7 @@ _RUNNER = Path("bin", "pinfer-runner")
 _MEND = "build the native part: make build (or pip install pinfer)"
 
 # enum pinfer_activation; None stands for PINFER_ACT_GRAPH, whatever the graph of libllama says
-_ACTIVATIONS = {None: 0, "relu": 1, "relu2": 2, "reglu": 3, "drelu": 4, "other": 5}
+_ACTIVATIONS = {None: 0, "relu": 1, "relu2": 2, "reglu": 3, "drelu": 4, "reglu2": 6, "other": 5}
 _ERROR_BYTES = 1024
 
 HOT_TOKENS = 256
@@ -242,7 +242,9 @@ class PluginLibrary:
         With an ``activation_threshold`` what a ReLU lets through has to exceed it.
         """
         if activation not in _ACTIVATIONS:
-            raise PinferError(f"unknown activation {activation!r}", "it is one of relu, relu2, reglu, drelu, other")
+            raise PinferError(
+                f"unknown activation {activation!r}", "it is one of relu, relu2, reglu, drelu, reglu2, other"
+            )
         params = _Params(
             _path_bytes(model),
             _path_bytes(predictor),

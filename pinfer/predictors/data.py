@@ -49,7 +49,7 @@ class LayerData:
     @property
     def power(self) -> int:
         """The FFN output is proportional to this power of the predicted pre-activation."""
-        return 2 if self.activation == "relu2" else 1
+        return 2 if self.activation in ("relu2", "reglu2") else 1
 
     def some(self, neurons: slice) -> LayerData:
         """The layer reduced to these neurons, for calibration only: ``partner`` still computes all of them."""
@@ -80,12 +80,17 @@ class LayerData:
             weight=dequantize(model, first, own),
             bias=np.zeros(n_ff, np.float32) if bias is None else dequantize(model, bias).reshape(-1),
             partner=partner if model.gated else None,
-            down_norm=_column_norms(model, ffn.down, own_down),
+            down_norm=_down_norm(model, ffn, own_down),
             activation=model.activation,
             first_bytes=first.row_bytes,
             rest_bytes=neuron_bytes - first.row_bytes,
             threshold=model.activation_threshold,
         )
+
+
+def _down_norm(model: Model, ffn: Ffn, of: slice) -> Matrix:
+    norms = _column_norms(model, ffn.down, of)
+    return norms if ffn.norm is None else norms * np.abs(model.gguf.array(ffn.norm))
 
 
 def _column_norms(model: Model, down: Tensor, of: slice) -> Matrix:
@@ -120,11 +125,11 @@ class HeldBack:
         z = x @ data.weight.T
         z += data.bias
         mass = relu(z, data.threshold)
+        if data.power == 2:
+            mass *= mass
         if data.partner is not None:
             other = data.partner(x)
             mass *= relu(other, data.threshold) if data.activation == "drelu" else np.abs(other)
-        elif data.activation == "relu2":
-            mass *= mass
         mass *= data.down_norm
         return HeldBack(x, z, mass)
 

@@ -93,9 +93,10 @@ def worths(data: LayerData, held: HeldBack) -> NDArray[np.float64]:
     """Mass per unit of the predicted factor of f_i ``[n_ff]``: ‖d_i‖, times the mean other factor in gated FFNs."""
     if data.partner is None:
         return data.down_norm.astype(np.float64)
-    # mass = relu(z) |u| ‖d‖, so mass / (relu(z) ‖d‖) estimates the mean of |u| where the neuron fires. Neurons that
-    # hardly fire get the layer's mean, because their own estimate would be unreliable.
-    positive = relu(held.z, data.threshold).sum(axis=0, dtype=np.float64)
+    # mass = relu(z)^power |u| ‖d‖, so mass / (relu(z)^power ‖d‖) estimates the mean of |u| where the neuron fires.
+    # Neurons that hardly fire get the layer's mean, because their own estimate would be unreliable.
+    fired = relu(held.z, data.threshold)
+    positive = (fired**data.power).sum(axis=0, dtype=np.float64)
     mass = held.mass.sum(axis=0, dtype=np.float64)
     layer_mean = mass.sum() / max(float((positive * data.down_norm).sum()), 1e-30)
     prior = positive.mean()

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["CASES", "VOCAB", "Case"]
+__all__ = ["CASES", "HYBRIDS_AND_MIXTURES", "VOCAB", "Case"]
 
 VOCAB = 331
 """rows of every embedding; the tokenizers are a little smaller, as published ones are"""
@@ -327,6 +327,94 @@ _PLM: dict[str, Any] = {
     "vocab_size": VOCAB,
 }
 
+_NEMOTRON_H: dict[str, Any] = {
+    "architectures": ["NemotronHForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 1,
+    "chunk_size": 16,
+    "conv_kernel": 4,
+    "eos_token_id": 2,
+    "expand": 2,
+    "head_dim": 24,
+    "hidden_size": 48,
+    "hybrid_override_pattern": "M-M*-M-",
+    "initializer_range": 0.02,
+    "intermediate_size": 152,
+    "layer_norm_epsilon": 0.01,
+    "mamba_head_dim": 12,
+    "mamba_hidden_act": "silu",
+    "mamba_num_heads": 6,
+    "mamba_proj_bias": False,
+    "max_position_embeddings": 8192,
+    "mlp_bias": False,
+    "mlp_hidden_act": "relu2",
+    "model_type": "nemotron_h",
+    "n_groups": 2,
+    "num_attention_heads": 3,
+    "num_hidden_layers": 7,
+    "num_key_value_heads": 1,
+    "residual_in_fp32": False,
+    "ssm_state_size": 16,
+    "tie_word_embeddings": False,
+    "time_step_floor": 0.0001,
+    "time_step_max": 0.1,
+    "time_step_min": 0.001,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.48.0.dev0",
+    "use_bias": False,
+    "use_cache": True,
+    "use_conv_bias": True,
+    "vocab_size": VOCAB,
+}
+
+# Nemotron 3's.
+_NEMOTRON_H_MOE: dict[str, Any] = _NEMOTRON_H | {
+    "hybrid_override_pattern": "MEM*EE",
+    "intermediate_size": 40,
+    "moe_intermediate_size": 40,
+    "moe_shared_expert_intermediate_size": 72,
+    "n_group": 1,
+    "n_routed_experts": 6,
+    "n_shared_experts": 1,
+    "norm_topk_prob": True,
+    "num_experts_per_tok": 2,
+    "num_hidden_layers": 6,
+    "routed_scaling_factor": 2.5,
+    "topk_group": 1,
+}
+
+_MIXTRAL: dict[str, Any] = {
+    "architectures": ["TurboSparseMixtralForCausalLM"],
+    "attention_dropout": 0.0,
+    "auto_map": {
+        "AutoConfig": "configuration_turbosparsemixtral.TurboSparseMixtralConfig",
+        "AutoModelForCausalLM": "modeling_turbosparsemixtral.TurboSparseMixtralForCausalLM",
+    },
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "hidden_act": "relu",
+    "hidden_size": 48,
+    "initializer_range": 0.02,
+    "intermediate_size": 88,
+    "max_position_embeddings": 32768,
+    "model_type": "turbosparsemixtral",
+    "num_attention_heads": 4,
+    "num_experts_per_tok": 2,
+    "num_hidden_layers": 2,
+    "num_key_value_heads": 2,
+    "num_local_experts": 6,
+    "output_router_logits": False,
+    "rms_norm_eps": 0.01,
+    "rope_theta": 1000000.0,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.36.0.dev0",
+    "use_cache": True,
+    "vocab_size": VOCAB,
+}
+
 CASES: tuple[Case, ...] = (
     Case("llama-mha", _LLAMA, "llama", n_shards=3, seed=1),
     Case(
@@ -432,4 +520,10 @@ CASES: tuple[Case, ...] = (
     Case("nemotron", _NEMOTRON, "nemotron", dtype="bfloat16", files="bin"),
     Case("jais2", _JAIS2, "jais2", dtype="bfloat16"),
     Case("plm", _PLM, "plm", "plm", dtype="bfloat16"),
+    Case("nemotron-h", _NEMOTRON_H, "arcee", dtype="bfloat16"),
+    Case("nemotron-h-moe", _NEMOTRON_H_MOE, "arcee", dtype="bfloat16", n_shards=2),
+    Case("turbosparse-mixtral", _MIXTRAL, "llama", "turbosparse_mixtral", dtype="bfloat16"),
 )
+
+HYBRIDS_AND_MIXTURES = ("nemotron-h", "nemotron-h-moe", "turbosparse-mixtral")
+"""cases whose layers differ, or have experts"""

@@ -108,12 +108,36 @@ def _plm(config: Mapping[str, Any]) -> Original:
     return Original(transformers.DeepseekV2ForCausalLM, settings, finish)
 
 
+def _turbosparse_mixtral(config: Mapping[str, Any]) -> Original:
+    """TurboSparse-Mixtral (arXiv 2406.05955, section 4): Mixtral whose experts have dReLU."""
+
+    def drelu_of(experts: Any) -> Callable[[Any, Any, Any], Any]:
+        def forward(x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+            y = torch.zeros_like(x)
+            for token, place in torch.cartesian_prod(torch.arange(x.shape[0]), torch.arange(chosen.shape[1])):
+                expert = chosen[token, place]
+                gate, up = (experts.gate_up_proj[expert] @ x[token]).chunk(2)
+                neurons = torch.relu(gate) * torch.relu(up)
+                y[token] += weights[token, place] * (experts.down_proj[expert] @ neurons)
+            return y
+
+        return forward
+
+    def finish(model: Any) -> None:
+        for layer in model.model.layers:
+            layer.mlp.experts.forward = drelu_of(layer.mlp.experts)
+
+    settings = transformers.MixtralConfig(**_known(config))
+    return Original(transformers.MixtralForCausalLM, settings, finish)
+
+
 ORIGINALS: dict[str, Callable[[Mapping[str, Any]], Original]] = {
     "auto": _auto,
     "bamboo": _bamboo,
     "fatrelu_llama": _fatrelu_llama,
     "minicpm": _minicpm,
     "plm": _plm,
+    "turbosparse_mixtral": _turbosparse_mixtral,
 }
 
 

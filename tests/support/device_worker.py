@@ -2,8 +2,9 @@
 
 A device that was registered stays for the life of its process, and may end it: nothing for the tests' own. stdin is
 JSON: {"rpc": endpoints or null, "models": [{"path", "activation", "hot": [paths], "cold", "device", "pieces": [[tokens,
-n_batch, n_batch_dense], ...]}]}, where a piece is tokens decoded n_batch at a time. The logits of all pieces go to the
-.npy file named last on the command line, one array under the other; stdout has the plugin's counters of each model.
+n_batch, n_batch_dense], ...], "f32_attention" (may be missing)}]}, where a piece is tokens decoded n_batch at a time.
+The logits of all pieces go to the .npy file named last on the command line, one array under the other; stdout has the
+plugin's counters of each model.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ def run_model(wanted: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
     logits, stats = [], {}
     for n_batch_dense in sorted({piece[2] for piece in wanted["pieces"]}):
         config = replace(plugin, n_batch_dense=n_batch_dense)
-        with Engine(Path(wanted["path"]), plugin=config, n_ctx=512, n_threads=1) as engine:
+        f32 = bool(wanted.get("f32_attention"))
+        with Engine(Path(wanted["path"]), plugin=config, n_ctx=512, n_threads=1, f32_attention=f32) as engine:
             for tokens, n_batch, _ in (piece for piece in wanted["pieces"] if piece[2] == n_batch_dense):
                 engine.clear()
                 for begin in range(0, len(tokens), n_batch):

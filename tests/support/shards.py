@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pinfer.artefacts import paths
-from pinfer.artefacts.placement import PlacementFile, new_placement_id
-from pinfer.model import open_model
+from pinfer.artefacts.placement import PlacementFile, group, new_placement_id
+from pinfer.model import Ffn, open_model
 from pinfer.split import SplitOptions, SplitReport, split
 
 
@@ -17,18 +17,24 @@ def nmse(got: NDArray[np.floating], want: NDArray[np.floating]) -> float:
     return float(((got - want) ** 2).sum() / (want.astype(np.float64) ** 2).sum())
 
 
-def write_shards(path: Path, hot_share: float, n_devices: int = 1) -> SplitReport:
-    """Split with a random but fixed choice of hot neurons: a multiple of 64 a layer, or all; of two devices each has
-    about half of them.
+def write_shards(path: Path, hot_share: float, n_devices: int = 1, activation: str | None = None) -> SplitReport:
+    """Split with a random but fixed choice of hot units in every FFN: neurons, a multiple of 64 or all, or experts.
+
+    Of two devices each has about half of them.
     """
-    model = open_model(path)
+    model = open_model(path, activation)
     rng = np.random.default_rng(1)
-    n_hot = model.n_ff if hot_share == 1 else int(model.n_ff * hot_share) // 64 * 64
-    order = tuple(rng.permutation(model.n_ff).astype(np.int32) for _ in range(model.n_layer))
-    folder = paths.artefact_dir(path, model.fingerprint, for_writing=True)
-    first = n_hot if n_devices == 1 else n_hot // 128 * 64
-    counts = (first,) * model.n_layer + (n_hot - first,) * (model.n_layer if n_devices == 2 else 0)
+    order = tuple(rng.permutation(ffn.n_units).astype(np.int32) for ffn in model.ffns)
+    hot = [_whole_groups(ffn, hot_share * ffn.n_units) for ffn in model.ffns]
+    first = [n if n_devices == 1 else _whole_groups(ffn, n / 2) for ffn, n in zip(model.ffns, hot, strict=True)]
+    second = [n - m for n, m in zip(hot, first, strict=True)]
+    counts = (*first, *(second if n_devices == 2 else ()))
     devices = ",".join(("CPU",) * n_devices)
+    folder = paths.artefact_dir(path, model.fingerprint, for_writing=True)
     placement = PlacementFile(new_placement_id(), counts, devices, 1 << 30, 0, 512, {}, order)
     placement.write(folder / paths.PLACEMENT, model, {})
-    return split(path, SplitOptions())
+    return split(path, SplitOptions(verify=True, activation=activation))
+
+
+def _whole_groups(ffn: Ffn, n: float) -> int:
+    return ffn.n_units if n == ffn.n_units else int(n) // group(ffn) * group(ffn)

@@ -76,10 +76,9 @@ def write_small_model(path: Path, shape: Shape) -> Path:
 def write_profile(path: Path, model: Model, seed: int = 0, tokens: int = 4096) -> ProfileFile:
     """A profile with power-law counts, as ``pinfer profile`` would have written it."""
     rng = np.random.default_rng(seed)
-    count = tuple(
-        np.minimum(tokens, rng.pareto(1.2, model.n_ff) * 0.05 * tokens).astype(np.int64) for _ in range(model.n_layer)
-    )
-    profile = ProfileFile(tokens, "synthetic", "0" * 64, count, tuple(c.astype(np.float64) for c in count))
+    count = tuple(np.minimum(tokens, rng.pareto(1.2, f.n_ff) * 0.05 * tokens).astype(np.int64) for f in model.ffns)
+    mass = tuple(c.astype(np.float64) for c in count)
+    profile = ProfileFile(tokens, "synthetic", "0" * 64, count, mass, (None,) * len(count))
     path.parent.mkdir(parents=True, exist_ok=True)
     with profile.writer(path, model, {}):
         pass

@@ -27,14 +27,14 @@ from pinfer.model import ACTIVATION_KEY
 
 Array = NDArray[np.float32]
 
-N_EMBD, N_HEAD, N_HEAD_KV, N_VOCAB, N_CTX = 128, 4, 2, 320, 256
-N_HEAD_DIM = N_EMBD // N_HEAD
+N_VOCAB, N_CTX = 320, 256
+N_HEAD_DIM, N_HEAD_KV = 32, 2
 N_STATE, N_CONV = 16, 4
 WKV_HEAD_SIZE = 64  # libllama reads beyond shorter heads where vectors have 16 numbers
 N_LORA = 32
 ARCHITECTURES = ("nemotron_h_moe", "nemotron_h", "smallthinker", "llama", "rwkv7", "rwkv6")
 MIXTURES = ("nemotron_h_moe", "smallthinker", "llama")
-TYPES = ("F32", "F16", "Q8_0", "Q5_0")
+TYPES = ("F32", "F16", "Q8_0", "Q5_0", "Q5_1", "IQ4_NL", "MXFP4")
 COMMON = 0.6  # share of an embedding's norm along u
 OUTPUT = 0.3  # deviation of what a sub-layer adds to the stream, whose deviation begins at 1
 
@@ -45,11 +45,15 @@ class SparseModel:
 
     arch: str = "nemotron_h_moe"
     type: str = "F32"
-    """Of the FFN and the attention; embeddings, norms and routers are F32."""
+    """Of the FFN and the attention; embeddings, norms and routers are F32. K-quants need sizes of 256."""
     activation: str | None = None
     """The key pinfer.ffn.activation; None: no key."""
     pattern: str = ""
-    """Nemotron-H: its layers, M Mamba-2, * attention, E experts, - dense FFN; empty: the architecture's own."""
+    """Nemotron-H: its layers, M Mamba-2, * attention, E experts, - dense FFN; empty: the architecture's own.
+
+    libllama aborts without any M, and without any *: one of its two memories would be empty.
+    """
+    n_embd: int = 128
     n_layer: int = 3
     """Of the other architectures."""
     n_ff: int = 96
@@ -79,7 +83,7 @@ def write_sparse_model(path: Path, options: SparseModel) -> Path:
     _metadata(out.file, options)
     out.embedding()
     out.norm("output_norm")
-    out.matrix("output", N_VOCAB, N_EMBD, kind="F32", scale=3.0)
+    out.matrix("output", N_VOCAB, options.n_embd, kind="F32", scale=3.0)
     for number, kind in enumerate(options.layers):
         blk = f"blk.{number}"
         if options.arch in ("rwkv7", "rwkv6"):
@@ -94,7 +98,7 @@ def write_sparse_model(path: Path, options: SparseModel) -> Path:
             out.norm(f"{blk}.ffn_norm")
         if kind == "-":
             out.first(f"{blk}.ffn_up", options.n_ff)
-            out.matrix(f"{blk}.ffn_down", N_EMBD, options.n_ff, scale=OUTPUT)
+            out.matrix(f"{blk}.ffn_down", options.n_embd, options.n_ff, scale=OUTPUT)
         elif kind in "EB":
             _experts(out, blk)
     out.file.write_header_to_file()
@@ -107,8 +111,9 @@ def write_sparse_model(path: Path, options: SparseModel) -> Path:
 class _Writer:
     def __init__(self, path: Path, options: SparseModel) -> None:
         self.options = options
+        self.n_embd = options.n_embd
         self.file: Any = gguf.GGUFWriter(path, options.arch)
-        u = self._rng("u").normal(size=N_EMBD)
+        u = self._rng("u").normal(size=self.n_embd)
         u -= u.mean()  # which LayerNorm would remove
         self.u: Array = (u / np.linalg.norm(u)).astype(np.float32)
 
@@ -129,13 +134,13 @@ class _Writer:
         data = ggml.quantise(flat, number, values.shape[-1] // block * size)
         self.file.add_tensor(name, data.reshape(*values.shape[:-1], -1), raw_dtype=number)
 
-    def vector(self, name: str, n: int = N_EMBD, mean: float = 0.0, deviation: float = 0.1) -> None:
-        self.add(name, self.normal(name, n, mean=mean, deviation=deviation))
+    def vector(self, name: str, n: int = 0, mean: float = 0.0, deviation: float = 0.1) -> None:
+        self.add(name, self.normal(name, n or self.n_embd, mean=mean, deviation=deviation))
 
-    def norm(self, name: str, n: int = N_EMBD) -> None:
-        self.vector(f"{name}.weight", n, 1.0)
+    def norm(self, name: str) -> None:
+        self.vector(f"{name}.weight", mean=1.0)
         if self.options.arch in ("rwkv7", "rwkv6"):
-            self.vector(f"{name}.bias", n)
+            self.vector(f"{name}.bias")
 
     def matrix(self, name: str, *shape: int, kind: str | None = None, scale: float = 1.0) -> None:
         """A matrix [..., rows, columns] whose products with inputs of deviation 1 have deviation ``scale``."""
@@ -144,25 +149,25 @@ class _Writer:
 
     def first(self, name: str, *shape: int) -> None:
         """The first matrix of an FFN [..., n_ff, n_embd]: each neuron leans against u by its own threshold."""
-        rows = self.normal(name, *shape, N_EMBD, deviation=(N_EMBD * (1 - COMMON**2)) ** -0.5)
+        rows = self.normal(name, *shape, self.n_embd, deviation=(self.n_embd * (1 - COMMON**2)) ** -0.5)
         rows -= (rows @ self.u)[..., None] * self.u
         mean = self.options.threshold - (0.8 if self.options.activation == "drelu" else 0.0)  # both have to be positive
         threshold = self.normal(f"{name}.threshold", *shape, mean=mean, deviation=0.5)
-        along = threshold / np.float32(COMMON * N_EMBD**0.5)
+        along = threshold / np.float32(COMMON * self.n_embd**0.5)
         self.add(f"{name}.weight", rows - along[..., None] * self.u, self.options.type)
 
     def embedding(self) -> None:
-        rows = self.normal("token_embd", N_VOCAB, N_EMBD)
+        rows = self.normal("token_embd", N_VOCAB, self.n_embd)
         rows -= np.outer(rows @ self.u, self.u)
         rows *= np.float32(np.sqrt(1 - COMMON**2)) / np.linalg.norm(rows, axis=1, keepdims=True)
-        self.add("token_embd.weight", (rows + np.float32(COMMON) * self.u) * np.float32(N_EMBD**0.5))
+        self.add("token_embd.weight", (rows + np.float32(COMMON) * self.u) * np.float32(self.n_embd**0.5))
 
 
 def _metadata(out: Any, options: SparseModel) -> None:
-    arch, layers = options.arch, options.layers
+    arch, layers, n_head = options.arch, options.layers, options.n_embd // N_HEAD_DIM
     out.add_block_count(len(layers))
     out.add_context_length(N_CTX)
-    out.add_embedding_length(N_EMBD)
+    out.add_embedding_length(options.n_embd)
     out.add_layer_norm_eps(1e-5)
     out.add_layer_norm_rms_eps(1e-5)
     if arch in ("rwkv7", "rwkv6"):
@@ -180,16 +185,16 @@ def _metadata(out: Any, options: SparseModel) -> None:
             out.add_time_decay_extra_dim(N_LORA)
             out.add_rescale_every_n_layers(2)
     else:
-        out.add_head_count(N_HEAD)
+        out.add_head_count(n_head)
         out.add_rope_dimension_count(N_HEAD_DIM)
         if arch in ("nemotron_h_moe", "nemotron_h"):
             # A layer is attention if it has key-value heads, an FFN if it has feed_forward_length, else Mamba-2.
             out.add_head_count_kv([N_HEAD_KV if kind == "*" else 0 for kind in layers])
             out.add_feed_forward_length([options.n_ff if kind in "E-" else 0 for kind in layers])
             out.add_ssm_conv_kernel(N_CONV)
-            out.add_ssm_inner_size(2 * N_EMBD)
+            out.add_ssm_inner_size(2 * options.n_embd)
             out.add_ssm_state_size(N_STATE)
-            out.add_ssm_time_step_rank(2 * N_HEAD)
+            out.add_ssm_time_step_rank(2 * n_head)
             out.add_ssm_group_count(2)
         else:
             out.add_head_count_kv(N_HEAD_KV)
@@ -220,34 +225,34 @@ def _metadata(out: Any, options: SparseModel) -> None:
 
 
 def _attention(out: _Writer, blk: str) -> None:
-    for part, n in (("q", N_EMBD), ("k", N_HEAD_KV * N_HEAD_DIM), ("v", N_HEAD_KV * N_HEAD_DIM)):
-        out.matrix(f"{blk}.attn_{part}", n, N_EMBD)
-    out.matrix(f"{blk}.attn_output", N_EMBD, N_EMBD, scale=OUTPUT)
+    for part, n in (("q", out.n_embd), ("k", N_HEAD_KV * N_HEAD_DIM), ("v", N_HEAD_KV * N_HEAD_DIM)):
+        out.matrix(f"{blk}.attn_{part}", n, out.n_embd)
+    out.matrix(f"{blk}.attn_output", out.n_embd, out.n_embd, scale=OUTPUT)
 
 
 def _experts(out: _Writer, blk: str) -> None:
     o = out.options
     router = f"{blk}.ffn_gate_inp"
-    rows = out.normal(router, o.n_expert, N_EMBD, deviation=N_EMBD**-0.5)
-    favour = out.normal(f"{router}.favour", o.n_expert, deviation=0.7 / (COMMON * N_EMBD**0.5))
+    rows = out.normal(router, o.n_expert, out.n_embd, deviation=out.n_embd**-0.5)
+    favour = out.normal(f"{router}.favour", o.n_expert, deviation=0.7 / (COMMON * out.n_embd**0.5))
     out.add(f"{router}.weight", rows + np.outer(favour, out.u))
     if o.gated:
         out.first(f"{blk}.ffn_gate_exps", o.n_expert, o.n_ff)
     if o.gated and o.activation != "drelu":
-        out.matrix(f"{blk}.ffn_up_exps", o.n_expert, o.n_ff, N_EMBD)
+        out.matrix(f"{blk}.ffn_up_exps", o.n_expert, o.n_ff, out.n_embd)
     else:
         out.first(f"{blk}.ffn_up_exps", o.n_expert, o.n_ff)
-    out.matrix(f"{blk}.ffn_down_exps", o.n_expert, N_EMBD, o.n_ff, scale=OUTPUT)
+    out.matrix(f"{blk}.ffn_down_exps", o.n_expert, out.n_embd, o.n_ff, scale=OUTPUT)
     if o.arch == "nemotron_h_moe":
         out.vector(f"{blk}.exp_probs_b.bias", o.n_expert, deviation=0.1)
         out.first(f"{blk}.ffn_up_shexp", o.n_ff_shared)
-        out.matrix(f"{blk}.ffn_down_shexp", N_EMBD, o.n_ff_shared, scale=OUTPUT)
+        out.matrix(f"{blk}.ffn_down_shexp", out.n_embd, o.n_ff_shared, scale=OUTPUT)
 
 
 def _mamba(out: _Writer, blk: str) -> None:
-    n_inner, n_head, n_group = 2 * N_EMBD, 2 * N_HEAD, 2
+    n_inner, n_head, n_group = 2 * out.n_embd, 2 * out.n_embd // N_HEAD_DIM, 2
     n_mixed = n_inner + 2 * n_group * N_STATE
-    out.matrix(f"{blk}.ssm_in", n_inner + n_mixed + n_head, N_EMBD)
+    out.matrix(f"{blk}.ssm_in", n_inner + n_mixed + n_head, out.n_embd)
     out.matrix(f"{blk}.ssm_conv1d", n_mixed, N_CONV, kind="F32")
     out.vector(f"{blk}.ssm_conv1d.bias", n_mixed)
     out.vector(f"{blk}.ssm_dt.bias", n_head, mean=-2.0)
@@ -256,7 +261,7 @@ def _mamba(out: _Writer, blk: str) -> None:
     out.add(
         f"{blk}.ssm_norm.weight", out.normal(f"{blk}.ssm_norm", n_group, n_inner // n_group, mean=1.0, deviation=0.1)
     )
-    out.matrix(f"{blk}.ssm_out", N_EMBD, n_inner, scale=OUTPUT)
+    out.matrix(f"{blk}.ssm_out", out.n_embd, n_inner, scale=OUTPUT)
 
 
 def _rwkv(out: _Writer, number: int) -> None:
@@ -268,32 +273,38 @@ def _rwkv(out: _Writer, number: int) -> None:
     out.norm(f"{blk}.attn_norm_2")
     mix = f"{blk}.time_mix"
     for name in ("key", "value", "receptance"):
-        out.matrix(f"{mix}_{name}", N_EMBD, N_EMBD)
-    out.matrix(f"{mix}_output", N_EMBD, N_EMBD, scale=OUTPUT)
+        out.matrix(f"{mix}_{name}", out.n_embd, out.n_embd)
+    out.matrix(f"{mix}_output", out.n_embd, out.n_embd, scale=OUTPUT)
     out.norm(f"{mix}_ln")
     if o.arch == "rwkv7":
         for name in "avwg":
             if name != "g":
                 out.vector(f"{mix}_{name}0.weight", deviation=0.5)
-            out.matrix(f"{mix}_{name}1", N_LORA, N_EMBD, kind="F32")
-            out.matrix(f"{mix}_{name}2", N_EMBD, N_LORA, kind="F32")
-        out.add(f"{mix}_lerp_fused.weight", out.normal(f"{mix}_lerp_fused", 6, 1, 1, N_EMBD, mean=0.5, deviation=0.2))
+            out.matrix(f"{mix}_{name}1", N_LORA, out.n_embd, kind="F32")
+            out.matrix(f"{mix}_{name}2", out.n_embd, N_LORA, kind="F32")
+        out.add(
+            f"{mix}_lerp_fused.weight", out.normal(f"{mix}_lerp_fused", 6, 1, 1, out.n_embd, mean=0.5, deviation=0.2)
+        )
         for name, mean in (("k_k", 1.0), ("k_a", 1.0), ("r_k", 0.0)):
             out.vector(f"{mix}_{name}.weight", mean=mean)
     else:
-        out.matrix(f"{mix}_gate", N_EMBD, N_EMBD)
-        out.matrix(f"{mix}_w1", 5 * N_LORA, N_EMBD, kind="F32")
-        out.matrix(f"{mix}_w2", 5, N_EMBD, N_LORA, kind="F32", scale=0.2)
-        out.matrix(f"{mix}_decay_w1", N_LORA, N_EMBD, kind="F32")
-        out.matrix(f"{mix}_decay_w2", N_EMBD, N_LORA, kind="F32")
+        out.matrix(f"{mix}_gate", out.n_embd, out.n_embd)
+        out.matrix(f"{mix}_w1", 5 * N_LORA, out.n_embd, kind="F32")
+        out.matrix(f"{mix}_w2", 5, out.n_embd, N_LORA, kind="F32", scale=0.2)
+        out.matrix(f"{mix}_decay_w1", N_LORA, out.n_embd, kind="F32")
+        out.matrix(f"{mix}_decay_w2", out.n_embd, N_LORA, kind="F32")
         out.vector(f"{mix}_decay.weight", deviation=1.0)
         out.add(
-            f"{mix}_first.weight", out.normal(f"{mix}_first", N_EMBD // WKV_HEAD_SIZE, WKV_HEAD_SIZE, deviation=0.5)
+            f"{mix}_first.weight", out.normal(f"{mix}_first", out.n_embd // WKV_HEAD_SIZE, WKV_HEAD_SIZE, deviation=0.5)
         )
-        out.add(f"{mix}_lerp_x.weight", out.normal(f"{mix}_lerp_x", 1, 1, N_EMBD, mean=0.5, deviation=0.2))
-        out.add(f"{mix}_lerp_fused.weight", out.normal(f"{mix}_lerp_fused", 5, 1, 1, N_EMBD, mean=0.5, deviation=0.2))
-        out.matrix(f"{blk}.channel_mix_receptance", N_EMBD, N_EMBD)
-        out.add(f"{blk}.channel_mix_lerp_r.weight", out.normal(f"{blk}.lerp_r", 1, 1, N_EMBD, mean=0.5, deviation=0.2))
-    out.add(f"{blk}.channel_mix_lerp_k.weight", out.normal(f"{blk}.lerp_k", 1, 1, N_EMBD, mean=0.5, deviation=0.2))
+        out.add(f"{mix}_lerp_x.weight", out.normal(f"{mix}_lerp_x", 1, 1, out.n_embd, mean=0.5, deviation=0.2))
+        out.add(
+            f"{mix}_lerp_fused.weight", out.normal(f"{mix}_lerp_fused", 5, 1, 1, out.n_embd, mean=0.5, deviation=0.2)
+        )
+        out.matrix(f"{blk}.channel_mix_receptance", out.n_embd, out.n_embd)
+        out.add(
+            f"{blk}.channel_mix_lerp_r.weight", out.normal(f"{blk}.lerp_r", 1, 1, out.n_embd, mean=0.5, deviation=0.2)
+        )
+    out.add(f"{blk}.channel_mix_lerp_k.weight", out.normal(f"{blk}.lerp_k", 1, 1, out.n_embd, mean=0.5, deviation=0.2))
     out.first(f"{blk}.channel_mix_key", o.n_ff)
-    out.matrix(f"{blk}.channel_mix_value", N_EMBD, o.n_ff, scale=OUTPUT)
+    out.matrix(f"{blk}.channel_mix_value", out.n_embd, o.n_ff, scale=OUTPUT)
