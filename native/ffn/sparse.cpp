@@ -4,6 +4,8 @@
 // count gives one result.
 #include "sparse.h"
 
+#include "shares.h"
+
 #include <algorithm>
 #include <cstring>
 #include <numeric>
@@ -23,6 +25,9 @@ constexpr int64_t GROUP = PINFER_TILE_ROWS;
 // Neurons a thread takes at a time where all are computed, at most: they are sorted by falling impact, so that the first ones
 // fire far more often.
 constexpr int64_t CHUNK = 16 * GROUP;
+
+// What unpacking a row costs, in products with it.
+constexpr int64_t UNPACKING = 4;
 
 // Bytes of the sums of all threads.
 constexpr int64_t SUMS = 64 << 20;
@@ -48,12 +53,6 @@ struct segment {
     const float *   weights = nullptr; // of the expert, for these tokens; null: 1
 };
 
-// Neurons [begin, end) of a segment, which one thread computes.
-struct chunk {
-    int32_t segment = 0, thread = 0;
-    int64_t begin = 0, end = 0;
-};
-
 // What all threads share.
 struct shared {
     const pinfer_sparse_job &    job;
@@ -67,10 +66,10 @@ struct shared {
     const float * x;
     float *       h;
 
-    std::vector<segment> segments = {};
-    std::vector<chunk>   chunks = {}; // exact mode
-    int64_t              n_neurons = 0; // of all segments
-    bool                 gathers = false; // segments are of some tokens only
+    std::vector<segment>      segments = {};
+    std::vector<pinfer_share> shares = {}; // exact mode
+    int64_t                   n_neurons = 0; // of all segments
+    bool                      gathers = false; // segments are of some tokens only
 
     // cut from the team's arena by lay_out
     x_view     x_first = {}, x_second = {}, x_predictor = {}, z = {};
@@ -117,10 +116,10 @@ bool reads_from_disk(pinfer_team * team) {
     return reads;
 }
 
-// Multiples of GROUP, so that tiles are whole.
-int64_t share_begin(int64_t n, int ith, int nth) {
-    const int64_t groups = (n + GROUP - 1) / GROUP;
-    return std::min(n, groups * ith / nth * GROUP);
+// Multiples of `step`: of GROUP, where tiles have to be whole.
+int64_t share_begin(int64_t n, int ith, int nth, int64_t step = GROUP) {
+    const int64_t steps = (n + step - 1) / step;
+    return std::min(n, steps * ith / nth * step);
 }
 
 // The matrices of a segment, and x of its tokens.
@@ -181,7 +180,8 @@ public:
         for (size_t i = 0; i < s.segments.size(); i++) {
             const int64_t * const found = s.n_found + (int64_t) i * nth;
             const int64_t         sum   = std::accumulate(found, found + nth, (int64_t) 0);
-            const int64_t         begin = share_begin(sum, ith, nth), end = share_begin(sum, ith + 1, nth);
+            const int64_t         step  = s.segments[i].n_tokens > 1 ? GROUP : 1; // whole tiles, or single rows
+            const int64_t         begin = share_begin(sum, ith, nth, step), end = share_begin(sum, ith + 1, nth, step);
             int64_t               before = 0; // candidates of the threads before j
             enter(s.segments[i]);
             for (int j = 0; j < nth; j++) {
@@ -200,18 +200,18 @@ public:
     void compute_all() {
         uint32_t every[GROUP];
         std::fill(every, every + GROUP, ~0u);
-        for (const chunk & c : s.chunks) {
-            if (c.thread % nth != ith) {
+        for (const pinfer_share & share : s.shares) {
+            if (share.thread % nth != ith) {
                 continue;
             }
-            if (at_segment != &s.segments[(size_t) c.segment]) {
+            if (at_segment != &s.segments[(size_t) share.work]) {
                 leave();
-                enter(s.segments[(size_t) c.segment]);
+                enter(s.segments[(size_t) share.work]);
             }
-            for (int64_t j = c.begin; j < c.end; j += GROUP) {
+            for (int64_t j = share.begin; j < share.end; j += GROUP) {
                 int32_t list[GROUP];
                 std::iota(list, list + GROUP, (int32_t) j);
-                compute_group(list, every, std::min(GROUP, c.end - j), 0);
+                compute_group(list, every, std::min(GROUP, share.end - j), 0);
             }
         }
         leave();
@@ -485,24 +485,6 @@ void route(shared * s, const pinfer_routes & routes, const std::vector<int64_t> 
     s->gathers = s->n_tokens > 1;
 }
 
-// Which thread computes which neurons: even shares, the same for the same segments and threads. Chunks are small where there
-// are few neurons for many threads, and whole experts where there are many of them.
-void share_out(shared * s, int n_threads) {
-    const int64_t n_segments = (int64_t) s->segments.size();
-    const int64_t even       = s->n_neurons / (8 * n_threads) / GROUP * GROUP;
-    const int64_t length     = n_segments >= 8 * n_threads ? s->n_neurons : std::clamp(even, GROUP, CHUNK);
-    std::vector<int64_t> load((size_t) n_threads, 0);
-    for (int64_t i = 0; i < n_segments; i++) {
-        const segment & g = s->segments[(size_t) i];
-        for (int64_t begin = 0; begin < g.n; begin += length) {
-            const int64_t end   = std::min(g.n, begin + length);
-            const auto    least = std::min_element(load.begin(), load.end());
-            *least += (end - begin) * (4 + g.n_tokens); // unpacking a row costs about as much as some products with it
-            s->chunks.push_back({(int32_t) i, (int32_t) (least - load.begin()), begin, end});
-        }
-    }
-}
-
 // Every nth-th token of x into a kernel's input type.
 void prepare(ggml_type type, const float * x, int64_t n, int64_t n_tokens, const x_view & out, int ith, int nth) {
     for (int64_t t = ith; t < n_tokens; t += nth) {
@@ -576,7 +558,11 @@ size_t lay_out(shared * s, uint8_t * base, int n_threads) {
 
 pinfer_sparse_counts compute_segments(pinfer_team * team, shared & s, float * y) {
     if (!s.predictor) {
-        share_out(&s, team->n_threads);
+        std::vector<pinfer_work> work;
+        for (const segment & g : s.segments) {
+            work.push_back({g.n, UNPACKING + g.n_tokens});
+        }
+        s.shares = pinfer_share_out(work, GROUP, CHUNK, team->n_threads);
     }
     const size_t size = lay_out(&s, nullptr, team->n_threads);
     lay_out(&s, pinfer_team_arena(team, size), team->n_threads);

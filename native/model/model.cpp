@@ -323,11 +323,19 @@ void pinfer_model_place(pinfer_model * m, const ggml_tensor * weight) {
     }
 }
 
+static std::atomic<int> n_buffers_of_all{0};
+
+bool pinfer_models_in_use() {
+    return n_buffers_of_all > 0;
+}
+
 void pinfer_model_hold(pinfer_model * m) {
     m->n_buffers++;
+    n_buffers_of_all++;
 }
 
 void pinfer_model_let_go(pinfer_model * m) {
+    n_buffers_of_all--;
     if (--m->n_buffers > 0) {
         return;
     }

@@ -118,5 +118,7 @@ void pinfer_model_finish_check(const pinfer_model * m);
 void pinfer_model_place(pinfer_model * m, const ggml_tensor * weight);
 void pinfer_model_hold(pinfer_model * m);
 void pinfer_model_let_go(pinfer_model * m);
+// Whether weights of any model lie in the plugin's buffers.
+bool pinfer_models_in_use();
 // First FFN that is not, as a whole, in the plugin's buffers; -1: there is none.
 int pinfer_model_missing_ffn(pinfer_model * m);

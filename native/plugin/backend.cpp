@@ -1,4 +1,5 @@
 // backend.cpp: the ggml backend "PINFER": backend, device, registry.
+#include "attention.h"
 #include "automatic.h"
 #include "buffer.h"
 #include "engine.h"
@@ -220,5 +221,6 @@ extern "C" PINFER_API ggml_backend_reg_t ggml_backend_init(void) {
                 PINFER_GGML_VERSION, ggml_version());
         return nullptr;
     }
+    pinfer_attention_install();
     return pinfer_reg();
 }

@@ -20,7 +20,7 @@ def cache_type_bytes(cache_type: str) -> float:
     return size / block
 
 
-def ggml_type_name(cache_type: str) -> str:
-    """llama_cpp's constant for a cache type."""
+def cache_type_number(cache_type: str) -> int:
+    """ggml's number of a cache type, which llama_cpp has no constant for in every case (BF16)."""
     cache_type_bytes(cache_type)
-    return f"GGML_TYPE_{cache_type.upper()}"
+    return int(type_number(cache_type))

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from pinfer.errors import PinferError
 from pinfer.llama import log
-from pinfer.llama.cache_types import DEFAULT_CACHE, CacheTypes, ggml_type_name
+from pinfer.llama.cache_types import DEFAULT_CACHE, CacheTypes, cache_type_number
 from pinfer.llama.devices import physical_cores
 from pinfer.llama.ggml import load_library
 from pinfer.llama.plugin import is_loaded, load_plugin
@@ -146,7 +146,7 @@ class Engine:
         params.no_perf = True
         arch = ctypes.create_string_buffer(64)
         llama.llama_model_meta_val_str(self._model, b"general.architecture", arch, len(arch))
-        params.type_k, params.type_v = (getattr(llama, ggml_type_name(kind)) for kind in self._cache_types)
+        params.type_k, params.type_v = map(cache_type_number, self._cache_types)
         if self._f32_attention or arch.value.decode() in NO_FLASH_ATTENTION:
             params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
         log.capture()

@@ -14,7 +14,7 @@ from typing import Any
 
 from pinfer.errors import PinferError
 from pinfer.llama import log
-from pinfer.llama.cache_types import CacheTypes, ggml_type_name
+from pinfer.llama.cache_types import CacheTypes, cache_type_number
 from pinfer.llama.engine import PluginConfig, configure_plugin, ffn_overrides
 from pinfer.llama.ggml import load_library
 from pinfer.model import Model
@@ -82,7 +82,7 @@ def _context_params(llama: Any, layout: Layout) -> Any:
     params.n_ctx = layout.n_ctx
     params.n_batch = params.n_ubatch = layout.n_ubatch
     params.n_seq_max = params.n_outputs_max = 1
-    params.type_k, params.type_v = (getattr(llama, ggml_type_name(kind)) for kind in layout.cache_types)
+    params.type_k, params.type_v = map(cache_type_number, layout.cache_types)
     params.op_offload = False
     return params
 
