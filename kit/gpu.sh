@@ -141,25 +141,56 @@ print(next((p for s in sys.path for p in sorted(glob.glob(f"{s}/nvidia/cu*[0-9]"
             CMAKE_CUDA+=("-DCUDA_${name}_LIBRARY=$OUT/cuda/lib$name.so")
         done
         # The linker uses the links made above; at run time the libraries are found in their own folder.
-        CMAKE_CUDA+=("-DKIT_RPATH=$found/lib")
+        CUBLAS_RPATH=$found/lib
     fi
-    if ! ls "$folder"/lib64/stubs/libcuda.so "$folder"/targets/*/lib/stubs/libcuda.so >/dev/null 2>&1; then
-        found=$(ldconfig -p | sed -n 's/.*libcuda\.so\.1 .*=> //p' | head -n 1)
-        if [[ -n $found ]]; then
-            ln -sf "$found" "$OUT/cuda/libcuda.so"
-        else
-            # An empty library is enough to link. Nothing can run here; elsewhere the driver's own library is loaded.
-            echo | "${CC:-cc}" -shared -x c - -o "$OUT/cuda/libcuda.so" -Wl,-soname,libcuda.so.1
+    cuda_driver "$folder"
+}
+
+# The driver's library, libcuda.so.1: the toolkit's stub of it, or the library itself, or else an own stub. Programs are linked
+# against libggml-cuda, which needs it, so the linker has to find it under that name as well: in a folder of its own, which
+# no program looks into when it runs.
+cuda_driver() {
+    local folder=$1 found candidates=()
+    mkdir -p "$OUT/cuda/link"
+    found=$(ls "$folder"/lib64/stubs/libcuda.so "$folder"/targets/*/lib/stubs/libcuda.so 2>/dev/null | head -n 1 || true)
+    if [[ -z $found ]]; then
+        # Containers mount it where ldconfig may not look.
+        IFS=: read -ra candidates <<< "${LD_LIBRARY_PATH:-}"
+        candidates+=(/usr/local/nvidia/lib64 /usr/local/nvidia/lib /usr/lib/wsl/lib /run/opengl-driver/lib)
+        found=$({ ldconfig -p 2>/dev/null || /sbin/ldconfig -p; } | sed -n 's/.*libcuda\.so\.1 .*=> //p' | head -n 1)
+        for candidate in "${candidates[@]}"; do
+            [[ -n $found || ! -e $candidate/libcuda.so.1 ]] || found=$candidate/libcuda.so.1 DRIVER_RPATH=$candidate
+        done
+        if [[ -z $found ]]; then
+            # Nothing can run here; elsewhere the driver's own library is loaded. Without the functions that ggml-cuda calls,
+            # the linker would leave the library out.
+            found=$OUT/cuda/libcuda-stub.so
+            grep -rohE '\bcu[A-Z][A-Za-z0-9]*_?v?[0-9]*\(' "$SOURCES/llama.cpp/ggml/src/ggml-cuda" | sort -u |
+                sed 's/(//; s/.*/void &(void);\nvoid &(void) {}/' > "$OUT/cuda/stub.c"
+            "${CC:-cc}" -shared -fPIC -o "$found" "$OUT/cuda/stub.c" -Wl,-soname,libcuda.so.1
         fi
+        ln -sf "$found" "$OUT/cuda/libcuda.so"
         CMAKE_CUDA+=("-DCUDA_cuda_driver_LIBRARY=$OUT/cuda/libcuda.so")
     fi
+    ln -sf "$found" "$OUT/cuda/link/libcuda.so.1"
+}
+
+# Where the linker finds what libraries need in turn.
+link_flags() {
+    [[ ! -d $OUT/cuda/link ]] || printf '%s\n' "-DCMAKE_EXE_LINKER_FLAGS=-Wl,-rpath-link,$OUT/cuda/link" \
+        "-DCMAKE_SHARED_LINKER_FLAGS=-Wl,-rpath-link,$OUT/cuda/link"
 }
 
 step_configure() {
     CMAKE_CUDA=()
+    CUBLAS_RPATH='' DRIVER_RPATH=''
+    local link=()
     [[ -z $ARCH ]] || cuda_options
+    [[ -z $CUBLAS_RPATH ]] || CMAKE_CUDA+=("-DKIT_CUBLAS=$CUBLAS_RPATH")
+    [[ -z $CUBLAS_RPATH$DRIVER_RPATH ]] || CMAKE_CUDA+=("-DKIT_RPATH=$CUBLAS_RPATH;$DRIVER_RPATH")
+    mapfile -t link < <(link_flags)
     cmake -S "$SOURCES/kit" -B "$OUT/llama" -G Ninja -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON -DGGML_CCACHE=OFF \
-        -DCMAKE_INSTALL_PREFIX="$OUT/site" "${CMAKE_CUDA[@]}"
+        -DCMAKE_INSTALL_PREFIX="$OUT/site" "${CMAKE_CUDA[@]}" "${link[@]}"
     mkdir -p "$OUT/site"
     cp -r "$SOURCES/site/llama_cpp" "$OUT/site/"
 }
@@ -167,7 +198,7 @@ step_configure() {
 llama_ninja() {
     # Configuration found this folder; every compilation needs its headers.
     local cublas
-    cublas=$(sed -n 's/^KIT_RPATH:[A-Z]*=\(.*\)/\1/p' "$OUT/llama/CMakeCache.txt")
+    cublas=$(sed -n 's/^KIT_CUBLAS:[A-Z]*=\(.*\)/\1/p' "$OUT/llama/CMakeCache.txt")
     [[ -z $cublas ]] || export CPATH=$(dirname "$cublas")/include${CPATH:+:$CPATH}
     ninja -C "$OUT/llama" -j "$JOBS" "$@"
 }
@@ -195,8 +226,10 @@ step_install() {
 }
 
 step_native() {
+    local link=()
+    mapfile -t link < <(link_flags)
     cmake -S "$SOURCES/native" -B "$OUT/native" -G Ninja -DCMAKE_BUILD_TYPE=Release -DCMAKE_PREFIX_PATH="$OUT/site" \
-        -DPINFER_LLAMA_SOURCE="$SOURCES/llama.cpp"
+        -DPINFER_LLAMA_SOURCE="$SOURCES/llama.cpp" "${link[@]}"
     ninja -C "$OUT/native" -j "$JOBS"
 }
 
