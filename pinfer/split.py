@@ -47,6 +47,8 @@ _BAND = 512 << 20
 """bytes of requantised down rows held at once"""
 _COLUMNS = 256
 """columns are read in multiples of this, which every block length divides"""
+_WORTH_SAYING = 1 << 30
+"""bytes of shards that are announced before they are written"""
 _TILE = 64
 """columns transposed at once, unless the blocks of the type are longer"""
 
@@ -142,6 +144,8 @@ def _write_shards(
 ) -> None:
     shards = (*hot, cold)
     n_bytes = sum(shard.n_bytes for shard in shards)
+    if n_bytes >= _WORTH_SAYING:
+        progress.note(f"the shards will take {n_bytes / (1 << 30):.1f} GiB")
     for shard in shards:  # the first checks the free space for all
         shard.begin(also=n_bytes - shard.n_bytes if shard is shards[0] else 0)
     with ThreadPoolExecutor(_n_threads(model)) as threads, progress.task("split", n_bytes, "bytes") as advance:
