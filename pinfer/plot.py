@@ -162,11 +162,11 @@ def _units_panel(model: Model, placement: PlacementFile, devices: Sequence[str])
     def series(name: str, units: Sequence[int]) -> Series:
         return Series(name, at, tuple(100 * n / f.n_units for n, f in zip(units, model.ffns, strict=True)))
 
-    placed = [series(f"hot on {d}", [_hot(placement, k, i) for i in range(len(at))]) for k, d in enumerate(devices)]
     cold = series("cold, on the CPU", [_cold(placement, f, i) for i, f in enumerate(model.ffns)])
+    hot = [series(f"hot, on {d}", [_hot(placement, k, i) for i in range(len(at))]) for k, d in enumerate(devices)]
     labels = tuple(_label(f).removeprefix("layer ") for f in model.ffns)
     return Panel(
-        "columns", "Neurons and experts by layer", "layer", "% of the neurons or experts", (*placed, cold), labels
+        "columns", "Neurons and experts by layer", "layer", "% of the neurons or experts", (cold, *hot), labels
     )
 
 
@@ -182,10 +182,11 @@ def _bytes_panel(model: Model, placement: PlacementFile, devices: Sequence[str])
         cold[f.layer] += cold_neuron_bytes(f, types) * f.unit * _cold(placement, f, i)
     for layer in range(model.n_layer):
         (dense_on_device if layer >= first_on_device else dense)[layer] = layer_bytes(model, layer)
-    rows = [(f"{d}: hot neurons", n) for d, n in zip(devices, hot, strict=True)]
+    rows = [("CPU: cold neurons", cold)]
+    rows += [(f"{d}: hot neurons", n) for d, n in zip(devices, hot, strict=True)]
+    rows += [("CPU: attention, norms, other", dense)]
     rows += [(f"{d}: attention, norms, other", dense_on_device) for d in devices[:1]]
-    rows += [("CPU: cold neurons", cold), ("CPU: attention, norms, other", dense)]
-    divisor, unit = _size_unit(max(sum(n for _, n in rows)))
+    divisor, unit = _size_unit(float(np.sum([n for _, n in rows], axis=0).max()))
     at = tuple(float(layer) for layer in range(model.n_layer))
     series = tuple(Series(name, at, _floats(n / divisor)) for name, n in rows if n.any())
     return Panel("columns", "Weights by layer", "layer", unit, series, tuple(map(str, range(model.n_layer))))

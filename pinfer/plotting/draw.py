@@ -23,6 +23,10 @@ _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#
 _SYMBOLS = "osD^vP*X"
 _HATCHES = ("", "//", "..", "\\\\", "xx", "++", "oo", "--")
 _TEXT_SYMBOLS = ("dot", "x", "o", "+", "*", "#", "@", "%")
+_FILLS = "█▒░#=+~:"
+
+_LYING = ("bars", "ranges", "spans")
+"""kinds whose positions are on the y axis"""
 
 _MOST_LABELS = 40  # texts beside points
 _WIDTH = 9.0  # inches
@@ -70,7 +74,7 @@ def draw_file(picture: Picture, path: Path) -> None:
 
 def _height(panel: Panel) -> float:
     """Inches."""
-    if panel.kind in ("bars", "ranges", "spans"):
+    if panel.kind in _LYING:
         return 1.2 + 0.35 * len(panel.categories)
     return 3.4
 
@@ -90,8 +94,10 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
     axes.set_ylabel(panel.y_label)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
+    if panel.x_label == "layer" and not panel.categories:
+        axes.locator_params(axis="x", integer=True)
     if panel.categories:
-        lying = panel.kind in ("bars", "ranges", "spans")
+        lying = panel.kind in _LYING
         at = _shown_positions(len(panel.categories), 60 if lying else 24)
         (axes.set_yticks if lying else axes.set_xticks)(at, [panel.categories[i] for i in at])
         if lying:
@@ -99,9 +105,8 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
         elif any(len(panel.categories[i]) > 4 for i in at):
             axes.tick_params(axis="x", labelrotation=40)
     handles, names = axes.get_legend_handles_labels()
-    if len(names) > 1 or panel.ordered:
-        beside = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)}
-        axes.legend(handles, names, fontsize=8, frameon=False, **beside)
+    if len(names) > 1 or panel.kind in ("ranges", "points"):
+        axes.legend(handles, names, fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
 
 def _draw_curves(axes: Axes, panel: Panel) -> None:
@@ -112,7 +117,7 @@ def _draw_curves(axes: Axes, panel: Panel) -> None:
     for i, series in enumerate(ordered):
         name = series.name if i in named else "_"
         if panel.ordered:
-            colour = colormaps["cividis"](i / max(1, len(ordered) - 1))
+            colour = colormaps["cividis"](0.9 * i / max(1, len(ordered) - 1))
             axes.plot(series.x, series.y, color=colour, linewidth=0.8, label=name)
             continue
         error = _error(series.y, series) if series.low else None
@@ -132,6 +137,7 @@ def _draw_curves(axes: Axes, panel: Panel) -> None:
             axes.plot(series.x, series.y, color="black", linewidth=2, linestyle="--", label=series.name)
     if panel.reference is not None:
         axes.axhline(panel.reference, color="black", linewidth=0.8, linestyle=":")
+    axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
 
 
@@ -155,8 +161,6 @@ def _draw_points(axes: Axes, panel: Panel) -> None:
         if n_labels <= _MOST_LABELS:
             for x, y, label in zip(series.x, series.y, series.labels, strict=True):
                 axes.annotate(label, (x, y), xytext=(4, 3), textcoords="offset points", fontsize=7)
-    if len(panel.series) == 1:
-        axes.legend()
     axes.grid(alpha=0.3)
 
 
@@ -210,7 +214,7 @@ def draw_text(picture: Picture) -> str:
         import plotext
     except ImportError:
         raise PinferError("drawing in the terminal needs plotext, which is not installed", _PLOTEXT) from None
-    if not hasattr(plotext, "stacked_bar"):
+    if not hasattr(plotext, "clear_figure"):
         raise PinferError("this version of plotext has another interface", _PLOTEXT)
     width = max(_LEAST_WIDTH, shutil.get_terminal_size((_TEXT_WIDTH, 0)).columns)
     parts = [picture.title, picture.subtitle]
@@ -223,27 +227,9 @@ _PLOTEXT = "run: pip install 'plotext>=5.3,<6', or write a file: -o picture.png"
 
 
 def _text_panel(plt: Any, panel: Panel, width: int) -> str:
-    plt.clear_figure()
-    plt.limit_size(False, False)
-    lying = panel.kind in ("bars", "ranges", "spans")
-    plt.plot_size(width, len(panel.categories) * 2 + 6 if lying else _TEXT_HEIGHT)
-    drawing = {
-        "curves": _text_curves,
-        "points": _text_points,
-        "columns": _text_stack,
-        "bars": _text_stack,
-        "ranges": _text_ranges,
-        "spans": _text_spans,
-    }
-    drawing[panel.kind](plt, panel)
-    plt.title(panel.title)
-    plt.xlabel(panel.x_label)
-    plt.ylabel(panel.y_label)
-    if panel.categories and panel.kind != "bars":
-        at = _shown_positions(len(panel.categories), 40 if lying else width // 12)
-        (plt.yticks if lying else plt.xticks)(at, [panel.categories[i] for i in at])
-    text: str = plt.build()
-    return text if sys.stdout.isatty() and "NO_COLOR" not in os.environ else plt.uncolorize(text)
+    in_colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    text = _rows(panel, width) if panel.kind not in ("curves", "points") else _chart(plt, panel, width)
+    return text if in_colour else str(plt.uncolorize(text))
 
 
 def _rgb(i: int) -> tuple[int, int, int]:
@@ -251,55 +237,80 @@ def _rgb(i: int) -> tuple[int, int, int]:
     return int(code[1:3], 16), int(code[3:5], 16), int(code[5:7], 16)
 
 
-def _text_symbol(i: int) -> str:
-    return _TEXT_SYMBOLS[i % len(_TEXT_SYMBOLS)]
-
-
-def _text_curves(plt: Any, panel: Panel) -> None:
-    """All curves, but of layers only some: a terminal has too few dots for more."""
+def _chart(plt: Any, panel: Panel, width: int) -> str:
+    """Curves or points. Of curves by layer only some are shown: a terminal has too few dots for more."""
+    plt.clear_figure()
+    plt.limit_size(False, False)
+    plt.plot_size(width, _TEXT_HEIGHT)
     plain = [s for s in panel.series if not s.emphasis]
     shown = [plain[i] for i in _ends(len(plain))] if panel.ordered else plain
     for i, series in enumerate([*shown, *(s for s in panel.series if s.emphasis)]):
-        plt.plot(series.x, series.y, color=_rgb(i), marker=_text_symbol(i), label=series.name)
+        draw = plt.scatter if panel.kind == "points" else plt.plot
+        draw(series.x, series.y, color=_rgb(i), marker=_TEXT_SYMBOLS[i % len(_TEXT_SYMBOLS)], label=series.name)
         if series.low:
-            plt.error(series.x, series.y, yerr=_widths(series.low, series.high), color=_rgb(i))
+            for x, low, high in zip(series.x, series.low, series.high, strict=True):
+                plt.plot([x, x], [low, high], color=_rgb(i), marker="|")
     if panel.reference is not None:
         plt.hline(panel.reference)
+    plt.title(panel.title)
+    plt.xlabel(panel.x_label)
+    plt.ylabel(panel.y_label)
+    if panel.categories:
+        at = _shown_positions(len(panel.categories), width // 12)
+        plt.xticks(at, [panel.categories[i] for i in at])
+    return str(plt.build())
 
 
-def _widths(low: Sequence[float], high: Sequence[float]) -> list[float]:
-    return [b - a for a, b in zip(low, high, strict=True)]
-
-
-def _text_points(plt: Any, panel: Panel) -> None:
+def _rows(panel: Panel, width: int) -> str:
+    """One line for each category. Series differ by character as well, so colours are not needed."""
+    is_stack = panel.kind in ("columns", "bars")
+    unit = panel.y_label if panel.kind == "columns" else panel.x_label
+    margin = max(map(len, panel.categories))
+    room = max(10, width - margin - 12)
+    cells: list[list[tuple[float, float, int]]] = [[] for _ in panel.categories]  # begin, end, series
     for i, series in enumerate(panel.series):
-        plt.scatter(series.x, series.y, color=_rgb(i), marker=_text_symbol(i), label=series.name)
+        for position, begin, end in _extents(panel, series):
+            start = cells[position][-1][1] if is_stack and cells[position] else begin
+            cells[position].append((start, start + end - begin, i))
+    most = max([panel.reference or 0.0, *(end for row in cells for _, end, _ in row)]) or 1.0
+    lines = [panel.title, "  ".join(_painted(_fill(panel, i), i) + " " + s.name for i, s in enumerate(panel.series))]
+    for name, row in zip(panel.categories, cells, strict=True):
+        drawn = [(" ", -1)] * (room + 1)
+        if panel.reference is not None:
+            drawn[round(room * panel.reference / most)] = ("┊", -1)
+        for begin, end, i in row:
+            first, last = round(room * begin / most), round(room * end / most)
+            for at in range(first, last if is_stack else max(last, first + 1)):
+                drawn[at] = ("-" if panel.kind == "ranges" else _fill(panel, i), i)
+        for i, series in enumerate(panel.series if panel.kind == "ranges" else ()):
+            for value, y in zip(series.x, series.y, strict=True):
+                if panel.categories[int(y)] == name:
+                    drawn[round(room * value / most)] = (_fill(panel, i), i)
+        lines.append(f"{name:>{margin}} │" + "".join(_painted(*cell) for cell in drawn).rstrip())
+    lines.append(f"{'':>{margin}} └ 0 to {most:.4g} {unit}")
+    return "\n".join(lines)
 
 
-def _text_stack(plt: Any, panel: Panel) -> None:
-    lying = panel.kind == "bars"
-    sizes = [list(series.x if lying else series.y) for series in panel.series]
-    names = [series.name for series in panel.series]
-    plt.stacked_bar(
-        list(panel.categories),
-        sizes,
-        labels=names,
-        color=[_rgb(i) for i in range(len(names))],
-        orientation="h" if lying else "v",
-    )
+def _extents(panel: Panel, series: Series) -> list[tuple[int, float, float]]:
+    """Position, begin and end of each value."""
+    if panel.kind == "columns":
+        return [(int(x), 0.0, y) for x, y in zip(series.x, series.y, strict=True)]
+    if panel.kind == "bars":
+        return [(int(y), 0.0, x) for x, y in zip(series.x, series.y, strict=True)]
+    begins, ends = (series.x, series.high) if panel.kind == "spans" else (series.low, series.high)
+    if not ends:
+        begins = ends = series.x
+    return [(int(y), begin, end) for y, begin, end in zip(series.y, begins, ends, strict=True)]
 
 
-def _text_ranges(plt: Any, panel: Panel) -> None:
-    for i, series in enumerate(panel.series):
-        plt.scatter(series.x, series.y, color=_rgb(i), marker=_text_symbol(i), label=series.name)
-        for y, low, high in zip(series.y, series.low, series.high, strict=False):
-            plt.plot([low, high], [y, y], color=_rgb(i), marker="-")
-    if panel.reference is not None:
-        plt.vline(panel.reference)
+def _fill(panel: Panel, i: int) -> str:
+    if panel.kind == "ranges":
+        return "ox*+#@%&"[i % 8]
+    return "·" if _is_free(panel.series[i]) else _FILLS[i % len(_FILLS)]
 
 
-def _text_spans(plt: Any, panel: Panel) -> None:
-    for i, series in enumerate(panel.series):
-        for k, (begin, end, row) in enumerate(zip(series.x, series.high, series.y, strict=True)):
-            label = {"label": series.name} if k == 0 else {}
-            plt.plot([begin, end], [row, row], color=_rgb(i), marker=_text_symbol(i), **label)
+def _painted(text: str, i: int) -> str:
+    if i < 0:
+        return text
+    r, g, b = _rgb(i)
+    return f"\x1b[38;2;{r};{g};{b}m{text}\x1b[0m"

@@ -27,8 +27,8 @@ class Series:
 class Panel:
     """One pair of axes.
 
-    ``curves``: lines through (x, y). ``points``: (x, y) alone. ``columns``: stacked bars, x are positions and y heights.
-    ``bars``: the same lying down, x are lengths and y positions. ``ranges``: values x with their spread at positions y.
+    ``curves``: lines through (x, y). ``points``: (x, y) alone. ``columns``: stacked bars of heights y at positions x.
+    ``bars``: stacked bars of lengths x at positions y. ``ranges``: values x with their spread at positions y.
     ``spans``: from x to high, at positions y.
     """
 

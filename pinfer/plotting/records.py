@@ -16,7 +16,7 @@ from pinfer.plotting.picture import Panel, Picture, Series
 
 _RECORD_HINT = "write one: pinfer bench MODEL -o jsonl >> FILE"
 _TRACE_HINT = "write one: PINFER_TRACE=FILE pinfer run MODEL"
-_PARTS = ("copy", "cold", "wait", "hot")
+_PARTS = ("cold", "hot", "copy", "wait")
 """of the time of an FFN, as the plugin names them"""
 
 
@@ -219,16 +219,17 @@ def trace_picture(path: Path, machine: str) -> Picture:
     sizes = Counter(each[0].tokens for each in passes)
     tokens = min(sizes, key=lambda size: (-sizes[size], size))
     passes = [each for each in passes if each[0].tokens == tokens]
-    typical = sorted(passes, key=_seconds)[(len(passes) - 1) // 2]
+    typical = sorted(passes, key=_duration)[(len(passes) - 1) // 2]
     what = "token" if tokens == 1 else f"batch of {tokens} tokens"
+    unit = "ms" if _duration(typical) >= 1000 else "µs"
     names = [name for name in _PARTS if any(event.name == name for event in typical)]
-    title = f"The median of {len(passes)}: one {what}, {_seconds(typical) / 1000:.3g} ms"
+    title = f"The median of {len(passes)}: one {what}, {_format(_duration(typical), unit)}"
     return Picture(
         f"{path.name}: where the time of a {what} goes",
         f"{', '.join(rows)}; drawn on {machine}",
         (
-            Panel("spans", title, "ms", "", tuple(_span_series(typical, name) for name in names), rows),
-            _layer_panel(passes, names, what),
+            Panel("spans", title, unit, "", tuple(_span_series(typical, name, unit) for name in names), rows),
+            _layer_panel(passes, names, what, unit),
         ),
     )
 
@@ -271,35 +272,42 @@ def _passes(events: Sequence[_Event]) -> Iterator[list[_Event]]:
         yield current
 
 
-def _seconds(events: Sequence[_Event]) -> float:
+_MICROSECONDS = {"µs": 1, "ms": 1000}
+
+
+def _format(duration: float, unit: str) -> str:
+    return f"{duration / _MICROSECONDS[unit]:.3g} {unit}"
+
+
+def _duration(events: Sequence[_Event]) -> float:
     """Microseconds from the first event to the end of the last."""
     return max(event.end for event in events) - min(event.begin for event in events)
 
 
-def _span_series(events: Sequence[_Event], name: str) -> Series:
+def _span_series(events: Sequence[_Event], name: str, unit: str) -> Series:
+    divisor = _MICROSECONDS[unit]
     start = min(event.begin for event in events)
     mine = [event for event in events if event.name == name]
-    total = sum(event.duration for event in mine) / 1000
     return Series(
-        f"{name} {total:.3g} ms",
-        tuple((event.begin - start) / 1000 for event in mine),
+        f"{name}, {_format(sum(event.duration for event in mine), unit)}",
+        tuple((event.begin - start) / divisor for event in mine),
         tuple(float(event.row) for event in mine),
-        high=tuple((event.end - start) / 1000 for event in mine),
+        high=tuple((event.end - start) / divisor for event in mine),
     )
 
 
-def _layer_panel(passes: Sequence[Sequence[_Event]], names: Sequence[str], what: str) -> Panel:
+def _layer_panel(passes: Sequence[Sequence[_Event]], names: Sequence[str], what: str, unit: str) -> Panel:
     """The time of each part by layer, the median over the passes; parts of several devices are added."""
     series = []
     for name in names:
         durations: dict[int, list[float]] = {}
         for events in passes:
-            of_pass: Counter[int] = Counter()
+            of_pass: dict[int, float] = {}
             for event in events:
                 if event.name == name:
-                    of_pass[event.layer] += event.duration / 1000  # type: ignore[assignment]
+                    of_pass[event.layer] = of_pass.get(event.layer, 0.0) + event.duration / _MICROSECONDS[unit]
             for layer, duration in of_pass.items():
                 durations.setdefault(layer, []).append(duration)
         layers = sorted(durations)
         series.append(Series(name, tuple(map(float, layers)), tuple(median(durations[layer]) for layer in layers)))
-    return Panel("curves", f"By layer, the median of {len(passes)}", "layer", f"ms per {what}", tuple(series))
+    return Panel("curves", f"By layer, the median of {len(passes)}", "layer", f"{unit} per {what}", tuple(series))
