@@ -34,7 +34,7 @@ README = "docs/gpu.md"
 DRIVER = "kit/gpu.sh"
 
 # Files of the repository. Of the tests only those that gpu.sh runs are packed. Left out is what serves conversion, the
-# hub and the training of the shipped models.
+# hub, the training of the shipped models and pictures.
 OWN = (
     "LICENSE",
     "README.md",
@@ -56,6 +56,8 @@ OWN_LEFT_OUT = (
     "models/record_vectors.py",
     "models/tiny_*.py",
     "models/train_tiny.py",
+    "pinfer/plot.py",
+    "pinfer/plotting/*",
     "tests/support/checkpoint_*",
     "tests/support/hub_*",
     "tests/support/powerinfer_*",

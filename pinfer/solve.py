@@ -211,12 +211,10 @@ def _predictors(model: Model, folder: Path) -> list[PredictorCost | None]:
     if not path.exists():
         return [None] * len(model.ffns)
     file = PredictorFile.read(path, model)
-    costs: list[PredictorCost | None] = []
-    for i, (ffn, kind) in enumerate(zip(model.ffns, file.kind, strict=True)):
-        names = [f"{ffn.name}.pred_{part}" for part in "abt"]
-        n_bytes = sum(file.artefact.tensor(name).n_bytes for name in names if file.artefact.has(name))
-        costs.append(None if kind == "none" else PredictorCost(n_bytes, file.candidates[i]))
-    return costs
+    return [
+        None if kind == "none" else PredictorCost(file.n_bytes(i), file.candidates[i])
+        for i, kind in enumerate(file.kind)
+    ]
 
 
 def _problem(

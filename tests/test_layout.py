@@ -21,6 +21,7 @@ VERBS = (
     "eval",
     "bench",
     "show",
+    "plot",
     "library",
     "convert",
     "exec",
@@ -35,7 +36,7 @@ LAYERS = (
     ("pinfer.llama",),
     ("pinfer.artefacts",),
     ("pinfer.predictors", "pinfer.placement", "pinfer.benchmark", "pinfer.conversion"),
-    ("pinfer.execution",),
+    ("pinfer.execution", "pinfer.plotting"),
     (*(f"pinfer.{verb}" for verb in VERBS), "pinfer.preparation", "pinfer.generation"),
     ("pinfer",),  # the Python API
     ("pinfer.cli",),

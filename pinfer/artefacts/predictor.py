@@ -86,6 +86,11 @@ class PredictorFile:
             _shares(artefact, "pinfer.predictor.candidates", n),
         )
 
+    def n_bytes(self, i: int) -> int:
+        """Bytes of the tensors of FFN ``i``; 0 without a predictor."""
+        names = (f"{self.names[i]}.pred_{part}" for part in "abt")
+        return sum(self.artefact.tensor(name).n_bytes for name in names if self.artefact.has(name))
+
     def layer(self, i: int) -> LayerPredictor:
         """FFN ``i`` with its factors as float32."""
         from pinfer.llama import ggml

@@ -50,7 +50,7 @@ def describe(n_threads: int, ggml: str, isa: str, load_average: float, started: 
         llama_cpp_python=_version_of("llama-cpp-python"),
         ggml=ggml,
         isa=isa,
-        cpu=_cpu(),
+        cpu=cpu_name(),
         n_cpus=len(os.sched_getaffinity(0)),
         n_threads=n_threads,
         memory=psutil.virtual_memory().total,
@@ -79,7 +79,8 @@ def _commit() -> str:
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
-def _cpu() -> str:
+def cpu_name() -> str:
+    """The processor's name, as the kernel reports it."""
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
             if line.startswith("model name"):

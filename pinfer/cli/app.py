@@ -18,6 +18,7 @@ from pinfer.cli.eval import evaluate
 from pinfer.cli.exec import CONTEXT, exec_program
 from pinfer.cli.exits import describe_os_error, fail, mute, wrong_usage
 from pinfer.cli.library import list_models, remove
+from pinfer.cli.plot import plot
 from pinfer.cli.prepare import prepare
 from pinfer.cli.profile import profile
 from pinfer.cli.run import register as register_run
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 _GROUPS = {
     "Use a model": ("run", "serve", "exec", "show"),
     "Prepare it": ("convert", "prepare", "profile", "train", "solve", "split"),
-    "Measure it": ("eval", "bench"),
+    "Measure it": ("eval", "bench", "plot"),
     "Clean up": ("list", "rm"),
 }
 
@@ -86,6 +87,7 @@ app.command("exec", context_settings=CONTEXT)(exec_program)
 app.command("eval")(evaluate)
 for _command in (bench, show):
     app.command()(_command)
+app.add_typer(plot)
 app.command("list")(list_models)
 app.command("rm")(remove)
 

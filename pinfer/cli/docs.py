@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "cli.md"
@@ -36,15 +37,20 @@ def render() -> str:
     from pinfer.cli.app import app
 
     runner = CliRunner()
-    group = get_command(app)
     parts = [_HEAD]
-    for name in ["", *getattr(group, "commands", {})]:
-        words = [name] if name else []
+    for words in _commands(get_command(app)):
         # The runner sets a fixed width of 80 columns.
         text = runner.invoke(app, [*words, "--help"], prog_name="pinfer").stdout
         lines = "\n".join(line.rstrip() for line in text.strip().splitlines())
         parts.append(f"\n## {' '.join(['pinfer', *words])}\n\n```text\n{lines}\n```\n")
     return "".join(parts)
+
+
+def _commands(command: object) -> Iterator[list[str]]:
+    """The words of a command, then of those below it."""
+    yield []
+    for name, below in getattr(command, "commands", {}).items():
+        yield from ([name, *words] for words in _commands(below))
 
 
 def main(args: list[str]) -> int:

@@ -72,6 +72,14 @@ def parse_servers(text: str) -> str:
     return text
 
 
+def parse_picture(text: str | Path) -> Path:
+    """A file whose name ends in .png or .svg."""
+    path = Path(text)
+    if path.suffix.lower() not in (".png", ".svg"):
+        raise typer.BadParameter(f"{str(path)!r} is not a valid picture (name a file like picture.png or picture.svg)")
+    return path
+
+
 def parse_layers(text: str | int) -> int:
     """A number of layers, or ``all`` of them."""
     if isinstance(text, str) and text.strip().lower() == "all":
@@ -112,6 +120,17 @@ HubOpt = Annotated[
 ]
 OfflineOpt = Annotated[bool, typer.Option("--offline", help="Use the hub's local cache only, never the network.")]
 JsonOpt = Annotated[bool, typer.Option("--json", help="Print the report as JSON.")]
+PictureOpt = Annotated[
+    Path | None,
+    typer.Option(
+        "-o",
+        "--output",
+        parser=parse_picture,
+        metavar="FILE.png|svg",
+        help="Write the picture to this file. [default: draw in the terminal]",
+    ),
+]
+PictureJsonOpt = Annotated[bool, typer.Option("--json", help="Print the data of the picture as JSON.")]
 ThreadsOpt = Annotated[
     int | None, typer.Option("-t", "--threads", help="CPU threads. [default: physical cores]", min=1, metavar="N")
 ]

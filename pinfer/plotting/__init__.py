@@ -1,0 +1,1 @@
+"""The pictures of `pinfer plot`: what they show, and how they are drawn."""
