@@ -18,13 +18,16 @@ class Case:
     n_prompt: int
     n_gen: int
     n_seq: int
+    n_depth: int = 0
+    """tokens that each sequence already has"""
 
     @property
     def name(self) -> str:
-        """llama-bench's name followed by the number of sequences: ``pp512``, ``tg128``, ``tg128 ×4``."""
+        """llama-bench's name with the number of sequences: ``pp512``, ``tg128``, ``tg128 ×4``, ``tg128 @ d2048``."""
+        depth = f" @ d{self.n_depth}" if self.n_depth else ""
         if self.n_prompt:
-            return f"pp{self.n_prompt}"
-        return f"tg{self.n_gen}" + (f" ×{self.n_seq}" if self.n_seq > 1 else "")
+            return f"pp{self.n_prompt}{depth}"
+        return f"tg{self.n_gen}" + (f" ×{self.n_seq}" if self.n_seq > 1 else "") + depth
 
     @property
     def n_tokens(self) -> int:
@@ -140,6 +143,7 @@ class BenchReport:
             "n_prompt": result.test.n_prompt,
             "n_gen": result.test.n_gen,
             "n_seq": result.test.n_seq,
+            "n_depth": result.test.n_depth,
             "side": result.side,
             "mode": self.mode if result.side == SPARSE else DENSE,
             "tokens_from": self.tokens_from,
