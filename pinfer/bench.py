@@ -7,7 +7,7 @@ import random
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import fmean
@@ -87,6 +87,10 @@ def bench(model_path: Path, options: BenchOptions, progress: Progress = NULL_PRO
         notes.append("faster than the limit: the model fits in the CPU's caches, or the bandwidth was measured too low")
     if SPARSE in setup.sides and all(r.computed is None for r in results if r.side == SPARSE):
         notes.append("nothing was computed sparsely: the plugin computed every FFN densely")
+    if plain := [r.test.name for r in results if r.no_flash]:
+        notes.append(
+            f"stock libllama is faster without flash attention in {', '.join(plain)}, and ran without it there"
+        )
     trained = _trained(model, setup)
     return BenchReport(
         environment=machine.describe(
@@ -250,12 +254,8 @@ def _measure(
     with progress.task("bench", total, "runs") as advance:
         for test in tests:
             kind, texts = "pp" if test.n_prompt else "tg", source.texts(test)
-            n_ctx = max(options.n_ctx, test.n_depth + test.n_prompt + test.n_gen)
-            streams = source.streams(test, 0)
-            for worker in workers.values():
-                worker.ask("open", n_ctx=n_ctx, n_seq=test.n_seq, n_batch=options.n_batch, n_ubatch=options.n_ubatch)
-                worker.ask("time", kind=kind, streams=streams, texts=texts)
-                advance(1)
+            no_flash = {side: _warm_up(worker, side, test, source, setup, options) for side, worker in workers.items()}
+            advance(len(workers))
             runs: dict[str, list[tuple[int, dict[str, Any]]]] = {side: [] for side in workers}
             for run in range(1, options.repetitions + 1):
                 streams = source.streams(test, run)
@@ -264,8 +264,35 @@ def _measure(
                     runs[side].append((n_done, worker.ask("time", kind=kind, streams=streams, texts=texts)))
                     n_done += 1
                     advance(1)
-            results += [_result(test, side, runs[side], setup) for side in workers]
+            results += [replace(_result(test, side, runs[side], setup), no_flash=no_flash[side]) for side in workers]
     return results
+
+
+def _warm_up(
+    worker: WorkerProcess, side: str, test: Case, source: _TokenSource, setup: _Setup, options: BenchOptions
+) -> bool:
+    """Open a context and run the test once. Returns whether flash attention is off.
+
+    At depth, llama.cpp's flash attention can be slower on the CPU than the plain products. Stock libllama is measured
+    with the faster of the two; pinfer as it runs by default.
+    """
+    n_ctx = max(options.n_ctx, test.n_depth + test.n_prompt + test.n_gen)
+    size = {"n_ctx": n_ctx, "n_seq": test.n_seq, "n_batch": options.n_batch, "n_ubatch": options.n_ubatch}
+    work = {"kind": "pp" if test.n_prompt else "tg", "streams": source.streams(test, 0), "texts": source.texts(test)}
+
+    def seconds(flash: bool, n_runs: int) -> float:
+        worker.ask("open", **size, flash_attention=flash)
+        return min(float(worker.ask("time", **work)["seconds"]) for _ in range(n_runs))
+
+    # A quantised V needs flash attention.
+    has_choice = setup.execution.cache_types[1] in ("f32", "f16", "bf16")
+    if side != DENSE or not test.n_depth or not test.n_gen or not has_choice:
+        seconds(True, 1)
+        return False
+    if seconds(True, 2) > seconds(False, 2):
+        return True
+    seconds(True, 1)
+    return False
 
 
 def _result(test: Case, side: str, runs: Sequence[tuple[int, dict[str, Any]]], setup: _Setup) -> Result:

@@ -280,7 +280,33 @@ def test_depth_is_in_the_cache_and_in_the_report(tiny_relu2: Path, monkeypatch: 
     assert deep is not None
     assert deep.kv_cache - shallow.kv_cache == 48 * 5 * 2 * 2 * 64 * 2  # 2 bytes for each K and V of 5 layers
     assert [[len(text) for text in a["texts"]] for a in asked[-3:]] == [[48, 48]] * 3
-    assert len({json.dumps(a["streams"]) for a in asked}) == len(asked)
+    assert len({json.dumps(a["streams"]) for a in asked}) == 6 * 3  # a warm-up and two runs of each test
+
+
+@pytest.mark.parametrize(("flash", "plain"), [(2.0, 1.0), (1.0, 2.0)])
+def test_stock_gets_its_faster_attention_at_depth(
+    tiny_relu2: Path, monkeypatch: pytest.MonkeyPatch, flash: float, plain: float
+) -> None:
+    """Stock's times are replaced: with flash attention a run takes ``flash`` seconds, without it ``plain``."""
+    opened: dict[str, list[bool]] = {SPARSE: [], DENSE: []}
+    ask = WorkerProcess.ask
+
+    def slowed(worker: WorkerProcess, do: str, **arguments: Any) -> Any:
+        if do == "open":
+            opened[worker.name].append(arguments["flash_attention"])
+        answer = ask(worker, do, **arguments)
+        if do == "time" and worker.name == DENSE:
+            answer["seconds"] = flash if opened[DENSE][-1] else plain
+        return answer
+
+    monkeypatch.setattr(WorkerProcess, "ask", slowed)
+    found = bench(tiny_relu2, replace(QUICK, n_prompt=(16,), n_seq=(1,), n_depth=(0, 32)))
+    assert opened[SPARSE] == [True] * 4
+    assert opened[DENSE] == [True, True, True, True, False] + ([True] if flash < plain else [])
+    by_test = {(r.test.name, r.side): r for r in found.results}
+    assert [key for key, r in by_test.items() if r.no_flash] == ([("tg8 @ d32", DENSE)] if flash > plain else [])
+    assert by_test["tg8 @ d32", DENSE].tokens_per_s == (8.0, 8.0)
+    assert any("without flash attention in tg8 @ d32" in note for note in found.notes) == (flash > plain)
 
 
 @pytest.mark.parametrize("n_batch", [512, 7])

@@ -55,6 +55,8 @@ class Result:
     """what a token has to read; None for prompts and batches, and if a device reads weights as well"""
     hidden: float | None = None
     """share of the shorter side's time (device or CPU) that overlaps the longer side's; None without hot neurons"""
+    no_flash: bool = False
+    """measured without flash attention, which was slower"""
 
     @property
     def mean(self) -> float:
@@ -145,6 +147,7 @@ class BenchReport:
             "n_seq": result.test.n_seq,
             "n_depth": result.test.n_depth,
             "side": result.side,
+            "no_flash": result.no_flash,
             "mode": self.mode if result.side == SPARSE else DENSE,
             "tokens_from": self.tokens_from,
             "tokens_sha256": result.tokens_sha256,

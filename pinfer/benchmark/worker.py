@@ -32,10 +32,13 @@ _NO_VOCABULARY = 0  # enum llama_vocab_type
 class BenchEngine(Engine):
     """An engine that opens a new context for each test, with the test's number of sequences."""
 
-    def open_context(self, n_ctx: int, n_seq: int, n_batch: int, n_ubatch: int) -> None:
+    def open_context(
+        self, n_ctx: int, n_seq: int, n_batch: int, n_ubatch: int, *, flash_attention: bool = True
+    ) -> None:
         """A context of ``n_ctx`` tokens for each of ``n_seq`` sequences."""
         n_batch = max(n_seq, min(n_batch, n_ctx))
-        self._open_context(n_ctx * n_seq, n_batch, min(n_batch, n_ubatch), n_seq)
+        n_ubatch = min(n_batch, n_ubatch)
+        self._open_context(n_ctx * n_seq, n_batch, n_ubatch, n_seq, flash_attention=flash_attention)
         self._texts: list[list[int]] = []
 
     def rewind(self, texts: Sequence[Sequence[int]]) -> None:
@@ -142,8 +145,10 @@ class Worker:
     def do_tokenize(self, text: str) -> list[int]:
         return self._loaded().tokenize(text)
 
-    def do_open(self, n_ctx: int, n_seq: int, n_batch: int = 2048, n_ubatch: int = 512) -> None:
-        self._loaded().open_context(n_ctx, n_seq, n_batch, n_ubatch)
+    def do_open(
+        self, n_ctx: int, n_seq: int, n_batch: int = 2048, n_ubatch: int = 512, flash_attention: bool = True
+    ) -> None:
+        self._loaded().open_context(n_ctx, n_seq, n_batch, n_ubatch, flash_attention=flash_attention)
 
     def do_time(self, kind: str, streams: list[list[int]], texts: Sequence[list[int]] = ()) -> dict[str, object]:
         """Run a test once (``pp``: a prompt, ``tg``: decoding) with counters that start at zero.
