@@ -7,7 +7,7 @@ import random
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import fmean
@@ -40,6 +40,8 @@ class BenchOptions(ExecutionOptions):
     n_gen: tuple[int, ...] = (128,)
     n_seq: tuple[int, ...] = (1, 4, 16)
     """sequences decoded in parallel"""
+    n_depth: tuple[int, ...] = (0,)
+    """tokens in each sequence before the test starts"""
     repetitions: int = 5
     n_ctx: int = 0
     """context per sequence; 0: as much as the test needs"""
@@ -67,7 +69,8 @@ def bench(model_path: Path, options: BenchOptions, progress: Progress = NULL_PRO
         workers = {side: stack.enter_context(WorkerProcess(side)) for side in setup.sides}
         facts = {side: worker.ask("load", **setup.load(side)) for side, worker in workers.items()}
         first = facts[setup.sides[0]]
-        source = _TokenSource.of(workers[setup.sides[0]], first, options.text, max(t.n_tokens for t in tests))
+        n_text = max(_n_text(test, 1 + options.repetitions) for test in tests)
+        source = _TokenSource.of(workers[setup.sides[0]], first, options.text, n_text)
         own = _cpu_used(workers)
         before = machine.cpu_time()
         results = _measure(workers, tests, source, setup, options, progress)
@@ -84,6 +87,10 @@ def bench(model_path: Path, options: BenchOptions, progress: Progress = NULL_PRO
         notes.append("faster than the limit: the model fits in the CPU's caches, or the bandwidth was measured too low")
     if SPARSE in setup.sides and all(r.computed is None for r in results if r.side == SPARSE):
         notes.append("nothing was computed sparsely: the plugin computed every FFN densely")
+    if plain := [r.test.name for r in results if r.no_flash]:
+        notes.append(
+            f"stock libllama is faster without flash attention in {', '.join(plain)}, and ran without it there"
+        )
     trained = _trained(model, setup)
     return BenchReport(
         environment=machine.describe(
@@ -156,19 +163,23 @@ def _name(model: Model) -> str:
 
 
 def _tests(model: Model, options: BenchOptions) -> list[Case]:
-    tests = [Case(n, 0, 1) for n in options.n_prompt if n > 0]
-    tests += [Case(0, n, b) for n in options.n_gen if n > 0 for b in options.n_seq]
+    tests = []
+    for depth in options.n_depth:
+        tests += [Case(n, 0, 1, depth) for n in options.n_prompt if n > 0]
+        tests += [Case(0, n, b, depth) for n in options.n_gen if n > 0 for b in options.n_seq]
     if not tests or options.repetitions < 1 or any(b < 1 for b in options.n_seq):
         raise PinferError("there is nothing to measure", "use -p or -n above 0, and -np and -r of at least 1")
-    longest = max(t.n_prompt + t.n_gen for t in tests)
+    longest = max(t.n_depth + t.n_prompt + t.n_gen for t in tests)
     if options.n_ctx and options.n_ctx < longest:
         raise PinferError(
             f"a context of {options.n_ctx} tokens is too small for a test of {longest}",
-            f"use -c {longest}, or a smaller -p and -n",
+            f"use -c {longest}, or a smaller -p, -n and -d",
         )
     learned_positions = model.gguf.tensors.get("position_embd.weight")
     if learned_positions is not None and longest > learned_positions.n_rows:
-        raise PinferError(f"{model.name} has no positions beyond {learned_positions.n_rows}", "use a smaller -p and -n")
+        raise PinferError(
+            f"{model.name} has no positions beyond {learned_positions.n_rows}", "use a smaller -p, -n and -d"
+        )
     return tests
 
 
@@ -203,16 +214,26 @@ class _TokenSource:
         tokens = [t for t in worker.ask("tokenize", text=text) if t != facts["bos"]]
         if not tokens:
             raise PinferError(f"{path} has no text", "pass another --text")
-        return _TokenSource(name, tuple(tokens), facts["bos"])
+        return _TokenSource(name + (", repeated" if len(tokens) < n_wanted else ""), tuple(tokens), facts["bos"])
 
-    def streams(self, test: Case) -> list[list[int]]:
-        """The test's sequences, from distant places in the text. A short text repeats."""
-        n = test.n_prompt or test.n_gen
-        step = max(1, len(self.tokens) // test.n_seq)
-        head = [self.bos] if self.bos is not None else []
-        return [
-            [*head, *(self.tokens[(s * step + i) % len(self.tokens)] for i in range(n))][:n] for s in range(test.n_seq)
-        ]
+    def texts(self, test: Case) -> list[list[int]]:
+        """What the test's sequences hold before it starts."""
+        return [self._piece(s * test.n_depth, test.n_depth, at_start=True) for s in range(test.n_seq)]
+
+    def streams(self, test: Case, run: int) -> list[list[int]]:
+        """The test's sequences in a run: text that no earlier run has computed, unless a short text repeats."""
+        n, n_seq = test.n_prompt or test.n_gen, test.n_seq
+        first = test.n_depth * n_seq + run * n_seq * n
+        return [self._piece(first + s * n, n, at_start=not test.n_depth) for s in range(n_seq)]
+
+    def _piece(self, begin: int, n: int, *, at_start: bool) -> list[int]:
+        head = [self.bos] if self.bos is not None and at_start else []
+        return [*head, *(self.tokens[(begin + i) % len(self.tokens)] for i in range(n))][:n]
+
+
+def _n_text(test: Case, n_runs: int) -> int:
+    """Tokens of text that all runs of a test need."""
+    return test.n_seq * (test.n_depth + n_runs * (test.n_prompt + test.n_gen))
 
 
 def _measure(
@@ -223,28 +244,55 @@ def _measure(
     options: BenchOptions,
     progress: Progress,
 ) -> list[Result]:
-    """For each test, open a context and warm up with one run on each side, then run the sides alternately."""
+    """For each test, open a context and warm up with one run on each side, then run the sides alternately.
+
+    Every run has a text of its own: what is timed must not find its neurons in the caches because it ran before.
+    """
     results: list[Result] = []
     n_done = 0
     total = (options.repetitions + 1) * len(workers) * len(tests)
     with progress.task("bench", total, "runs") as advance:
         for test in tests:
-            streams = source.streams(test)
-            kind = "pp" if test.n_prompt else "tg"
-            n_ctx = max(options.n_ctx, test.n_prompt + test.n_gen)
-            for worker in workers.values():
-                worker.ask("open", n_ctx=n_ctx, n_seq=test.n_seq, n_batch=options.n_batch, n_ubatch=options.n_ubatch)
-                worker.ask("time", kind=kind, streams=streams)
-                advance(1)
+            kind, texts = "pp" if test.n_prompt else "tg", source.texts(test)
+            no_flash = {side: _warm_up(worker, side, test, source, setup, options) for side, worker in workers.items()}
+            advance(len(workers))
             runs: dict[str, list[tuple[int, dict[str, Any]]]] = {side: [] for side in workers}
-            for _ in range(options.repetitions):
+            for run in range(1, options.repetitions + 1):
+                streams = source.streams(test, run)
                 for side, worker in workers.items():
                     time.sleep(_SETTLE_SECONDS)
-                    runs[side].append((n_done, worker.ask("time", kind=kind, streams=streams)))
+                    runs[side].append((n_done, worker.ask("time", kind=kind, streams=streams, texts=texts)))
                     n_done += 1
                     advance(1)
-            results += [_result(test, side, runs[side], setup) for side in workers]
+            results += [replace(_result(test, side, runs[side], setup), no_flash=no_flash[side]) for side in workers]
     return results
+
+
+def _warm_up(
+    worker: WorkerProcess, side: str, test: Case, source: _TokenSource, setup: _Setup, options: BenchOptions
+) -> bool:
+    """Open a context and run the test once. Returns whether flash attention is off.
+
+    At depth, llama.cpp's flash attention can be slower on the CPU than the plain products. Stock libllama is measured
+    with the faster of the two; pinfer as it runs by default.
+    """
+    n_ctx = max(options.n_ctx, test.n_depth + test.n_prompt + test.n_gen)
+    size = {"n_ctx": n_ctx, "n_seq": test.n_seq, "n_batch": options.n_batch, "n_ubatch": options.n_ubatch}
+    work = {"kind": "pp" if test.n_prompt else "tg", "streams": source.streams(test, 0), "texts": source.texts(test)}
+
+    def seconds(flash: bool, n_runs: int) -> float:
+        worker.ask("open", **size, flash_attention=flash)
+        return min(float(worker.ask("time", **work)["seconds"]) for _ in range(n_runs))
+
+    # A quantised V needs flash attention.
+    has_choice = setup.execution.cache_types[1] in ("f32", "f16", "bf16")
+    if side != DENSE or not test.n_depth or not test.n_gen or not has_choice:
+        seconds(True, 1)
+        return False
+    if seconds(True, 2) > seconds(False, 2):
+        return True
+    seconds(True, 1)
+    return False
 
 
 def _result(test: Case, side: str, runs: Sequence[tuple[int, dict[str, Any]]], setup: _Setup) -> Result:
@@ -270,11 +318,12 @@ def _token_bytes(test: Case, stats: Stats | None, setup: _Setup) -> TokenBytes |
     model, plugin = setup.execution.model, setup.execution.plugin
     if test.n_prompt or test.n_seq > 1 or setup.execution.n_gpu_layers or not limit.can_count(model):
         return None
+    cache = setup.execution.cache_types
     if stats is None:
-        return limit.dense_bytes(model, test.n_gen, setup.execution.cache_types)
+        return limit.dense_bytes(model, test.n_gen, cache, test.n_depth)
     if plugin is None or plugin.hot is not None:
         return None
-    return limit.sparse_bytes(model, test.n_gen, stats, plugin.cold, plugin.predictor, setup.execution.cache_types)
+    return limit.sparse_bytes(model, test.n_gen, stats, plugin.cold, plugin.predictor, cache, test.n_depth)
 
 
 def _ratios(tests: Sequence[Case], results: Sequence[Result]) -> tuple[Ratio, ...]:

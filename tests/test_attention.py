@@ -37,7 +37,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def tokens(n: int, seed: int) -> list[int]:
-    return np.random.default_rng(seed).integers(1, N_VOCAB, n).tolist()
+    return [int(t) for t in np.random.default_rng(seed).integers(1, N_VOCAB, n)]
 
 
 def logits(

@@ -243,8 +243,90 @@ def test_hot_neurons_run_on_the_device_they_were_placed_for(tiny_relu2: Path) ->
 
 def test_a_short_text_repeats() -> None:
     source = stage._TokenSource("three", (5, 6, 7), bos=1)
-    assert source.streams(Case(8, 0, 1)) == [[1, 5, 6, 7, 5, 6, 7, 5]]
-    assert source.streams(Case(0, 3, 3)) == [[1, 5, 6], [1, 6, 7], [1, 7, 5]]
+    assert source.streams(Case(8, 0, 1), 0) == [[1, 5, 6, 7, 5, 6, 7, 5]]
+    assert source.streams(Case(0, 2, 3), 0) == [[1, 5], [1, 7], [1, 6]]
+
+
+def test_every_run_has_its_own_text() -> None:
+    """What warms the caches, and what a sequence holds before the test, is not what is timed."""
+    case = Case(0, 4, 2, n_depth=6)
+    source = stage._TokenSource("counted", tuple(range(100, 100 + stage._n_text(case, 3))), bos=1)
+    texts = source.texts(case)
+    assert [len(text) for text in texts] == [6, 6]
+    assert {text[0] for text in texts} == {1}
+    streams = [stream for run in range(3) for stream in source.streams(case, run)]
+    assert [len(stream) for stream in streams] == [4] * 6
+    used = [t for piece in (*texts, *streams) for t in piece if t != 1]
+    assert len(set(used)) == len(used)
+
+
+def test_depth_is_in_the_cache_and_in_the_report(tiny_relu2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+    ask = WorkerProcess.ask
+
+    def recorded(worker: WorkerProcess, do: str, **arguments: Any) -> Any:
+        if do == "time":
+            asked.append(arguments)
+        return ask(worker, do, **arguments)
+
+    monkeypatch.setattr(WorkerProcess, "ask", recorded)
+    found = bench(tiny_relu2, replace(QUICK, n_prompt=(16,), n_seq=(1, 2), n_depth=(0, 48), dense=True))
+    assert [r.test.name for r in found.results] == [
+        *("pp16", "tg8", "tg8 ×2", "pp16 @ d48", "tg8 @ d48", "tg8 ×2 @ d48")
+    ]
+    assert [r["n_depth"] for r in found.records()] == [0, 0, 0, 48, 48, 48]
+    shallow, deep = (r.token_bytes for r in found.results if r.test.n_gen and r.test.n_seq == 1)
+    assert shallow is not None
+    assert deep is not None
+    assert deep.kv_cache - shallow.kv_cache == 48 * 5 * 2 * 2 * 64 * 2  # 2 bytes for each K and V of 5 layers
+    assert [[len(text) for text in a["texts"]] for a in asked[-3:]] == [[48, 48]] * 3
+    assert len({json.dumps(a["streams"]) for a in asked}) == 6 * 3  # a warm-up and two runs of each test
+
+
+@pytest.mark.parametrize(("flash", "plain"), [(2.0, 1.0), (1.0, 2.0)])
+def test_stock_gets_its_faster_attention_at_depth(
+    tiny_relu2: Path, monkeypatch: pytest.MonkeyPatch, flash: float, plain: float
+) -> None:
+    """Stock's times are replaced: with flash attention a run takes ``flash`` seconds, without it ``plain``."""
+    opened: dict[str, list[bool]] = {SPARSE: [], DENSE: []}
+    ask = WorkerProcess.ask
+
+    def slowed(worker: WorkerProcess, do: str, **arguments: Any) -> Any:
+        if do == "open":
+            opened[worker.name].append(arguments["flash_attention"])
+        answer = ask(worker, do, **arguments)
+        if do == "time" and worker.name == DENSE:
+            answer["seconds"] = flash if opened[DENSE][-1] else plain
+        return answer
+
+    monkeypatch.setattr(WorkerProcess, "ask", slowed)
+    found = bench(tiny_relu2, replace(QUICK, n_prompt=(16,), n_seq=(1,), n_depth=(0, 32)))
+    assert opened[SPARSE] == [True] * 4
+    assert opened[DENSE] == [True, True, True, True, False] + ([True] if flash < plain else [])
+    by_test = {(r.test.name, r.side): r for r in found.results}
+    assert [key for key, r in by_test.items() if r.no_flash] == ([("tg8 @ d32", DENSE)] if flash > plain else [])
+    assert by_test["tg8 @ d32", DENSE].tokens_per_s == (8.0, 8.0)
+    assert any("without flash attention in tg8 @ d32" in note for note in found.notes) == (flash > plain)
+
+
+@pytest.mark.parametrize("n_batch", [512, 7])
+def test_a_test_at_depth_starts_where_the_text_ends(tiny_relu2: Path, n_batch: int) -> None:
+    """The logits of a second run are those of the whole text decoded from the start."""
+    from pinfer.benchmark.worker import BenchEngine
+
+    with BenchEngine(tiny_relu2, plugin=None, n_ctx=128, n_threads=1) as engine:
+        tokens = engine.tokenize(TEXT.read_text(encoding="utf-8")[:600])[:100]
+        whole = engine.decode(tokens)[0].copy()
+        engine.open_context(128, 1, n_batch, n_batch)
+        for run in (tokens[-20:-10], tokens[60:]):
+            engine.rewind([tokens[:60]])
+            assert engine.time_decoding([run], 60) > 0
+        logits = np.ctypeslib.as_array(engine._llama.llama_get_logits(engine._context), shape=(engine.n_vocab,))
+        assert np.abs(logits - whole).max() < 1e-2 * np.abs(whole).max()
+        engine.rewind([tokens[:60]])
+        assert engine.time_prompt(tokens[60:], 60) > 0
+        logits = np.ctypeslib.as_array(engine._llama.llama_get_logits(engine._context), shape=(engine.n_vocab,))
+        assert np.abs(logits - whole).max() < 1e-2 * np.abs(whole).max()
 
 
 @pytest.mark.parametrize(

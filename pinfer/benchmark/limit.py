@@ -54,11 +54,11 @@ def can_count(model: Model) -> bool:
     return bool(model.ffns) and not model.obstacle
 
 
-def dense_bytes(model: Model, n_tokens: int, cache: CacheTypes = DEFAULT_CACHE) -> TokenBytes:
+def dense_bytes(model: Model, n_tokens: int, cache: CacheTypes = DEFAULT_CACHE, n_depth: int = 0) -> TokenBytes:
     """Stock libllama: every matrix, of experts those a token is routed to, and the average size of the cache while
-    ``n_tokens`` are decoded."""
+    ``n_tokens`` are decoded after ``n_depth``."""
     ffn = sum(_used(model, f) * f.n_bytes for f in model.ffns)
-    return TokenBytes(_dense_weights(model), ffn, 0.0, _kv_bytes(model, n_tokens, cache))
+    return TokenBytes(_dense_weights(model), ffn, 0.0, _kv_bytes(model, n_tokens, cache, n_depth))
 
 
 def sparse_bytes(
@@ -68,8 +68,9 @@ def sparse_bytes(
     cold: Path | None,
     predictor: Path | None,
     cache: CacheTypes = DEFAULT_CACHE,
+    n_depth: int = 0,
 ) -> TokenBytes:
-    """What the plugin read, from its ``stats`` over ``n_tokens`` decoded one at a time."""
+    """What the plugin read, from its ``stats`` over ``n_tokens`` decoded one at a time after ``n_depth``."""
     neuron = neuron_bytes(model, cold)
     # FFNs of tokens that no counter includes were computed by ggml's CPU backend.
     n_dense = max(0, len(model.ffns) * n_tokens - stats.n_tokens)
@@ -80,7 +81,7 @@ def sparse_bytes(
         + n_dense * neuron.ffn
     )
     named = _predictor_bytes(predictor, model) if predictor is not None and stats.n_tokens else 0
-    return TokenBytes(_dense_weights(model), ffn / n_tokens, named, _kv_bytes(model, n_tokens, cache))
+    return TokenBytes(_dense_weights(model), ffn / n_tokens, named, _kv_bytes(model, n_tokens, cache, n_depth))
 
 
 def neuron_bytes(model: Model, cold: Path | None) -> NeuronBytes:
@@ -112,10 +113,10 @@ def _dense_weights(model: Model) -> float:
     return float(sum(t.row_bytes if name in looked_up else t.n_bytes for name, t in tensors.items() if name not in ffn))
 
 
-def _kv_bytes(model: Model, n_tokens: int, cache: CacheTypes) -> float:
+def _kv_bytes(model: Model, n_tokens: int, cache: CacheTypes, n_depth: int) -> float:
     k_bytes, v_bytes = map(cache_type_bytes, cache)
     per_token = sum(model.kv_bytes_per_token(layer, k_bytes, v_bytes) for layer in range(model.n_layer))
-    return per_token * (n_tokens + 1) / 2
+    return per_token * (n_depth + (n_tokens + 1) / 2)
 
 
 def _predictor_bytes(path: Path, model: Model) -> int:

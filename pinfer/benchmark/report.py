@@ -18,13 +18,16 @@ class Case:
     n_prompt: int
     n_gen: int
     n_seq: int
+    n_depth: int = 0
+    """tokens that each sequence already has"""
 
     @property
     def name(self) -> str:
-        """llama-bench's name followed by the number of sequences: ``pp512``, ``tg128``, ``tg128 ×4``."""
+        """llama-bench's name with the number of sequences: ``pp512``, ``tg128``, ``tg128 ×4``, ``tg128 @ d2048``."""
+        depth = f" @ d{self.n_depth}" if self.n_depth else ""
         if self.n_prompt:
-            return f"pp{self.n_prompt}"
-        return f"tg{self.n_gen}" + (f" ×{self.n_seq}" if self.n_seq > 1 else "")
+            return f"pp{self.n_prompt}{depth}"
+        return f"tg{self.n_gen}" + (f" ×{self.n_seq}" if self.n_seq > 1 else "") + depth
 
     @property
     def n_tokens(self) -> int:
@@ -52,6 +55,8 @@ class Result:
     """what a token has to read; None for prompts and batches, and if a device reads weights as well"""
     hidden: float | None = None
     """share of the shorter side's time (device or CPU) that overlaps the longer side's; None without hot neurons"""
+    no_flash: bool = False
+    """measured without flash attention, which was slower"""
 
     @property
     def mean(self) -> float:
@@ -140,7 +145,9 @@ class BenchReport:
             "n_prompt": result.test.n_prompt,
             "n_gen": result.test.n_gen,
             "n_seq": result.test.n_seq,
+            "n_depth": result.test.n_depth,
             "side": result.side,
+            "no_flash": result.no_flash,
             "mode": self.mode if result.side == SPARSE else DENSE,
             "tokens_from": self.tokens_from,
             "tokens_sha256": result.tokens_sha256,

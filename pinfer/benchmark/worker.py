@@ -32,41 +32,60 @@ _NO_VOCABULARY = 0  # enum llama_vocab_type
 class BenchEngine(Engine):
     """An engine that opens a new context for each test, with the test's number of sequences."""
 
-    def open_context(self, n_ctx: int, n_seq: int, n_batch: int, n_ubatch: int) -> None:
+    def open_context(
+        self, n_ctx: int, n_seq: int, n_batch: int, n_ubatch: int, *, flash_attention: bool = True
+    ) -> None:
         """A context of ``n_ctx`` tokens for each of ``n_seq`` sequences."""
         n_batch = max(n_seq, min(n_batch, n_ctx))
-        self._open_context(n_ctx * n_seq, n_batch, min(n_batch, n_ubatch), n_seq)
+        n_ubatch = min(n_batch, n_ubatch)
+        self._open_context(n_ctx * n_seq, n_batch, n_ubatch, n_seq, flash_attention=flash_attention)
+        self._texts: list[list[int]] = []
 
-    def time_prompt(self, tokens: Sequence[int]) -> float:
-        """Seconds to process a prompt in batches, with logits for its last token only."""
-        self.clear()
+    def rewind(self, texts: Sequence[Sequence[int]]) -> None:
+        """Leave each sequence with its text of ``texts`` and nothing else; no texts: leave nothing.
+
+        Texts that are there already are kept where the model can forget what follows them. Recurrent ones cannot.
+        """
+        memory = self._llama.llama_get_memory(self._context)
+        wanted = [list(text) for text in texts if len(text)]
+        kept = wanted == self._texts and all(
+            self._llama.llama_memory_seq_rm(memory, s, len(text), -1) for s, text in enumerate(wanted)
+        )
+        if not wanted or not kept:
+            self.clear()
+            for s, text in enumerate(wanted):
+                for at in range(0, len(text), self.n_batch):
+                    self._decode([(token, at + i, s, False) for i, token in enumerate(text[at : at + self.n_batch])])
+        self._texts = wanted
+
+    def time_prompt(self, tokens: Sequence[int], depth: int = 0) -> float:
+        """Seconds to process a prompt in batches after ``depth`` tokens, with logits for its last token only."""
         begin = time.perf_counter()
         for at in range(0, len(tokens), self.n_batch):
             piece = tokens[at : at + self.n_batch]
-            is_last = at + len(piece) == len(tokens)
-            self._decode_batch(piece, len(piece) - 1 if is_last else len(piece))
+            last = len(tokens) - 1 - at
+            self._decode([(token, depth + at + i, 0, i == last) for i, token in enumerate(piece)])
         self._llama.llama_synchronize(self._context)
         return time.perf_counter() - begin
 
-    def time_decoding(self, streams: Sequence[Sequence[int]]) -> float:
+    def time_decoding(self, streams: Sequence[Sequence[int]], depth: int = 0) -> float:
         """Seconds to decode the streams in parallel: one token of each per step, with logits for all."""
-        self.clear()
-        llama, context, batch = self._llama, self._context, self._batch
-        batch.n_tokens = len(streams)
-        for s in range(len(streams)):
-            batch.n_seq_id[s] = 1
-            batch.seq_id[s][0] = s
-            batch.logits[s] = True
         begin = time.perf_counter()
-        for position, step in enumerate(zip(*streams, strict=True)):
-            for s, token in enumerate(step):
-                batch.token[s] = token
-                batch.pos[s] = position
-            status = llama.llama_decode(context, batch)
-            if status != 0:
-                raise PinferError(f"libllama cannot decode {len(streams)} sequences (status {status})")
-            llama.llama_synchronize(context)
+        for position, step in enumerate(zip(*streams, strict=True), depth):
+            self._decode([(token, position, s, True) for s, token in enumerate(step)])
+            self._llama.llama_synchronize(self._context)
         return time.perf_counter() - begin
+
+    def _decode(self, rows: Sequence[tuple[int, int, int, bool]]) -> None:
+        """One batch of (token, position, sequence, whether its logits are wanted)."""
+        batch = self._batch
+        batch.n_tokens = len(rows)
+        for i, (token, position, sequence, logits) in enumerate(rows):
+            batch.token[i], batch.pos[i], batch.logits[i] = token, position, logits
+            batch.n_seq_id[i], batch.seq_id[i][0] = 1, sequence
+        status = self._llama.llama_decode(self._context, batch)
+        if status != 0:
+            raise PinferError(f"libllama cannot decode a batch of {len(rows)} tokens (status {status})")
 
     def facts(self) -> dict[str, object]:
         """What libllama reports about the model."""
@@ -126,15 +145,22 @@ class Worker:
     def do_tokenize(self, text: str) -> list[int]:
         return self._loaded().tokenize(text)
 
-    def do_open(self, n_ctx: int, n_seq: int, n_batch: int = 2048, n_ubatch: int = 512) -> None:
-        self._loaded().open_context(n_ctx, n_seq, n_batch, n_ubatch)
+    def do_open(
+        self, n_ctx: int, n_seq: int, n_batch: int = 2048, n_ubatch: int = 512, flash_attention: bool = True
+    ) -> None:
+        self._loaded().open_context(n_ctx, n_seq, n_batch, n_ubatch, flash_attention=flash_attention)
 
-    def do_time(self, kind: str, streams: list[list[int]]) -> dict[str, object]:
-        """Run a test once (``pp``: a prompt, ``tg``: decoding) with counters that start at zero."""
+    def do_time(self, kind: str, streams: list[list[int]], texts: Sequence[list[int]] = ()) -> dict[str, object]:
+        """Run a test once (``pp``: a prompt, ``tg``: decoding) with counters that start at zero.
+
+        ``texts`` are what the sequences hold before; the time to compute them does not count.
+        """
         engine = self._loaded()
+        engine.rewind(texts)
         if self._sparse:
             load_plugin().reset_stats()
-        seconds = engine.time_prompt(streams[0]) if kind == "pp" else engine.time_decoding(streams)
+        depth = len(texts[0]) if texts else 0
+        seconds = engine.time_prompt(streams[0], depth) if kind == "pp" else engine.time_decoding(streams, depth)
         stats = asdict(load_plugin().stats()) if self._sparse else None
         digest = hashlib.sha256(json.dumps(streams).encode()).hexdigest()
         return {"seconds": seconds, "stats": stats, "tokens_sha256": digest}

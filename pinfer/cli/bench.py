@@ -51,6 +51,9 @@ def bench(
     n_seq: Annotated[
         str, typer.Option("-np", "--parallel", metavar="N[,N]", help="Numbers of sequences to decode in parallel.")
     ] = "1,4,16",
+    n_depth: Annotated[
+        str, typer.Option("-d", "--n-depth", metavar="N[,N]", help="Tokens in the context before each test starts.")
+    ] = "0",
     repetitions: Annotated[
         int, typer.Option("-r", "--repetitions", min=1, metavar="N", help="Repetitions of each test.")
     ] = 5,
@@ -93,6 +96,7 @@ def bench(
         "n_prompt": parse_list(n_prompt, "-p"),
         "n_gen": parse_list(n_gen, "-n"),
         "n_seq": parse_list(n_seq, "-np"),
+        "n_depth": parse_list(n_depth, "-d"),
     }
     options = settings(stage.BenchOptions, {**locals(), **lists})
     print_bench(stage.bench(choice.path(), options, ui.stderr_progress()), "json" if as_json else output)

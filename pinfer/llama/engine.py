@@ -133,8 +133,13 @@ class Engine:
                 f"libllama cannot load {model_path}: {log.last_words()}", "check that the file is a model"
             )
 
-    def _open_context(self, n_ctx: int, n_batch: int, n_ubatch: int | None = None, n_seq: int = 1) -> None:
-        """A context of ``n_ctx`` tokens, shared by ``n_seq`` sequences, in place of the open one."""
+    def _open_context(
+        self, n_ctx: int, n_batch: int, n_ubatch: int | None = None, n_seq: int = 1, *, flash_attention: bool = True
+    ) -> None:
+        """A context of ``n_ctx`` tokens, shared by ``n_seq`` sequences, in place of the open one.
+
+        ``flash_attention`` leaves the choice to libllama; False turns it off.
+        """
         self._close_context()
         llama = self._llama
         params = llama.llama_context_default_params()
@@ -147,7 +152,7 @@ class Engine:
         arch = ctypes.create_string_buffer(64)
         llama.llama_model_meta_val_str(self._model, b"general.architecture", arch, len(arch))
         params.type_k, params.type_v = map(cache_type_number, self._cache_types)
-        if self._f32_attention or arch.value.decode() in NO_FLASH_ATTENTION:
+        if not flash_attention or self._f32_attention or arch.value.decode() in NO_FLASH_ATTENTION:
             params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
         log.capture()
         self._context = llama.llama_init_from_model(self._model, params)

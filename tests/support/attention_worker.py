@@ -32,7 +32,7 @@ class Sequences(Engine):
             params.kv_unified = unified
             return params
 
-        self._llama.llama_context_default_params = chosen
+        setattr(self._llama, default.__name__, chosen)
         self._open_context(n_ctx, n_batch, n_seq=n_seq)
 
     def add(self, rows: Sequence[tuple[int, int, int]]) -> NDArray[np.float32]:
