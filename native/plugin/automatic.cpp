@@ -233,6 +233,9 @@ std::string described(const pinfer_model & m) {
         text += number;
     }
     text += s.predictor.empty() ? ", exact" : ", predicted";
+    if (!m.header.obstacle.empty()) {
+        text += " (not all of it: " + m.header.obstacle + ")";
+    }
     const std::string & any = s.predictor.empty() ? s.cold : s.predictor;
     if (any.empty()) {
         return text + ", without artefacts; make them with: pinfer prepare " + (is_in_hub_cache(s.model) ? "-hf USER/REPO" : s.model);

@@ -143,7 +143,8 @@ def _about(artefact: ArtefactState) -> str:
     match artefact.kind:
         case "profile":
             counted = f"{f['tokens']:,} tokens of {f['corpus']}"
-            return f"{percent(f['active'])} active, {percent(f['most'])} make 80 %, {counted}"
+            routing = f", {percent(f['experts_most'])} of the experts take 80 %" if "experts_most" in f else ""
+            return f"{percent(f['active'])} active, {percent(f['most'])} make 80 %{routing}, {counted}"
         case "samples":
             return f"{f['n_samples']:,} tokens"
         case "predictor":

@@ -93,20 +93,25 @@ def fit_stack(
         advance(1)
     report = _report(model, ffn, report, known or tried, routed)
     if not pays:
-        return none, report
+        exact = report.exact_bytes
+        return none, replace(report, recall=1.0, candidates=1.0, predictor_bytes=0, expected_bytes=exact)
     predictor = LayerPredictor(ffn.n_embd, report.recall, report.candidates, None, codes, thresholds, kind)
     return predictor, replace(report, kind=kind, rank=ffn.n_embd)
 
 
 def _report(model: Model, ffn: Ffn, empty: LayerReport, known: list[_Expert], routed: NDArray[np.intp]) -> LayerReport:
-    """Shares of the neurons of routed experts; bytes of all experts of a token."""
+    """Shares of the neurons of routed experts; bytes of all experts of a token.
+
+    Where an expert has no thresholds, all its neurons are candidates.
+    """
     pairs = sum(e.n for e in known) * ffn.n_ff
     mass = math.fsum(e.mass for e in known)
+    trained = float(routed[routed >= MIN_SAMPLES].sum()) / float(routed.sum())
     used = model.n_expert_used
     return replace(
         empty,
-        recall=math.fsum(e.kept for e in known) / mass if mass else 1.0,
-        candidates=sum(e.named for e in known) / max(1, pairs),
+        recall=1 - trained * (1 - math.fsum(e.kept for e in known) / mass) if mass else 1.0,
+        candidates=1 - trained * (1 - sum(e.named for e in known) / max(1, pairs)),
         active=sum(e.active for e in known) / max(1, pairs),
         predictor_bytes=used * known[0].n_bytes,
         expected_bytes=used * math.fsum(e.expected_bytes for e in known) / len(known),
