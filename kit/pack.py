@@ -106,7 +106,13 @@ LLAMA = (
     "tools/ui/*.in",
 )
 # Large C headers, of which a third is comments.
-LLAMA_STRIPPED = ("vendor/hash/xxhash/xxhash.h", "vendor/miniaudio/miniaudio.h", "vendor/stb/stb_image.h")
+LLAMA_STRIPPED = (
+    "vendor/cpp-httplib/httplib.h",
+    "vendor/hash/xxhash/xxhash.h",
+    "vendor/miniaudio/miniaudio.h",
+    "vendor/nlohmann/json.hpp",
+    "vendor/stb/stb_image.h",
+)
 LLAMA_BACKENDS = ("ggml-cpu", "ggml-cuda", "ggml-rpc")
 LLAMA_LEFT_OUT = (
     "ggml/src/ggml-cpu/arch/arm/*",
