@@ -9,11 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pinfer.artefacts import paths
+from pinfer.artefacts.artefact import made_by
 from pinfer.artefacts.placement import PlacementFile
 from pinfer.artefacts.predictor import PredictorFile
 from pinfer.artefacts.profile import ProfileFile
 from pinfer.artefacts.shards import cold_neuron_bytes, down_types, hot_unit_bytes
 from pinfer.benchmark.machine import cpu_name
+from pinfer.errors import PinferError
 from pinfer.model import Ffn, Model, open_model
 from pinfer.placement.model_bytes import layer_bytes
 from pinfer.plotting.picture import Panel, Picture, Series
@@ -32,7 +34,12 @@ def plot_profile(path: Path, activation: str | None = None) -> Picture:
 def plot_placement(path: Path, activation: str | None = None) -> Picture:
     """What lies where, by layer and device, and each device's budget by part."""
     model, folder = _opened(path, activation)
-    return placement_picture(model, PlacementFile.read(folder / paths.PLACEMENT, model), cpu_name())
+    file = folder / paths.PLACEMENT
+    try:
+        return placement_picture(model, PlacementFile.read(file, model), cpu_name())
+    except (KeyError, TypeError, AttributeError):
+        again = f"make it again: {made_by('placement', model)}"
+        raise PinferError(f"{file} is damaged: its report cannot be read", again) from None
 
 
 def plot_predictor(path: Path, activation: str | None = None) -> Picture:

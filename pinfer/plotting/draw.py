@@ -15,8 +15,7 @@ from pinfer.plotting.picture import Panel, Picture, Series
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-FORMATS = ("png", "svg")
+    from matplotlib.figure import Figure
 
 # Okabe and Ito's palette, which people with any colour vision can tell apart. Symbols and hatches differ as well.
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999")
@@ -55,21 +54,27 @@ def draw_file(picture: Picture, path: Path) -> None:
     """Writes a PNG or SVG, by the file's name. Raises PinferError without matplotlib."""
     try:
         import matplotlib as mpl
-        from matplotlib.figure import Figure
     except ImportError:
         raise PinferError("-o needs matplotlib, which is not installed", "run: pip install 'matplotlib>=3.9'") from None
+    drawn = io.BytesIO()
+    # The same data gives the same file.
+    metadata: dict[str, Any] = {"Date": None} if path.suffix.lower() == ".svg" else {}
+    with mpl.rc_context({"svg.hashsalt": "pinfer", "hatch.linewidth": 0.4}):
+        figure_of(picture).savefig(drawn, format=path.suffix[1:].lower(), dpi=110, metadata=metadata)
+    path.write_bytes(drawn.getvalue())
+
+
+def figure_of(picture: Picture) -> Figure:
+    """The picture as a matplotlib figure."""
+    from matplotlib.figure import Figure
+
     heights = [_height(panel) for panel in picture.panels]
     figure = Figure(figsize=(_WIDTH, sum(heights) + 0.8), layout="constrained")
     figure.suptitle(f"{picture.title}\n{picture.subtitle}", fontsize=11)
     grid = figure.subplots(len(picture.panels), 1, squeeze=False, height_ratios=heights)
     for axes, panel in zip(grid[:, 0], picture.panels, strict=True):
         _draw_panel(axes, panel)
-    drawn = io.BytesIO()
-    # The same data gives the same file.
-    metadata: dict[str, Any] = {"Date": None} if path.suffix.lower() == ".svg" else {}
-    with mpl.rc_context({"svg.hashsalt": "pinfer", "hatch.linewidth": 0.4}):
-        figure.savefig(drawn, format=path.suffix[1:].lower(), dpi=110, metadata=metadata)
-    path.write_bytes(drawn.getvalue())
+    return figure
 
 
 def _height(panel: Panel) -> float:
