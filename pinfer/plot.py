@@ -146,11 +146,11 @@ def placement_picture(model: Model, placement: PlacementFile, machine: str) -> P
     # Two devices of the same name exist in tests of a machine without a GPU; a hot device may be the CPU itself.
     devices = tuple(f"{name} ({i})" if names.count(name) > 1 else name for i, name in enumerate(names))
     found = placement.report.get("machine")
-    where = f" ({found['name']})" if isinstance(found, dict) and found.get("name") else ""
+    where = f"solved for {found['name']}" if isinstance(found, dict) and found.get("name") else f"drawn on {machine}"
     panels = [_units_panel(model, placement, devices), _bytes_panel(model, placement, devices)]
     if budget := _budget_panel(placement, devices):
         panels.append(budget)
-    source = f"devices: {', '.join(devices) or 'none'}{where}; context {placement.n_ctx:,}; drawn on {machine}"
+    source = f"devices: {', '.join(devices) or 'none'}; context {placement.n_ctx:,}; {where}"
     return Picture(f"{model.name}: placement", source, tuple(panels))
 
 

@@ -167,7 +167,7 @@ def test_what_lies_where(small: Path, tmp_path: Path) -> None:
     file.write(_folder(model) / paths.PLACEMENT, model, {})
     picture = plot_placement(small)
     assert picture.title == "small.gguf: placement"
-    assert "CUDA0, CUDA1 (desktop); context 128" in picture.subtitle
+    assert picture.subtitle == "devices: CUDA0, CUDA1; context 128; solved for desktop"
     units, weights, budget = picture.panels
     assert [s.name for s in units.series] == ["cold, on the CPU", "hot, on CUDA0", "hot, on CUDA1"]
     for i, f in enumerate(model.ffns):
@@ -206,6 +206,7 @@ def test_placements_without_a_device_or_a_report(small: Path) -> None:
     assert len(picture.panels) == 2
     write_shards(small, 0.5, n_devices=2)
     picture = plot_placement(small)
+    assert picture.subtitle.endswith(f"; drawn on {machine.cpu_name()}")
     assert [s.name for s in picture.panels[0].series][1:] == ["hot, on CPU (0)", "hot, on CPU (1)"]
     assert len(picture.panels) == 2, "there is no report to take the budget from"
     file = _folder(model) / paths.PLACEMENT

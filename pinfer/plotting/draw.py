@@ -28,6 +28,7 @@ _LYING = ("bars", "ranges", "spans")
 """kinds whose positions are on the y axis"""
 
 _MOST_LABELS = 40  # texts beside points
+_LABEL_ROOM = 60  # characters below an axis
 _WIDTH = 9.0  # inches
 _TEXT_WIDTH, _TEXT_HEIGHT = 100, 20
 _LEAST_WIDTH = 40
@@ -107,7 +108,7 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
         (axes.set_yticks if lying else axes.set_xticks)(at, [panel.categories[i] for i in at])
         if lying:
             axes.set_ylim(len(panel.categories) - 0.4, -0.6)
-        elif any(len(panel.categories[i]) > 4 for i in at):
+        elif sum(len(panel.categories[i]) for i in at) > _LABEL_ROOM:
             axes.tick_params(axis="x", labelrotation=40)
     handles, names = axes.get_legend_handles_labels()
     if len(names) > 1 or panel.kind in ("ranges", "points"):
@@ -126,8 +127,10 @@ def _draw_curves(axes: Axes, panel: Panel) -> None:
             axes.plot(series.x, series.y, color=colour, linewidth=0.8, label=name)
             continue
         error = _error(series.y, series) if series.low else None
+        # Bars of spread at the same place would hide each other.
+        shift = 0.03 * (i - (len(ordered) - 1) / 2) if series.low else 0.0
         axes.errorbar(
-            series.x,
+            [x + shift for x in series.x],
             series.y,
             yerr=error,
             color=_colour(i),
