@@ -9,11 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pinfer.artefacts import paths
+from pinfer.artefacts.artefact import made_by
 from pinfer.artefacts.placement import PlacementFile
 from pinfer.artefacts.predictor import PredictorFile
 from pinfer.artefacts.profile import ProfileFile
 from pinfer.artefacts.shards import cold_neuron_bytes, down_types, hot_unit_bytes
 from pinfer.benchmark.machine import cpu_name
+from pinfer.errors import PinferError
 from pinfer.model import Ffn, Model, open_model
 from pinfer.placement.model_bytes import layer_bytes
 from pinfer.plotting.picture import Panel, Picture, Series
@@ -32,7 +34,12 @@ def plot_profile(path: Path, activation: str | None = None) -> Picture:
 def plot_placement(path: Path, activation: str | None = None) -> Picture:
     """What lies where, by layer and device, and each device's budget by part."""
     model, folder = _opened(path, activation)
-    return placement_picture(model, PlacementFile.read(folder / paths.PLACEMENT, model), cpu_name())
+    file = folder / paths.PLACEMENT
+    try:
+        return placement_picture(model, PlacementFile.read(file, model), cpu_name())
+    except (KeyError, TypeError, AttributeError):
+        again = f"make it again: {made_by('placement', model)}"
+        raise PinferError(f"{file} is damaged: its report cannot be read", again) from None
 
 
 def plot_predictor(path: Path, activation: str | None = None) -> Picture:
@@ -139,11 +146,11 @@ def placement_picture(model: Model, placement: PlacementFile, machine: str) -> P
     # Two devices of the same name exist in tests of a machine without a GPU; a hot device may be the CPU itself.
     devices = tuple(f"{name} ({i})" if names.count(name) > 1 else name for i, name in enumerate(names))
     found = placement.report.get("machine")
-    where = f" ({found['name']})" if isinstance(found, dict) and found.get("name") else ""
+    where = f"solved for {found['name']}" if isinstance(found, dict) and found.get("name") else f"drawn on {machine}"
     panels = [_units_panel(model, placement, devices), _bytes_panel(model, placement, devices)]
     if budget := _budget_panel(placement, devices):
         panels.append(budget)
-    source = f"devices: {', '.join(devices) or 'none'}{where}; context {placement.n_ctx:,}; drawn on {machine}"
+    source = f"devices: {', '.join(devices) or 'none'}; context {placement.n_ctx:,}; {where}"
     return Picture(f"{model.name}: placement", source, tuple(panels))
 
 

@@ -15,8 +15,7 @@ from pinfer.plotting.picture import Panel, Picture, Series
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-FORMATS = ("png", "svg")
+    from matplotlib.figure import Figure
 
 # Okabe and Ito's palette, which people with any colour vision can tell apart. Symbols and hatches differ as well.
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999")
@@ -29,6 +28,7 @@ _LYING = ("bars", "ranges", "spans")
 """kinds whose positions are on the y axis"""
 
 _MOST_LABELS = 40  # texts beside points
+_LABEL_ROOM = 60  # characters below an axis
 _WIDTH = 9.0  # inches
 _TEXT_WIDTH, _TEXT_HEIGHT = 100, 20
 _LEAST_WIDTH = 40
@@ -55,21 +55,27 @@ def draw_file(picture: Picture, path: Path) -> None:
     """Writes a PNG or SVG, by the file's name. Raises PinferError without matplotlib."""
     try:
         import matplotlib as mpl
-        from matplotlib.figure import Figure
     except ImportError:
         raise PinferError("-o needs matplotlib, which is not installed", "run: pip install 'matplotlib>=3.9'") from None
+    drawn = io.BytesIO()
+    # The same data gives the same file.
+    metadata: dict[str, Any] = {"Date": None} if path.suffix.lower() == ".svg" else {}
+    with mpl.rc_context({"svg.hashsalt": "pinfer", "hatch.linewidth": 0.4}):
+        figure_of(picture).savefig(drawn, format=path.suffix[1:].lower(), dpi=110, metadata=metadata)
+    path.write_bytes(drawn.getvalue())
+
+
+def figure_of(picture: Picture) -> Figure:
+    """The picture as a matplotlib figure."""
+    from matplotlib.figure import Figure
+
     heights = [_height(panel) for panel in picture.panels]
     figure = Figure(figsize=(_WIDTH, sum(heights) + 0.8), layout="constrained")
     figure.suptitle(f"{picture.title}\n{picture.subtitle}", fontsize=11)
     grid = figure.subplots(len(picture.panels), 1, squeeze=False, height_ratios=heights)
     for axes, panel in zip(grid[:, 0], picture.panels, strict=True):
         _draw_panel(axes, panel)
-    drawn = io.BytesIO()
-    # The same data gives the same file.
-    metadata: dict[str, Any] = {"Date": None} if path.suffix.lower() == ".svg" else {}
-    with mpl.rc_context({"svg.hashsalt": "pinfer", "hatch.linewidth": 0.4}):
-        figure.savefig(drawn, format=path.suffix[1:].lower(), dpi=110, metadata=metadata)
-    path.write_bytes(drawn.getvalue())
+    return figure
 
 
 def _height(panel: Panel) -> float:
@@ -102,7 +108,7 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
         (axes.set_yticks if lying else axes.set_xticks)(at, [panel.categories[i] for i in at])
         if lying:
             axes.set_ylim(len(panel.categories) - 0.4, -0.6)
-        elif any(len(panel.categories[i]) > 4 for i in at):
+        elif sum(len(panel.categories[i]) for i in at) > _LABEL_ROOM:
             axes.tick_params(axis="x", labelrotation=40)
     handles, names = axes.get_legend_handles_labels()
     if len(names) > 1 or panel.kind in ("ranges", "points"):
@@ -121,8 +127,10 @@ def _draw_curves(axes: Axes, panel: Panel) -> None:
             axes.plot(series.x, series.y, color=colour, linewidth=0.8, label=name)
             continue
         error = _error(series.y, series) if series.low else None
+        # Bars of spread at the same place would hide each other.
+        shift = 0.03 * (i - (len(ordered) - 1) / 2) if series.low else 0.0
         axes.errorbar(
-            series.x,
+            [x + shift for x in series.x],
             series.y,
             yerr=error,
             color=_colour(i),

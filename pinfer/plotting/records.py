@@ -106,7 +106,7 @@ def _is_number(value: object) -> bool:
 def _is_record(record: object) -> bool:
     if not isinstance(record, dict):
         return False
-    texts = ("model_filename", "test", "side", "mode", "cpu", "commit", "time")
+    texts = ("model_filename", "test", "side", "mode", "cpu", "commit", "pinfer_version", "time")
     numbers = ("ratio", "ratio_low", "ratio_high", "limit_ts")
     samples = record.get("samples_ts")
     return (
@@ -133,7 +133,7 @@ def _ratios(records: Sequence[Mapping[str, Any]]) -> Iterator[_Ratio]:
             test=record["test"],
             mode=record["mode"],
             cpu=record["cpu"],
-            commit=record["commit"] or "unknown commit",
+            commit=record["commit"] or record["pinfer_version"],
             time=record["time"],
             median=record["ratio"],
             low=record["ratio_low"],
@@ -216,9 +216,9 @@ def trace_picture(path: Path, machine: str) -> Picture:
     if not passes:
         raise PinferError(f"{path} has no events", _TRACE_HINT)
     # Decoding makes most of the batches, so the most frequent size is that of decoding.
-    sizes = Counter(each[0].tokens for each in passes)
+    sizes = Counter(map(_tokens, passes))
     tokens = min(sizes, key=lambda size: (-sizes[size], size))
-    passes = [each for each in passes if each[0].tokens == tokens]
+    passes = [each for each in passes if _tokens(each) == tokens]
     typical = sorted(passes, key=_duration)[(len(passes) - 1) // 2]
     what = "token" if tokens == 1 else f"batch of {tokens} tokens"
     unit = "ms" if _duration(typical) >= 1000 else "µs"
@@ -264,12 +264,17 @@ def _passes(events: Sequence[_Event]) -> Iterator[list[_Event]]:
     current: list[_Event] = []
     for event in events:
         again = any((e.name, e.row) == (event.name, event.row) for e in current) if one_layer else False
-        if current and (event.layer < current[-1].layer or event.tokens != current[-1].tokens or again):
+        if current and (event.layer < current[-1].layer or again):
             yield current
             current = []
         current.append(event)
     if current:
         yield current
+
+
+def _tokens(events: Sequence[_Event]) -> int:
+    """Tokens of a pass. Its last layer computes only those whose logits are wanted."""
+    return max(event.tokens for event in events)
 
 
 _MICROSECONDS = {"µs": 1, "ms": 1000}
