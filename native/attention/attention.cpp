@@ -205,6 +205,18 @@ struct block_masks {
     }
 };
 
+// A block of K or V, for KV heads [head, head_end), to be fetched in equal parts while the heads of another one are computed.
+pinfer_attention_fetch fetch_of(const ggml_tensor * t, int64_t stream, int64_t block, int64_t head, int64_t head_end) {
+    const char * at = (const char *) t->data + (size_t) stream * t->nb[3] + (size_t) head * t->nb[2] +
+                      (size_t) (std::max(block, (int64_t) 0) * N) * t->nb[1];
+    const size_t n  = ((size_t) (head_end - head - 1) * t->nb[2] + ggml_row_size(t->type, t->ne[0]) + 63) / 64;
+    return {.at = at, .n = 0, .left_in_row = n, .row_lines = n, .stride = t->nb[1]};
+}
+
+size_t lines_each(const pinfer_attention_fetch & f, int64_t n_heads) {
+    return (f.row_lines * (size_t) N + (size_t) n_heads - 1) / (size_t) n_heads;
+}
+
 // One block, for KV heads [head, head_end) of a stream. next: the block to fetch meanwhile, or -1.
 void attend_block(const worker & w, int64_t stream, int64_t block, int64_t next, int64_t head, int64_t head_end, float * slot,
                   bool careful) {
@@ -215,9 +227,11 @@ void attend_block(const worker & w, int64_t stream, int64_t block, int64_t next,
     const char *      k  = (const char *) s.k->data + (size_t) stream * s.k->nb[3];
     const char *      v  = (const char *) s.v->data + (size_t) stream * s.v->nb[3];
 
+    pinfer_attention_fetch next_k = fetch_of(s.k, stream, next, head, head_end);
+    pinfer_attention_fetch next_v = fetch_of(s.v, stream, next, head, head_end);
     pinfer_attention_row   rows[ROWS_AT_ONCE];
     pinfer_attention_block b = {
-        .k = nullptr, .v = nullptr, .next_k = nullptr, .next_v = nullptr,
+        .k = nullptr, .v = nullptr, .next_k = &next_k, .next_v = &next_v,
         .k_stride          = s.k->nb[1],
         .v_stride          = s.v->nb[1],
         .k_size            = s.k->ne[0],
@@ -236,8 +250,8 @@ void attend_block(const worker & w, int64_t stream, int64_t block, int64_t next,
         const char * v_head = v + (size_t) h * s.v->nb[2];
         b.k                 = k_head + (size_t) (block * N) * s.k->nb[1];
         b.v                 = v_head + (size_t) (block * N) * s.v->nb[1];
-        b.next_k            = next < 0 ? nullptr : k_head + (size_t) (next * N) * s.k->nb[1];
-        b.next_v            = next < 0 ? nullptr : v_head + (size_t) (next * N) * s.v->nb[1];
+        next_k.n            = next < 0 ? 0 : lines_each(next_k, head_end - head);
+        next_v.n            = next < 0 ? 0 : lines_each(next_v, head_end - head);
         for (live_set rest = live; rest; rest = (live_set) (rest & (rest - 1))) {
             const int    t = std::countr_zero(rest);
             const char * q = (const char *) s.q->data + (size_t) t * s.q->nb[1] + (size_t) (h * g) * s.q->nb[2] +
@@ -247,7 +261,6 @@ void attend_block(const worker & w, int64_t stream, int64_t block, int64_t next,
                 if (b.n_rows == ROWS_AT_ONCE) {
                     w.attend(&b);
                     b.n_rows = 0;
-                    b.next_k = b.next_v = nullptr;
                 }
             }
         }

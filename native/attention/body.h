@@ -77,16 +77,26 @@ void unpack_row(const uint16_t * row, int64_t n, float * out) {
     }
 }
 
-// Into the second-level cache: a block of all heads is too large for the first.
-void fetch(const char * p) {
-    __builtin_prefetch(p, 0, 2);
+// The next line, into the second-level cache: a block of all heads is too large for the first.
+void fetch(struct pinfer_attention_fetch * f) {
+    if (f->n == 0) {
+        return;
+    }
+    __builtin_prefetch(f->at, 0, 2);
+    f->n--;
+    if (--f->left_in_row == 0) {
+        f->left_in_row = f->row_lines;
+        f->at += f->stride - 64 * f->row_lines;
+    }
+    f->at += 64;
 }
 
-// The positions that there are, the next block's being fetched; the others are zeros.
-void unpack(enum ggml_type type, const char * from, const char * next, size_t stride, int n_positions, int64_t n, float * out) {
+// The positions that there are; the others are zeros.
+void unpack(enum ggml_type type, const char * from, struct pinfer_attention_fetch * next, size_t stride, int n_positions,
+            int64_t n, float * out) {
     for (int p = 0; p < n_positions; p++, from += stride, out += n) {
-        for (size_t i = 0; next && i < row_bytes(type, n); i += 64) {
-            fetch(next + (size_t) p * stride + i);
+        for (size_t i = 0; i < row_bytes(type, n); i += 64) {
+            fetch(next);
         }
         switch (type) {
             case GGML_TYPE_Q8_0: unpack_row((const block_q8_0 *) from, n, out); break;
@@ -106,7 +116,7 @@ struct values {
     const char * at;
     size_t       stride; // of a position
     int64_t      n;
-    const char * next; // block to fetch, line by line as this one is read; NULL: none
+    struct pinfer_attention_fetch * next; // to fetch lines of, as many as are read
 };
 
 // ---- scores and sums for R rows at once ----------------------------------------------------------------------------
@@ -116,8 +126,9 @@ template <vec (*load)(const void *), int size, int R>
 void multiply_k(const struct pinfer_attention_row * rows, const values & k, float * scores) {
     constexpr int P = sums_for(R, N);
     alignas(64) float lanes[R][N * VEC_LANES];
+    struct pinfer_attention_fetch next = *k.next;
     for (int p = 0; p < N; p += P) {
-        const size_t from = (size_t) p * k.stride;
+        const char * at = k.at + (size_t) p * k.stride;
         vec          sums[R][P];
         for (int r = 0; r < R; r++) {
             for (int j = 0; j < P; j++) {
@@ -131,10 +142,9 @@ void multiply_k(const struct pinfer_attention_row * rows, const values & k, floa
             }
 #pragma GCC unroll 16
             for (int j = 0; j < P; j++) {
-                const size_t at = from + (size_t) j * k.stride + (size_t) (size * i);
-                const vec    w  = load(k.at + at);
-                if (k.next && size * i % 64 == 0) {
-                    fetch(k.next + at);
+                const vec w = load(at + (size_t) j * k.stride + size * i);
+                if (size * i % 64 == 0) {
+                    fetch(&next);
                 }
                 for (int r = 0; r < R; r++) {
                     sums[r][j] = vec_fma(w, q[r], sums[r][j]);
@@ -147,6 +157,7 @@ void multiply_k(const struct pinfer_attention_row * rows, const values & k, floa
             }
         }
     }
+    *k.next = next;
     for (int r = 0; r < R; r++) {
         vec_sums(lanes[r], scores + N * r);
     }
@@ -155,8 +166,9 @@ void multiply_k(const struct pinfer_attention_row * rows, const values & k, floa
 // Columns [begin, n) as far as C vectors at a time go, then fewer at a time.
 template <vec (*load)(const void *), int size, int R, int C>
 void add_v(const struct pinfer_attention_row * rows, const values & v, const float * weights, int64_t begin) {
-    constexpr int width = C * VEC_LANES;
-    int64_t       i     = begin;
+    constexpr int                 width = C * VEC_LANES;
+    struct pinfer_attention_fetch next  = *v.next;
+    int64_t                       i     = begin;
     for (; i + width <= v.n; i += width) {
         vec sums[R][C];
         for (int r = 0; r < R; r++) {
@@ -164,7 +176,7 @@ void add_v(const struct pinfer_attention_row * rows, const values & v, const flo
                 sums[r][c] = vec_load(rows[r].state + i + c * VEC_LANES);
             }
         }
-        size_t at = (size_t) (size * i);
+        const char * at = v.at + size * i;
         for (int p = 0; p < N; p++, at += v.stride) {
             vec w[R];
             for (int r = 0; r < R; r++) {
@@ -172,10 +184,9 @@ void add_v(const struct pinfer_attention_row * rows, const values & v, const flo
             }
 #pragma GCC unroll 8
             for (int c = 0; c < C; c++) {
-                const size_t here = at + (size_t) (size * c * VEC_LANES);
-                const vec    x    = load(v.at + here);
-                if (v.next && size * c * VEC_LANES % 64 == 0) {
-                    fetch(v.next + here);
+                const vec x = load(at + size * c * VEC_LANES);
+                if (size * c * VEC_LANES % 64 == 0) {
+                    fetch(&next);
                 }
                 for (int r = 0; r < R; r++) {
                     sums[r][c] = vec_fma(w[r], x, sums[r][c]);
@@ -188,6 +199,7 @@ void add_v(const struct pinfer_attention_row * rows, const values & v, const flo
             }
         }
     }
+    *v.next = next;
     if constexpr (C > 1) {
         add_v<load, size, R, C / 2>(rows, v, weights, i);
     }
@@ -290,12 +302,12 @@ void attend(const struct pinfer_attention_block * b) {
     values     v        = {b->v, b->v_stride, b->v_size, b->next_v};
     if (!k_is_f16) {
         unpack(b->k_type, b->k, b->next_k, b->k_stride, b->n_positions, b->k_size, b->unpacked);
-        k = {(const char *) b->unpacked, (size_t) b->k_size * sizeof(float), b->k_size, nullptr};
+        k = {(const char *) b->unpacked, (size_t) b->k_size * sizeof(float), b->k_size, b->next_k};
     }
     if (!v_is_f16) {
         float * const to = b->unpacked + N * b->k_size;
         unpack(b->v_type, b->v, b->next_v, b->v_stride, b->n_positions, b->v_size, to);
-        v = {(const char *) to, (size_t) b->v_size * sizeof(float), b->v_size, nullptr};
+        v = {(const char *) to, (size_t) b->v_size * sizeof(float), b->v_size, b->next_v};
     }
     for (int r = 0; r < b->n_rows; r += ROWS_AT_ONCE) {
         switch (b->n_rows - r) {
@@ -304,7 +316,6 @@ void attend(const struct pinfer_attention_block * b) {
             case 3:  attend_rows<3>(b, b->rows + r, k, v, k_is_f16, v_is_f16); break;
             default: attend_rows<4>(b, b->rows + r, k, v, k_is_f16, v_is_f16); break;
         }
-        k.next = v.next = nullptr; // once is enough
     }
 }
 

@@ -21,11 +21,21 @@ struct pinfer_attention_row {
     float *             state; // v_size weighted sums of V, then the largest score, then the sum of weights
 };
 
+// Cache lines to fetch ahead, position by position and all heads of a position in order, as they lie in memory. A step fetches
+// n of them while it computes.
+struct pinfer_attention_fetch {
+    const char * at;
+    size_t       n;
+    size_t       left_in_row; // lines of this position
+    size_t       row_lines;
+    size_t       stride;
+};
+
 struct pinfer_attention_block {
     const char *   k;        // first position
     const char *   v;
-    const char *   next_k;   // the block that follows, to fetch it ahead; NULL: there is none
-    const char *   next_v;
+    struct pinfer_attention_fetch * next_k; // of the block that follows; moved on by the step
+    struct pinfer_attention_fetch * next_v;
     size_t         k_stride; // bytes from one position to the next
     size_t         v_stride;
     int64_t        k_size;   // head sizes, multiples of PINFER_BLOCK_POSITIONS
