@@ -196,7 +196,7 @@ public:
         }
     }
 
-    // Rows of all neurons come in a stream, which the hardware fetches ahead by itself.
+    // Rows of all neurons come in a stream. The hardware does not fetch it ahead far enough: 4-bit rows arrive at 8 GB/s then.
     void compute_all() {
         uint32_t every[GROUP];
         std::fill(every, every + GROUP, ~0u);
@@ -209,9 +209,9 @@ public:
                 enter(s.segments[(size_t) share.work]);
             }
             for (int64_t j = share.begin; j < share.end; j += GROUP) {
-                int32_t list[GROUP];
-                std::iota(list, list + GROUP, (int32_t) j);
-                compute_group(list, every, std::min(GROUP, share.end - j), 0);
+                int32_t list[2 * GROUP];
+                std::iota(list, list + 2 * GROUP, (int32_t) j);
+                compute_group(list, every, std::min(GROUP, share.end - j), std::min(2 * GROUP, share.end - j));
             }
         }
         leave();
