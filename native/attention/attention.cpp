@@ -231,7 +231,11 @@ void attend_block(const worker & w, int64_t stream, int64_t block, int64_t next,
     pinfer_attention_fetch next_v = fetch_of(s.v, stream, next, head, head_end);
     pinfer_attention_row   rows[ROWS_AT_ONCE];
     pinfer_attention_block b = {
-        .k = nullptr, .v = nullptr, .next_k = &next_k, .next_v = &next_v,
+        .k                 = nullptr,
+        .v                 = nullptr,
+        .next_k            = &next_k,
+        .next_v            = &next_v,
+        .n_ahead           = next < 0 ? 0 : (next - block) * N,
         .k_stride          = s.k->nb[1],
         .v_stride          = s.v->nb[1],
         .k_size            = s.k->ne[0],

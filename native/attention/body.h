@@ -91,12 +91,13 @@ void fetch(struct pinfer_attention_fetch * f) {
     f->at += 64;
 }
 
-// The positions that there are; the others are zeros.
-void unpack(enum ggml_type type, const char * from, struct pinfer_attention_fetch * next, size_t stride, int n_positions,
-            int64_t n, float * out) {
-    for (int p = 0; p < n_positions; p++, from += stride, out += n) {
-        for (size_t i = 0; i < row_bytes(type, n); i += 64) {
-            fetch(next);
+// The positions that there are, and the same ones of the next block fetched; the others are zeros.
+void unpack(enum ggml_type type, const char * from, size_t stride, const struct pinfer_attention_block * b, int64_t n,
+            float * out) {
+    const size_t bytes = row_bytes(type, n), ahead = (size_t) b->n_ahead * stride;
+    for (int p = 0; p < b->n_positions; p++, from += stride, out += n) {
+        for (size_t i = 0; ahead && i < bytes; i += 64) {
+            __builtin_prefetch(from + ahead + i, 0, 2);
         }
         switch (type) {
             case GGML_TYPE_Q8_0: unpack_row((const block_q8_0 *) from, n, out); break;
@@ -104,7 +105,7 @@ void unpack(enum ggml_type type, const char * from, struct pinfer_attention_fetc
             default:             unpack_row((const uint16_t *) from, n, out); break;
         }
     }
-    memset(out, 0, (size_t) (N - n_positions) * (size_t) n * sizeof(float));
+    memset(out, 0, (size_t) (N - b->n_positions) * (size_t) n * sizeof(float));
 }
 
 vec load_float(const void * p) {
@@ -116,14 +117,16 @@ struct values {
     const char * at;
     size_t       stride; // of a position
     int64_t      n;
-    struct pinfer_attention_fetch * next; // to fetch lines of, as many as are read
+    struct pinfer_attention_fetch * next; // to fetch a line of for each that is read, where unpack() does not
 };
 
 // ---- scores and sums for R rows at once ----------------------------------------------------------------------------
+//
+// Not inlined: the registers of the inner loops are all in use, and among other code g++ keeps sums in memory.
 
 // scores[N * r + p] = q_r . k_p
 template <vec (*load)(const void *), int size, int R>
-void multiply_k(const struct pinfer_attention_row * rows, const values & k, float * scores) {
+__attribute__((noinline)) void multiply_k(const struct pinfer_attention_row * rows, const values & k, float * scores) {
     constexpr int P = sums_for(R, N);
     alignas(64) float lanes[R][N * VEC_LANES];
     struct pinfer_attention_fetch next = *k.next;
@@ -143,7 +146,7 @@ void multiply_k(const struct pinfer_attention_row * rows, const values & k, floa
 #pragma GCC unroll 16
             for (int j = 0; j < P; j++) {
                 const vec w = load(at + (size_t) j * k.stride + size * i);
-                if (size * i % 64 == 0) {
+                if (size == 2 && size * i % 64 == 0) {
                     fetch(&next);
                 }
                 for (int r = 0; r < R; r++) {
@@ -165,7 +168,7 @@ void multiply_k(const struct pinfer_attention_row * rows, const values & k, floa
 
 // Columns [begin, n) as far as C vectors at a time go, then fewer at a time.
 template <vec (*load)(const void *), int size, int R, int C>
-void add_v(const struct pinfer_attention_row * rows, const values & v, const float * weights, int64_t begin) {
+__attribute__((noinline)) void add_v(const struct pinfer_attention_row * rows, const values & v, const float * weights, int64_t begin) {
     constexpr int                 width = C * VEC_LANES;
     struct pinfer_attention_fetch next  = *v.next;
     int64_t                       i     = begin;
@@ -185,7 +188,7 @@ void add_v(const struct pinfer_attention_row * rows, const values & v, const flo
 #pragma GCC unroll 8
             for (int c = 0; c < C; c++) {
                 const vec x = load(at + size * c * VEC_LANES);
-                if (size * c * VEC_LANES % 64 == 0) {
+                if (size == 2 && size * c * VEC_LANES % 64 == 0) {
                     fetch(&next);
                 }
                 for (int r = 0; r < R; r++) {
@@ -301,12 +304,12 @@ void attend(const struct pinfer_attention_block * b) {
     values     k        = {b->k, b->k_stride, b->k_size, b->next_k};
     values     v        = {b->v, b->v_stride, b->v_size, b->next_v};
     if (!k_is_f16) {
-        unpack(b->k_type, b->k, b->next_k, b->k_stride, b->n_positions, b->k_size, b->unpacked);
+        unpack(b->k_type, b->k, b->k_stride, b, b->k_size, b->unpacked);
         k = {(const char *) b->unpacked, (size_t) b->k_size * sizeof(float), b->k_size, b->next_k};
     }
     if (!v_is_f16) {
         float * const to = b->unpacked + N * b->k_size;
-        unpack(b->v_type, b->v, b->next_v, b->v_stride, b->n_positions, b->v_size, to);
+        unpack(b->v_type, b->v, b->v_stride, b, b->v_size, to);
         v = {(const char *) to, (size_t) b->v_size * sizeof(float), b->v_size, b->next_v};
     }
     for (int r = 0; r < b->n_rows; r += ROWS_AT_ONCE) {

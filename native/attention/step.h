@@ -34,8 +34,9 @@ struct pinfer_attention_fetch {
 struct pinfer_attention_block {
     const char *   k;        // first position
     const char *   v;
-    struct pinfer_attention_fetch * next_k; // of the block that follows; moved on by the step
+    struct pinfer_attention_fetch * next_k; // of the block that follows, moved on by the step: where F16 is read as it is
     struct pinfer_attention_fetch * next_v;
+    int64_t        n_ahead;  // where it is unpacked first: positions to the block that follows; 0: there is none
     size_t         k_stride; // bytes from one position to the next
     size_t         v_stride;
     int64_t        k_size;   // head sizes, multiples of PINFER_BLOCK_POSITIONS
