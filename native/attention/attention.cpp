@@ -467,7 +467,8 @@ bool install() {
         return false;
     }
     offer(cpu);
-    ggml_backend_cpu_get_extra_buffer_types().push_back(new ggml_backend_buffer_type{
+    // never freed: the list is used until the end of the process
+    static ggml_backend_buffer_type * const entry = new ggml_backend_buffer_type{
         .iface   = {
             .get_name       = buffer_name,
             .alloc_buffer   = allocate_nothing,
@@ -478,7 +479,8 @@ bool install() {
         },
         .device  = cpu,
         .context = new attention_extension,
-    });
+    };
+    ggml_backend_cpu_get_extra_buffer_types().push_back(entry);
     return true;
 }
 
