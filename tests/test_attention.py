@@ -99,10 +99,10 @@ def test_sequences_of_different_lengths(model: Path, tmp_path: Path, unified: bo
 
 @pytest.mark.parametrize("cache", [("q5_0", "q5_0"), ("bf16", "bf16"), ("f16", "q5_1")], ids="/".join)
 def test_other_cache_types_are_left_to_ggml(model: Path, tmp_path: Path, cache: tuple[str, str]) -> None:
-    ours = logits(model, tmp_path / "ours.npy", (300,), cache=cache)
-    assert np.array_equal(ours, logits(model, tmp_path / "off.npy", (300,), cache=cache, attention=False))
+    ours = logits(model, tmp_path / "ours.npy", (700,), cache=cache)
+    assert np.array_equal(ours, logits(model, tmp_path / "off.npy", (700,), cache=cache, attention=False))
 
 
 def test_stock_models_keep_ggmls_attention(model: Path, tmp_path: Path) -> None:
-    stock = logits(model, tmp_path / "stock.npy", (300,), plugin=False)
-    assert np.array_equal(stock, logits(model, tmp_path / "off.npy", (300,), plugin=False, attention=False))
+    stock = logits(model, tmp_path / "stock.npy", (700,), plugin=False)
+    assert np.array_equal(stock, logits(model, tmp_path / "off.npy", (700,), plugin=False, attention=False))

@@ -20,6 +20,7 @@
 
 static const int     N          = PINFER_BLOCK_POSITIONS;
 static const int64_t MAX_TOKENS = 16; // queries a stream: bits of a live_set
+static const int64_t LEAST_POSITIONS = 512; // shorter caches are read in no time, and give ggml's very numbers
 static const int64_t UNITS_EACH = 16; // at least, for a thread: shares then differ by a 16th at most
 static const int     ROWS_AT_ONCE = 64;
 
@@ -406,10 +407,20 @@ bool pinfer_attention_took(const ggml_tensor * op) {
 
 namespace {
 
+// PINFER_ATTENTION=always takes caches of any length.
+int64_t least_positions() {
+    static const int64_t least = [] {
+        const char * wanted = getenv("PINFER_ATTENTION");
+        return wanted && strcmp(wanted, "always") == 0 ? 0 : LEAST_POSITIONS;
+    }();
+    return least;
+}
+
 class attention_traits : public pinfer_cpu_traits {
   public:
     bool work_size(int n_threads, const ggml_tensor * op, size_t & size) override {
-        const bool ours = pinfer_models_in_use() && pinfer_attention_knows(op) && pinfer_attention_step();
+        const bool ours = pinfer_models_in_use() && op->src[1]->ne[1] >= least_positions() && pinfer_attention_knows(op) &&
+                          pinfer_attention_step();
         const_cast<ggml_tensor *>(op)->op_params[PARAM_OURS] = ours ? OURS : 0;
         if (ours) {
             size = shape(op).bytes(n_threads);

@@ -7,7 +7,7 @@
 #include "ggml.h"
 
 // Hooks into ggml-cpu, once for the process. Does nothing where the plugin has no code for this machine, where ggml-cpu has no
-// hook, or with PINFER_ATTENTION=off.
+// hook, or with PINFER_ATTENTION=off. Caches of less than 512 positions are left to ggml unless it is "always".
 void pinfer_attention_install();
 
 // Whether this operation can be computed here, whatever models are in use.

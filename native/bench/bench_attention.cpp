@@ -97,6 +97,7 @@ int main(int argc, char ** argv) {
             o.type = value;
         }
     }
+    setenv("PINFER_ATTENTION", "always", 1);
     pinfer_attention_install();
     const double read = read_rate(o);
     printf("%d threads, plain read %.1f GB/s\n", o.threads, read);

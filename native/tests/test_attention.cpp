@@ -234,6 +234,7 @@ static bool passes(const char * program, const char * isa) {
     const pid_t child = fork();
     if (child == 0) {
         setenv("PINFER_ISA", isa, 1);
+        setenv("PINFER_ATTENTION", "always", 1); // also caches so short that they are left to ggml
         execl(program, program, isa, (char *) nullptr);
         _exit(127);
     }
