@@ -22,7 +22,7 @@ what to type next), 2 wrong usage, 130 Ctrl-C. Sizes are written like `24G`, `51
 | `PINFER_RPC` | same as `--rpc` |
 | `PINFER_NATIVE_DIR` | folder of the build of plugin and runner to use |
 | `PINFER_ISA` | forces the kernels: `scalar`, `avx2`, `avx512` or `neon` |
-| `PINFER_ATTENTION` | `off`: llama.cpp's attention at depth; `always`: not only at depth ([attention.md](attention.md)) |
+| `PINFER_ATTENTION` | `off`: ggml's attention at depth; `always`: not only at depth ([attention.md](attention.md)) |
 | `PINFER_TRACE` | file to write a Chrome trace to: the copy, hot, cold and wait times of every layer |
 | `PINFER_DEBUG` | `1`: print the traceback of an error |
 | `HF_TOKEN`, `HF_HOME`, `HF_ENDPOINT` | access token, cache folder and address of the Hugging Face hub |
