@@ -46,7 +46,7 @@ def _said(path: Path, activation: str | None = None, *, force: bool = False) -> 
 
 @pytest.mark.parametrize(
     ("name", "claimed", "others"),
-    [("tiny-reglu.gguf", "drelu", "reglu"), ("tiny-relu2.gguf", "relu", "relu2")],
+    [("tiny-reglu.gguf", "drelu", "reglu|reglu2"), ("tiny-relu2.gguf", "relu", "relu2")],
 )
 def test_a_wrong_claim_is_refused_before_anything_is_written(
     name: str, claimed: str, others: str, copy_model: Callable[[str], Path]

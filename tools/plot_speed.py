@@ -44,11 +44,17 @@ class Speed:
     high: float
 
 
+def _first_table(text: str) -> str:
+    """The text from the first row of the first table with such rows to the table's end."""
+    first = _ROW.search(text)
+    return text[first.start() :].partition("\n\n")[0] if first else ""
+
+
 def read_table(text: str) -> list[Speed]:
     """The rows for decoding one sequence, in their order. Raises ValueError if there are none."""
     rows = [
         Speed(m["model"].strip(), m["mode"], *(float(m[name]) for name in ("ours", "stock", "ratio", "low", "high")))
-        for m in _ROW.finditer(text)
+        for m in _ROW.finditer(_first_table(text))
     ]
     if not rows:
         raise ValueError(f"{TABLE} has no table of decoding speeds")
