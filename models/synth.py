@@ -790,6 +790,19 @@ def vocabulary(n_vocab: int) -> tuple[list[str], list[int], list[str]]:
     return tokens + padding, types + [unused] * len(padding), merges
 
 
+def write_vocabulary(writer: Any, n_vocab: int) -> None:
+    """The vocabulary and the keys of its tokenizer."""
+    tokens, types, merges = vocabulary(n_vocab)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    writer.add_token_merges(merges)
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(0)
+    writer.add_add_bos_token(True)
+
+
 def _metadata(writer: Any, model: Model, name: str) -> None:
     import gguf
 
@@ -844,15 +857,7 @@ def _metadata(writer: Any, model: Model, name: str) -> None:
         if n_ff:
             activity = model.activity(n_ff)
             plant("frequency", layer, activity.frequency[activity.order(layer)])
-    tokens, types, merges = vocabulary(o.n_vocab)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list(tokens)
-    writer.add_token_types(types)
-    writer.add_token_merges(merges)
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(0)
-    writer.add_add_bos_token(True)
+    write_vocabulary(writer, o.n_vocab)
 
 
 def _metadata_of_parts(writer: Any, o: SynthOptions) -> None:

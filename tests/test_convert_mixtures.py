@@ -7,8 +7,6 @@ checked with the numpy forward pass of models/reference.py.
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ import numpy as np
 import pytest
 from gguf import GGUFReader
 from numpy.typing import NDArray
-from safetensors.numpy import load_file, save_file
+from support.changed_checkpoint import CHECKPOINTS, changed_checkpoint
 from support.checkpoint_cases import HYBRIDS_AND_MIXTURES
 
 from models.reference import MixtureReference
@@ -25,7 +23,6 @@ from pinfer.errors import PinferError
 from pinfer.llama.engine import Engine
 from pinfer.progress import NULL_PROGRESS
 
-CHECKPOINTS = Path(__file__).parent / "checkpoints"
 NATIVE = ("nemotron-h", "nemotron-h-moe")
 ARCHITECTURES = {"nemotron-h": "nemotron_h", "nemotron-h-moe": "nemotron_h_moe", "turbosparse-mixtral": "llama"}
 # Attention in F32, so that at F32 only the order of sums differs.
@@ -80,28 +77,13 @@ def test_the_reference_gives_what_the_original_gives(case: str, tmp_path: Path) 
         assert model.greedy(prompt.tolist(), len(greedy)) == greedy
 
 
-def changed(case: str, folder: Path, config: dict[str, object], change: Callable[[dict[str, Any]], None]) -> Path:
-    """A copy of a checkpoint with other settings and tensors."""
-    copy = Path(shutil.copytree(CHECKPOINTS / case, folder / case))
-    path = copy / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
-    tensors: dict[str, Any] = {}
-    for file in copy.glob("*.safetensors"):
-        tensors |= {name: values.astype(np.float32) for name, values in load_file(file).items()}
-        file.unlink()
-    (copy / "model.safetensors.index.json").unlink(missing_ok=True)
-    change(tensors)
-    save_file(tensors, copy / "model.safetensors")
-    return copy
-
-
 def test_layers_in_the_newest_spelling(tmp_path: Path) -> None:
     """transformers 5 writes a list of names, and no number of layers."""
     names = {"M": "linear_attention", "*": "full_attention", "-": "mlp"}
     kinds = json.loads((CHECKPOINTS / "nemotron-h" / "config.json").read_text())["hybrid_override_pattern"]
     settings: dict[str, object] = {"hybrid_override_pattern": None, "num_hidden_layers": None}
     settings["layers_block_type"] = [names[kind] for kind in kinds]
-    source = changed("nemotron-h", tmp_path, settings, lambda tensors: None)
+    source = changed_checkpoint("nemotron-h", tmp_path, settings, lambda tensors: None)
     prompt, expected, _ = references("nemotron-h")[0]
     assert nmse(MixtureReference(converted(source, "f32", tmp_path)).forward(prompt).logits, expected) <= 1e-9
 
@@ -122,7 +104,7 @@ def test_layers_in_the_newest_spelling(tmp_path: Path) -> None:
 def test_what_libllama_cannot_compute_is_refused(
     case: str, config: dict[str, object], message: str, tmp_path: Path
 ) -> None:
-    source = changed(case, tmp_path, config, lambda tensors: None)
+    source = changed_checkpoint(case, tmp_path, config, lambda tensors: None)
     with pytest.raises(PinferError, match=message):
         converted(source, "f32", tmp_path)
     assert not list(tmp_path.glob("*.gguf"))
@@ -132,6 +114,6 @@ def test_a_missing_expert_is_noticed(tmp_path: Path) -> None:
     def drop(tensors: dict[str, Any]) -> None:
         del tensors["backbone.layers.1.mixer.experts.3.up_proj.weight"]
 
-    source = changed("nemotron-h-moe", tmp_path, {}, drop)
+    source = changed_checkpoint("nemotron-h-moe", tmp_path, {}, drop)
     with pytest.raises(PinferError, match="has 5 experts"):
         converted(source, "f32", tmp_path)

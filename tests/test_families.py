@@ -7,15 +7,14 @@ agree to rounding. FATReLU jumps at its threshold, so rounding at F16 switches s
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from safetensors.numpy import load_file, save_file
+from support.changed_checkpoint import CHECKPOINTS, changed_checkpoint
 from support.checkpoint_cases import HYBRIDS_AND_MIXTURES
 from support.command_line import CommandLine
 from support.shards import nmse, write_shards
@@ -33,7 +32,6 @@ from pinfer.solve import SolveOptions, solve
 from pinfer.split import SplitOptions, split
 from pinfer.train import TrainOptions, train
 
-CHECKPOINTS = Path(__file__).parent / "checkpoints"
 CASES = sorted({path.parent.name for path in CHECKPOINTS.glob("*/reference.npz")} - set(HYBRIDS_AND_MIXTURES))
 TOLERANCE = {"f32": 1e-6, "f16": 1e-4}
 N_PROMPTS = 3
@@ -134,21 +132,6 @@ def test_stock_libllama_opens_what_is_written(case: str, tmp_path: Path) -> None
     assert (error <= TOLERANCE["f32"]) == is_native
 
 
-def changed(case: str, folder: Path, config: dict[str, object], change: Callable[[dict[str, Tensor]], None]) -> Path:
-    """A copy of a checkpoint in F32 with other settings and tensors."""
-    copy = Path(shutil.copytree(CHECKPOINTS / case, folder / case))
-    path = copy / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
-    tensors: dict[str, Tensor] = {}
-    for file in copy.glob("*.safetensors"):
-        tensors |= {name: values.astype(np.float32) for name, values in load_file(file).items()}
-        file.unlink()
-    (copy / "model.safetensors.index.json").unlink(missing_ok=True)
-    change(tensors)
-    save_file(tensors, copy / "model.safetensors")
-    return copy
-
-
 def first_logits(checkpoint: Path, reference: Reference, out: Path) -> Tensor:
     path = convert(checkpoint, ConvertOptions(out=out, type="f32"), NULL_PROGRESS).path
     with Engine(path, plugin=PluginConfig.of(open_model(path)), n_ctx=96, n_threads=1, f32_attention=True) as engine:
@@ -167,7 +150,7 @@ def test_arcee_with_attention_biases(tmp_path: Path) -> None:
                 size = value if "v_proj" in name else 0.0
                 tensors[name.replace("weight", "bias")] = np.full(len(tensors[name]), size, np.float32)
 
-        return changed("arcee", tmp_path / str(value), {"attention_bias": True}, add)
+        return changed_checkpoint("arcee", tmp_path / str(value), {"attention_bias": True}, add)
 
     assert nmse(first_logits(biased(0.0), reference, tmp_path / "0.gguf"), reference.logits) <= TOLERANCE["f32"]
     assert nmse(first_logits(biased(0.5), reference, tmp_path / "1.gguf"), reference.logits) > 100 * TOLERANCE["f32"]
@@ -181,7 +164,7 @@ def test_arcee_with_biases_that_libllama_does_not_add(source: str, name: str, tm
         rows = len(tensors[f"model.layers.0.{source}.weight"])
         tensors[f"model.layers.0.{source}.bias"] = np.zeros(rows, np.float32)
 
-    checkpoint = changed("arcee", tmp_path, {}, add)
+    checkpoint = changed_checkpoint("arcee", tmp_path, {}, add)
     with pytest.raises(PinferError, match=f"has biases in {name}, libllama's arcee adds none there"):
         convert(checkpoint, ConvertOptions(out=tmp_path / "out.gguf"), NULL_PROGRESS)
     assert not (tmp_path / "out.gguf").exists()
@@ -198,8 +181,8 @@ def test_jais2_without_biases_gets_zeros(tmp_path: Path) -> None:
         for name in [name for name in tensors if name.endswith(parts)]:
             del tensors[name]
 
-    zeros = first_logits(changed("jais2", tmp_path / "zero", {}, zero), reference, tmp_path / "0.gguf")
-    without = first_logits(changed("jais2", tmp_path / "none", {}, remove), reference, tmp_path / "1.gguf")
+    zeros = first_logits(changed_checkpoint("jais2", tmp_path / "zero", {}, zero), reference, tmp_path / "0.gguf")
+    without = first_logits(changed_checkpoint("jais2", tmp_path / "none", {}, remove), reference, tmp_path / "1.gguf")
     assert (zeros == without).all()
     assert nmse(without, reference.logits) > 100 * TOLERANCE["f32"], "the biases mattered"
 

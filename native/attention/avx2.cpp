@@ -4,61 +4,17 @@
 
 #if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 
-#    include "blocks.h"
+#    include "vec_avx2.h"
 
-#    include <immintrin.h>
 #    include <math.h>
 
 namespace {
 
-typedef __m256 vec;
-
-constexpr int VEC_LANES = 8;
-constexpr int VEC_SUMS  = 8;
-
-vec vec_zero(void) {
-    return _mm256_setzero_ps();
-}
-
-vec vec_set1(float f) {
-    return _mm256_set1_ps(f);
-}
-
-vec vec_load(const float * p) {
-    return _mm256_loadu_ps(p);
-}
-
-vec vec_load_f16(const void * p) {
-    return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) p));
-}
-
-vec vec_set1_f16(const void * p) {
-    return _mm256_cvtph_ps(_mm_set1_epi16((short) load_u16(p)));
-}
-
-vec vec_load_i8(const int8_t * p) {
-    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *) p)));
-}
+constexpr int VEC_SUMS = 8;
 
 template <int shift> vec vec_load_nibbles(const uint8_t * p) {
     const __m256i wide = _mm256_srli_epi32(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *) p)), shift);
     return _mm256_cvtepi32_ps(_mm256_and_si256(wide, _mm256_set1_epi32(15)));
-}
-
-void vec_store(float * p, vec v) {
-    _mm256_storeu_ps(p, v);
-}
-
-vec vec_add(vec a, vec b) {
-    return _mm256_add_ps(a, b);
-}
-
-vec vec_mul(vec a, vec b) {
-    return _mm256_mul_ps(a, b);
-}
-
-vec vec_fma(vec a, vec b, vec c) {
-    return _mm256_fmadd_ps(a, b, c);
 }
 
 vec vec_max(vec a, vec b) {
@@ -80,12 +36,6 @@ vec vec_zero_where_below(vec v, vec x, float limit) {
 
 vec vec_masked(vec v, vec m) {
     return _mm256_blendv_ps(v, m, _mm256_cmp_ps(m, _mm256_set1_ps(-INFINITY), _CMP_EQ_OQ));
-}
-
-float vec_sum(vec v) {
-    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-    const __m128 two  = _mm_add_ps(four, _mm_movehl_ps(four, four));
-    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
 
 float vec_largest(vec v) {

@@ -4,65 +4,17 @@
 
 #if defined(__AVX512F__) && defined(__AVX512DQ__)
 
-#    include "blocks.h"
+#    include "vec_avx512.h"
 
-#    if defined(__GNUC__) && !defined(__clang__)
-#        pragma GCC diagnostic ignored "-Wuninitialized" // GCC bug 105593, see ../kernels/avx512.cpp
-#        pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#    endif
-#    include <immintrin.h>
 #    include <math.h>
 
 namespace {
 
-typedef __m512 vec;
-
-constexpr int VEC_LANES = 16;
-constexpr int VEC_SUMS  = 16;
-
-vec vec_zero(void) {
-    return _mm512_setzero_ps();
-}
-
-vec vec_set1(float f) {
-    return _mm512_set1_ps(f);
-}
-
-vec vec_load(const float * p) {
-    return _mm512_loadu_ps(p);
-}
-
-vec vec_load_f16(const void * p) {
-    return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *) p));
-}
-
-vec vec_set1_f16(const void * p) {
-    return _mm512_cvtph_ps(_mm256_set1_epi16((short) load_u16(p)));
-}
-
-vec vec_load_i8(const int8_t * p) {
-    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *) p)));
-}
+constexpr int VEC_SUMS = 16;
 
 template <int shift> vec vec_load_nibbles(const uint8_t * p) {
     const __m512i wide = _mm512_srli_epi32(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *) p)), shift);
     return _mm512_cvtepi32_ps(_mm512_and_si512(wide, _mm512_set1_epi32(15)));
-}
-
-void vec_store(float * p, vec v) {
-    _mm512_storeu_ps(p, v);
-}
-
-vec vec_add(vec a, vec b) {
-    return _mm512_add_ps(a, b);
-}
-
-vec vec_mul(vec a, vec b) {
-    return _mm512_mul_ps(a, b);
-}
-
-vec vec_fma(vec a, vec b, vec c) {
-    return _mm512_fmadd_ps(a, b, c);
 }
 
 vec vec_max(vec a, vec b) {
@@ -83,10 +35,6 @@ vec vec_zero_where_below(vec v, vec x, float limit) {
 
 vec vec_masked(vec v, vec m) {
     return _mm512_mask_mov_ps(v, _mm512_cmp_ps_mask(m, _mm512_set1_ps(-INFINITY), _CMP_EQ_OQ), m);
-}
-
-float vec_sum(vec v) {
-    return _mm512_reduce_add_ps(v);
 }
 
 float vec_largest(vec v) {

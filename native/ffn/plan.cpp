@@ -284,10 +284,10 @@ bool is_of_file(const pinfer_model & m, const pinfer_product & p, const pinfer_m
 
 // Whether f is what the model's header says, whenever it is computed, and what the shards hold, when it is computed first.
 bool check_ffn(pinfer_model * m, const pinfer_ffn & f) {
-    const auto        il    = (size_t) f.index;
+    const auto        ffn   = (size_t) f.index;
     const std::string layer = pinfer_ffn_title(f.index);
-    if (il >= m->ffns.size() || !same_matrix(f.gate, m->header.ffns[il].gate) || !same_matrix(f.up, m->header.ffns[il].up) ||
-        (!f.is_half() && !same_matrix(f.down, m->header.ffns[il].down))) {
+    if (ffn >= m->ffns.size() || !same_matrix(f.gate, m->header.ffns[ffn].gate) || !same_matrix(f.up, m->header.ffns[ffn].up) ||
+        (!f.is_half() && !same_matrix(f.down, m->header.ffns[ffn].down))) {
         pinfer_model_fail(m, "the FFN of " + layer + " in the graph is not that of " + m->settings.model +
                                  "; load the model that was configured");
         return false;
@@ -296,16 +296,16 @@ bool check_ffn(pinfer_model * m, const pinfer_ffn & f) {
         pinfer_model_fail(m, pinfer_artefact_damage(file));
         return false;
     }
-    if (m->ffns[il].checked) {
+    if (m->ffns[ffn].checked) {
         pinfer_model_begin_check(m); // the first batch is through: from now on it delays no load
         return true;
     }
-    if (!is_of_file(*m, f.up, m->header.ffns[il].up)) {
+    if (!is_of_file(*m, f.up, m->header.ffns[ffn].up)) {
         pinfer_model_fail(m, "the weights of " + layer + " are not those of " + m->settings.model +
                                  "; load models of the same shape one after the other");
         return false;
     }
-    const pinfer_artefact * other = m->cold && !is_of(m->cold->ffns[il], f) ? &m->cold->file : nullptr;
+    const pinfer_artefact * other = m->cold && !is_of(m->cold->ffns[ffn], f) ? &m->cold->file : nullptr;
     for (const auto & hot : m->hot) {
         other = !other && !is_of(*hot, f) ? &hot->file : other;
     }
@@ -313,8 +313,28 @@ bool check_ffn(pinfer_model * m, const pinfer_ffn & f) {
         pinfer_model_fail(m, other->path + " does not hold the neurons of " + layer + " of the model" + other->remake);
         return false;
     }
-    m->ffns[il].checked = true;
+    m->ffns[ffn].checked = true;
     return true;
+}
+
+// The neurons that the CPU computes of an FFN: the shard's, with rows of the model's own where the shard has none.
+// Null: there is no kernel for the model's rows. own has to outlive the answer.
+const pinfer_neurons * neurons_here(pinfer_model * m, const pinfer_ffn & f, const pinfer_neurons * cold, pinfer_neurons * own) {
+    if (cold && !f.is_stack() && !f.is_half()) {
+        return cold;
+    }
+    if (cold) {
+        *own = *cold;
+    } else {
+        own->n = f.up.weight->ne[1];
+    }
+    if (cold && f.is_half()) {
+        own->down = {};
+        return own;
+    }
+    own->gate = pinfer_model_rows(m, f.gate);
+    own->up   = pinfer_model_rows(m, f.up);
+    return own->up.kernel && (!f.gated() || own->gate.kernel) ? own : nullptr;
 }
 
 } // namespace
@@ -324,19 +344,19 @@ ggml_status pinfer_ffn_compute(pinfer_team * team, pinfer_model * m, const pinfe
         return GGML_STATUS_FAILED;
     }
     const pinfer_rule rule = m->rule().act == PINFER_ACT_GRAPH ? pinfer_rule{f.graph_act, 0.0f} : m->rule();
-    const auto        il   = (size_t) f.index;
+    const auto        ffn  = (size_t) f.index;
     for (const auto & hot : m->hot) {
         pinfer_hot_set_n_threads(hot.get(), team->n_threads);
     }
 
     // where another node reads h, all of h has to be there
-    const pinfer_neurons *         cold = m->cold && !f.h_is_read ? &m->cold->ffns[il] : nullptr;
+    const pinfer_neurons *         cold = m->cold && !f.h_is_read ? &m->cold->ffns[ffn] : nullptr;
     if (f.is_half() && cold && cold->n < f.up.weight->ne[1]) {
         pinfer_model_fail(m, "neurons of " + m->settings.model + " cannot be on a device: a norm follows their activation; type: "
                              "pinfer solve --vram 0, then pinfer split");
         return GGML_STATUS_FAILED;
     }
-    const pinfer_predictor_ffn * pred = m->predictor ? &m->predictor->ffns[il] : nullptr;
+    const pinfer_predictor_ffn * pred = m->predictor ? &m->predictor->ffns[ffn] : nullptr;
     if (pred && (pred->rank == 0 || (m->cold && !cold))) {
         pred = nullptr; // it is arranged for the neurons of the shard
     }
@@ -350,24 +370,13 @@ ggml_status pinfer_ffn_compute(pinfer_team * team, pinfer_model * m, const pinfe
         return cold && !f.is_half() ? long_batch_of_shards(team, m, f, *cold, rule) : pinfer_dense_ffn(team, m, f, rule);
     }
 
-    pinfer_neurons own;
-    if (f.is_half() && cold) {
-        own      = *cold;
-        own.down = {};
-    } else if (!cold || f.is_stack()) {
-        if (cold) {
-            own = *cold;
-        } else {
-            own.n = f.up.weight->ne[1];
-        }
-        own.gate = pinfer_model_rows(m, f.gate);
-        own.up   = pinfer_model_rows(m, f.up);
-        if (!own.up.kernel || (f.gated() && !own.gate.kernel)) {
-            return pinfer_dense_ffn(team, m, f, rule);
-        }
+    pinfer_neurons               own;
+    const pinfer_neurons * const neurons = neurons_here(m, f, cold, &own);
+    if (!neurons) {
+        return pinfer_dense_ffn(team, m, f, rule);
     }
     pinfer_sparse_job j;
-    j.neurons   = cold && !f.is_stack() && !f.is_half() ? cold : &own;
+    j.neurons   = neurons;
     j.predictor = n_tokens < m->settings.n_batch_dense ? pred : nullptr;
     j.rule      = rule;
     j.gated     = f.gated();

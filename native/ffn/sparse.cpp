@@ -235,24 +235,26 @@ private:
         y = total;
         if (s.gathers) {
             uint8_t * to = gathered;
-            gather(g, &first.x, &to);
+            first.x      = gathered_of(g, s.x_first, &to);
             if (s.second) {
-                s.x_second.data == s.x_first.data ? (void) (second.x = first.x) : gather(g, &second.x, &to);
+                second.x = s.x_second.data == s.x_first.data ? first.x : gathered_of(g, s.x_second, &to);
             }
             if (s.predictor) {
-                s.z.data == s.x_first.data ? (void) (z = first.x) : gather(g, &z, &to);
+                z = s.z.data == s.x_first.data ? first.x : gathered_of(g, s.z, &to);
             }
             y = (float *) to;
             std::fill(y, y + n_tokens * s.job.n_embd, 0.0f);
         }
     }
 
-    void gather(const segment & g, x_view * x, uint8_t ** to) const {
+    // The rows of the segment's tokens, one after another at *to, which moves past them.
+    static x_view gathered_of(const segment & g, x_view x, uint8_t ** to) {
         for (int64_t t = 0; t < g.n_tokens; t++) {
-            memcpy(*to + (size_t) t * x->row, x->token(g.tokens[t]), x->row);
+            memcpy(*to + (size_t) t * x.row, x.token(g.tokens[t]), x.row);
         }
-        x->data = *to;
-        *to += (size_t) SLAB * x->row;
+        x.data = *to;
+        *to += (size_t) SLAB * x.row;
+        return x;
     }
 
     void leave() {
@@ -280,9 +282,10 @@ private:
             z        = s.z;
             n_tokens = g.n_tokens;
         }
+        const int32_t * const ids = s.job.routes ? nullptr : s.job.neurons->ids; // of a stack they name experts
         for (int64_t j = begin; j < end; j += GROUP) {
             float score[SLAB * GROUP];
-            pinfer_predictor_scores(*s.predictor, s.job.neurons->ids, g.row + j, std::min(GROUP, end - j), z.data, z.row, n_tokens,
+            pinfer_predictor_scores(*s.predictor, ids, g.row + j, std::min(GROUP, end - j), z.data, z.row, n_tokens,
                                     score);
             const float * const threshold = s.predictor->thresholds.data() + g.row + j;
             uint32_t            above[SLAB], any = 0; // bit r: neuron j + r

@@ -6,70 +6,16 @@
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__) && \
     defined(__AVX512VNNI__)
 
-#    include "blocks.h"
-
-#    if defined(__GNUC__) && !defined(__clang__)
-// g++ 12 takes the don't-care operand inside its own intrinsics for an uninitialised variable of ours (GCC bug 105593).
-#        pragma GCC diagnostic ignored "-Wuninitialized"
-#        pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#    endif
-#    include <immintrin.h>
+#    include "vec_avx512.h"
 
 namespace {
 
-typedef __m512  vec;
 typedef __m512i int8x64;
 typedef __m512  scale64; // four lanes for each 16 weights, as the dot product of four bytes leaves them
-
-constexpr int VEC_LANES = 16;
-
-vec vec_zero(void) {
-    return _mm512_setzero_ps();
-}
-
-vec vec_set1(float f) {
-    return _mm512_set1_ps(f);
-}
-
-vec vec_load(const float * p) {
-    return _mm512_loadu_ps(p);
-}
-
-vec vec_load_f16(const void * p) {
-    return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *) p));
-}
 
 vec vec_load_bf16(const void * p) {
     const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *) p));
     return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
-}
-
-vec vec_load_i8(const int8_t * p) {
-    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *) p)));
-}
-
-void vec_store(float * p, vec v) {
-    _mm512_storeu_ps(p, v);
-}
-
-vec vec_add(vec a, vec b) {
-    return _mm512_add_ps(a, b);
-}
-
-vec vec_mul(vec a, vec b) {
-    return _mm512_mul_ps(a, b);
-}
-
-vec vec_set1_f16(const void * p) {
-    return _mm512_cvtph_ps(_mm256_set1_epi16((short) load_u16(p)));
-}
-
-vec vec_fma(vec a, vec b, vec c) {
-    return _mm512_fmadd_ps(a, b, c);
-}
-
-float vec_sum(vec v) {
-    return _mm512_reduce_add_ps(v);
 }
 
 float load_half(const void * p) {

@@ -10,7 +10,7 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
-from models.synth import vocabulary
+from models.synth import write_vocabulary
 from pinfer.model import ACTIVATION_KEY, THRESHOLD_KEY
 
 N_EMBD, N_FF, N_HEAD, N_VOCAB, N_CTX = 96, 192, 4, 320, 256
@@ -109,15 +109,7 @@ def _metadata(out: Any, options: RandomModel) -> None:
         out.add_string(ACTIVATION_KEY, options.activation)
     if options.threshold is not None:
         out.add_float32(THRESHOLD_KEY, options.threshold)
-    tokens, types, merges = vocabulary(N_VOCAB)
-    out.add_tokenizer_model("gpt2")
-    out.add_tokenizer_pre("gpt-2")
-    out.add_token_list(tokens)
-    out.add_token_types(types)
-    out.add_token_merges(merges)
-    out.add_bos_token_id(0)
-    out.add_eos_token_id(0)
-    out.add_add_bos_token(True)
+    write_vocabulary(out, N_VOCAB)
 
 
 def _n_head_kv(options: RandomModel) -> int:

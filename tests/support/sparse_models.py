@@ -20,7 +20,7 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
-from models.synth import vocabulary
+from models.synth import write_vocabulary
 from pinfer.gguf_io.reader import type_size
 from pinfer.llama import ggml
 from pinfer.model import ACTIVATION_KEY
@@ -213,15 +213,7 @@ def _metadata(out: Any, options: SparseModel) -> None:
             out.add_expert_weights_scale(2.5)
     if options.activation is not None:
         out.add_string(ACTIVATION_KEY, options.activation)
-    tokens, types, merges = vocabulary(N_VOCAB)
-    out.add_tokenizer_model("gpt2")
-    out.add_tokenizer_pre("gpt-2")
-    out.add_token_list(tokens)
-    out.add_token_types(types)
-    out.add_token_merges(merges)
-    out.add_bos_token_id(0)
-    out.add_eos_token_id(0)
-    out.add_add_bos_token(True)
+    write_vocabulary(out, N_VOCAB)
 
 
 def _attention(out: _Writer, blk: str) -> None:
