@@ -92,6 +92,14 @@ PINFER_API void pinfer_stats_reset(const char * model_path);
 PINFER_API uint64_t pinfer_hot_shard_bytes(const char * model_path, int32_t i);
 PINFER_API uint64_t pinfer_hot_compute_bytes(uint64_t n_embd, uint64_t n_hot);
 
+// Bytes of a file of the model (any of its parts) that are not read when it is computed from its shards, which hold them: range i
+// from 0; false, and nothing written, beyond the last, and where there is no cold shard.
+PINFER_API bool pinfer_unread(const char * path, int32_t i, uint64_t * offset, uint64_t * size);
+
+// Reads the cold shard of a model into memory and keeps it there, as mlock(2) does; a model without one is ignored. False where
+// the system refuses; what was locked until then stays so.
+PINFER_API bool pinfer_lock(const char * model_path, char * err, size_t err_len);
+
 // Why the last FFN of a model (NULL: of any) failed ("device CUDA0 failed in layer 7 (...)"); false, and nothing written,
 // where it did not.
 PINFER_API bool pinfer_last_failure(const char * model_path, char * err, size_t err_len);

@@ -2,8 +2,10 @@
 #include "artefact.h"
 #include "model.h"
 
+#include <cerrno>
 #include <cstdio>
 #include <cstring>
+#include <sys/mman.h>
 
 static bool set_error(char * err, size_t err_len, const std::string & text) {
     if (err && err_len) {
@@ -98,6 +100,39 @@ uint64_t pinfer_hot_shard_bytes(const char * model_path, int32_t i) {
 // F32. ggml aligns tensors to 512 bytes at most, and gives some devices as much to spare.
 uint64_t pinfer_hot_compute_bytes(uint64_t n_embd, uint64_t n_hot) {
     return n_hot ? 4 * PINFER_HOT_TOKENS * (2 * n_embd + 3 * n_hot) + 16 * 512 : 0;
+}
+
+bool pinfer_unread(const char * path, int32_t i, uint64_t * offset, uint64_t * size) {
+    pinfer_file_id id;
+    const auto     m = pinfer_model_of(path);
+    if (!m || !m->cold || !pinfer_file_id_of(path, &id)) {
+        return false;
+    }
+    std::vector<bool> is_this; // of the model's files
+    for (const std::string & file : m->header.files) {
+        pinfer_file_id other;
+        is_this.push_back(pinfer_file_id_of(file.c_str(), &other) && other == id);
+    }
+    for (size_t ffn = 0; ffn < m->header.ffns.size(); ffn++) {
+        for (const pinfer_part part : {PINFER_PART_GATE, PINFER_PART_UP, PINFER_PART_DOWN}) {
+            const pinfer_matrix & matrix   = m->header.ffns[ffn].part(part);
+            const bool            in_shard = part == PINFER_PART_DOWN || pinfer_ffn_kind_of((int) ffn) != PINFER_FFN_EXPERTS;
+            if (matrix.ne[1] > 0 && in_shard && is_this[matrix.file] && i-- == 0) {
+                *offset = matrix.offset;
+                *size   = ggml_row_size(matrix.type, matrix.ne[0]) * (size_t) (matrix.ne[1] * matrix.ne[2]);
+                return true;
+            }
+        }
+    }
+    return false;
+}
+
+bool pinfer_lock(const char * model_path, char * err, size_t err_len) {
+    const auto m = pinfer_model_of(model_path);
+    if (m && m->cold && mlock(m->cold->file.map, m->cold->file.size) != 0) {
+        return set_error(err, err_len, m->cold->file.path + " cannot be locked in memory: " + strerror(errno));
+    }
+    return true;
 }
 
 bool pinfer_devices_at_work(char * text, size_t text_len) {

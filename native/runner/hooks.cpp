@@ -143,6 +143,12 @@ bool pinfer_params_parse(int argc, char ** argv, common_params & params, llama_e
         pinfer_say_error("pinfer computes the FFN where the model is mapped: use --load-mode mmap or mmap+mlock, or --dense");
         exit(PINFER_EXIT_USAGE);
     }
+    for (const pinfer_model_options & model : run->options.models) {
+        char cause[512];
+        if (params.load_mode == LLAMA_LOAD_MODE_MMAP_MLOCK && !pinfer_lock(model.path.c_str(), cause, sizeof(cause))) {
+            pinfer_say_note(std::string(cause) + "; ulimit -l says how much may be locked");
+        }
+    }
     params.no_op_offload = true;  // copies of CPU layers' weights on a device are in no budget
     params.fit_params    = false; // the placement is the one that was decided
     // The loader puts the FFN into the plugin's buffers. What the user placed with -ot comes first.
