@@ -5,6 +5,7 @@
 #include "kernels.h"
 
 #include <algorithm>
+#include <bit>
 #include <omp.h>
 
 // Columns of a tile: with its rows it stays in the second-level cache. A multiple of every block size.
@@ -199,30 +200,91 @@ pinfer_rows pinfer_model_rows(pinfer_model * m, const pinfer_product & p) {
     };
 }
 
-// Tokens [begin, end) of y += h times the down rows, of which most are multiplied by zero: 16 rows at a time for tokens that
-// share the work of unpacking them. scratch has room for n values.
-static void sum_down(const pinfer_neurons & neurons, const float * h, int64_t n, float * y, int64_t begin, int64_t end,
-                     float * scratch) {
-    const int64_t most = 128;
-    float         factor[PINFER_TILE_ROWS * most];
-    for (int64_t t0 = begin; t0 < end; t0 += most) {
-        const int64_t n_tokens = std::min(most, end - t0);
-        std::fill(y + t0 * n, y + (t0 + n_tokens) * n, 0.0f);
-        for (int64_t j = 0; j < neurons.n; j += PINFER_TILE_ROWS) {
-            const int64_t n_rows = std::min<int64_t>(PINFER_TILE_ROWS, neurons.n - j);
-            const void *  rows[PINFER_TILE_ROWS];
-            for (int64_t r = 0; r < n_rows; r++) {
-                rows[r] = neurons.down.data + (size_t) (j + r) * neurons.down.stride;
-            }
-            for (int64_t t = 0; t < n_tokens; t++) {
-                for (int64_t r = 0; r < n_rows; r++) {
-                    factor[(size_t) (r * n_tokens + t)] = h[(t0 + t) * neurons.n + j + r];
-                }
-            }
-            pinfer_kernel_accumulate(neurons.down.kernel, n, n_rows, rows, factor, n_tokens, y + t0 * n, scratch);
+namespace {
+
+// Tokens whose sums are kept at hand while all down rows go by, of PINFER_SUM_COLUMNS columns: half of a second-level cache.
+const int64_t SUM_TOKENS = 256;
+
+// y = h times the down rows, most of which are multiplied by zero. Of h there is what is not, token by token, and a bit for each
+// neuron.
+struct sum_job {
+    const pinfer_neurons & neurons;
+    const float *          h; // [n_tokens, neurons.n], each token's values in front
+    const uint64_t *       bits; // [n_tokens, n_words]
+    int64_t                n_words;
+    int64_t                n; // columns
+    float *                y; // [n_tokens, n]
+};
+
+// Of PINFER_SUM_ROWS unpacked rows, and for types that are unpacked by ggml.
+const size_t SUM_SCRATCH = (PINFER_SUM_ROWS + 1) * PINFER_SUM_COLUMNS * sizeof(float);
+
+// Columns [at, at + width) of n_tokens tokens from t.
+void sum_block(const sum_job & j, int64_t at, int64_t width, int64_t t, int64_t n_tokens, float * scratch) {
+    const pinfer_rows & down = j.neurons.down;
+    float * const       y    = j.y + t * j.n + at;
+    const float *       h[SUM_TOKENS];
+    for (int64_t k = 0; k < n_tokens; k++) {
+        std::fill_n(y + k * j.n, width, 0.0f);
+        h[k] = j.h + (t + k) * j.neurons.n;
+    }
+    for (int64_t word = 0; word < j.n_words; word++) {
+        uint64_t rows[SUM_TOKENS], needed = 0;
+        for (int64_t k = 0; k < n_tokens; k++) {
+            rows[k] = j.bits[(t + k) * j.n_words + word];
+            needed |= rows[k];
+        }
+        for (uint64_t left = needed; left; left &= left - 1) {
+            const int64_t r   = std::countr_zero(left);
+            float * const row = scratch + r * width;
+            std::fill_n(row, width, 0.0f);
+            pinfer_kernel_axpy(down.kernel, width, 1.0f,
+                               down.data + (size_t) (word * PINFER_SUM_ROWS + r) * down.stride + ggml_row_size(down.kernel->type, at),
+                               row, scratch + PINFER_SUM_ROWS * PINFER_SUM_COLUMNS);
+        }
+        pinfer_kernel_add_rows(width, scratch, rows, h, n_tokens, y, j.n);
+        for (int64_t k = 0; k < n_tokens; k++) {
+            h[k] += std::popcount(rows[k]);
         }
     }
 }
+
+// h of each token, from its products; what is not zero moves to the front, and bits says where it was.
+void activate_tokens(const pinfer_team * team, pinfer_rule rule, const float * gate, const float * up, float * h, uint64_t * bits,
+                     int64_t n, int64_t n_tokens) {
+    const int64_t n_words = (n + 63) / 64;
+#pragma omp parallel for num_threads(team->n_threads) schedule(static) firstprivate(rule) // h might be it otherwise
+    for (int64_t t = 0; t < n_tokens; t++) {
+        float * const    out = h + t * n;
+        uint64_t * const own = bits + t * n_words;
+        for (int64_t i = 0; i < n; i++) {
+            out[i] = pinfer_activate(rule, gate[t * n + i], up[t * n + i]);
+        }
+        pinfer_kernel_nonzero(n, out, own);
+        float * end = out;
+        for (int64_t word = 0; word < n_words; word++) {
+            for (uint64_t left = own[word]; left; left &= left - 1) {
+                *end++ = out[word * 64 + std::countr_zero(left)];
+            }
+        }
+    }
+}
+
+void sum_down(pinfer_team * team, const sum_job & j, int64_t n_tokens, float * scratch) {
+    // a few blocks for each thread
+    const int64_t n_spans  = (j.n + PINFER_SUM_COLUMNS - 1) / PINFER_SUM_COLUMNS;
+    const int64_t n_pieces = (4 * team->n_threads + n_spans - 1) / n_spans;
+    const int64_t piece    = std::clamp<int64_t>((n_tokens + n_pieces - 1) / n_pieces, 1, SUM_TOKENS);
+#pragma omp parallel for collapse(2) num_threads(team->n_threads) schedule(dynamic)
+    for (int64_t t = 0; t < n_tokens; t += piece) {
+        for (int64_t at = 0; at < j.n; at += PINFER_SUM_COLUMNS) {
+            sum_block(j, at, std::min<int64_t>(PINFER_SUM_COLUMNS, j.n - at), t, std::min(piece, n_tokens - t),
+                      scratch + (size_t) omp_get_thread_num() * (SUM_SCRATCH / sizeof(float)));
+        }
+    }
+}
+
+} // namespace
 
 ggml_status pinfer_dense_neurons(pinfer_team * team, const pinfer_ffn & f, const pinfer_neurons & neurons, const pinfer_rule & rule,
                                  const float * x) {
@@ -241,13 +303,12 @@ ggml_status pinfer_dense_neurons(pinfer_team * team, const pinfer_ffn & f, const
     if (status != GGML_STATUS_SUCCESS) {
         return status;
     }
-    activate_all(team, rule, gate, up, h, neurons.n * n_tokens);
-    float * const scratch = (float *) pinfer_team_arena(team, (size_t) (team->n_threads * n_embd) * sizeof(float));
-#pragma omp parallel num_threads(team->n_threads)
-    {
-        const int ith = omp_get_thread_num(), nth = omp_get_num_threads();
-        sum_down(neurons, h, n_embd, y, n_tokens * ith / nth, n_tokens * (ith + 1) / nth, scratch + ith * n_embd);
-    }
+    const int64_t   n_words = (neurons.n + 63) / 64;
+    const size_t    scratch = SUM_SCRATCH * (size_t) team->n_threads;
+    uint8_t * const arena   = pinfer_team_arena(team, scratch + (size_t) (n_words * n_tokens) * sizeof(uint64_t));
+    uint64_t * const bits   = (uint64_t *) (arena + scratch);
+    activate_tokens(team, rule, gate, up, h, bits, neurons.n, n_tokens);
+    sum_down(team, {neurons, h, bits, n_words, n_embd, y}, n_tokens, (float *) arena);
     return GGML_STATUS_SUCCESS;
 }
 

@@ -365,11 +365,11 @@ void transpose_8x8(const __m256i * rows, void * const * to) {
 #    include "body.h"
 
 const struct pinfer_kernel_table pinfer_kernels_avx2 = { "avx2", kernels, sizeof(kernels) / sizeof(kernels[0]),
-                                                         prepare_x_q8,
+                                                         prepare_x_q8, nonzero, add_rows,
                                                          { tile_multiply_bits<1>, tile_multiply_bits<2> } };
 
 #else
 
-const struct pinfer_kernel_table pinfer_kernels_avx2 = { "avx2", nullptr, 0, nullptr, {} };
+const struct pinfer_kernel_table pinfer_kernels_avx2 = { "avx2", nullptr, 0, nullptr, nullptr, nullptr, {} };
 
 #endif

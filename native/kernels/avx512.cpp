@@ -277,11 +277,11 @@ int8x64 from_signed(int8x64 w) {
 #    include "body.h"
 
 const struct pinfer_kernel_table pinfer_kernels_avx512 = { "avx512", kernels, sizeof(kernels) / sizeof(kernels[0]),
-                                                           prepare_x_q8,
+                                                           prepare_x_q8, nonzero, add_rows,
                                                            { tile_multiply_bits<1>, tile_multiply_bits<2> } };
 
 #else
 
-const struct pinfer_kernel_table pinfer_kernels_avx512 = { "avx512", nullptr, 0, nullptr, {} };
+const struct pinfer_kernel_table pinfer_kernels_avx512 = { "avx512", nullptr, 0, nullptr, nullptr, nullptr, {} };
 
 #endif

@@ -522,6 +522,72 @@ void accumulate_float(int64_t n, int64_t n_rows, const void * const * rows, cons
     accumulate_rest<load_one, size>(n, n_rows, rows, a, n_tokens, y);
 }
 
+// ---- many tokens, each with its own rows ------------------------------------------------------------------------
+
+void nonzero(int64_t n, const float * a, uint64_t * bits) {
+    for (; n > 0; n -= 64, a += 64, bits++) {
+        const int64_t n_bits = n < 64 ? n : 64;
+        uint64_t      word   = 0;
+        int64_t       i      = 0;
+        for (; i + VEC_LANES <= n_bits; i += VEC_LANES) {
+            word |= (uint64_t) vec_nonzero(vec_load(a + i)) << i;
+        }
+        for (; i < n_bits; i++) {
+            word |= (uint64_t) (a[i] != 0.0f) << i;
+        }
+        *bits = word;
+    }
+}
+
+// N vectors of columns: the sums of a token stay in registers while its rows go by.
+template <int N>
+void add_rows_columns(int64_t n, const float * w, const uint64_t * rows, const float * const * a, int64_t n_tokens, float * y,
+                      int64_t y_row) {
+    for (int64_t t = 0; t < n_tokens; t++, y += y_row) {
+        uint64_t left = rows[t];
+        if (left == 0) {
+            continue;
+        }
+        const float * factor = a[t];
+        vec           sum[N];
+        for (int k = 0; k < N; k++) {
+            sum[k] = vec_load(y + k * VEC_LANES);
+        }
+        for (; left != 0; left &= left - 1) {
+            const vec           f   = vec_set1(*factor++);
+            const float * const row = w + __builtin_ctzll(left) * n;
+            for (int k = 0; k < N; k++) {
+                sum[k] = vec_fma(f, vec_load(row + k * VEC_LANES), sum[k]);
+            }
+        }
+        for (int k = 0; k < N; k++) {
+            vec_store(y + k * VEC_LANES, sum[k]);
+        }
+    }
+}
+
+// 64 columns at a time, since so many of PINFER_SUM_ROWS rows fit the first-level cache.
+void add_rows(int64_t n, const float * w, const uint64_t * rows, const float * const * a, int64_t n_tokens, float * y,
+              int64_t y_row) {
+    constexpr int N  = 64 / VEC_LANES;
+    int64_t       at = 0;
+    for (; at + N * VEC_LANES <= n; at += N * VEC_LANES) {
+        add_rows_columns<N>(n, w + at, rows, a, n_tokens, y + at, y_row);
+    }
+    for (; at + VEC_LANES <= n; at += VEC_LANES) {
+        add_rows_columns<1>(n, w + at, rows, a, n_tokens, y + at, y_row);
+    }
+    for (int64_t t = 0; at < n && t < n_tokens; t++) {
+        const float * factor = a[t];
+        for (uint64_t left = rows[t]; left != 0; left &= left - 1, factor++) {
+            const float * const row = w + __builtin_ctzll(left) * n;
+            for (int64_t j = at; j < n; j++) {
+                y[t * y_row + j] += *factor * row[j];
+            }
+        }
+    }
+}
+
 // ---- x ---------------------------------------------------------------------------------------------------------
 
 void prepare_x_q8(const float * x, void * dst, int64_t n) {

@@ -36,6 +36,8 @@ struct kernel_set {
     struct pinfer_kernel kernels[GGML_TYPE_COUNT];
     bool                 known[GGML_TYPE_COUNT];
     void (*prepare_x_q8)(const float * x, void * dst, int64_t n);
+    pinfer_nonzero_fn  nonzero;
+    pinfer_add_rows_fn add_rows;
     pinfer_multiply_fn multiply_bits[2];
 
     kernel_set() {
@@ -43,6 +45,8 @@ struct kernel_set {
         const struct pinfer_kernel_table * table = choose_table();
         isa                                      = table->isa;
         prepare_x_q8                             = table->prepare_x_q8;
+        nonzero                                  = table->nonzero;
+        add_rows                                 = table->add_rows;
         for (int i = 0; i < 2; i++) {
             multiply_bits[i] = table->multiply_bits[i] ? table->multiply_bits[i] : pinfer_kernels_scalar.multiply_bits[i];
         }
@@ -133,6 +137,15 @@ void pinfer_kernel_accumulate(const struct pinfer_kernel * k, int64_t n, int64_t
             }
         }
     }
+}
+
+void pinfer_kernel_nonzero(int64_t n, const float * a, uint64_t * bits) {
+    kernels().nonzero(n, a, bits);
+}
+
+void pinfer_kernel_add_rows(int64_t n, const float * w, const uint64_t * rows, const float * const * a, int64_t n_tokens,
+                            float * y, int64_t y_row) {
+    kernels().add_rows(n, w, rows, a, n_tokens, y, y_row);
 }
 
 size_t pinfer_tile_size(int64_t n) {

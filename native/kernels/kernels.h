@@ -39,6 +39,13 @@ typedef void (*pinfer_pack_fn)(int64_t begin, int64_t end, const void * const * 
 typedef void (*pinfer_multiply_fn)(int64_t n, int64_t begin, int64_t end, const void * tile, const void * x,
                                    size_t x_row, int64_t n_tokens, float * out, int64_t out_row);
 
+// Bit i % 64 of bits[i / 64] says whether a[i] is not 0, for i < n; the rest of the last word is 0
+typedef void (*pinfer_nonzero_fn)(int64_t n, const float * a, uint64_t * bits);
+// y[t*y_row + j] += sum of *a[t]++ * w[r*n + j] over the rows r whose bit is in rows[t], in their order, for j < n. The
+// pointers stay as they are.
+typedef void (*pinfer_add_rows_fn)(int64_t n, const float * w, const uint64_t * rows, const float * const * a, int64_t n_tokens,
+                                   float * y, int64_t y_row);
+
 // What is NULL falls back: dot and axpy to ggml (call pinfer_kernel_dot and pinfer_kernel_axpy, which know), dot_many
 // to dot, accumulate to axpy, pack and multiply to dot_many.
 struct pinfer_kernel {
@@ -65,6 +72,13 @@ void  pinfer_kernel_dot_many(const struct pinfer_kernel * k, int64_t n, const vo
                              int64_t n_tokens, float * out);
 void  pinfer_kernel_accumulate(const struct pinfer_kernel * k, int64_t n, int64_t n_rows, const void * const * rows,
                                const float * a, int64_t n_tokens, float * y, float * scratch);
+
+// Many tokens, each with its own few rows: the rows are unpacked to floats first, PINFER_SUM_COLUMNS of them at a time.
+#define PINFER_SUM_ROWS    64
+#define PINFER_SUM_COLUMNS 256
+void pinfer_kernel_nonzero(int64_t n, const float * a, uint64_t * bits);
+void pinfer_kernel_add_rows(int64_t n, const float * w, const uint64_t * rows, const float * const * a, int64_t n_tokens,
+                            float * y, int64_t y_row);
 
 // Bytes of a tile of n columns (n a multiple of 32).
 size_t pinfer_tile_size(int64_t n);

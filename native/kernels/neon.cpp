@@ -60,6 +60,12 @@ vec vec_fma(vec a, vec b, vec c) {
     return vfmaq_f32(c, a, b);
 }
 
+uint32_t vec_nonzero(vec v) {
+    const uint32_t    bits[4] = {1, 2, 4, 8};
+    const uint32x4_t  zero    = vceqq_f32(v, vdupq_n_f32(0.0f));
+    return vaddvq_u32(vbicq_u32(vld1q_u32(bits), zero));
+}
+
 float vec_sum(vec v) {
     return vaddvq_f32(v);
 }
@@ -327,10 +333,10 @@ void axpy_nibbles(const uint8_t * p, float * y, nibble_map f, float * z, nibble_
 #    include "body.h"
 
 const struct pinfer_kernel_table pinfer_kernels_neon = { "neon", kernels, sizeof(kernels) / sizeof(kernels[0]),
-                                                         prepare_x_q8, {} };
+                                                         prepare_x_q8, nonzero, add_rows, {} };
 
 #else
 
-const struct pinfer_kernel_table pinfer_kernels_neon = { "neon", nullptr, 0, nullptr, {} };
+const struct pinfer_kernel_table pinfer_kernels_neon = { "neon", nullptr, 0, nullptr, nullptr, nullptr, {} };
 
 #endif

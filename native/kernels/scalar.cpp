@@ -179,6 +179,27 @@ void prepare_x_q8(const float * x, void * dst, int64_t n) {
     }
 }
 
+void nonzero(int64_t n, const float * a, uint64_t * bits) {
+    for (int64_t i = 0; i < n; i++) {
+        bits[i / 64] = (i % 64 ? bits[i / 64] : 0) | (uint64_t) (a[i] != 0.0f) << i % 64;
+    }
+}
+
+void add_rows(int64_t n, const float * w, const uint64_t * rows, const float * const * a, int64_t n_tokens, float * y,
+              int64_t y_row) {
+    for (int64_t t = 0; t < n_tokens; t++) {
+        const float * factor = a[t];
+        for (int64_t r = 0; r < PINFER_SUM_ROWS; r++) {
+            if (rows[t] >> r & 1) {
+                for (int64_t j = 0; j < n; j++) {
+                    y[t * y_row + j] += *factor * w[r * n + j];
+                }
+                factor++;
+            }
+        }
+    }
+}
+
 #define NO_BATCHES            nullptr, nullptr, nullptr, nullptr, nullptr, nullptr
 template <int bits>
 void multiply_bits(int64_t n, int64_t begin, int64_t end, const void * tile, const void * x, size_t x_row, int64_t n_tokens,
@@ -213,5 +234,5 @@ const struct pinfer_kernel kernels[] = {
 } // namespace
 
 const struct pinfer_kernel_table pinfer_kernels_scalar = { "scalar", kernels, sizeof(kernels) / sizeof(kernels[0]),
-                                                           prepare_x_q8,
+                                                           prepare_x_q8, nonzero, add_rows,
                                                            { multiply_bits<1>, multiply_bits<2> } };

@@ -13,6 +13,8 @@ struct pinfer_kernel_table {
     const struct pinfer_kernel * kernels;
     size_t                       n; // 0: not compiled for this machine's architecture
     void (*prepare_x_q8)(const float * x, void * dst, int64_t n);
+    pinfer_nonzero_fn  nonzero;
+    pinfer_add_rows_fn add_rows;
     pinfer_multiply_fn multiply_bits[2]; // tiles of 1 and of 2 bits; NULL in tables without tiles, but for the scalar one
 };
 

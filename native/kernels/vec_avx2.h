@@ -52,6 +52,11 @@ vec vec_fma(vec a, vec b, vec c) {
     return _mm256_fmadd_ps(a, b, c);
 }
 
+// A bit for each lane.
+[[maybe_unused]] uint32_t vec_nonzero(vec v) {
+    return (uint32_t) _mm256_movemask_ps(_mm256_cmp_ps(v, _mm256_setzero_ps(), _CMP_NEQ_UQ));
+}
+
 float vec_sum(vec v) {
     const __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     const __m128 two  = _mm_add_ps(four, _mm_movehl_ps(four, four));

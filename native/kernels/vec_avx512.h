@@ -58,6 +58,11 @@ vec vec_fma(vec a, vec b, vec c) {
     return _mm512_fmadd_ps(a, b, c);
 }
 
+// A bit for each lane.
+[[maybe_unused]] uint32_t vec_nonzero(vec v) {
+    return _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_NEQ_UQ);
+}
+
 float vec_sum(vec v) {
     return _mm512_reduce_add_ps(v);
 }

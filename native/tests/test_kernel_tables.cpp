@@ -366,6 +366,55 @@ static void test_bits(const struct pinfer_kernel_table * table, int bits, int64_
                   " tokens=" + std::to_string(n_tokens), worst);
 }
 
+// Sparse sums of rows: most factors are 0, some -0.
+static void test_add_rows(const struct pinfer_kernel_table * table, int64_t n, int64_t n_rows, int64_t n_tokens, report * rep) {
+    random_source      r{(uint64_t) (n + 1000 * n_rows + n_tokens)};
+    const int64_t      y_row = n + 5;
+    std::vector<float> w = r.normals(PINFER_SUM_ROWS * n), y((size_t) (n_tokens * y_row), 0.5f);
+    std::vector<std::vector<float>> a((size_t) n_tokens, std::vector<float>((size_t) n_rows)), packed((size_t) n_tokens);
+    std::vector<const float *>      factors;
+    std::vector<uint64_t>           rows((size_t) n_tokens), expected((size_t) n_tokens, 0);
+    for (size_t t = 0; t < a.size(); t++) {
+        for (size_t i = 0; i < a[t].size(); i++) {
+            const uint32_t kind = r.next() % 8;
+            a[t][i]             = kind == 0 ? -0.0f : kind < 6 ? 0.0f : r.normal();
+            if (a[t][i] != 0.0f) {
+                expected[t] |= 1ull << i;
+                packed[t].push_back(a[t][i]);
+            }
+        }
+        factors.push_back(packed[t].data());
+        table->nonzero(n_rows, a[t].data(), &rows[t]);
+    }
+    const std::string name = std::string(table->isa) + " n=" + std::to_string(n) + " rows=" + std::to_string(n_rows) +
+                             " tokens=" + std::to_string(n_tokens);
+    rep->check("nonzero " + name, rows == expected);
+    table->add_rows(n, w.data(), expected.data(), factors.data(), n_tokens, y.data(), y_row);
+    worst_element worst;
+    for (int64_t t = 0; t < n_tokens; t++) {
+        for (int64_t j = 0; j < y_row; j++) {
+            double sum = 0.5, size = 0.5;
+            for (int64_t i = 0; j < n && i < n_rows; i++) {
+                const double term = (double) a[(size_t) t][(size_t) i] * w[(size_t) (i * n + j)];
+                sum += term;
+                size += fabs(term);
+            }
+            worst.see(t * y_row + j, y[(size_t) (t * y_row + j)], sum, EPS_F32 * (double) (n_rows + 1) * size);
+        }
+    }
+    rep->line("add_rows " + name, worst);
+}
+
+// Beyond one word; a NaN counts as a number.
+static void test_nonzero(const struct pinfer_kernel_table * table, report * rep) {
+    std::vector<float> a(77, 0.0f);
+    a[3] = a[63] = NAN;
+    a[64] = a[76] = 1e-40f;
+    uint64_t bits[2] = {~0ull, ~0ull};
+    table->nonzero(77, a.data(), bits);
+    rep->check(std::string(table->isa) + " nonzero", bits[0] == (1ull << 63 | 8) && bits[1] == (1ull << 12 | 1));
+}
+
 int main() {
     report                                    rep;
     size_t                                    n_tables;
@@ -390,6 +439,13 @@ int main() {
         }
     }
     for (size_t i = 0; i < n_tables; i++) {
+        test_nonzero(tables[i], &rep);
+        for (const int64_t n : { 32, 77, 160, 256 }) {
+            for (const int64_t n_rows : { 1, 16, 37, 64 }) {
+                test_add_rows(tables[i], n, n_rows, 1, &rep);
+                test_add_rows(tables[i], n, n_rows, 33, &rep);
+            }
+        }
         for (int bits = 1; bits <= 2 && tables[i]->multiply_bits[0]; bits++) {
             for (const int64_t n_tokens : { 1, 3, 9 }) {
                 test_bits(tables[i], bits, 32, n_tokens, &rep);
