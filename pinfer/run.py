@@ -214,11 +214,21 @@ def _number(text: str | None, least: int) -> int | None:
     return number if number is None or number >= least else None
 
 
+def wait_settings() -> dict[str, str]:
+    """How long idle threads spin, unless the user has said so.
+
+    Spinning for long slows a busy machine down many times over, and not spinning at all costs a third of the speed of
+    a quiet one (docs/benchmarks.md has both, and what lies between).
+    """
+    chosen = any(name in os.environ for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"))
+    return {} if chosen else {"GOMP_SPINCOUNT": "1000"}
+
+
 def become(command: list[str], environment: Mapping[str, str] | None = None) -> NoReturn:
     """Replace this process by the command, which has its terminal, its signals and its exit code from then on."""
     sys.stdout.flush()
     sys.stderr.flush()
     try:
-        os.execve(command[0], command, {**os.environ, **(environment or {})})
+        os.execve(command[0], command, {**wait_settings(), **os.environ, **(environment or {})})
     except (OSError, ValueError) as error:  # ValueError: a NUL byte in an argument
         raise PinferError(f"cannot start {command[0]} ({error})", "build it again: make build") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import sys
 
@@ -17,15 +16,6 @@ ROUTER = ("--models-dir", "--models-preset")
 _HOST = ("--host",)
 _PORT = ("--port",)
 _DEFAULT_PORT = 8080
-
-
-def server_environment() -> dict[str, str]:
-    """Settings of the server's process that the user has not made himself.
-
-    Threads that wait by spinning slow a busy machine down many times over, and a server shares its machine.
-    """
-    chosen = any(name in os.environ for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"))
-    return {} if chosen else {"OMP_WAIT_POLICY": "passive"}
 
 
 def check_address(flags: LlamaFlags) -> None:

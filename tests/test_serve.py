@@ -20,8 +20,6 @@ from support.command_line import CommandLine
 from support.runs import run
 from support.server import N_PREDICT, Server, serving
 
-from pinfer import serve as stage
-
 ROOT = Path(__file__).resolve().parent.parent
 PROMPTS = [
     "Once upon a time",
@@ -60,8 +58,6 @@ def answers(folder: Path) -> dict[str, str]:
 
 def test_it_says_what_it_serves(server: Server, folder: Path) -> None:
     assert "serving tiny.gguf: relu2 FFN by its active neurons" in server.log.read_text()
-    environment = Path(f"/proc/{server.process.pid}/environ").read_bytes().split(b"\0")
-    assert b"OMP_WAIT_POLICY=passive" in environment
     sockets = [line.split()[1] for line in Path("/proc/net/tcp").read_text().splitlines()[1:] if " 0A " in line]
     assert [address for address in sockets if address.endswith(f":{server.port:04X}")] == [
         f"0100007F:{server.port:04X}"
@@ -82,11 +78,14 @@ def test_it_tells_what_it_has_computed(server: Server) -> None:
     assert after["tokens"] >= model["tokens"] + N_PREDICT
 
 
-def test_the_wait_policy_of_the_user_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
-    assert stage.server_environment() == {}
-    monkeypatch.delenv("OMP_WAIT_POLICY")
-    assert stage.server_environment() == {"OMP_WAIT_POLICY": "passive"}
+def test_threads_spin_for_a_short_time_unless_the_user_says_how_long(folder: Path) -> None:
+    wanted: tuple[tuple[dict[str, str], bytes], ...] = (({}, b"1000"), ({"GOMP_SPINCOUNT": "7"}, b"7"))
+    for env, count in wanted:
+        with serving(folder, folder / "tiny.gguf", env=env, without=("OMP_WAIT_POLICY",)) as server:
+            environment = Path(f"/proc/{server.process.pid}/environ").read_bytes().split(b"\0")
+            assert b"GOMP_SPINCOUNT=" + count in environment
+    with serving(folder, folder / "tiny.gguf", env={"OMP_WAIT_POLICY": "passive"}) as server:
+        assert b"GOMP_SPINCOUNT" not in Path(f"/proc/{server.process.pid}/environ").read_bytes()
 
 
 def test_many_clients_get_the_answers_of_stock_llama_cpp(server: Server, answers: dict[str, str]) -> None:
@@ -171,6 +170,15 @@ def test_requests_that_are_wrong(server: Server, answers: dict[str, str]) -> Non
         assert answer["error"]["message"]
     assert server.request("/no/such/path")[0] == 404
     assert server.complete(PROMPTS[1]) == answers[PROMPTS[1]]
+
+
+def test_a_model_whose_file_disappears_is_served_to_the_end(folder: Path, answers: dict[str, str]) -> None:
+    gone = Path(shutil.copy(folder / "tiny.gguf", folder / "gone.gguf"))
+    with serving(folder, gone, "-np", "1") as server:
+        assert server.complete(PROMPTS[0]) == answers[PROMPTS[0]]
+        gone.unlink()
+        assert server.complete(PROMPTS[1]) == answers[PROMPTS[1]]
+        assert server.request("/pinfer")[1]["models"][0]["tokens"] > 0
 
 
 def test_clients_that_leave(server: Server, answers: dict[str, str]) -> None:

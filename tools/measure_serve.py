@@ -3,7 +3,7 @@
 ``python tools/measure_serve.py model.gguf --draft draft.gguf`` after ``pinfer prepare model.gguf`` and
 ``ninja -C build/native stock``. All servers are started first and take turns, a round of each case at a time; those
 that do not have their turn are stopped, since idle threads may spin. Stock gets its best number of threads, -fa and
-wait policy, which are found before; pinfer gets the same threads and -fa, and waits passively as it always does.
+wait policy, which are found before; pinfer gets the same threads and -fa.
 """
 
 from __future__ import annotations
@@ -92,6 +92,7 @@ def sides_of(policy: str | None, with_draft: bool) -> tuple[Side, ...]:
         stock_side(other, f"stock, {other or 'default'} waiting"),
         Side("pinfer", PINFER),
         Side("pinfer, active waiting", PINFER, "active"),
+        Side("pinfer, passive waiting", PINFER, "passive"),
     ]
     if with_draft:
         sides += [stock_side(policy, "stock, draft", draft=True), Side("pinfer, draft", PINFER, draft=True)]

@@ -172,7 +172,7 @@ def serve(
         words = ["--exact"] * exact + ["--dense"] * dense + ["--no-artefacts"] * no_artefacts
         stage.check_address(flags)
         command, environment = stage.router_command(words, flags)
-        become(command, stage.server_environment() | environment)
+        become(command, environment)
     path = choice.path()
     options = settings(ExecutionOptions, locals())
     stage.check_address(flags)
@@ -180,7 +180,7 @@ def serve(
     _say(begin.execution.notes)
     _suggest_preparing(choice, begin.execution, options)
     ui.say(stage.describe(begin.execution))
-    become(begin.command, stage.server_environment())
+    become(begin.command)
 
 
 def _check_modes(ctx: typer.Context, exact: bool, dense: bool, artefacts: Path | None, no_artefacts: bool) -> None:

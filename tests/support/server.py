@@ -77,15 +77,18 @@ def serving(
     env: dict[str, str] | None = None,
     program: Sequence[str | Path] = PINFER,
     seconds: float = 120,
+    without: Sequence[str] = (),
 ) -> Iterator[Server]:
-    """A server that is ready. ``seconds``: how long it may take to load its model."""
+    """A server that is ready. ``seconds``: how long it may take to load its model; ``without``: variables it must not
+    inherit."""
     port = free_port()
     log = folder / f"log-{port}"
     command = [*map(str, (*program, *words)), "--port", str(port)]
-    settings = {"PYTHONPATH": str(ROOT), "PINFER_HOME": str(folder / "home"), **(env or {})}
+    inherited = {name: value for name, value in os.environ.items() if name not in without}
+    environment = {**inherited, "PYTHONPATH": str(ROOT), "PINFER_HOME": str(folder / "home"), **(env or {})}
     with (
         log.open("wb") as out,
-        subprocess.Popen(command, stdout=out, stderr=out, env={**os.environ, **settings}) as process,
+        subprocess.Popen(command, stdout=out, stderr=out, env=environment) as process,
     ):
         server = Server(process, port, log)
         try:
