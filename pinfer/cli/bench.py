@@ -32,6 +32,9 @@ from pinfer.cli.options import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from pinfer.benchmark.history import Change
     from pinfer.benchmark.report import BenchReport, Result
 
 
@@ -39,8 +42,13 @@ if TYPE_CHECKING:
 def bench(
     choice: Choice,
     compare: Annotated[
-        Literal["dense", "none"],
-        typer.Option("--compare", help="Compare with stock libllama (dense), or measure pinfer alone (none)."),
+        str,
+        typer.Option(
+            "--compare",
+            metavar="dense|none|FILE",
+            help="Compare with stock libllama (dense), or measure pinfer alone (none); "
+            "FILE, with records of -o jsonl: also say what got slower since.",
+        ),
     ] = "dense",
     n_prompt: Annotated[
         str, typer.Option("-p", "--n-prompt", metavar="N[,N]", help="Prompt lengths to test; 0 skips them.")
@@ -86,7 +94,10 @@ def bench(
 ) -> None:
     """Compare the speed with stock libllama. Both sides run alternately, on the same tokens."""
     from pinfer import bench as stage
+    from pinfer.benchmark.history import changes, read_records
 
+    records = None if compare in ("dense", "none") else read_records(Path(compare))
+    compare = "dense" if records is not None else compare
     if rpc is not None and compare == "dense" and not dense:
         raise typer.BadParameter(
             "an RPC server serves one process at a time; measure one side: --compare none, or --dense",
@@ -99,7 +110,18 @@ def bench(
         "n_depth": parse_list(n_depth, "-d"),
     }
     options = settings(stage.BenchOptions, {**locals(), **lists})
-    print_bench(stage.bench(choice.path(), options, ui.stderr_progress()), "json" if as_json else output)
+    report = stage.bench(choice.path(), options, ui.stderr_progress())
+    print_bench(report, "json" if as_json else output)
+    if records is not None:
+        _print_changes(changes(report, records))
+
+
+def _print_changes(found: Sequence[Change]) -> None:
+    """One line per test on stderr, since stdout has the report."""
+    for change in found:
+        ui.say(f"{change.test}: {change.verdict}, {change.before} at {change.commit}, {change.now} now")
+    if not found:
+        ui.say("note: the file has no record of this model and these tests, by this machine with as many threads")
 
 
 def print_bench(report: BenchReport, output: str) -> None:
