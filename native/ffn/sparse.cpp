@@ -4,6 +4,7 @@
 // count gives one result.
 #include "sparse.h"
 
+#include "fetch.h"
 #include "shares.h"
 
 #include <algorithm>
@@ -32,8 +33,10 @@ constexpr int64_t UNPACKING = 4;
 // Bytes of the sums of all threads.
 constexpr int64_t SUMS = 64 << 20;
 
-// Neurons that fire wait here until their other rows have arrived in the cache.
-constexpr int64_t WAITING = 2 * GROUP;
+// So many neurons that fire wait until their other rows have arrived in the cache. Then tokens in a batch take whole tiles of
+// them, and a single token takes few: more down rows at a time than the processor can follow would come from the cache late.
+constexpr int64_t WAITING = GROUP;
+constexpr int64_t FEW     = 4;
 
 struct x_view {
     const uint8_t * data = nullptr;
@@ -90,15 +93,6 @@ const uint8_t * row_at(const pinfer_rows & rows, int64_t j) {
     return rows.data + (size_t) j * rows.stride;
 }
 
-// Scattered rows are too short for the hardware's prefetcher to get going, so every line is asked for. Into the second
-// level: the first has too few outstanding misses (measured on Zen 4: 26 against 15 GB/s).
-void prefetch_row(const pinfer_rows & rows, int64_t j, int64_t n) {
-    const uintptr_t row = (uintptr_t) row_at(rows, j), end = row + ggml_row_size(rows.kernel->type, n);
-    for (uintptr_t line = row / 64 * 64; line < end; line += 64) {
-        __builtin_prefetch((const void *) line, 0, 2);
-    }
-}
-
 // Asks the system for the pages of a row, to be read while others are computed.
 void request_row(const pinfer_rows & rows, int64_t j, int64_t n) {
     static const uintptr_t page  = (uintptr_t) sysconf(_SC_PAGESIZE);
@@ -122,32 +116,113 @@ int64_t share_begin(int64_t n, int ith, int nth, int64_t step = GROUP) {
     return std::min(n, steps * ith / nth * step);
 }
 
-// The matrices of a segment, and x of its tokens.
-struct rows_view {
-    pinfer_rows rows;
-    x_view      x;
-
-    const uint8_t * row(int64_t j) const { return row_at(rows, j); }
-};
-
-pinfer_rows from_row(pinfer_rows rows, int64_t first) {
-    rows.data += (size_t) first * rows.stride;
-    rows.bias = rows.bias ? rows.bias + first : nullptr;
-    return rows;
-}
-
 size_t scratch_size(int64_t n_embd) {
     return ((size_t) n_embd * sizeof(float) + 63) / 64 * 64;
 }
 
+// Neurons of a segment that are computed together.
+struct group {
+    const segment * in = nullptr;
+    int64_t         n = 0; // 0: there is none
+    int32_t         list[GROUP];
+    uint32_t        named[GROUP]; // bit t: token t of the segment needs the neuron
+};
+
+// All neurons, in the shares of a thread.
+class every_neuron {
+public:
+    every_neuron(const shared & s, int ith, int nth) : s(s), ith(ith), nth(nth) {}
+
+    void next(group * g) {
+        while (at == end && share < s.shares.size()) {
+            const pinfer_share & now = s.shares[share++];
+            if (now.thread % nth == ith) {
+                g->in = &s.segments[(size_t) now.work];
+                at    = now.begin;
+                end   = now.end;
+                in    = g->in;
+            }
+        }
+        g->in = in;
+        g->n  = std::min(GROUP, end - at);
+        std::iota(g->list, g->list + GROUP, (int32_t) at);
+        std::fill(g->named, g->named + GROUP, ~0u);
+        at += g->n;
+    }
+
+private:
+    const shared &  s;
+    int             ith, nth;
+    size_t          share = 0;
+    const segment * in = nullptr;
+    int64_t         at = 0, end = 0;
+};
+
+// The candidates, of every segment an equal part for each thread. Those of a segment lie in pieces, as threads found them.
+class named_neurons {
+public:
+    named_neurons(const shared & s, int ith, int nth) : s(s), ith(ith), nth(nth), piece(nth) {}
+
+    void next(group * g) {
+        while (at == end && (piece < nth || segment_after < s.segments.size())) {
+            if (piece == nth) {
+                enter(s.segments[segment_after]);
+                segment_after++;
+            }
+            const int64_t from = std::max(begin_part, before), to = std::min(end_part, before + found[piece]);
+            const int64_t first = in->place + share_begin(in->n, piece, nth) - before;
+            if (from < to) {
+                at  = first + from;
+                end = first + to;
+            }
+            before += found[piece++];
+        }
+        g->in = in;
+        g->n  = std::min(GROUP, end - at);
+        std::copy(s.candidates + at, s.candidates + at + g->n, g->list);
+        std::copy(s.named + at, s.named + at + g->n, g->named);
+        at += g->n;
+    }
+
+private:
+    void enter(const segment & next) {
+        in                 = &next;
+        found              = s.n_found + (int64_t) segment_after * nth;
+        const int64_t sum  = std::accumulate(found, found + nth, (int64_t) 0);
+        const int64_t step = in->n_tokens > 1 ? GROUP : 1; // whole tiles, or single rows
+        begin_part         = share_begin(sum, ith, nth, step);
+        end_part           = share_begin(sum, ith + 1, nth, step);
+        before             = 0;
+        piece              = 0;
+    }
+
+    const shared &  s;
+    int             ith, nth;
+    int             piece; // after the one at hand
+    size_t          segment_after = 0;
+    const segment * in = nullptr;
+    const int64_t * found = nullptr;
+    int64_t         begin_part = 0, end_part = 0; // of the segment's candidates
+    int64_t         before = 0;                   // candidates of the pieces before
+    int64_t         at = 0, end = 0;              // what is left of the piece at hand, in s.candidates
+};
+
+ggml_type predictor_x_type(const pinfer_predictor_ffn & p) {
+    return p.bits ? PINFER_X_Q8 : p.a_kernel->x_type;
+}
+
 class worker {
 public:
-    worker(const shared & shared, int ith, int nth) : s(shared), ith(ith), nth(nth) {
+    worker(const shared & shared, int ith, int nth, pinfer_stopwatch * watch) : s(shared), ith(ith), nth(nth), watch(watch) {
+        lap(PINFER_STEP_OTHER);
         uint8_t * own = s.own + (size_t) ith * s.own_size;
         tile          = own;
         own += pinfer_tile_size(s.job.n_embd);
+        row_first  = ggml_row_size(s.first.kernel->type, s.job.n_embd);
+        row_second = s.second ? ggml_row_size(s.second->kernel->type, s.job.n_embd) : 0;
         if (s.down) {
             const int64_t n = s.n_tokens * s.job.n_embd;
+            row_down        = ggml_row_size(s.down->kernel->type, s.job.n_embd);
             total           = s.partial + ith * n;
             std::fill(total, total + n, 0.0f);
             scratch = (float *) own;
@@ -156,17 +231,35 @@ public:
         gathered = own;
     }
 
+    // x in the types of the rows. Of one token every thread makes its own: that is sooner done than waited for.
+    void prepare_x() {
+        prepare(s.first.kernel->x_type, s.x, s.job.n_embd, s.x_first);
+        if (s.x_second.data != s.x_first.data) {
+            prepare(s.second->kernel->x_type, s.x, s.job.n_embd, s.x_second);
+        }
+        if (s.x_predictor.data != s.x_first.data) {
+            prepare(predictor_x_type(*s.predictor), s.x, s.job.n_embd, s.x_predictor);
+        }
+        lap(PINFER_STEP_PREPARE);
+    }
+
+    void prepare_z() {
+        prepare(s.predictor->b_kernel->x_type, s.hidden, s.predictor->rank, s.z);
+        lap(PINFER_STEP_PREPARE);
+    }
+
     // The rows of A that are this thread's.
-    void hidden() const {
+    void hidden() {
         const pinfer_predictor_ffn & p = *s.predictor;
+        const x_view                 x = mine(s.x_predictor);
         for (int64_t r = p.rank * ith / nth; r < p.rank * (ith + 1) / nth; r++) {
             float z[SLAB];
-            pinfer_kernel_dot_many(p.a_kernel, s.job.n_embd, p.a + (size_t) r * p.a_row, s.x_predictor.data, s.x_predictor.row,
-                                   s.n_tokens, z);
+            pinfer_kernel_dot_many(p.a_kernel, s.job.n_embd, p.a + (size_t) r * p.a_row, x.data, x.row, s.n_tokens, z);
             for (int64_t t = 0; t < s.n_tokens; t++) {
                 s.hidden[t * p.rank + r] = p.relu && z[t] < 0.0f ? 0.0f : z[t];
             }
         }
+        lap(PINFER_STEP_SCORE);
     }
 
     // The candidates among the neurons that are this thread's, of every segment.
@@ -174,73 +267,98 @@ public:
         for (size_t i = 0; i < s.segments.size(); i++) {
             find_in(i);
         }
+        lap(PINFER_STEP_SCORE);
     }
 
     void compute_candidates() {
-        for (size_t i = 0; i < s.segments.size(); i++) {
-            const int64_t * const found = s.n_found + (int64_t) i * nth;
-            const int64_t         sum   = std::accumulate(found, found + nth, (int64_t) 0);
-            const int64_t         step  = s.segments[i].n_tokens > 1 ? GROUP : 1; // whole tiles, or single rows
-            const int64_t         begin = share_begin(sum, ith, nth, step), end = share_begin(sum, ith + 1, nth, step);
-            int64_t               before = 0; // candidates of the threads before j
-            enter(s.segments[i]);
-            for (int j = 0; j < nth; j++) {
-                const int64_t at   = at_segment->place + share_begin(at_segment->n, j, nth) - before;
-                const int64_t from = std::max(begin, before), to = std::min(end, before + found[j]);
-                if (from < to) {
-                    compute_list(s.candidates + at + from, s.named + at + from, to - from);
-                }
-                before += found[j];
-            }
-            leave();
+        if (s.from_disk) {
+            request_from_disk();
         }
+        compute(named_neurons(s, ith, nth));
     }
 
-    // Rows of all neurons come in a stream. The hardware does not fetch it ahead far enough: 4-bit rows arrive at 8 GB/s then.
-    void compute_all() {
-        uint32_t every[GROUP];
-        std::fill(every, every + GROUP, ~0u);
-        for (const pinfer_share & share : s.shares) {
-            if (share.thread % nth != ith) {
-                continue;
-            }
-            if (at_segment != &s.segments[(size_t) share.work]) {
-                leave();
-                enter(s.segments[(size_t) share.work]);
-            }
-            for (int64_t j = share.begin; j < share.end; j += GROUP) {
-                int32_t list[2 * GROUP];
-                std::iota(list, list + 2 * GROUP, (int32_t) j);
-                compute_group(list, every, std::min(GROUP, share.end - j), std::min(2 * GROUP, share.end - j));
-            }
+    void compute_all() { compute(every_neuron(s, ith, nth)); }
+
+    void lap(pinfer_step step) {
+        if (watch) {
+            watch->lap(step);
         }
-        leave();
     }
 
     pinfer_sparse_counts counts;
 
 private:
+    // A neuron that fires.
+    struct pending {
+        const segment * in;
+        int32_t         j;
+        float           value[SLAB]; // first products, 0 where a token has no use for it
+    };
+
+    bool alone() const { return s.n_tokens == 1; }
+
+    x_view mine(x_view x) const { return alone() ? x_view{x.token(ith), x.row} : x; }
+
+    void prepare(ggml_type type, const float * x, int64_t n, const x_view & out) const {
+        for (int64_t t = alone() ? 0 : ith; t < s.n_tokens; t += alone() ? 1 : nth) {
+            pinfer_kernel_prepare(type, x + t * n, const_cast<uint8_t *>(out.token(alone() ? ith : t)), n);
+        }
+    }
+
+    template <typename Neurons> void compute(Neurons neurons) {
+        group two[2];
+        neurons.next(&two[0]);
+        fetch_first(two[0]);
+        for (int k = 0; two[k].n > 0; k = 1 - k) {
+            neurons.next(&two[1 - k]);
+            fetch_first(two[1 - k]);
+            compute_group(two[k]);
+        }
+        leave();
+    }
+
+    // The rows of all neurons that this thread is going to compute, so that the disk works on all of them at once.
+    void request_from_disk() const {
+        named_neurons neurons(s, ith, nth);
+        group         g;
+        for (neurons.next(&g); g.n > 0; neurons.next(&g)) {
+            for (int64_t r = 0; r < g.n; r++) {
+                request_row(s.first, g.in->row + g.list[r], s.job.n_embd);
+                if (s.second) {
+                    request_row(*s.second, g.in->row + g.list[r], s.job.n_embd);
+                }
+                if (s.down) {
+                    request_row(*s.down, g.in->down + g.list[r], s.job.n_embd);
+                }
+            }
+        }
+    }
+
+    void fetch_first(const group & g) {
+        for (int64_t r = 0; r < g.n; r++) {
+            soon.add(s.first, g.in->row + g.list[r], row_first);
+        }
+    }
+
+    // `size` bytes of rows have been computed, others are asked for.
+    void computed(size_t size) { later.step(soon.step(pinfer_fetches::lines(size))); }
+
     void enter(const segment & g) {
         at_segment = &g;
         n_tokens   = g.n_tokens;
         mask       = n_tokens >= 32 ? ~0u : (1u << n_tokens) - 1;
-        first      = {from_row(s.first, g.row), s.x_first};
-        if (s.second) {
-            second = {from_row(*s.second, g.row), s.x_second};
-        }
-        if (s.down) {
-            down = from_row(*s.down, g.down);
-        }
-        z = s.z;
-        y = total;
+        x_first    = mine(s.x_first);
+        x_second   = mine(s.x_second);
+        z          = mine(s.z);
+        y          = total;
         if (s.gathers) {
             uint8_t * to = gathered;
-            first.x      = gathered_of(g, s.x_first, &to);
+            x_first      = gathered_of(g, s.x_first, &to);
             if (s.second) {
-                second.x = s.x_second.data == s.x_first.data ? first.x : gathered_of(g, s.x_second, &to);
+                x_second = s.x_second.data == s.x_first.data ? x_first : gathered_of(g, s.x_second, &to);
             }
             if (s.predictor) {
-                z = s.z.data == s.x_first.data ? first.x : gathered_of(g, s.z, &to);
+                z = s.z.data == s.x_first.data ? x_first : gathered_of(g, s.z, &to);
             }
             y = (float *) to;
             std::fill(y, y + n_tokens * s.job.n_embd, 0.0f);
@@ -261,7 +379,9 @@ private:
         if (!at_segment) {
             return;
         }
-        finish(n_waiting);
+        while (n_waiting > 0) {
+            finish(std::min(n_waiting, GROUP));
+        }
         for (int64_t t = 0; s.gathers && t < n_tokens; t++) {
             const float * const from = y + t * s.job.n_embd;
             float * const       to   = total + at_segment->tokens[t] * s.job.n_embd;
@@ -276,12 +396,7 @@ private:
         const segment & g     = s.segments[i];
         const int64_t   begin = share_begin(g.n, ith, nth), end = share_begin(g.n, ith + 1, nth);
         int64_t         n     = 0;
-        if (s.gathers) {
-            enter(g);
-        } else {
-            z        = s.z;
-            n_tokens = g.n_tokens;
-        }
+        enter(g);
         const int32_t * const ids = s.job.routes ? nullptr : s.job.neurons->ids; // of a stack they name experts
         for (int64_t j = begin; j < end; j += GROUP) {
             float score[SLAB * GROUP];
@@ -311,46 +426,25 @@ private:
         at_segment                         = nullptr;
     }
 
-    void compute_list(const int32_t * list, const uint32_t * named, int64_t n) {
-        for (int64_t k = 0; s.from_disk && k < n; k++) {
-            request_row(first.rows, list[k], s.job.n_embd);
-            if (s.second) {
-                request_row(second.rows, list[k], s.job.n_embd);
-            }
-            if (s.down) {
-                request_row(down, list[k], s.job.n_embd);
-            }
-        }
-        for (int64_t at = 0; at < n; at += GROUP) {
-            compute_group(list + at, named + at, std::min(GROUP, n - at), std::min(2 * GROUP, n - at));
-        }
-    }
-
-    // out[t*GROUP + r] = rows[list[r]] . x_t, with bias, for the n <= GROUP rows of the list. The rows from list[GROUP] to
-    // list[known - 1] come next: each is fetched while another is computed, since a burst of requests would stall both.
-    void products(const rows_view & v, const int32_t * list, int64_t n, int64_t known, float * out) const {
-        const pinfer_rows & rows = v.rows;
+    // out[t*GROUP + r] = row list[r] of rows . x_t, with bias, for the n <= GROUP rows of the list.
+    void products(const pinfer_rows & rows, size_t size, const x_view & x, const int64_t * list, int64_t n, float * out) {
         if (rows.kernel->multiply && n_tokens > 1) {
-            for (int64_t r = GROUP; r < known; r++) {
-                prefetch_row(rows, list[r], s.job.n_embd);
-            }
             const void * row[GROUP];
             for (int64_t r = 0; r < GROUP; r++) {
-                row[r] = v.row(list[std::min(r, n - 1)]);
+                row[r] = row_at(rows, list[std::min(r, n - 1)]);
             }
+            computed((size_t) n * size);
             rows.kernel->pack(0, s.job.n_embd, row, tile);
             std::fill(out, out + n_tokens * GROUP, 0.0f);
-            rows.kernel->multiply(s.job.n_embd, 0, s.job.n_embd, tile, v.x.data, v.x.row, n_tokens, out, GROUP);
+            rows.kernel->multiply(s.job.n_embd, 0, s.job.n_embd, tile, x.data, x.row, n_tokens, out, GROUP);
         } else {
             for (int64_t r = 0; r < n; r++) {
-                if (r + GROUP < known) {
-                    prefetch_row(rows, list[r + GROUP], s.job.n_embd);
-                }
                 float dots[SLAB];
-                pinfer_kernel_dot_many(rows.kernel, s.job.n_embd, v.row(list[r]), v.x.data, v.x.row, n_tokens, dots);
+                pinfer_kernel_dot_many(rows.kernel, s.job.n_embd, row_at(rows, list[r]), x.data, x.row, n_tokens, dots);
                 for (int64_t t = 0; t < n_tokens; t++) {
                     out[t * GROUP + r] = dots[t];
                 }
+                computed(size);
             }
         }
         for (int64_t r = 0; rows.bias && r < n; r++) {
@@ -360,86 +454,101 @@ private:
         }
     }
 
-    void compute_group(const int32_t * list, const uint32_t * named, int64_t n, int64_t known) {
+    void compute_group(const group & g) {
+        if (at_segment != g.in) {
+            if (s.gathers) {
+                leave();
+            }
+            enter(*g.in);
+        }
         const float threshold = s.job.rule.threshold;
         float       out[SLAB * GROUP];
-        products(first, list, n, known, out);
-        for (int64_t r = 0; r < n; r++) {
-            counts.candidates += (uint64_t) __builtin_popcount(named[r] & mask);
-            float * f   = value[n_waiting];
-            bool    any = false;
+        int64_t     list[GROUP];
+        for (int64_t r = 0; r < g.n; r++) {
+            list[r] = g.in->row + g.list[r];
+        }
+        products(s.first, row_first, x_first, list, g.n, out);
+        lap(PINFER_STEP_FIRST);
+        for (int64_t r = 0; r < g.n; r++) {
+            counts.candidates += (uint64_t) __builtin_popcount(g.named[r] & mask);
+            pending & p   = waiting(n_waiting);
+            bool      any = false;
             for (int64_t t = 0; t < n_tokens; t++) {
-                const bool fires = out[t * GROUP + r] > threshold && (named[r] >> t & 1);
-                f[t]             = fires ? out[t * GROUP + r] : 0.0f;
+                const bool fires = out[t * GROUP + r] > threshold && (g.named[r] >> t & 1);
+                p.value[t]       = fires ? out[t * GROUP + r] : 0.0f;
                 any |= fires;
             }
             if (any) {
-                waiting[n_waiting++] = list[r];
+                p.in = g.in;
+                p.j  = g.list[r];
+                n_waiting++;
                 if (s.second) {
-                    prefetch_row(second.rows, list[r], s.job.n_embd);
+                    later.add(*s.second, list[r], row_second);
                 }
                 if (s.down) {
-                    prefetch_row(down, list[r], s.job.n_embd);
-                }
-                if (n_waiting == WAITING) {
-                    finish(GROUP);
+                    later.add(*s.down, g.in->down + g.list[r], row_down);
                 }
             }
         }
+        for (const int64_t n = n_tokens > 1 ? GROUP : FEW; n_waiting >= WAITING + n;) {
+            finish(n);
+        }
     }
 
-    // The first n neurons that wait: f_i(x) from the first product, then what they add to the output.
+    pending & waiting(int64_t i) { return ring[(size_t) (first_waiting + i) % (sizeof(ring) / sizeof(*ring))]; }
+
+    // The first n <= GROUP neurons that wait: f_i(x) from the first product, then what they add to the output.
     void finish(int64_t n) {
-        for (int64_t at = 0; at < n; at += GROUP) {
-            finish_group(at, std::min(GROUP, n - at));
-        }
-        std::copy(waiting + n, waiting + n_waiting, waiting);
-        std::copy(&value[n][0], &value[n_waiting][0], &value[0][0]);
-        n_waiting -= n;
-    }
-
-    void finish_group(int64_t at, int64_t n) {
-        const float * const weights = at_segment->weights;
-        float               out[SLAB * GROUP], f[GROUP * SLAB];
-        if (s.second) {
-            products(second, waiting + at, n, n, out);
-        }
+        float        out[SLAB * GROUP], f[GROUP * SLAB];
+        int64_t      list[GROUP];
         const void * rows[GROUP];
         for (int64_t r = 0; r < n; r++) {
-            const int32_t j = waiting[at + r];
-            rows[r]         = s.down ? row_at(down, j) : nullptr;
+            const pending & p = waiting(r);
+            list[r]           = p.in->row + p.j;
+            rows[r]           = s.down ? row_at(*s.down, p.in->down + p.j) : nullptr;
+        }
+        if (s.second) {
+            products(*s.second, row_second, x_second, list, n, out);
+            lap(PINFER_STEP_SECOND);
+        }
+        for (int64_t r = 0; r < n; r++) {
+            const pending & p = waiting(r);
             for (int64_t t = 0; t < n_tokens; t++) {
-                const float g  = value[at + r][t];
+                const float g  = p.value[t];
                 const float fi = g > 0.0f ? pinfer_activate(s.job.rule, g, s.second ? out[t * GROUP + r] : g) : 0.0f;
-                f[r * n_tokens + t] = weights ? fi * weights[t] : fi;
+                f[r * n_tokens + t] = p.in->weights ? fi * p.in->weights[t] : fi;
                 counts.active += fi != 0.0f;
                 if (!s.down) {
-                    s.h[t * s.job.n_ff + neuron_id(s, j)] = fi;
+                    s.h[t * s.job.n_ff + neuron_id(s, p.j)] = fi;
                 }
             }
         }
         if (s.down) {
-            pinfer_kernel_accumulate(down.kernel, s.job.n_embd, n, rows, f, n_tokens, y, scratch);
+            pinfer_kernel_accumulate(s.down->kernel, s.job.n_embd, n, rows, f, n_tokens, y, scratch);
+            computed((size_t) n * row_down);
+            lap(PINFER_STEP_DOWN);
         }
+        first_waiting += n;
+        n_waiting -= n;
     }
 
     const shared &  s;
     int             ith, nth;
+    pinfer_stopwatch * watch; // null: another thread's
     uint8_t *       tile = nullptr;
     float *         total = nullptr;    // [n_tokens of the batch, n_embd]: what this thread adds to the output
     float *         scratch = nullptr;  // [n_embd]
     uint8_t *       gathered = nullptr; // x and y of a segment's tokens
+    size_t          row_first = 0, row_second = 0, row_down = 0; // bytes
+    pinfer_fetches  soon, later; // rows of the next first products; rows of neurons that wait
     // of the segment
     const segment * at_segment = nullptr;
     int64_t         n_tokens = 0;
     uint32_t        mask = 0; // a bit for each token
-    rows_view       first, second;
-    pinfer_rows     down;
-    x_view          z;
+    x_view          x_first, x_second, z;
     float *         y = nullptr; // [n_tokens, n_embd]
-    int64_t         n_waiting = 0;
-    int32_t         waiting[WAITING];
-    float           value[WAITING + 1][SLAB]; // first products, 0 where a token has no use for the neuron
+    int64_t         first_waiting = 0, n_waiting = 0;
+    pending         ring[4 * GROUP];
 };
 
 // The tokens and weights of every expert, and the segments they make.
@@ -488,13 +597,6 @@ void route(shared * s, const pinfer_routes & routes, const std::vector<int64_t> 
     s->gathers = s->n_tokens > 1;
 }
 
-// Every nth-th token of x into a kernel's input type.
-void prepare(ggml_type type, const float * x, int64_t n, int64_t n_tokens, const x_view & out, int ith, int nth) {
-    for (int64_t t = ith; t < n_tokens; t += nth) {
-        pinfer_kernel_prepare(type, x + t * n, const_cast<uint8_t *>(out.token(t)), n);
-    }
-}
-
 // Hands out 64-byte aligned pieces of one buffer: first it measures, then it gives.
 class arena {
 public:
@@ -517,29 +619,26 @@ private:
     uint8_t * base;
 };
 
-ggml_type predictor_x_type(const pinfer_predictor_ffn & p) {
-    return p.bits ? PINFER_X_Q8 : p.a_kernel->x_type;
-}
-
 // The buffers of a batch; returns their size.
 size_t lay_out(shared * s, uint8_t * base, int n_threads) {
     arena                        a(base);
     const pinfer_predictor_ffn * p = s->predictor;
     const int64_t                n_embd = s->job.n_embd;
+    const int64_t                n_x    = s->n_tokens == 1 ? n_threads : s->n_tokens; // one token: a copy for each thread
 
-    s->x_first     = a.take_x(s->first.kernel->x_type, n_embd, s->n_tokens);
+    s->x_first     = a.take_x(s->first.kernel->x_type, n_embd, n_x);
     s->x_second    = s->x_first;
     s->x_predictor = s->x_first;
     if (s->second && s->second->kernel->x_type != s->first.kernel->x_type) {
-        s->x_second = a.take_x(s->second->kernel->x_type, n_embd, s->n_tokens);
+        s->x_second = a.take_x(s->second->kernel->x_type, n_embd, n_x);
     }
     if (p) {
         if (predictor_x_type(*p) != s->first.kernel->x_type) {
-            s->x_predictor = a.take_x(predictor_x_type(*p), n_embd, s->n_tokens);
+            s->x_predictor = a.take_x(predictor_x_type(*p), n_embd, n_x);
         }
         s->z = s->x_predictor;
         if (!p->bits) {
-            s->z      = a.take_x(p->b_kernel->x_type, p->rank, s->n_tokens);
+            s->z      = a.take_x(p->b_kernel->x_type, p->rank, n_x);
             s->hidden = (float *) a.take((size_t) (s->n_tokens * p->rank) * sizeof(float));
         }
         s->candidates = (int32_t *) a.take((size_t) (s->n_neurons + 1) * sizeof(int32_t));
@@ -559,6 +658,18 @@ size_t lay_out(shared * s, uint8_t * base, int n_threads) {
     return a.used;
 }
 
+// A thread's part of y: the sums of all threads, in their order.
+void sum_up(const shared & s, int ith, int nth, float * y) {
+    const int64_t n = s.n_tokens * s.job.n_embd, begin = n * ith / nth, end = n * (ith + 1) / nth;
+    std::copy(s.partial + begin, s.partial + end, y + begin);
+    for (int i = 1; i < nth; i++) {
+        const float * const partial = s.partial + i * n;
+        for (int64_t k = begin; k < end; k++) {
+            y[k] += partial[k];
+        }
+    }
+}
+
 pinfer_sparse_counts compute_segments(pinfer_team * team, shared & s, float * y) {
     if (!s.predictor) {
         std::vector<pinfer_work> work;
@@ -576,24 +687,26 @@ pinfer_sparse_counts compute_segments(pinfer_team * team, shared & s, float * y)
     {
         const int ith = omp_get_thread_num();
         const int nth = omp_get_num_threads();
-        prepare(s.first.kernel->x_type, s.x, s.job.n_embd, s.n_tokens, s.x_first, ith, nth);
-        if (s.x_second.data != s.x_first.data) {
-            prepare(s.second->kernel->x_type, s.x, s.job.n_embd, s.n_tokens, s.x_second, ith, nth);
-        }
-        if (s.x_predictor.data != s.x_first.data) {
-            prepare(predictor_x_type(*p), s.x, s.job.n_embd, s.n_tokens, s.x_predictor, ith, nth);
-        }
-        worker w(s, ith, nth);
+        worker    w(s, ith, nth, ith == 0 ? &team->watch : nullptr);
+        w.prepare_x();
+        if (s.n_tokens > 1) {
 #pragma omp barrier
+            w.lap(PINFER_STEP_WAIT);
+        }
         if (p) {
             if (!p->bits) {
                 w.hidden();
 #pragma omp barrier
-                prepare(p->b_kernel->x_type, s.hidden, p->rank, s.n_tokens, s.z, ith, nth);
+                w.lap(PINFER_STEP_WAIT);
+                w.prepare_z();
+                if (s.n_tokens > 1) {
 #pragma omp barrier
+                    w.lap(PINFER_STEP_WAIT);
+                }
             }
             w.find_candidates();
 #pragma omp barrier
+            w.lap(PINFER_STEP_WAIT);
             w.compute_candidates();
         } else {
             w.compute_all();
@@ -602,16 +715,12 @@ pinfer_sparse_counts compute_segments(pinfer_team * team, shared & s, float * y)
         active += w.counts.active;
         if (s.down) {
 #pragma omp barrier
-            const int64_t n = s.n_tokens * s.job.n_embd;
-            for (int64_t k = n * ith / nth; k < n * (ith + 1) / nth; k++) {
-                float sum = 0.0f;
-                for (int i = 0; i < nth; i++) {
-                    sum += s.partial[i * n + k];
-                }
-                y[k] = sum;
-            }
+            w.lap(PINFER_STEP_WAIT);
+            sum_up(s, ith, nth, y);
+            w.lap(PINFER_STEP_SUM);
         }
     }
+    team->watch.lap(PINFER_STEP_WAIT);
     return {.candidates = candidates, .active = active};
 }
 
@@ -656,6 +765,7 @@ pinfer_sparse_counts pinfer_sparse_compute(pinfer_team * team, const pinfer_spar
 
 void pinfer_sparse_down(pinfer_team * team, const pinfer_neurons & neurons, const float * h, int64_t n_ff, int64_t n_embd,
                         int64_t n_tokens, float * y) {
+    const size_t    size    = ggml_row_size(neurons.down.kernel->type, n_embd);
     const size_t    scratch = scratch_size(n_embd), sums = (size_t) (n_tokens * n_embd) * sizeof(float);
     uint8_t * const arena   = pinfer_team_arena(team, (scratch + sums) * (size_t) team->n_threads);
 #pragma omp parallel num_threads(team->n_threads)
@@ -663,6 +773,7 @@ void pinfer_sparse_down(pinfer_team * team, const pinfer_neurons & neurons, cons
         const int       ith = omp_get_thread_num(), nth = omp_get_num_threads();
         uint8_t * const own = arena + (scratch + sums) * (size_t) ith;
         float * const   sum = (float *) (own + scratch);
+        pinfer_fetches  fetches;
         std::fill(sum, sum + n_tokens * n_embd, 0.0f);
         for (int64_t t = 0; t < n_tokens; t++) {
             const float * const row = h + t * n_ff;
@@ -676,7 +787,8 @@ void pinfer_sparse_down(pinfer_team * team, const pinfer_neurons & neurons, cons
             for (int64_t j = share_begin(neurons.n, ith, nth); j < share_begin(neurons.n, ith + 1, nth); j++) {
                 const float value = row[neurons.ids ? neurons.ids[j] : j];
                 if (value != 0.0f) {
-                    prefetch_row(neurons.down, j, n_embd);
+                    fetches.add(neurons.down, j, size);
+                    fetches.step(SIZE_MAX);
                     rows[n] = row_at(neurons.down, j);
                     f[n++]  = value;
                     if (n == GROUP) {
