@@ -11,7 +11,7 @@ namespace {
 // So many neurons that fire wait until their other rows have arrived in the cache. Then tokens in a batch take whole tiles of
 // them, and a single token takes few: more down rows at a time than the processor can follow would come from the cache late.
 constexpr int64_t WAITING = GROUP;
-constexpr int64_t FEW     = 4;
+constexpr int64_t FEW     = 8;
 
 // Asks the system for the pages of a row, to be read while others are computed.
 void request_row(const pinfer_rows & rows, int64_t j, int64_t n) {
@@ -218,7 +218,7 @@ void worker::compute_group(const group & g) {
 
 void worker::finish(int64_t n) {
     float        out[SLAB * GROUP], f[GROUP * SLAB];
-    int64_t      list[GROUP];
+    int64_t      list[GROUP] = {};
     const void * rows[GROUP];
     for (int64_t r = 0; r < n; r++) {
         const pending & p = waiting(r);

@@ -151,6 +151,13 @@ template <int c> vec dot_centred(vec acc, int8x64 w, int8x64 x, scale64 s) {
     return _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(products, surplus)), s, acc);
 }
 
+#    define PINFER_HAS_DOT_LANES
+
+vec dot_lanes(vec acc, int8x64 w, scale64 s, const int8_t * x, const x_q8_lanes * lanes) {
+    const __m512i products = _mm512_dpbusd_epi32(_mm512_loadu_si512(lanes->start), w, _mm512_loadu_si512(x));
+    return _mm512_fmadd_ps(_mm512_cvtepi32_ps(products), _mm512_mul_ps(s, _mm512_loadu_ps(lanes->d)), acc);
+}
+
 // VNNI multiplies unsigned by signed bytes: w gives its sign to x.
 vec dot_signed(vec acc, int8x64 w, int8x64 x, scale64 s) {
     const __m512i signed_x = _mm512_mask_sub_epi8(x, _mm512_movepi8_mask(w), _mm512_setzero_si512(), x);
