@@ -69,7 +69,7 @@ inline const uint8_t * row_at(const pinfer_rows & rows, int64_t j) {
     return rows.data + (size_t) j * rows.stride;
 }
 
-// Multiples of `step`: of GROUP, where tiles have to be whole.
+// Multiples of `step`: of GROUP where tiles have to be whole.
 inline int64_t share_begin(int64_t n, int ith, int nth, int64_t step = GROUP) {
     const int64_t steps = (n + step - 1) / step;
     return std::min(n, steps * ith / nth * step);

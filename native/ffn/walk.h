@@ -73,14 +73,13 @@ public:
 
 private:
     void enter(const segment & next) {
-        in                 = &next;
-        found              = s.n_found + (int64_t) segment_after * nth;
-        const int64_t sum  = std::accumulate(found, found + nth, (int64_t) 0);
-        const int64_t step = in->n_tokens > 1 ? GROUP : 1; // whole tiles, or single rows
-        begin_part         = share_begin(sum, ith, nth, step);
-        end_part           = share_begin(sum, ith + 1, nth, step);
-        before             = 0;
-        piece              = 0;
+        in                = &next;
+        found             = s.n_found + (int64_t) segment_after * nth;
+        const int64_t sum = std::accumulate(found, found + nth, (int64_t) 0);
+        begin_part        = share_begin(sum, ith, nth, 1);
+        end_part          = share_begin(sum, ith + 1, nth, 1);
+        before            = 0;
+        piece             = 0;
     }
 
     const shared &  s;
