@@ -117,6 +117,8 @@ private:
 
     // The first n <= GROUP neurons that wait: f_i(x) from the first product, then what they add to the output.
     void finish(int64_t n);
+    // y += the down rows of n neurons, times f [n, n_tokens]
+    void add_down(const void ** rows, const float * f, int64_t n);
 
     const shared &  s;
     int             ith, nth;
