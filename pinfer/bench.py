@@ -14,10 +14,10 @@ from statistics import fmean
 from typing import Any, Literal
 
 from pinfer.artefacts.predictor import PredictorFile
-from pinfer.benchmark import limit, machine
+from pinfer.benchmark import limit, machine, steps
 from pinfer.benchmark.limit import TokenBytes
 from pinfer.benchmark.process import WAIT_VARIABLES, WorkerProcess, worker_environment
-from pinfer.benchmark.report import DENSE, SPARSE, BenchReport, Case, ModelFacts, Ratio, Result
+from pinfer.benchmark.report import DENSE, SPARSE, BenchReport, Case, ModelFacts, Ratio, Result, Steps
 from pinfer.benchmark.text import TEXT
 from pinfer.errors import PinferError
 from pinfer.execution import Execution, ExecutionOptions, decide
@@ -50,6 +50,8 @@ class BenchOptions(ExecutionOptions):
     n_ubatch: int = 512
     """tokens that are computed together"""
     compare: Literal["dense", "none"] = "dense"
+    steps: bool = False
+    """also measure where the time of decoding on the sparse side goes"""
     text: Path | None = None
     n_stream_bytes: int = 1 << 30
     """bytes to read when measuring the bandwidth, more than any cache holds"""
@@ -76,6 +78,7 @@ def bench(model_path: Path, options: BenchOptions, progress: Progress = NULL_PRO
         results = _measure(workers, tests, source, setup, options, progress)
         after = machine.cpu_time()
         own = _cpu_used(workers) - own
+        attributed = _attribute(workers[SPARSE], tests, source, options) if options.steps and SPARSE in workers else ()
         peak = {side: int(worker.ask("usage")["peak"]) for side, worker in workers.items()}
     # Of the measurements before and after, the better one is closer to what the memory can do.
     bandwidth = max(bandwidth, _bandwidth(setup.execution.n_threads, options.n_stream_bytes))
@@ -109,6 +112,7 @@ def bench(model_path: Path, options: BenchOptions, progress: Progress = NULL_PRO
         bandwidth=bandwidth,
         others=others,
         notes=tuple(notes),
+        steps=attributed,
     )
 
 
@@ -268,6 +272,24 @@ def _measure(
     return results
 
 
+def _size(test: Case, options: BenchOptions) -> dict[str, Any]:
+    """Arguments of a worker's ``open`` command."""
+    n_ctx = max(options.n_ctx, test.n_depth + test.n_prompt + test.n_gen)
+    return {"n_ctx": n_ctx, "n_seq": test.n_seq, "n_batch": options.n_batch, "n_ubatch": options.n_ubatch}
+
+
+def _attribute(
+    worker: WorkerProcess, tests: Sequence[Case], source: _TokenSource, options: BenchOptions
+) -> tuple[Steps, ...]:
+    return tuple(
+        steps.measure(
+            worker, test, _size(test, options), [source.streams(test, run) for run in (0, 1)], source.texts(test)
+        )
+        for test in tests
+        if test.n_gen
+    )
+
+
 def _warm_up(
     worker: WorkerProcess, side: str, test: Case, source: _TokenSource, setup: _Setup, options: BenchOptions
 ) -> bool:
@@ -276,8 +298,7 @@ def _warm_up(
     At depth, llama.cpp's flash attention can be slower on the CPU than the plain products. Stock libllama is measured
     with the faster of the two; pinfer as it runs by default.
     """
-    n_ctx = max(options.n_ctx, test.n_depth + test.n_prompt + test.n_gen)
-    size = {"n_ctx": n_ctx, "n_seq": test.n_seq, "n_batch": options.n_batch, "n_ubatch": options.n_ubatch}
+    size = _size(test, options)
     work = {"kind": "pp" if test.n_prompt else "tg", "streams": source.streams(test, 0), "texts": source.texts(test)}
 
     def seconds(flash: bool, n_runs: int) -> float:

@@ -210,6 +210,22 @@ def test_artefacts_can_be_ignored(learnt: Path) -> None:
     assert alone.results[0].token_bytes.ffn > exact.results[0].token_bytes.ffn  # the down matrix is read whole
 
 
+def test_steps_add_up_to_the_token(learnt: Path) -> None:
+    found = bench(learnt, replace(QUICK, n_prompt=(), n_seq=(1, 3), repetitions=1, steps=True, compare="none"))
+    assert [steps.test.name for steps in found.steps] == ["tg8", "tg8 ×3"]
+    for steps in found.steps:
+        names = {"input quantised", "predictor", "first products", "down rows", "sums of threads", "other"}
+        assert {f"FFN: {name}" for name in names} <= set(steps.ffn)
+        assert "FFN: second products" not in steps.ffn  # ungated
+        assert 0 < sum(steps.ffn.values()) < steps.token
+        assert set(steps.by_node) == {"ggml: products", "ggml: attention", "ggml: small nodes"}
+        assert steps.rest > 0
+
+
+def test_without_being_asked_nothing_is_attributed(report: BenchReport) -> None:
+    assert report.steps == ()
+
+
 @pytest.mark.parametrize("plain", [True, False])
 def test_a_dense_model_and_the_dense_flag_run_stock_libllama(plain: bool, tiny_relu2: Path, tmp_path: Path) -> None:
     path = tiny_relu2

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "ggml-backend.h"
+#include "steps.h"
 
 #include <cstdint>
 #include <vector>
@@ -16,6 +17,7 @@ struct pinfer_team {
     std::vector<uint8_t> arena; // cut up again for every FFN
     std::vector<float>   x_copy;
     long                 blocks_read = 0; // by this process, when it was last asked
+    pinfer_stopwatch     watch;           // of the thread that the others work for
 };
 
 bool pinfer_team_init(pinfer_team * team);

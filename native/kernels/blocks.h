@@ -87,26 +87,50 @@ template <int bits> struct tile_group_bits {
     uint8_t q[bits][PINFER_TILE_ROWS][4];
 };
 
+// 64 values of x as 16 lanes of four meet them in a dot product with Q4_0: their scales, and what the 8 that is taken off each
+// weight makes of them.
+struct x_q8_lanes {
+    float   d[16];
+    int32_t start[16]; // -8 times the sum of the four
+};
+
 // x of n values (PINFER_X_Q8): value j = d[j / 32] * q[j]; s32 and s16 are the sums of 32 and of 16 such values.
 struct pinfer_x_q8 {
     int8_t * q; // padded with zeros to a multiple of 64
     float *  d;
     float *  s32;
     float *  s16;
+
+    x_q8_lanes * lanes; // of each 64 values
 };
 
 static inline size_t x_q8_padded(int64_t n) {
     return ((size_t) n + 63) / 64 * 64;
 }
 
-static inline size_t x_q8_size(int64_t n) {
+static inline size_t x_q8_lanes_at(int64_t n) {
     return x_q8_padded((int64_t) (x_q8_padded(n) + (size_t) n / 2));
+}
+
+static inline size_t x_q8_size(int64_t n) {
+    return x_q8_lanes_at(n) + x_q8_padded(n) / 64 * sizeof(x_q8_lanes);
 }
 
 static inline pinfer_x_q8 x_q8_at(const void * x, int64_t n) {
     int8_t * const q = (int8_t *) x;
     float * const  d = (float *) (q + x_q8_padded(n));
-    return { q, d, d + n / 32, d + n / 16 };
+    return { q, d, d + n / 32, d + n / 16, (x_q8_lanes *) (q + x_q8_lanes_at(n)) };
+}
+
+// The lanes, from q and d.
+static inline void x_q8_fill_lanes(const pinfer_x_q8 * x, int64_t n) {
+    for (int64_t i = 0; i < n / 64; i++) {
+        for (int64_t k = 0; k < 16; k++) {
+            const int8_t * q      = x->q + 64 * i + 4 * k;
+            x->lanes[i].d[k]      = x->d[2 * i + k / 8];
+            x->lanes[i].start[k]  = -8 * (q[0] + q[1] + q[2] + q[3]);
+        }
+    }
 }
 
 static_assert(sizeof(block_q8_0) == 34 && sizeof(block_q4_0) == 18 && sizeof(block_q5_0) == 22, "ggml block sizes");

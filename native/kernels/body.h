@@ -22,6 +22,7 @@
 //   store_scales_u8(dst, bytes, f)    dst[0..7] = f * each of 8 unsigned bytes
 //   store_scales_i8(dst, p, f)        dst[0..15] = f * each of 16 signed bytes
 //   add_mins(acc, mins, sums, f)      acc + f * (each of 8 mins times its sum), on any lanes
+//   dot_lanes(acc, w, s, x, lanes)    acc + s * d * ((w - 8) . x) with d of the lanes (PINFER_HAS_DOT_LANES)
 //   dot_signed(acc, w, x, s)          acc + s * (w . x), lane by lane; w in -128..127, x in -127..127
 //   dot_unsigned(acc, w, x, s)        the same for w in 0..63
 //   dot_centred<c>(acc, w, x, s)      acc + s * ((w - c) . x) for w in 0..63, c in 1..32
@@ -131,7 +132,11 @@ template <typename B, bool has_min> vec dot_neighbours(vec acc, const B * w, con
 template <> vec dot_neighbours<block_q4_0, false>(vec acc, const block_q4_0 * w, const pinfer_x_q8 * x, int64_t i) {
     scale64       s;
     const int8x64 q = load_pair_q4_0(w + 2 * i, &s);
+#ifdef PINFER_HAS_DOT_LANES
+    return dot_lanes(acc, q, s, x->q + 64 * i, x->lanes + i);
+#else
     return dot_pair<block_q4_0, false>(acc, q, s, w + 2 * i, w + 2 * i + 1, x, i);
+#endif
 }
 
 template <typename B, bool has_min> float dot_blocks(int64_t n, const void * row, const void * x) {
@@ -604,6 +609,7 @@ void prepare_x_q8(const float * x, void * dst, int64_t n) {
         v.s16[2 * i + 1] = v.d[i] * (float) sum[1];
         v.s32[i]         = v.d[i] * (float) (sum[0] + sum[1]);
     }
+    x_q8_fill_lanes(&v, n);
 }
 
 } // namespace

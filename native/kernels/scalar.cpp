@@ -177,6 +177,7 @@ void prepare_x_q8(const float * x, void * dst, int64_t n) {
             v.s32[i] += v.s16[h];
         }
     }
+    x_q8_fill_lanes(&v, n);
 }
 
 void nonzero(int64_t n, const float * a, uint64_t * bits) {

@@ -256,7 +256,7 @@ void pinfer_engine_finish(pinfer_engine * e) {
     }
 }
 
-ggml_status pinfer_engine_compute(pinfer_engine * e, ggml_cgraph * graph) {
+static ggml_status compute_split(pinfer_engine * e, ggml_cgraph * graph) {
     ggml_tensor ** nodes = graph->nodes;
     const int      n     = graph->n_nodes;
 
@@ -307,4 +307,12 @@ ggml_status pinfer_engine_compute(pinfer_engine * e, ggml_cgraph * graph) {
         }
     }
     return GGML_STATUS_SUCCESS;
+}
+
+ggml_status pinfer_engine_compute(pinfer_engine * e, ggml_cgraph * graph) {
+    e->team.watch.start();
+    const ggml_status status = compute_split(e, graph);
+    e->team.watch.lap(PINFER_STEP_OTHER);
+    e->team.watch.stop();
+    return status;
 }

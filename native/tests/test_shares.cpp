@@ -1,5 +1,5 @@
 // test_shares.cpp: every neuron is computed once, and no thread has much more to do than the others, at any number of them.
-#include "shares.h"
+#include "batch.h"
 
 #include <algorithm>
 #include <cstdio>
@@ -50,6 +50,15 @@ void test(const char * what, const std::vector<pinfer_work> & work, int n_thread
           what, n_threads, -3);
 }
 
+// Parts of n in steps: the largest over the mean.
+double unevenness_of_parts(int64_t n, int n_threads, int64_t step) {
+    int64_t most = 0;
+    for (int i = 0; i < n_threads; i++) {
+        most = std::max(most, pinfer_batch::share_begin(n, i + 1, n_threads, step) - pinfer_batch::share_begin(n, i, n_threads, step));
+    }
+    return (double) most * n_threads / (double) n;
+}
+
 } // namespace
 
 int main() {
@@ -63,6 +72,14 @@ int main() {
             prompt.push_back({1856, 4 + 1 + (e * 37) % 32});
         }
         test("the experts of a prompt", prompt, n_threads, n_threads <= 16 ? 1.25 : 1.1);
+    }
+    for (const int n_threads : {2, 3, 8, 16, 32, 64}) {
+        for (const int64_t n : {11008, 14336, 16384, 28672}) {
+            const double scored = unevenness_of_parts(n, n_threads, PINFER_TILE_ROWS);
+            check(scored <= 1.05, "neurons that are scored", n_threads, scored);
+            const double computed = unevenness_of_parts(n / 10 + 7, n_threads, 1);
+            check(computed <= 1.05, "candidates", n_threads, computed);
+        }
     }
     test("nothing", {}, 4, 1e9);
     printf("%d failures\n", failures);

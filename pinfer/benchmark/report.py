@@ -84,6 +84,26 @@ class Ratio:
 
 
 @dataclass(frozen=True)
+class Steps:
+    """Milliseconds of a token, in means over a run of each kind."""
+
+    test: Case
+    token: float
+    """the whole token, measured together with the FFNs"""
+    ffn: dict[str, float]
+    """the steps of all FFNs, as the thread that decodes sees them"""
+    by_node: dict[str, float]
+    """ggml's nodes, from a run that computes them one by one: each pays for waking the threads and waiting for them"""
+    faults: float
+    """page faults"""
+
+    @property
+    def rest(self) -> float:
+        """What is not spent in FFNs: ggml's nodes and the scheduler."""
+        return self.token - sum(self.ffn.values())
+
+
+@dataclass(frozen=True)
 class ModelFacts:
     """The model as libllama describes it."""
 
@@ -117,6 +137,8 @@ class BenchReport:
     others: float | None
     """CPUs that other processes kept busy during the bench"""
     notes: tuple[str, ...]
+    steps: tuple[Steps, ...] = ()
+    """where the time of decoding goes, if asked for"""
 
     def limit(self, result: Result) -> float | None:
         """Tokens per second if decoding only had to read its bytes."""
@@ -188,5 +210,6 @@ class BenchReport:
                 {**self._record(r), "token_bytes_by_part": asdict(r.token_bytes) if r.token_bytes else None}
                 for r in self.results
             ],
+            "steps": [asdict(steps) for steps in self.steps],
             "ratios": [{"test": r.test.name, "median": r.median, "pairs": list(r.pairs)} for r in self.ratios],
         }

@@ -10,6 +10,7 @@ import ctypes
 import hashlib
 import json
 import os
+import resource
 import signal
 import sys
 import time
@@ -33,12 +34,12 @@ class BenchEngine(Engine):
     """An engine that opens a new context for each test, with the test's number of sequences."""
 
     def open_context(
-        self, n_ctx: int, n_seq: int, n_batch: int, n_ubatch: int, *, flash_attention: bool = True
+        self, n_ctx: int, n_seq: int, n_batch: int, n_ubatch: int, *, flash_attention: bool = True, cb_eval: int = 0
     ) -> None:
         """A context of ``n_ctx`` tokens for each of ``n_seq`` sequences."""
         n_batch = max(n_seq, min(n_batch, n_ctx))
         n_ubatch = min(n_batch, n_ubatch)
-        self._open_context(n_ctx * n_seq, n_batch, n_ubatch, n_seq, flash_attention=flash_attention)
+        self._open_context(n_ctx * n_seq, n_batch, n_ubatch, n_seq, flash_attention=flash_attention, cb_eval=cb_eval)
         self._texts: list[list[int]] = []
 
     def rewind(self, texts: Sequence[Sequence[int]]) -> None:
@@ -146,9 +147,16 @@ class Worker:
         return self._loaded().tokenize(text)
 
     def do_open(
-        self, n_ctx: int, n_seq: int, n_batch: int = 2048, n_ubatch: int = 512, flash_attention: bool = True
+        self,
+        n_ctx: int,
+        n_seq: int,
+        n_batch: int = 2048,
+        n_ubatch: int = 512,
+        flash_attention: bool = True,
+        by_node: bool = False,
     ) -> None:
-        self._loaded().open_context(n_ctx, n_seq, n_batch, n_ubatch, flash_attention=flash_attention)
+        cb_eval = load_plugin().steps_eval if by_node else 0
+        self._loaded().open_context(n_ctx, n_seq, n_batch, n_ubatch, flash_attention=flash_attention, cb_eval=cb_eval)
 
     def do_time(self, kind: str, streams: list[list[int]], texts: Sequence[list[int]] = ()) -> dict[str, object]:
         """Run a test once (``pp``: a prompt, ``tg``: decoding) with counters that start at zero.
@@ -164,6 +172,17 @@ class Worker:
         stats = asdict(load_plugin().stats()) if self._sparse else None
         digest = hashlib.sha256(json.dumps(streams).encode()).hexdigest()
         return {"seconds": seconds, "stats": stats, "tokens_sha256": digest}
+
+    def do_steps(self, streams: list[list[int]], texts: Sequence[list[int]] = ()) -> dict[str, object]:
+        """Decode as ``do_time`` does, with the seconds of each step and the page faults."""
+        self._loaded().rewind(texts)
+        before = resource.getrusage(resource.RUSAGE_SELF)
+        load_plugin().start_steps()
+        seconds = self._loaded().time_decoding(streams, len(texts[0]) if texts else 0)
+        steps = load_plugin().steps()
+        after = resource.getrusage(resource.RUSAGE_SELF)
+        faults = after.ru_minflt + after.ru_majflt - before.ru_minflt - before.ru_majflt
+        return {"seconds": seconds, "steps": steps, "faults": faults}
 
     def do_usage(self) -> dict[str, object]:
         """Peak resident memory in bytes and CPU time in seconds of this process."""

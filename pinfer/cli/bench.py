@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from pinfer.benchmark.history import Change
-    from pinfer.benchmark.report import BenchReport, Result
+    from pinfer.benchmark.report import BenchReport, Result, Steps
 
 
 @with_model
@@ -80,6 +80,9 @@ def bench(
     ] = None,
     cache_type_k: CacheTypeKOpt = None,
     cache_type_v: CacheTypeVOpt = None,
+    steps: Annotated[
+        bool, typer.Option("--steps", help="Also show where the time of a decoded token goes, on the sparse side.")
+    ] = False,
     exact: ExactOpt = False,
     dense: DenseOpt = False,
     artefacts: ArtefactsOpt = None,
@@ -150,8 +153,23 @@ def _print_bench_markdown(report: BenchReport) -> None:
     for result in report.results:
         print("| " + " | ".join(_bench_row(report, result)) + " |")
     print()
+    for steps in report.steps:
+        _print_steps(steps)
     for fact in _bench_facts(report):
         print(f"- {fact}")
+
+
+def _print_steps(steps: Steps) -> None:
+    rows = [*steps.ffn.items(), ("all else: ggml's nodes, scheduler", steps.rest)]
+    print(f"| {steps.test.name}: step | ms per token | share |")
+    print("|---|---:|---:|")
+    for name, milliseconds in rows:
+        print(f"| {name} | {milliseconds:.3f} | {percent(milliseconds / steps.token)} |")
+    print(f"| token | {steps.token:.3f} | |")
+    for name, milliseconds in steps.by_node.items():
+        print(f"| {name}, node by node | {milliseconds:.3f} | |")
+    print(f"| page faults | {steps.faults:.1f} | |")
+    print()
 
 
 def _bench_row(report: BenchReport, result: Result) -> list[str]:

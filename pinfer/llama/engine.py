@@ -134,11 +134,19 @@ class Engine:
             )
 
     def _open_context(
-        self, n_ctx: int, n_batch: int, n_ubatch: int | None = None, n_seq: int = 1, *, flash_attention: bool = True
+        self,
+        n_ctx: int,
+        n_batch: int,
+        n_ubatch: int | None = None,
+        n_seq: int = 1,
+        *,
+        flash_attention: bool = True,
+        cb_eval: int = 0,
     ) -> None:
         """A context of ``n_ctx`` tokens, shared by ``n_seq`` sequences, in place of the open one.
 
-        ``flash_attention`` leaves the choice to libllama; False turns it off.
+        ``flash_attention`` leaves the choice to libllama; False turns it off. ``cb_eval`` is the address of a
+        native function that the scheduler calls for every node; 0: none.
         """
         self._close_context()
         llama = self._llama
@@ -149,6 +157,8 @@ class Engine:
         params.n_seq_max = n_seq
         params.n_threads = params.n_threads_batch = self._n_threads
         params.no_perf = True
+        if cb_eval:
+            params.cb_eval = llama.ggml_backend_sched_eval_callback(cb_eval)
         arch = ctypes.create_string_buffer(64)
         llama.llama_model_meta_val_str(self._model, b"general.architecture", arch, len(arch))
         params.type_k, params.type_v = map(cache_type_number, self._cache_types)

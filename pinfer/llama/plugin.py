@@ -202,6 +202,8 @@ class PluginLibrary:
             "pinfer_release": (None, (ctypes.c_char_p,)),
             "pinfer_get_stats": (None, (ctypes.c_char_p, ctypes.POINTER(_Stats))),
             "pinfer_stats_reset": (None, (ctypes.c_char_p,)),
+            "pinfer_steps_start": (None, ()),
+            "pinfer_steps_get": (ctypes.c_char_p, (ctypes.c_int32, ctypes.POINTER(ctypes.c_double))),
             "pinfer_hot_shard_bytes": (ctypes.c_uint64, (ctypes.c_char_p, ctypes.c_int32)),
             "pinfer_hot_compute_bytes": (ctypes.c_uint64, (ctypes.c_uint64, ctypes.c_uint64)),
             "pinfer_last_failure": (ctypes.c_bool, (ctypes.c_char_p, *failing)),
@@ -293,6 +295,22 @@ class PluginLibrary:
     def reset_stats(self, model: Path | None = None) -> None:
         """Set the counters of ``model`` (None: of all) to zero."""
         self._library.pinfer_stats_reset(_path_bytes(model))
+
+    def start_steps(self) -> None:
+        """From now on, FFNs measure where their time goes; the seconds of all steps start at zero."""
+        self._library.pinfer_steps_start()
+
+    def steps(self) -> dict[str, float]:
+        """The steps of a token and their seconds since the start, as the thread that decodes saw them."""
+        seconds, found = ctypes.c_double(), dict[str, float]()
+        while name := self._library.pinfer_steps_get(len(found), ctypes.byref(seconds)):
+            found[_text(name)] = seconds.value
+        return found
+
+    @property
+    def steps_eval(self) -> int:
+        """Address of a ``cb_eval``: it has nodes computed one by one, and counted among the steps."""
+        return ctypes.cast(self._library.pinfer_steps_eval, ctypes.c_void_p).value or 0
 
     def isa(self) -> str:
         """The kernels in use: ``avx512``, ``avx2``, ``neon`` or ``scalar``."""
