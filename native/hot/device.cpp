@@ -130,7 +130,8 @@ static bool declare_ffn(pinfer_hot * hot, int ffn, const pinfer_origin & origin,
             return pinfer_artefact_damaged(&hot->file, std::string(bias->name) + " is not F32", err);
         }
     }
-    if (!f.up || !f.down || pinfer_is_gated(hot->file.rule.act) != (f.gate != nullptr)) {
+    const pinfer_activation act = hot->file.rule.act;
+    if (!f.up || !f.down || (act == PINFER_ACT_OTHER || pinfer_is_gated(act)) != (f.gate != nullptr)) {
         return pinfer_artefact_damaged(&hot->file, pinfer_ffn_title(ffn) + " lacks a matrix", err);
     }
     if (is_stack) {

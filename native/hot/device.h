@@ -70,6 +70,9 @@ struct pinfer_hot_job {
     const float *         x = nullptr; // [n_tokens, n_embd]
     int64_t               n_tokens = 0;
     const pinfer_routes * routes = nullptr; // of a stack; stays until the end
+    // of a stack without exact zeros: libllama's own nodes, whose parameters count
+    const ggml_tensor *   glu = nullptr;
+    const ggml_tensor *   down = nullptr;
 };
 
 struct pinfer_hot {

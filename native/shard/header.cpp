@@ -227,3 +227,11 @@ bool pinfer_header_read(const char * path, pinfer_header * out, std::string * er
     }
     return read_activation(files[0].get(), path, out, err) && read_ffns(files, path, out, err);
 }
+
+void pinfer_header_keep_stacks(pinfer_header * h) {
+    for (size_t i = 0; i < h->ffns.size(); i++) {
+        if (pinfer_ffn_kind_of((int) i) != PINFER_FFN_EXPERTS) {
+            h->ffns[i] = {};
+        }
+    }
+}

@@ -39,9 +39,10 @@ def split(
 def print_split(report: SplitReport) -> None:
     """Print the contents of the shards."""
     types = dict.fromkeys((*report.hot_down_types, *report.cold_down_types))
+    in_place = "" if report.cold else ", of experts in the model itself"
     facts = [
         ("hot neurons", f"{report.n_hot:,} ({format_bytes(report.hot_bytes)})"),
-        ("cold neurons", f"{report.n_cold:,} ({format_bytes(report.cold_bytes)})"),
+        ("cold neurons", f"{report.n_cold:,} ({format_bytes(report.cold_bytes)}{in_place})"),
         ("ordered by", report.order),
         ("down rows", ", ".join(types)),
         ("speed", f"{format_bytes((report.hot_bytes + report.cold_bytes) / max(report.seconds, 1e-9))}/s"),

@@ -1,0 +1,160 @@
+// experts.cpp: experts as they are, with llama.cpp's products: nothing in them is zero, so nothing can be skipped.
+#include "experts.h"
+
+#include <algorithm>
+#include <cmath>
+#include <omp.h>
+
+namespace {
+
+// Squared error of products, as a share of their square, up to which weights are taken for the same. Layouts differ in the order of
+// their sums, and in how finely they round x; other weights are off by about 2.
+const double SAME_PRODUCTS = 1e-2;
+
+// A contiguous tensor outside of any context.
+ggml_tensor tensor_at(ggml_type type, int64_t ne0, int64_t ne1, int64_t ne2, const void * data) {
+    ggml_tensor t = {};
+    t.type        = type;
+    t.data        = const_cast<void *>(data);
+    const int64_t ne[] = {ne0, ne1, ne2, 1};
+    size_t        size = ggml_type_size(type);
+    for (int i = 0; i < GGML_MAX_DIMS; i++) {
+        t.ne[i] = ne[i];
+        t.nb[i] = size;
+        size    = i == 0 ? ggml_row_size(type, ne0) : size * (size_t) ne[i];
+    }
+    return t;
+}
+
+// A node like one of the graph, of another shape, from other sources.
+ggml_tensor node_like(const ggml_tensor * node, ggml_tensor * a, ggml_tensor * b, ggml_tensor * c, int64_t ne1, int64_t ne2,
+                      float * data) {
+    ggml_tensor t = tensor_at(GGML_TYPE_F32, node->ne[0], ne1, ne2, data);
+    t.op          = node->op;
+    t.flags       = GGML_TENSOR_FLAG_COMPUTE; // what building a graph would do
+    std::copy(std::begin(node->op_params), std::end(node->op_params), t.op_params);
+    t.src[0] = a;
+    t.src[1] = b;
+    t.src[2] = c;
+    return t;
+}
+
+// The products of one expert's matrix with x.
+bool product_of(pinfer_team * team, const ggml_tensor * node, ggml_tensor * weight, int32_t expert, std::vector<float> & x,
+                std::vector<float> * out) {
+    ggml_tensor input = tensor_at(GGML_TYPE_F32, weight->ne[0], 1, 1, x.data()), ids = tensor_at(GGML_TYPE_I32, 1, 1, 1, &expert);
+    out->resize((size_t) weight->ne[1]);
+    ggml_tensor   y = node_like(node, weight, &input, &ids, 1, 1, out->data());
+    ggml_tensor * nodes[] = {&y};
+    return pinfer_team_nodes(team, nodes, 1) == GGML_STATUS_SUCCESS;
+}
+
+bool same_products(pinfer_team * team, const pinfer_hot & hot, const pinfer_product & p, const ggml_tensor * t, int32_t expert) {
+    pinfer_blob blob;
+    std::string ignored;
+    if (t->type != p.weight->type || !pinfer_artefact_tensor(&hot.file, t->name, t->type, t->ne[0], t->ne[1], &blob, &ignored, t->ne[2])) {
+        return false;
+    }
+    std::vector<float> x((size_t) t->ne[0]), found, wanted;
+    for (size_t i = 0; i < x.size(); i++) {
+        x[i] = (float) std::sin(1.0 + 0.7 * (double) i);
+    }
+    ggml_tensor of_shard = tensor_at(t->type, t->ne[0], t->ne[1], t->ne[2], blob.data);
+    if (!product_of(team, p.mul_mat, p.weight, expert, x, &found) || !product_of(team, p.mul_mat, &of_shard, 0, x, &wanted)) {
+        return false;
+    }
+    double error = 0.0, size = 0.0;
+    for (size_t i = 0; i < wanted.size(); i++) {
+        error += std::pow((double) found[i] - wanted[i], 2);
+        size += std::pow((double) wanted[i], 2);
+    }
+    return error <= SAME_PRODUCTS * size;
+}
+
+// The pairs of a token and an expert that are computed here, in the order of the tokens and of their experts.
+struct pairs {
+    std::vector<int32_t> experts;
+    std::vector<float>   weights;
+    std::vector<int64_t> tokens;
+    std::vector<int64_t> first; // [n_tokens + 1] pairs of the tokens before
+
+    int64_t size() const { return (int64_t) experts.size(); }
+};
+
+pairs pairs_here(const pinfer_model & m, const pinfer_ffn & f, const pinfer_routes & routes) {
+    const int64_t n_experts = f.up.weight->ne[2];
+    std::vector<bool> is_hot((size_t) n_experts);
+    for (const auto & hot : m.hot) {
+        const pinfer_hot_ffn & layer = hot->ffns[(size_t) f.index];
+        for (int64_t j = 0; j < layer.n; j++) {
+            is_hot[(size_t) layer.ids[j]] = true;
+        }
+    }
+    pairs p;
+    for (int64_t t = 0; t < f.n_tokens(); t++) {
+        p.first.push_back(p.size());
+        for (int64_t k = t * routes.n_used; k < (t + 1) * routes.n_used; k++) {
+            const int32_t e = routes.experts[(size_t) k];
+            if (e >= 0 && e < n_experts && !is_hot[(size_t) e]) {
+                p.experts.push_back(e);
+                p.weights.push_back(routes.weights[(size_t) k]);
+                p.tokens.push_back(t);
+            }
+        }
+    }
+    p.first.push_back(p.size());
+    return p;
+}
+
+// sum [n_embd] = the outputs y of a token's pairs, times their weights.
+void sum_token(const pairs & p, int64_t token, const float * y, int64_t n_embd, float * sum) {
+    std::fill(sum, sum + n_embd, 0.0f);
+    for (int64_t k = p.first[(size_t) token]; k < p.first[(size_t) token + 1]; k++) {
+        for (int64_t i = 0; i < n_embd; i++) {
+            sum[i] += p.weights[(size_t) k] * y[k * n_embd + i];
+        }
+    }
+}
+
+} // namespace
+
+bool pinfer_experts_are_of(pinfer_team * team, const pinfer_model & m, const pinfer_ffn & f) {
+    return std::all_of(m.hot.begin(), m.hot.end(), [&](const auto & hot) {
+        const pinfer_hot_ffn & layer = hot->ffns[(size_t) f.index];
+        return layer.n == 0 || (same_products(team, *hot, f.gate, layer.gate, layer.ids[0]) &&
+                                same_products(team, *hot, f.up, layer.up, layer.ids[0]) &&
+                                same_products(team, *hot, f.down, layer.down, layer.ids[0]));
+    });
+}
+
+ggml_status pinfer_experts_compute(pinfer_team * team, const pinfer_model & m, const pinfer_ffn & f, const pinfer_routes & routes,
+                                   const float * x, uint64_t * n) {
+    pairs         p      = pairs_here(m, f, routes);
+    const int64_t n_embd = f.x->ne[0], n_tokens = f.n_tokens(), n_pairs = p.size();
+    ggml_status   status = GGML_STATUS_SUCCESS;
+    // x of each pair, and later its output; the experts of a single token share one x
+    float * const y = (float *) pinfer_team_arena(team, (size_t) (n_pairs * n_embd) * sizeof(float));
+    *n              = (uint64_t) n_pairs;
+    if (n_pairs > 0) {
+        const bool    alone = n_tokens == 1;
+        const int64_t k = alone ? n_pairs : 1, rows = alone ? 1 : n_pairs;
+#pragma omp parallel for num_threads(team->n_threads) schedule(static) if (n_pairs * n_embd > (1 << 16))
+        for (int64_t i = 0; i < (alone ? 0 : n_pairs); i++) {
+            std::copy(x + p.tokens[(size_t) i] * n_embd, x + (p.tokens[(size_t) i] + 1) * n_embd, y + i * n_embd);
+        }
+        ggml_tensor input = tensor_at(GGML_TYPE_F32, n_embd, 1, rows, alone ? x : y), ids = tensor_at(GGML_TYPE_I32, k, rows, 1, p.experts.data());
+        // the graph's own memory has room for all pairs; what it is free for by then does not matter, x being a copy
+        ggml_tensor up   = node_like(f.up.mul_mat, f.up.weight, &input, &ids, k, rows, (float *) f.up.mul_mat->data);
+        ggml_tensor gate = node_like(f.gate.mul_mat, f.gate.weight, &input, &ids, k, rows, (float *) f.gate.mul_mat->data);
+        ggml_tensor h    = node_like(f.h, &gate, &up, nullptr, k, rows, (float *) f.h->data);
+        ggml_tensor down = node_like(f.down.mul_mat, f.down.weight, &h, &ids, k, rows, y);
+        ggml_tensor * nodes[] = {&up, &gate, &h, &down};
+        status                = pinfer_team_nodes(team, nodes, 4);
+    }
+    float * const out = (float *) f.out()->data;
+#pragma omp parallel for num_threads(team->n_threads) schedule(static) if (n_tokens > 1)
+    for (int64_t t = 0; t < n_tokens; t++) {
+        sum_token(p, t, y, n_embd, out + t * n_embd);
+    }
+    return status;
+}
