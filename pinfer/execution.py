@@ -203,7 +203,7 @@ def _existing(path: Path) -> Path | None:
 
 
 def _shards(folder: Path, model: Model) -> tuple[Path | None, tuple[Path, ...], str]:
-    """The cold shard if the model has one, the hot shards unless all are empty, and the id of the placement they were split by."""
+    """The cold shard if the model has one, the hot shards unless all are empty, and the id of their placement."""
     cold = _existing(folder / paths.COLD)
     hot = tuple(takewhile(Path.is_file, (folder / hot_name(i) for i in count())))
     again = f"make them again: pinfer split {model.path}"

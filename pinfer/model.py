@@ -199,7 +199,7 @@ class Model:
             return
         if self.places_experts:
             raise PinferError(
-                f"the experts of {self.name} (architecture {self.arch}) have no exact zeros, so no neuron can be skipped",
+                f"the experts of {self.name} ({self.arch}) have no exact zeros, so no neuron can be skipped",
                 f"place whole experts on a device: pinfer profile {self.path}, then pinfer solve and pinfer split",
             )
         if self.n_expert_used and self.obstacle:

@@ -49,7 +49,8 @@ def prepare(
     force: Annotated[bool, typer.Option("--force", help="Make everything again.")] = False,
     as_json: JsonOpt = False,
 ) -> None:
-    """Profile, train (where neurons can be predicted), solve and split in one go. Fresh artefacts are kept; Ctrl-C and start again to resume."""
+    """Profile, train (where neurons can be skipped), solve and split in one go. Fresh artefacts are kept; Ctrl-C and
+    start again to resume."""
     from pinfer import preparation as stage
 
     sizes = parse_sizes(vram, "--vram") if vram is not None else None

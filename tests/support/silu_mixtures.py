@@ -1,6 +1,6 @@
 """Random mixtures whose experts have no exact zeros (SiLU, GELU), of today's architectures, small enough for tests.
 
-- ``qwen3moe``: norms of queries and keys; ``olmoe``: the same over all heads; ``llama``: Mixtral
+- ``qwen3moe``: norms of queries and keys; ``olmoe``: the same over all heads, as many of each; ``llama``: Mixtral
 - ``qwen2moe``: a shared expert with a gate of its own
 - ``glm4moe``: sigmoid router with a bias, a shared expert, the first layer dense
 - ``deepseek2``: latent attention, a shared expert, the first layer dense, scaled weights
@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import gguf
-from support.sparse_models import N_CTX, N_HEAD_DIM, N_HEAD_KV, N_VOCAB, OUTPUT, Writer, write_attention
 
 from models.synth import write_vocabulary
+from support.sparse_models import N_CTX, N_HEAD_DIM, N_HEAD_KV, N_VOCAB, OUTPUT, Writer, write_attention
 
 ARCHITECTURES = ("qwen3moe", "qwen2moe", "olmoe", "llama", "glm4moe", "deepseek2", "grok")
 WITH_BIASES = "gpt-oss"
@@ -79,7 +79,7 @@ def _metadata(out: Any, options: SiluMixture) -> None:
     out.add_feed_forward_length(options.n_ff)
     out.add_layer_norm_rms_eps(1e-5)
     out.add_head_count(n_head)
-    out.add_head_count_kv(n_head if arch == "deepseek2" else N_HEAD_KV)
+    out.add_head_count_kv(n_head if arch in ("deepseek2", "olmoe") else N_HEAD_KV)
     out.add_rope_dimension_count(_N_ROPE if arch == "deepseek2" else N_HEAD_DIM)
     out.add_expert_count(options.n_expert)
     out.add_expert_used_count(options.n_expert_used)
@@ -117,11 +117,15 @@ def _attention(out: Writer, blk: str) -> None:
         out.matrix(f"{blk}.attn_kv_b", n_head * (_N_NOPE + N_HEAD_DIM), _N_LATENT)
         out.matrix(f"{blk}.attn_output", out.n_embd, n_head * N_HEAD_DIM, scale=OUTPUT)
         return
-    write_attention(out, blk)
+    if arch == "olmoe":
+        for part in ("q", "k", "v"):
+            out.matrix(f"{blk}.attn_{part}", out.n_embd, out.n_embd)
+        out.matrix(f"{blk}.attn_output", out.n_embd, out.n_embd, scale=OUTPUT)
+    else:
+        write_attention(out, blk)
     if arch in ("qwen3moe", "olmoe"):
-        for part, heads in (("q", n_head), ("k", N_HEAD_KV)):
-            n = N_HEAD_DIM if arch == "qwen3moe" else heads * N_HEAD_DIM
-            out.vector(f"{blk}.attn_{part}_norm.weight", n, mean=1.0)
+        for part in ("q", "k"):
+            out.vector(f"{blk}.attn_{part}_norm.weight", N_HEAD_DIM if arch == "qwen3moe" else out.n_embd, mean=1.0)
     if arch == "gpt-oss":
         out.vector(f"{blk}.attn_sinks.weight", n_head)
         out.vector(f"{blk}.attn_output.bias")
