@@ -71,6 +71,7 @@ class Ffn:
     gate_bias: Tensor | None = None
     up_bias: Tensor | None = None
     down_bias: Tensor | None = None
+    """biases ``[n_ff]`` and ``[n_embd]``, of a stack for each expert"""
     norm: Tensor | None = None
     """weight ``[n_ff]`` of an RMS norm between the activation and down (BitNet)"""
 
@@ -92,6 +93,12 @@ class Ffn:
     def matrices(self) -> tuple[Tensor, ...]:
         """Gate (in gated models), up and down."""
         return tuple(t for t in (self.gate, self.up, self.down) if t is not None)
+
+    @property
+    def biases(self) -> dict[str, Tensor]:
+        """Those it has, by their parts."""
+        found = {"gate": self.gate_bias, "up": self.up_bias, "down": self.down_bias}
+        return {part: bias for part, bias in found.items() if bias is not None}
 
     @property
     def n_bytes(self) -> int:
@@ -387,7 +394,7 @@ def _ffns(
     obstacle = ""
     for layer in range(n_layer):
         for kind in kinds:
-            ffn, problem = _ffn(gguf, layer, kind, n_embd, n_expert)
+            ffn, problem = _ffn(gguf, layer, kind, n_embd, n_expert, whole=kinds != FFN_KINDS)
             found += [ffn] if ffn else []
             obstacle = obstacle or problem
     if not found and not obstacle:
@@ -395,8 +402,10 @@ def _ffns(
     return tuple(found), obstacle
 
 
-def _ffn(gguf: GgufFile, layer: int, kind: FfnKind, n_embd: int, n_expert: int) -> tuple[Ffn | None, str]:
-    """One FFN of a layer if it has it, or why pinfer cannot compute it."""
+def _ffn(
+    gguf: GgufFile, layer: int, kind: FfnKind, n_embd: int, n_expert: int, *, whole: bool
+) -> tuple[Ffn | None, str]:
+    """One FFN of a layer if it has it, or why pinfer cannot compute it; ``whole`` experts may have biases."""
 
     def find(part: str, end: str) -> Tensor | None:
         names = [
@@ -429,7 +438,11 @@ def _ffn(gguf: GgufFile, layer: int, kind: FfnKind, n_embd: int, n_expert: int) 
     for bias in biases[:2]:
         if bias is not None and (bias.shape != (n_ff,) or bias.type_name != "F32") and not stack:
             return None, f"a bias that is not F32 in {where}"
-    if stack and any(biases):
+    bias_shapes = ((n_ff, n_experts), (n_ff, n_experts), (width, n_experts))
+    if stack and any(
+        bias is not None and (not whole or bias.shape != shape or bias.type_name != "F32")
+        for bias, shape in zip(biases, bias_shapes, strict=True)
+    ):
         return None, f"experts with biases in {where}, which pinfer does not compute"
     if any(find(part, "scale") for part in _PARTS):
         return None, f"FFN matrices with scales of their own in {where}, which pinfer does not compute"

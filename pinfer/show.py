@@ -270,12 +270,11 @@ def _profile_facts(path: Path, model: Model) -> dict[str, Any]:
     file = ProfileFile.read(path, model)
     count = np.concatenate(file.count)
     routed = [r for r in file.routed if r is not None]
+    neurons = {"active": file.mean_active(), "most": share_of_most(count), "never": float((count == 0).mean())}
     return {
         "tokens": file.tokens,
         "corpus": file.corpus,
-        "active": file.mean_active(),
-        "most": share_of_most(count),
-        "never": float((count == 0).mean()),
+        **({} if model.places_experts else neurons),
         **({"experts_most": fmean(share_of_most(r) for r in routed)} if routed else {}),
     }
 

@@ -22,7 +22,7 @@ from support.rewritten import rewrite
 from support.rpc_server import RpcServer
 from support.runs import run
 from support.shards import nmse, write_shards
-from support.silu_mixtures import ARCHITECTURES, WITH_BIASES, SiluMixture, write_silu_mixture
+from support.silu_mixtures import ARCHITECTURES, SiluMixture, write_silu_mixture
 from support.sparse_models import N_VOCAB
 
 from pinfer.artefacts import paths
@@ -53,10 +53,10 @@ SHARES = (0.25, 0.5, 1.0)
 
 # NMSE. In F32 only the order of the sums differs; ggml looks GELU up by F16 numbers, so that a last bit may become one
 # of 2^-11. Other types round the input of every product, and a last bit there moves a value by a step of 1/127.
-TOLERANCE = {"F32": 1e-10, "Q8_0": 1e-4, "Q4_0": 1e-4, "Q4_K": 1e-4}
+TOLERANCE = {"F32": 1e-10, "Q8_0": 1e-4, "Q4_0": 1e-4, "Q4_K": 1e-4, "MXFP4": 1e-4}
 GELU_TOLERANCE = 1e-6
 MODELS = [SiluMixture(arch, kind) for arch in ARCHITECTURES for kind in ("F32", "Q8_0", "Q4_0")]
-MODELS += [SiluMixture("qwen3moe", "Q4_K", n_embd=256, n_ff=256)]
+MODELS += [SiluMixture("qwen3moe", "Q4_K", n_embd=256, n_ff=256), SiluMixture("gpt-oss", "MXFP4")]
 EXACT = [options for options in MODELS if options.type == "F32"]
 
 
@@ -380,7 +380,7 @@ def test_experts_that_cannot_be_placed_are_named(cases: Callable[[SiluMixture], 
     fused = {"blk.2.ffn_gate_up_exps.weight": np.zeros((8, 192, 128), np.float32)}
     parts = ("blk.2.ffn_gate_exps.weight", "blk.2.ffn_up_exps.weight")
     changes: dict[str, dict[str, Any]] = {
-        "experts with biases in layer 1": {"add": {"blk.1.ffn_up_exps.bias": stack[:, :, 0]}},
+        "experts with biases in layer 1": {"add": {"blk.1.ffn_up_exps.bias": stack[:, 0, :]}},  # too many
         "FFN matrices with scales of their own in layer 1": {"add": {"blk.1.ffn_up_exps.scale": stack[:, 0, 0]}},
         "gate and up as one matrix in layer 2": {"add": fused, "drop": parts},
         "experts without a gate in layer 2": {"drop": parts[:1]},
@@ -395,14 +395,6 @@ def test_experts_that_cannot_be_placed_are_named(cases: Callable[[SiluMixture], 
         with pytest.raises(PinferError, match=why) as refused:
             profile(path, ProfileOptions("none.txt", 100))
         assert "pinfer run --dense" in (refused.value.hint or "")
-
-
-def test_a_mixture_with_biases_runs_on_stock_libllama(tmp_path: Path) -> None:
-    path = write_silu_mixture(tmp_path / "m.gguf", SiluMixture(WITH_BIASES))
-    assert decide(open_model(path), ExecutionOptions()).plugin is None
-    flags = ("-p", "One day, a", "-n", 8, "--temp", 0, "-t", 1, "--no-warmup")
-    said, stock = run(path, *flags), run(path, *flags, dense=True)
-    assert (said.code, said.raw) == (0, stock.raw), said.err
 
 
 def test_counts_that_disagree_are_refused(cases: Callable[[SiluMixture], Case], tmp_path: Path) -> None:

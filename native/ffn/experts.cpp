@@ -2,7 +2,9 @@
 #include "experts.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
+#include <cstring>
 #include <omp.h>
 
 namespace {
@@ -71,6 +73,28 @@ bool same_products(pinfer_team * team, const pinfer_hot & hot, const pinfer_prod
     return error <= SAME_PRODUCTS * size;
 }
 
+bool same_bias(const pinfer_hot & hot, const pinfer_product & p, const ggml_tensor * t, int32_t expert) {
+    if (!p.bias || !t) {
+        return !p.bias && !t;
+    }
+    pinfer_blob        blob;
+    std::string        ignored;
+    const size_t       size = (size_t) t->ne[0] * sizeof(float);
+    std::vector<float> found((size_t) t->ne[0]);
+    if (p.bias->type != GGML_TYPE_F32 || p.bias->ne[0] != t->ne[0] || p.bias->ne[1] != p.weight->ne[2] ||
+        !pinfer_artefact_tensor(&hot.file, t->name, t->type, t->ne[0], t->ne[1], &blob, &ignored)) {
+        return false;
+    }
+    ggml_backend_tensor_get(p.bias, found.data(), (size_t) expert * p.bias->nb[1], size);
+    return memcmp(found.data(), blob.data, size) == 0;
+}
+
+// Whether the first expert of a shard is that of the stack in memory.
+bool same_expert(pinfer_team * team, const pinfer_hot & hot, const pinfer_product & p, const ggml_tensor * t, const ggml_tensor * bias,
+                 int32_t expert) {
+    return same_bias(hot, p, bias, expert) && same_products(team, hot, p, t, expert);
+}
+
 // The pairs of a token and an expert that are computed here, in the order of the tokens and of their experts.
 struct pairs {
     std::vector<int32_t> experts;
@@ -121,9 +145,9 @@ void sum_token(const pairs & p, int64_t token, const float * y, int64_t n_embd, 
 bool pinfer_experts_are_of(pinfer_team * team, const pinfer_model & m, const pinfer_ffn & f) {
     return std::all_of(m.hot.begin(), m.hot.end(), [&](const auto & hot) {
         const pinfer_hot_ffn & layer = hot->ffns[(size_t) f.index];
-        return layer.n == 0 || (same_products(team, *hot, f.gate, layer.gate, layer.ids[0]) &&
-                                same_products(team, *hot, f.up, layer.up, layer.ids[0]) &&
-                                same_products(team, *hot, f.down, layer.down, layer.ids[0]));
+        return layer.n == 0 || (same_expert(team, *hot, f.gate, layer.gate, layer.gate_bias, layer.ids[0]) &&
+                                same_expert(team, *hot, f.up, layer.up, layer.up_bias, layer.ids[0]) &&
+                                same_expert(team, *hot, f.down, layer.down, layer.down_bias, layer.ids[0]));
     });
 }
 
@@ -144,12 +168,21 @@ ggml_status pinfer_experts_compute(pinfer_team * team, const pinfer_model & m, c
         }
         ggml_tensor input = tensor_at(GGML_TYPE_F32, n_embd, 1, rows, alone ? x : y), ids = tensor_at(GGML_TYPE_I32, k, rows, 1, p.experts.data());
         // the graph's own memory has room for all pairs; what it is free for by then does not matter, x being a copy
-        ggml_tensor up   = node_like(f.up.mul_mat, f.up.weight, &input, &ids, k, rows, (float *) f.up.mul_mat->data);
-        ggml_tensor gate = node_like(f.gate.mul_mat, f.gate.weight, &input, &ids, k, rows, (float *) f.gate.mul_mat->data);
-        ggml_tensor h    = node_like(f.h, &gate, &up, nullptr, k, rows, (float *) f.h->data);
-        ggml_tensor down = node_like(f.down.mul_mat, f.down.weight, &h, &ids, k, rows, y);
-        ggml_tensor * nodes[] = {&up, &gate, &h, &down};
-        status                = pinfer_team_nodes(team, nodes, 4);
+        std::array<ggml_tensor, 7> made;
+        std::vector<ggml_tensor *> nodes;
+        const auto add = [&](const ggml_tensor * node, ggml_tensor * a, ggml_tensor * b, ggml_tensor * c, float * out) {
+            made[nodes.size()] = node_like(node, a, b, c, k, rows, out);
+            nodes.push_back(&made[nodes.size()]);
+            return nodes.back();
+        };
+        const auto product = [&](const pinfer_product & of, ggml_tensor * from, float * out) {
+            ggml_tensor * const t = add(of.mul_mat, of.weight, from, &ids, out);
+            return of.add ? add(of.add, t, of.bias, &ids, out) : t;
+        };
+        ggml_tensor * const up   = product(f.up, &input, (float *) f.up.mul_mat->data);
+        ggml_tensor * const gate = product(f.gate, &input, (float *) f.gate.mul_mat->data);
+        product(f.down, add(f.h, gate, up, nullptr, (float *) f.h->data), y);
+        status = pinfer_team_nodes(team, nodes.data(), (int) nodes.size());
     }
     float * const out = (float *) f.out()->data;
 #pragma omp parallel for num_threads(team->n_threads) schedule(static) if (n_tokens > 1)

@@ -407,7 +407,8 @@ static ggml_status compute_experts(pinfer_team * team, pinfer_model * m, const p
         set_threads(team, m);
         return batch_of_experts(team, m, f);
     }
-    std::vector<ggml_tensor *> nodes = {f.up.mul_mat, f.gate.mul_mat, f.h, f.down.mul_mat, f.weighted};
+    std::vector<ggml_tensor *> nodes = {f.up.mul_mat, f.up.add,       f.gate.mul_mat, f.gate.add,
+                                        f.h,          f.down.mul_mat, f.down.add,     f.weighted};
     nodes.insert(nodes.end(), f.sums.begin(), f.sums.end());
     m->stats.n_fallback += nodes.size();
     return pinfer_team_nodes(team, nodes.data(), (int) nodes.size());

@@ -8,7 +8,7 @@
 #include <cstring>
 #include <new>
 
-// A hot FFN has at most 14 nodes and 6 leafs, and a stack two nodes more for each expert of a token.
+// A hot FFN has at most 15 nodes and 9 leafs, and a stack two nodes more for each expert of a token.
 static const size_t GRAPH_NODES = 32;
 
 // Graphs kept of an FFN: decoding uses one over and over, and a device may have compiled it (CUDA does).
@@ -26,7 +26,10 @@ pinfer_hot_graph::~pinfer_hot_graph() {
 
 static ggml_tensor * product(const pinfer_hot_graph & g, ggml_tensor * w, ggml_tensor * bias, ggml_tensor * x) {
     ggml_tensor * y = g.experts ? ggml_mul_mat_id(g.ctx, w, x, g.experts) : ggml_mul_mat(g.ctx, w, x);
-    return bias ? ggml_add(g.ctx, y, bias) : y;
+    if (!bias) {
+        return y;
+    }
+    return g.experts ? ggml_add_id(g.ctx, y, bias, g.experts) : ggml_add(g.ctx, y, bias);
 }
 
 // The sum over the experts of each token, times their weights.
@@ -59,7 +62,7 @@ static ggml_tensor * activation(const pinfer_hot_graph & g, const pinfer_hot_ffn
     const pinfer_rule &  rule = g.rule;
     ggml_tensor *        h    = product(g, layer.up, layer.up_bias, g.x);
     if (rule.act == PINFER_ACT_OTHER) {
-        h = ggml_swiglu_split(ctx, product(g, layer.gate, nullptr, g.x), h);
+        h = ggml_swiglu_split(ctx, product(g, layer.gate, layer.gate_bias, g.x), h);
         copy_params(glu, h);
         return h;
     }
@@ -98,8 +101,8 @@ static std::unique_ptr<pinfer_hot_graph> build(const pinfer_hot_ffn & layer, con
         g->x = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, layer.n_embd, n_tokens);
     }
     ggml_set_input(g->x);
-    g->y = product(*g, layer.down, nullptr, activation(*g, layer, job.glu));
-    copy_params(job.down, g->y);
+    g->y = product(*g, layer.down, layer.down_bias, activation(*g, layer, job.glu));
+    copy_params(job.down, layer.down_bias ? g->y->src[0] : g->y);
     g->y = n_used ? weighted_sum(*g, g->y) : g->y;
     ggml_set_output(g->y);
     g->graph = ggml_new_graph_custom(ctx, nodes, false);

@@ -137,6 +137,9 @@ static bool device_supports_op(ggml_backend_dev_t, const ggml_tensor * op) try {
     if (m && act == PINFER_ACT_OTHER) { // a stack with experts on a device; while it loads, llama.cpp chooses where it lies
         return pinfer_weight_is_elsewhere(claim.weight) && !claim.adapted && op->op != GGML_OP_UNARY;
     }
+    if (op->op == GGML_OP_ADD_ID) {
+        return false; // biases of experts with exact zeros
+    }
     // behind an adapter the products are not claimed, but the activation must still be the model's
     return act != PINFER_ACT_OTHER && (!claim.adapted || act != PINFER_ACT_GRAPH);
 } catch (const std::exception &) {

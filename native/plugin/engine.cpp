@@ -219,6 +219,9 @@ static bool computes_whole(const pinfer_rule & rule, const pinfer_ffn & f) {
     if (rule.act == PINFER_ACT_OTHER) { // whole experts
         return f.is_stack() && f.gated() && f.h->op == GGML_OP_GLU;
     }
+    if (f.is_stack() && (f.gate.add || f.up.add || f.down.add)) {
+        return false;
+    }
     // otherwise there are no exact zeros, and the CPU backend does it; or the rule is for other FFNs, which is refused there
     return rule.act == PINFER_ACT_GRAPH ? f.graph_act != PINFER_ACT_OTHER : pinfer_is_gated(rule.act) == f.gated();
 }

@@ -95,7 +95,7 @@ bool pinfer_plugin_setup(const pinfer_options & options, std::string & err) {
 llama_model_tensor_buft_override pinfer_plugin_override(const pinfer_model_options & model) {
     if (model.activation == PINFER_ACT_OTHER) {
         ggml_backend_dev_t cpu = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
-        return { "\\.ffn_(up|gate|down)_exps\\.weight", ggml_backend_dev_buffer_type(cpu) };
+        return { "\\.ffn_(up|gate|down)_exps\\.(weight|bias)", ggml_backend_dev_buffer_type(cpu) };
     }
     return { "\\.(ffn_(up|gate|down)(_exps|_shexp)?|channel_mix_(key|value))\\.(weight|bias)",
              ggml_backend_dev_buffer_type(ggml_backend_reg_dev_get(plugin, 0)) };

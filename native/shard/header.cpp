@@ -159,7 +159,7 @@ static void read_tensors(const gguf_context * gguf, size_t file, pinfer_header *
         } else if (part_of(name, "scale", &ffn) != PINFER_PART_NONE && (size_t) ffn < why->size()) {
             (*why)[(size_t) ffn] = "has matrices with scales of their own";
         } else if (pinfer_part_of(name, true, &ffn) != PINFER_PART_NONE && (size_t) ffn < why->size() &&
-                   pinfer_ffn_kind_of(ffn) == PINFER_FFN_EXPERTS) {
+                   pinfer_ffn_kind_of(ffn) == PINFER_FFN_EXPERTS && h->activation != PINFER_ACT_OTHER) {
             (*why)[(size_t) ffn] = "has biases";
         }
     }

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pinfer.artefacts.shards import DOWN_TYPES, ShardFile, down_name, parts, pieces, weight_name
+from pinfer.artefacts.shards import DOWN_TYPES, ShardFile, bias_name, down_name, parts, pieces, weight_name
 from pinfer.errors import PinferError
 from pinfer.gguf_io.reader import GgufError, type_name, type_size
 from pinfer.llama import ggml
@@ -95,6 +95,7 @@ def _check_ffn(at: _Compared) -> None:
 
 def _check_hot_experts(at: _Compared, shard: ShardFile, experts: NDArray[np.int32]) -> None:
     """All matrices, byte for byte."""
+    _check_biases(at, shard, experts)
     for part, tensor in parts(at.ffn).items():
         name, n = weight_name(at.ffn, part), tensor.shape[1]
         if shard.artefact.tensor(name).type != tensor.type:
@@ -108,14 +109,14 @@ def _check_hot_experts(at: _Compared, shard: ShardFile, experts: NDArray[np.int3
             at.release()
 
 
-def _check_biases(at: _Compared, shard: ShardFile, neurons: NDArray[np.int32]) -> None:
+def _check_biases(at: _Compared, shard: ShardFile, units: NDArray[np.int32]) -> None:
     f = at.ffn
-    for kind, bias in (("gate", f.gate_bias), ("up", f.up_bias)):
-        if bias is None:
+    for kind, bias in f.biases.items():
+        if kind == "down" and not f.is_stack:
             continue
-        found = shard.artefact.array(f"{f.name}.ffn_{kind}.bias", (len(neurons),), "F32")
-        if (found != at.model.gguf.array(bias)[neurons]).any():
-            raise _Difference(f"the {kind} biases of the {shard.artefact.kind} neurons differ")
+        found = shard.artefact.array(bias_name(f, kind), (*bias.shape[:-1], len(units)), "F32")
+        if (found != at.model.gguf.array(bias)[units]).any():
+            raise _Difference(f"the {kind} biases of the {shard.artefact.kind} {f.units} differ")
 
 
 def _same_rows(found: NDArray[np.uint8], wanted: NDArray[np.uint8], neurons: NDArray[np.int32], what: str) -> None:

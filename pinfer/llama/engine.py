@@ -25,7 +25,7 @@ DEVICE_NAME = b"PINFER"
 # The loader gives the FFN of a layer offloaded to a GPU to that GPU, unless an override names the plugin. Experts that
 # are placed as a whole stay where it puts those of the CPU.
 _FFN_TENSORS = rb"\.(ffn_(up|gate|down)(_exps|_shexp)?|channel_mix_(key|value))\.(weight|bias)"
-_EXPERT_TENSORS = rb"\.ffn_(up|gate|down)_exps\.weight"
+_EXPERT_TENSORS = rb"\.ffn_(up|gate|down)_exps\.(weight|bias)"
 
 _GPU_TYPES = (1, 2)  # of enum ggml_backend_dev_type: GPU and IGPU
 

@@ -25,7 +25,7 @@ _FLASH_WIDTHS = (64, 80, 96, 112, 128, 256)
 # Alignment of tensors and fragmentation.
 _SLACK = 1.05
 _FFN_MATRIX = re.compile(r"blk\.\d+\.(ffn_(up|gate|down)(_exps|_shexp)?|channel_mix_(key|value))\.(weight|bias)")
-_EXPERT_MATRIX = re.compile(r"blk\.\d+\.ffn_(up|gate|down)_exps\.weight")
+_EXPERT_MATRIX = re.compile(r"blk\.\d+\.ffn_(up|gate|down)_exps\.(weight|bias)")
 
 
 @dataclass(frozen=True)

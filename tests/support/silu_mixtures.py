@@ -19,8 +19,7 @@ import gguf
 from models.synth import write_vocabulary
 from support.sparse_models import N_CTX, N_HEAD_DIM, N_HEAD_KV, N_VOCAB, OUTPUT, Writer, write_attention
 
-ARCHITECTURES = ("qwen3moe", "qwen2moe", "olmoe", "llama", "glm4moe", "deepseek2", "grok")
-WITH_BIASES = "gpt-oss"
+ARCHITECTURES = ("qwen3moe", "qwen2moe", "olmoe", "llama", "glm4moe", "deepseek2", "grok", "gpt-oss")
 _N_LATENT, _N_NOPE, _N_ROPE = 32, 32, 16
 _DENSE_FIRST = ("glm4moe", "deepseek2")
 _SHARED = ("qwen2moe", "glm4moe", "deepseek2")
