@@ -280,6 +280,36 @@ def test_the_runner_says_what_stock_libllama_says(
     assert found["n_fallback"] == 0
 
 
+class _WarmEngine(Engine):
+    def warm_up(self, tokens: list[int]) -> None:
+        self._llama.llama_set_warmup(self._context, True)
+        self.decode(tokens)
+        self._llama.llama_set_warmup(self._context, False)
+        self.clear()
+
+
+def test_warming_up_takes_all_experts(cases: Callable[[SiluMixture], Case], tmp_path: Path) -> None:
+    """As llama.cpp's chat and server do it; only the first of them are summed."""
+    case = cases(SiluMixture("gpt-oss")).copied(tmp_path / "warm")
+    with _WarmEngine(case.path, plugin=placed(case, 0.5), n_ctx=128, n_threads=2, f32_attention=True) as engine:
+        engine.warm_up(TOKENS[:2])
+        assert nmse(engine.decode(TOKENS, logits=True), case.logits) <= case.tolerance
+        assert load_plugin().stats(case.path).n_fallback == 0
+
+
+@pytest.mark.parametrize("n_threads", [1, 3])
+@pytest.mark.parametrize("n", [31, 32, 33, 57])
+def test_batches_whose_pairs_fill_no_rows(
+    n: int, n_threads: int, cases: Callable[[SiluMixture], Case], tmp_path: Path
+) -> None:
+    """Pairs of tokens and cold experts are arranged in rows, the last one filled up; in both layouts of the weights."""
+    for kind in ("F32", "Q4_0"):
+        case = cases(SiluMixture("qwen3moe", kind)).copied(tmp_path / kind)
+        with Engine(case.path, plugin=placed(case, 0.25), n_ctx=128, n_threads=n_threads, f32_attention=True) as engine:
+            got = engine.decode(TOKENS[:n], logits=True)
+        assert nmse(got, case.logits[:n]) <= case.tolerance
+
+
 # --- the pipeline -----------------------------------------------------------------------------------------------------
 
 

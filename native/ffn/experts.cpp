@@ -130,6 +130,24 @@ pairs pairs_here(const pinfer_model & m, const pinfer_ffn & f, const pinfer_rout
     return p;
 }
 
+// From this many tokens on pairs are arranged in rows of several.
+const int64_t LONG_BATCH = 32;
+
+// Pairs in a row of the products, as if they were the experts of one token: ggml prepares the inputs of a row by all threads. Some
+// of its kernels have room for no more pairs of an expert than there are rows, so there are not fewer rows than tokens. The last
+// row is filled up with pairs whose output nobody reads.
+int64_t arrange(pairs * p, int64_t n_tokens) {
+    if (n_tokens == 1) {
+        return std::max<int64_t>(p->size(), 1);
+    }
+    const int64_t width = n_tokens < LONG_BATCH ? 1 : std::max<int64_t>(p->size() / n_tokens, 1);
+    for (int32_t e = 0; p->size() % width != 0; e++) { // an expert once
+        p->experts.push_back(e);
+        p->tokens.push_back(0);
+    }
+    return width;
+}
+
 // sum [n_embd] = the outputs y of a token's pairs, times their weights.
 void sum_token(const pairs & p, int64_t token, const float * y, int64_t n_embd, float * sum) {
     std::fill(sum, sum + n_embd, 0.0f);
@@ -154,24 +172,26 @@ bool pinfer_experts_are_of(pinfer_team * team, const pinfer_model & m, const pin
 ggml_status pinfer_experts_compute(pinfer_team * team, const pinfer_model & m, const pinfer_ffn & f, const pinfer_routes & routes,
                                    const float * x, uint64_t * n) {
     pairs         p      = pairs_here(m, f, routes);
-    const int64_t n_embd = f.x->ne[0], n_tokens = f.n_tokens(), n_pairs = p.size();
-    ggml_status   status = GGML_STATUS_SUCCESS;
+    const int64_t n_embd = f.x->ne[0], n_ff = f.h->ne[0], n_tokens = f.n_tokens();
+    *n                   = (uint64_t) p.size();
+    const int64_t width  = arrange(&p, n_tokens), rows = p.size() / width, n_pairs = p.size();
     // x of each pair, and later its output; the experts of a single token share one x
-    float * const y = (float *) pinfer_team_arena(team, (size_t) (n_pairs * n_embd) * sizeof(float));
-    *n              = (uint64_t) n_pairs;
+    float * const y    = (float *) pinfer_team_arena(team, (size_t) (n_pairs * (n_embd + 2 * n_ff)) * sizeof(float));
+    float * const up   = y + n_pairs * n_embd;
+    float * const gate = up + n_pairs * n_ff;
+    ggml_status status = GGML_STATUS_SUCCESS;
     if (n_pairs > 0) {
-        const bool    alone = n_tokens == 1;
-        const int64_t k = alone ? n_pairs : 1, rows = alone ? 1 : n_pairs;
+        const bool alone = n_tokens == 1;
 #pragma omp parallel for num_threads(team->n_threads) schedule(static) if (n_pairs * n_embd > (1 << 16))
         for (int64_t i = 0; i < (alone ? 0 : n_pairs); i++) {
             std::copy(x + p.tokens[(size_t) i] * n_embd, x + (p.tokens[(size_t) i] + 1) * n_embd, y + i * n_embd);
         }
-        ggml_tensor input = tensor_at(GGML_TYPE_F32, n_embd, 1, rows, alone ? x : y), ids = tensor_at(GGML_TYPE_I32, k, rows, 1, p.experts.data());
-        // the graph's own memory has room for all pairs; what it is free for by then does not matter, x being a copy
+        ggml_tensor input = tensor_at(GGML_TYPE_F32, n_embd, alone ? 1 : width, rows, alone ? x : y);
+        ggml_tensor ids   = tensor_at(GGML_TYPE_I32, width, rows, 1, p.experts.data());
         std::array<ggml_tensor, 7> made;
         std::vector<ggml_tensor *> nodes;
         const auto add = [&](const ggml_tensor * node, ggml_tensor * a, ggml_tensor * b, ggml_tensor * c, float * out) {
-            made[nodes.size()] = node_like(node, a, b, c, k, rows, out);
+            made[nodes.size()] = node_like(node, a, b, c, width, rows, out);
             nodes.push_back(&made[nodes.size()]);
             return nodes.back();
         };
@@ -179,9 +199,9 @@ ggml_status pinfer_experts_compute(pinfer_team * team, const pinfer_model & m, c
             ggml_tensor * const t = add(of.mul_mat, of.weight, from, &ids, out);
             return of.add ? add(of.add, t, of.bias, &ids, out) : t;
         };
-        ggml_tensor * const up   = product(f.up, &input, (float *) f.up.mul_mat->data);
-        ggml_tensor * const gate = product(f.gate, &input, (float *) f.gate.mul_mat->data);
-        product(f.down, add(f.h, gate, up, nullptr, (float *) f.h->data), y);
+        ggml_tensor * const u = product(f.up, &input, up);
+        ggml_tensor * const g = product(f.gate, &input, gate);
+        product(f.down, add(f.h, g, u, nullptr, gate), y);
         status = pinfer_team_nodes(team, nodes.data(), (int) nodes.size());
     }
     float * const out = (float *) f.out()->data;

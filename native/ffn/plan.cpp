@@ -97,7 +97,8 @@ void add_rest(const pinfer_team * team, pinfer_model * m, const pinfer_ffn & f, 
             dst[k] += y[k];
         }
     });
-    if (const float * bias = pinfer_dense_bias(m, f.down.bias)) {
+    const float * const bias = f.is_stack() ? nullptr : pinfer_dense_bias(m, f.down.bias); // experts have added their own
+    if (bias) {
         pinfer_dense_add(team, dst, bias, n_embd, n_tokens, dst);
     }
 }
@@ -256,7 +257,7 @@ ggml_status short_batch_of_model(pinfer_team * team, pinfer_model * m, const pin
 // --- the graph's FFN, the model's and the shards' must be the same -----------------------------------------------------
 
 bool same_matrix(const pinfer_product & p, const pinfer_matrix & header) {
-    return p.mul_mat ? header.is(p.weight) && (!p.bias || (ggml_nelements(p.bias) == p.weight->ne[1] && ggml_is_contiguous(p.bias)))
+    return p.mul_mat ? header.is(p.weight) && (!p.bias || (ggml_nelements(p.bias) == p.weight->ne[1] * p.weight->ne[2] && ggml_is_contiguous(p.bias)))
                      : header.ne[1] == 0;
 }
 
@@ -410,7 +411,7 @@ static ggml_status compute_experts(pinfer_team * team, pinfer_model * m, const p
     std::vector<ggml_tensor *> nodes = {f.up.mul_mat, f.up.add,       f.gate.mul_mat, f.gate.add,
                                         f.h,          f.down.mul_mat, f.down.add,     f.weighted};
     nodes.insert(nodes.end(), f.sums.begin(), f.sums.end());
-    m->stats.n_fallback += nodes.size();
+    m->stats.n_fallback += (uint64_t) std::count_if(nodes.begin(), nodes.end(), [](const ggml_tensor * t) { return t != nullptr; });
     return pinfer_team_nodes(team, nodes.data(), (int) nodes.size());
 }
 
