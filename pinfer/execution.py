@@ -148,7 +148,7 @@ def _why_dense(model: Model, options: ExecutionOptions) -> list[str]:
     elif model.places_experts:
         why = [
             f"running dense: the experts of {model.arch} models have no exact zeros, and none is placed on a device "
-            f"(pinfer prepare {model.path} does that)"
+            f"(with a GPU: pinfer prepare {model.path})"
         ]
     elif model.n_expert_used and model.obstacle:
         why = [f"running dense: the model has {model.obstacle}"]

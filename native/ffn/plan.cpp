@@ -257,8 +257,11 @@ ggml_status short_batch_of_model(pinfer_team * team, pinfer_model * m, const pin
 // --- the graph's FFN, the model's and the shards' must be the same -----------------------------------------------------
 
 bool same_matrix(const pinfer_product & p, const pinfer_matrix & header) {
-    return p.mul_mat ? header.is(p.weight) && (!p.bias || (ggml_nelements(p.bias) == p.weight->ne[1] * p.weight->ne[2] && ggml_is_contiguous(p.bias)))
-                     : header.ne[1] == 0;
+    if (!p.mul_mat) {
+        return header.ne[1] == 0;
+    }
+    const int64_t n_rows = p.weight->ne[1] * p.weight->ne[2];
+    return header.is(p.weight) && (!p.bias || (ggml_nelements(p.bias) == n_rows && ggml_is_contiguous(p.bias)));
 }
 
 // Some rows of a shard against those of the matrix that they were taken from.
@@ -411,7 +414,7 @@ static ggml_status compute_experts(pinfer_team * team, pinfer_model * m, const p
     std::vector<ggml_tensor *> nodes = {f.up.mul_mat, f.up.add,       f.gate.mul_mat, f.gate.add,
                                         f.h,          f.down.mul_mat, f.down.add,     f.weighted};
     nodes.insert(nodes.end(), f.sums.begin(), f.sums.end());
-    m->stats.n_fallback += (uint64_t) std::count_if(nodes.begin(), nodes.end(), [](const ggml_tensor * t) { return t != nullptr; });
+    m->stats.n_fallback += nodes.size() - (size_t) std::count(nodes.begin(), nodes.end(), nullptr);
     return pinfer_team_nodes(team, nodes.data(), (int) nodes.size());
 }
 

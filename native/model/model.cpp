@@ -41,7 +41,8 @@ static bool shards_are_whole(const pinfer_model & m, std::string * err) {
             total += add(device->ffns[i].ids, device->ffns[i].n);
         }
         if (n != total || (m.cold && n != n_units)) { // without a cold shard the others are read from the model
-            *err = (m.cold ? m.cold->file : m.hot[0]->file).path + ": the shards do not hold every " + (is_stack ? "expert" : "neuron") + " of " +
+            const pinfer_artefact & file = m.cold ? m.cold->file : m.hot[0]->file;
+            *err = file.path + ": the shards do not hold every " + (is_stack ? "expert" : "neuron") + " of " +
                    pinfer_ffn_title((int) i) + " exactly once; make them again: pinfer split " + m.settings.model;
             return false;
         }
@@ -94,8 +95,8 @@ static bool read_files(pinfer_model * m, std::string * err) {
     }
     if (s.rule.act == PINFER_ACT_OTHER) {
         if (!s.predictor.empty() || !s.cold.empty()) {
-            *err = s.model + " has no exact zeros, so it takes neither a predictor nor a cold shard; make its shards again: pinfer split " +
-                   s.model;
+            *err = s.model + " has no exact zeros, so it takes neither a predictor nor a cold shard; make its shards again: "
+                             "pinfer split " + s.model;
             return false;
         }
         pinfer_header_keep_stacks(&m->header);
