@@ -36,6 +36,7 @@ from pinfer.execution import ExecutionOptions, decide
 from pinfer.llama.engine import Engine, PluginConfig
 from pinfer.llama.plugin import Stats, load_plugin
 from pinfer.model import Model, open_model
+from pinfer.plot import plot_placement, plot_profile
 from pinfer.preparation import PrepareOptions, prepare
 from pinfer.profile import ProfileOptions, profile
 from pinfer.show import ShowOptions, show
@@ -358,6 +359,9 @@ def test_profile_solve_split_and_run(
     assert "the CPU computes the others at the same time" in shown.plan
     assert {a.kind for a in shown.artefacts} == {"profile", "placement", "hot"}
     assert shown.next == "run"
+    (routing,) = plot_profile(case.path).panels
+    assert routing.title.startswith("Routing")
+    assert len(plot_placement(case.path).panels) == 3
 
 
 def test_prepare_leaves_training_out(cases: Callable[[SiluMixture], Case], tmp_path: Path, text: Path) -> None:
