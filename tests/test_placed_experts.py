@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from support.adapter import write_adapter
 from support.graph_values import graph_values
 from support.rewritten import rewrite
 from support.rpc_server import RpcServer
@@ -309,6 +310,22 @@ def test_batches_whose_pairs_fill_no_rows(
         with Engine(case.path, plugin=placed(case, 0.25), n_ctx=128, n_threads=n_threads, f32_attention=True) as engine:
             got = engine.decode(TOKENS[:n], logits=True)
         assert nmse(got, case.logits[:n]) <= case.tolerance
+
+
+@pytest.mark.parametrize("parts", [("down_exps",), ("up_exps", "gate_exps", "down_exps")])
+def test_an_adapter_on_experts(parts: tuple[str, ...], cases: Callable[[SiluMixture], Case], tmp_path: Path) -> None:
+    """Their nodes are computed as they are, and counted."""
+    case = cases(SiluMixture("qwen2moe")).copied(tmp_path / "lora")
+    flags = ("-p", "One day, a", "-n", 12, "--temp", 0, "-t", 1, "--no-warmup")
+    plain = run(case.path, *flags, dense=True)
+    with_adapter = (*flags, "--lora", write_adapter(tmp_path / "lora.gguf", case.path, parts))
+    stock = run(case.path, *with_adapter, dense=True)
+    assert stock.code == 0, stock.err
+    assert stock.raw != plain.raw, "the adapter changes nothing"
+    placed(case, 0.5)
+    said = run(case.path, *with_adapter)
+    assert (said.code, said.raw) == (0, stock.raw), said.err
+    assert "graph nodes matched nothing that pinfer knows" in said.err
 
 
 # --- the pipeline -----------------------------------------------------------------------------------------------------
