@@ -73,8 +73,10 @@ class SplitReport:
     """of the first device"""
     hot_shards: tuple[Path, ...]
     """of all devices"""
-    cold: Path | None
-    """None where the CPU computes from the model itself"""
+    cold: Path
+    """not written if ``in_place``"""
+    in_place: bool
+    """the CPU computes from the model itself"""
     hot_bytes: int
     cold_bytes: int
     n_hot: int
@@ -88,7 +90,7 @@ class SplitReport:
 
     def to_json(self) -> dict[str, Any]:
         shards = [str(path) for path in self.hot_shards]
-        cold = str(self.cold) if self.cold else None
+        cold = None if self.in_place else str(self.cold)
         return {**asdict(self), "hot": str(self.hot), "hot_shards": shards, "cold": cold}
 
 
@@ -111,13 +113,13 @@ def _split(model: Model, folder: Path, options: SplitOptions, progress: Progress
     plan, source = _plan(model, folder, options, progress)
     settings = {"down_type": options.down_type, "order": source}
     hot_paths = tuple(folder / hot_name(device) for device in range(len(plan.hot)))
-    cold_path = None if model.places_experts else folder / paths.COLD
+    cold_path, in_place = folder / paths.COLD, model.places_experts
     with ExitStack() as stack:
         hot = [
             stack.enter_context(hot_writer(path, model, plan, device, settings))
             for device, path in enumerate(hot_paths)
         ]
-        cold = stack.enter_context(cold_writer(cold_path, model, plan, settings)) if cold_path else None
+        cold = None if in_place else stack.enter_context(cold_writer(cold_path, model, plan, settings))
         _write_shards(model, plan, hot, cold, progress)
         if options.verify:
             verify_shards(model, [shard.temporary for shard in hot], cold.temporary if cold else None, progress)
@@ -128,15 +130,16 @@ def _split(model: Model, folder: Path, options: SplitOptions, progress: Progress
         hot=hot_paths[0],
         hot_shards=hot_paths,
         cold=cold_path,
+        in_place=in_place,
         hot_bytes=sum(path.stat().st_size for path in hot_paths),
-        cold_bytes=cold_path.stat().st_size if cold_path else 0,
+        cold_bytes=0 if in_place else cold_path.stat().st_size,
         n_hot=sum(_n_neurons(model, units) for units in plan.hot),
         n_cold=_n_neurons(model, plan.cold),
         order=source,
         hot_down_types=_names(
             plan.hot_type(device, i) for device, units in enumerate(plan.hot) for i, n in enumerate(units) if len(n)
         ),
-        cold_down_types=_names(t.cold for t, n in zip(plan.types, plan.cold, strict=True) if cold_path and len(n)),
+        cold_down_types=_names(t.cold for t, n in zip(plan.types, plan.cold, strict=True) if not in_place and len(n)),
         seconds=time.monotonic() - started,
         verified=options.verify,
     )

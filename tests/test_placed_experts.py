@@ -113,7 +113,8 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[SiluMixture], C
 def placed(case: Case, share: float, n_devices: int = 1) -> PluginConfig:
     """This share of the experts on as many CPU devices."""
     shards = write_shards(case.path, share, n_devices)
-    assert shards.cold is None
+    assert shards.in_place
+    assert not shards.cold.exists()
     return replace(PluginConfig.of(case.model), hot=shards.hot_shards, device=",".join(["CPU"] * n_devices))
 
 
@@ -362,7 +363,7 @@ def test_profile_solve_split_and_run(
     solved = solve(case.path, SolveOptions(vram=room + 9 * expert_bytes, device="CPU", n_ctx=128))
     assert 1 <= sum(solved.n_hot) <= 9
     written = split(case.path, SplitOptions(verify=True))
-    assert (written.cold, written.cold_bytes) == (None, 0)
+    assert (written.in_place, written.cold_bytes, written.to_json()["cold"]) == (True, 0, None)
     units = ShardFile.read(written.hot, "hot", model).units
     for ids, routed in zip(units, counted.routed, strict=True):
         assert routed is not None

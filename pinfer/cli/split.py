@@ -39,7 +39,7 @@ def split(
 def print_split(report: SplitReport) -> None:
     """Print the contents of the shards."""
     types = dict.fromkeys((*report.hot_down_types, *report.cold_down_types))
-    in_place = "" if report.cold else ", of experts in the model itself"
+    in_place = ", of experts in the model itself" if report.in_place else ""
     facts = [
         ("hot neurons", f"{report.n_hot:,} ({format_bytes(report.hot_bytes)})"),
         ("cold neurons", f"{report.n_cold:,} ({format_bytes(report.cold_bytes)}{in_place})"),
@@ -49,4 +49,4 @@ def print_split(report: SplitReport) -> None:
         ("verified", "hot and cold together equal the model" if report.verified else "no (use --verify)"),
     ]
     ui.print_facts(facts)
-    ui.print_paths(report.hot, report.cold)
+    ui.print_paths(report.hot, None if report.in_place else report.cold)
