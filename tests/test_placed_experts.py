@@ -372,7 +372,8 @@ def test_profile_solve_split_and_run(
     execution = decide(case.model, ExecutionOptions())
     assert execution.plugin is not None
     assert (execution.plugin.cold, execution.plugin.predictor, execution.mode) == (None, None, "exact")
-    check(case, execution.plugin, "as solved")
+    stats = check(case, execution.plugin, "as solved")
+    assert stats.hot_bytes <= solved.n_bytes["hot_neurons"] + solved.n_bytes["hot_buffers"]
     shown = show(case.path, ShowOptions())
     assert "the CPU computes the others at the same time" in shown.plan
     assert {a.kind for a in shown.artefacts} == {"profile", "placement", "hot"}
