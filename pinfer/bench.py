@@ -329,7 +329,7 @@ def _result(test: Case, side: str, runs: Sequence[tuple[int, dict[str, Any]]], s
         order=tuple(order for order, _ in runs),
         tokens_sha256=last["tokens_sha256"],
         computed=stats.n_candidates / on_cpu if stats is not None and on_cpu else None,
-        active=stats.n_active / on_cpu if stats is not None and on_cpu else None,
+        active=stats.n_active / on_cpu if stats is not None and on_cpu and setup.execution.model.is_sparse else None,
         token_bytes=_token_bytes(test, stats, setup),
         hidden=stats.hidden if stats is not None else None,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import count, takewhile
 from pathlib import Path
@@ -85,8 +86,15 @@ def decide(model: Model, options: ExecutionOptions) -> Execution:
     """
     notes: list[str] = []
     plugin, found = None, _Found()
-    if options.dense or not model.is_sparse:
+    if options.dense or not (model.is_sparse or model.places_experts):
         notes += _why_dense(model, options)
+    elif model.places_experts:
+        found = _find(model, options, notes)
+        if found.hot and found.placement:
+            plugin = replace(PluginConfig.of(model), hot=found.hot, device=options.device or found.placement.device)
+        else:
+            found = _Found()
+            notes += _why_dense(model, options)
     else:
         found = _find(model, options, notes)
         placed_on = found.placement.device if found.placement else None
@@ -137,6 +145,13 @@ def _why_dense(model: Model, options: ExecutionOptions) -> list[str]:
     """Why no neuron is skipped, and a warning if stock libllama computes another activation."""
     if options.dense:
         why = []
+    elif model.places_experts:
+        why = [
+            f"running dense: the experts of {model.arch} models have no exact zeros, and none is placed on a device "
+            f"(with a GPU: pinfer prepare {model.path})"
+        ]
+    elif model.n_expert_used and model.obstacle:
+        why = [f"running dense: the model has {model.obstacle}"]
     elif model.activation not in ACTIVATIONS:
         why = [f"running dense: {model.arch} models have no exact zeros (if this one uses ReLU, pass its --activation)"]
     else:
@@ -168,7 +183,7 @@ def _find(model: Model, options: ExecutionOptions, notes: list[str]) -> _Found:
         )
     folder = options.artefacts or paths.artefact_dir(model.path, model.fingerprint, for_writing=False)
     predictor = _existing(folder / paths.PREDICTOR)
-    if options.exact:
+    if options.exact or model.places_experts:
         predictor = None
     if predictor is not None:
         PredictorFile.read(predictor, model)
@@ -188,10 +203,16 @@ def _existing(path: Path) -> Path | None:
 
 
 def _shards(folder: Path, model: Model) -> tuple[Path | None, tuple[Path, ...], str]:
-    """The cold shard, the hot shards unless all are empty, and the id of the placement they were split by."""
+    """The cold shard if the model has one, the hot shards unless all are empty, and the id of their placement."""
     cold = _existing(folder / paths.COLD)
     hot = tuple(takewhile(Path.is_file, (folder / hot_name(i) for i in count())))
     again = f"make them again: pinfer split {model.path}"
+    if model.places_experts:
+        shards = [ShardFile.read(path, "hot", model) for path in hot]
+        ids = {shard.placement_id for shard in shards}
+        if len(ids) > 1:
+            raise PinferError(f"{hot[0]} and {hot[1]} were split by different placements", again)
+        return None, _unless_empty(hot, shards), "".join(ids)
     if cold is None:
         if hot:
             raise PinferError(f"{hot[0]} exists without {paths.COLD}", again)
@@ -200,5 +221,9 @@ def _shards(folder: Path, model: Model) -> tuple[Path | None, tuple[Path, ...], 
     shards = [ShardFile.read(path, "hot", model) for path in hot]
     if any(shard.placement_id != placement_id for shard in shards):
         raise PinferError(f"{hot[0]} and {paths.COLD} were split by different placements", again)
-    is_empty = not any(len(ids) for shard in shards for ids in shard.units)  # placed for a machine without a device
-    return cold, () if is_empty else hot, placement_id
+    return cold, _unless_empty(hot, shards), placement_id
+
+
+def _unless_empty(hot: tuple[Path, ...], shards: Sequence[ShardFile]) -> tuple[Path, ...]:
+    """The hot shards, unless they were made for a machine without a device."""
+    return hot if any(len(ids) for shard in shards for ids in shard.units) else ()

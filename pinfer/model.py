@@ -43,6 +43,9 @@ FfnKind = Literal["dense", "shared", "experts"]
 FFN_KINDS: tuple[FfnKind, ...] = ("dense", "shared", "experts")
 _SUFFIX: Mapping[str, str] = {"dense": "", "shared": "_shexp", "experts": "_exps"}
 
+_WEIGHED_BEFORE = ("llama4",)
+"""architectures that multiply the input of an expert by the router's weight"""
+
 MAX_LAYERS = 512
 """LLAMA_MAX_LAYERS; libllama aborts above it"""
 
@@ -68,6 +71,7 @@ class Ffn:
     gate_bias: Tensor | None = None
     up_bias: Tensor | None = None
     down_bias: Tensor | None = None
+    """biases ``[n_ff]`` and ``[n_embd]``, of a stack for each expert"""
     norm: Tensor | None = None
     """weight ``[n_ff]`` of an RMS norm between the activation and down (BitNet)"""
 
@@ -89,6 +93,12 @@ class Ffn:
     def matrices(self) -> tuple[Tensor, ...]:
         """Gate (in gated models), up and down."""
         return tuple(t for t in (self.gate, self.up, self.down) if t is not None)
+
+    @property
+    def biases(self) -> dict[str, Tensor]:
+        """Those it has, by their parts."""
+        found = {"gate": self.gate_bias, "up": self.up_bias, "down": self.down_bias}
+        return {part: bias for part, bias in found.items() if bias is not None}
 
     @property
     def n_bytes(self) -> int:
@@ -151,7 +161,7 @@ class Model:
     """a float32 value; the ReLU zeroes inputs up to it. 0 except for FATReLU"""
     gated: bool
     ffns: tuple[Ffn, ...] = field(repr=False)
-    """those pinfer can compute, in the order of the layers"""
+    """those pinfer can compute, in the order of the layers; where nothing is zero, the stacks of experts alone"""
     obstacle: str
     """why pinfer cannot compute one of the FFNs; empty if it can compute all"""
     gguf: GgufFile = field(repr=False, compare=False)
@@ -180,10 +190,27 @@ class Model:
         """Whether stock llama.cpp computes this model's activation."""
         return load_plugin().arch_activation(self.arch) == self.activation and self.activation_threshold == 0
 
+    @property
+    def places_experts(self) -> bool:
+        """Whether nothing in its experts is exactly zero, so that whole ones are placed and no neuron is skipped."""
+        return self.activation not in ACTIVATIONS and self.has_experts and not self.obstacle
+
+    def require_placeable(self) -> None:
+        """Raises PinferError if there are neither neurons nor experts that pinfer can place on devices."""
+        if not self.places_experts:
+            self.require_sparse()
+
     def require_sparse(self) -> None:
         """Raises PinferError if pinfer cannot skip any neurons of this model."""
         if self.is_sparse:
             return
+        if self.places_experts:
+            raise PinferError(
+                f"the experts of {self.name} ({self.arch}) have no exact zeros, so no neuron can be skipped",
+                f"place whole experts on a device: pinfer profile {self.path}, then pinfer solve and pinfer split",
+            )
+        if self.n_expert_used and self.obstacle:
+            raise PinferError(f"{self.name} has {self.obstacle}", "run it dense: pinfer run --dense")
         if self.activation in ACTIVATIONS:
             raise PinferError(f"{self.name} has {self.obstacle}", "run it dense: pinfer run --dense")
         raise PinferError(
@@ -290,12 +317,15 @@ def _describe(path: Path, gguf: GgufFile, activation: str | None) -> Model:
     n_layer -= min(n_layer, _integer(gguf, f"{arch}.nextn_predict_layers", default=0))
     n_embd = _integer(gguf, f"{arch}.embedding_length")
     n_expert = _integer(gguf, f"{arch}.expert_count", default=0)
-    ffns, obstacle = _ffns(gguf, n_layer, n_embd, n_expert)
+    found = activation or _activation(path, gguf, arch)
+    kinds = FFN_KINDS if found in ACTIVATIONS or not n_expert else ("experts",)
+    ffns, obstacle = _ffns(gguf, n_layer, n_embd, n_expert, kinds)
+    if kinds == ("experts",):
+        obstacle = obstacle or _why_not_placed(arch, ffns)
     widths = [f.n_ff for f in ffns] or _per_layer(gguf, f"{arch}.feed_forward_length", n_layer, 0)
     n_head = _per_layer(gguf, f"{arch}.attention.head_count", n_layer, 0)
     head_dim = n_embd // max(max(n_head, default=0), 1)
     n_head_kv = _per_layer(gguf, f"{arch}.attention.head_count_kv", n_layer, None) or n_head
-    found = activation or _activation(path, gguf, arch)
     if found in ACTIVATIONS:
         _check_gate(path, ffns, found)
     token_embd = gguf.tensors.get("token_embd.weight")
@@ -348,13 +378,23 @@ _PARTS = {"gate": "ffn_gate", "up": "ffn_up", "down": "ffn_down"}
 _RWKV_PARTS = {"up": "channel_mix_key", "down": "channel_mix_value"}
 
 
-def _ffns(gguf: GgufFile, n_layer: int, n_embd: int, n_expert: int) -> tuple[tuple[Ffn, ...], str]:
-    """The FFNs of the layers, and why pinfer cannot compute one of them; empty if it can compute all."""
+def _why_not_placed(arch: str, ffns: Sequence[Ffn]) -> str:
+    """Why whole experts cannot be placed; empty if they can."""
+    if arch in _WEIGHED_BEFORE:
+        return "experts whose inputs are weighed instead of their outputs, which pinfer does not compute"
+    ungated = next((f for f in ffns if f.gate is None), None)
+    return f"experts without a gate in layer {ungated.layer}, which pinfer does not compute" if ungated else ""
+
+
+def _ffns(
+    gguf: GgufFile, n_layer: int, n_embd: int, n_expert: int, kinds: Sequence[FfnKind]
+) -> tuple[tuple[Ffn, ...], str]:
+    """The FFNs of these kinds in the layers, and why pinfer cannot compute one of them; empty if it can compute all."""
     found: list[Ffn] = []
     obstacle = ""
     for layer in range(n_layer):
-        for kind in FFN_KINDS:
-            ffn, problem = _ffn(gguf, layer, kind, n_embd, n_expert)
+        for kind in kinds:
+            ffn, problem = _ffn(gguf, layer, kind, n_embd, n_expert, whole=kinds != FFN_KINDS)
             found += [ffn] if ffn else []
             obstacle = obstacle or problem
     if not found and not obstacle:
@@ -362,8 +402,10 @@ def _ffns(gguf: GgufFile, n_layer: int, n_embd: int, n_expert: int) -> tuple[tup
     return tuple(found), obstacle
 
 
-def _ffn(gguf: GgufFile, layer: int, kind: FfnKind, n_embd: int, n_expert: int) -> tuple[Ffn | None, str]:
-    """One FFN of a layer if it has it, or why pinfer cannot compute it."""
+def _ffn(
+    gguf: GgufFile, layer: int, kind: FfnKind, n_embd: int, n_expert: int, *, whole: bool
+) -> tuple[Ffn | None, str]:
+    """One FFN of a layer if it has it, or why pinfer cannot compute it; ``whole`` experts may have biases."""
 
     def find(part: str, end: str) -> Tensor | None:
         names = [
@@ -396,7 +438,11 @@ def _ffn(gguf: GgufFile, layer: int, kind: FfnKind, n_embd: int, n_expert: int) 
     for bias in biases[:2]:
         if bias is not None and (bias.shape != (n_ff,) or bias.type_name != "F32") and not stack:
             return None, f"a bias that is not F32 in {where}"
-    if stack and any(biases):
+    bias_shapes = ((n_ff, n_experts), (n_ff, n_experts), (width, n_experts))
+    if stack and any(
+        bias is not None and (not whole or bias.shape != shape or bias.type_name != "F32")
+        for bias, shape in zip(biases, bias_shapes, strict=True)
+    ):
         return None, f"experts with biases in {where}, which pinfer does not compute"
     if any(find(part, "scale") for part in _PARTS):
         return None, f"FFN matrices with scales of their own in {where}, which pinfer does not compute"

@@ -45,6 +45,7 @@ def plot_placement(path: Path, activation: str | None = None) -> Picture:
 def plot_predictor(path: Path, activation: str | None = None) -> Picture:
     """Recall against bytes, by layer and kind."""
     model, folder = _opened(path, activation)
+    model.require_sparse()
     return predictor_picture(model, PredictorFile.read(folder / paths.PREDICTOR, model), cpu_name())
 
 
@@ -61,7 +62,7 @@ def plot_trace(path: Path) -> Picture:
 def _opened(path: Path, activation: str | None) -> tuple[Model, Path]:
     """The model and the folder of its artefacts."""
     model = open_model(path, activation)
-    model.require_sparse()
+    model.require_placeable()
     return model, paths.artefact_dir(model.path, model.fingerprint, for_writing=False)
 
 
@@ -81,7 +82,10 @@ def _size_unit(most: float) -> tuple[float, str]:
 
 
 def profile_picture(model: Model, profile: ProfileFile, machine: str) -> Picture:
-    """Cumulative activations by share of neurons, activity by layer, and the skew of a mixture's routing."""
+    """Cumulative activations by share of neurons, activity by layer, and the skew of a mixture's routing.
+
+    Of experts without exact zeros the routing alone.
+    """
     curves = [_skew(_label(f), count) for f, count in zip(model.ffns, profile.count, strict=True)]
     curves.append(_skew("whole model", np.concatenate(profile.count), emphasis=True))
     panels = [
@@ -95,6 +99,8 @@ def profile_picture(model: Model, profile: ProfileFile, machine: str) -> Picture
         ),
         Panel("curves", "Activity by layer", "layer", "% of the neurons active", _activity(model, profile)),
     ]
+    if model.places_experts:
+        panels.clear()
     routed = [(f, r) for f, r in zip(model.ffns, profile.routed, strict=True) if r is not None]
     if routed:
         routing = [_skew(_label(f), r) for f, r in routed]
@@ -186,7 +192,8 @@ def _bytes_panel(model: Model, placement: PlacementFile, devices: Sequence[str])
         types = down_types(f, None)
         for k in range(len(devices)):
             hot[k, f.layer] += hot_unit_bytes(f, types) * _hot(placement, k, i)
-        cold[f.layer] += cold_neuron_bytes(f, types) * f.unit * _cold(placement, f, i)
+        cold_unit = hot_unit_bytes(f, types) if model.places_experts else cold_neuron_bytes(f, types) * f.unit
+        cold[f.layer] += cold_unit * _cold(placement, f, i)
     for layer in range(model.n_layer):
         (dense_on_device if layer >= first_on_device else dense)[layer] = layer_bytes(model, layer)
     rows = [("CPU: cold neurons", cold)]

@@ -88,9 +88,9 @@ class PrepareReport:
     """stages that ran; the others were fresh"""
     active: float
     """share of neurons that fire for a token, on average"""
-    recall: float
-    """share of the activation mass that the predictor keeps"""
-    candidates: float
+    recall: float | None
+    """share of the activation mass that the predictor keeps; None without one, where whole experts are placed"""
+    candidates: float | None
     """share of neurons that it names"""
     hot_share: float
     """share of neurons on devices"""
@@ -113,11 +113,11 @@ def prepare(
     """Make every artefact of a model that is missing, damaged, or made with other settings than these.
 
     What an interrupted run finished is kept and skipped the next time. Raises PinferError as the stages do, and for a
-    model with nothing to skip or a disk that is too small.
+    model with nothing to skip or to place, or a disk that is too small.
     """
     begin = time.monotonic()
     model = open_model(Path(model_path), options.activation)
-    model.require_sparse()
+    model.require_placeable()
     folder = paths.artefact_dir(model.path, model.fingerprint, for_writing=True)
     open_stages = _stages(model, folder, options)
     if open_stages:
@@ -140,15 +140,17 @@ def _stages(model: Model, folder: Path, options: PrepareOptions) -> dict[str, Ca
     solved = settings(SolveOptions, "vram", "n_ctx", "device")
     cut = settings(SplitOptions)
     counted, predictor = folder / paths.PROFILE, folder / paths.PREDICTOR
-    placement, cold = folder / paths.PLACEMENT, folder / paths.COLD
+    placement = folder / paths.PLACEMENT
     asked: dict[str, Any] = {name: given[name] for name in ("dataset", "n_tokens") if name in given}
     placed: dict[str, Any] = {name: given[name] for name in ("vram", "n_ctx", "device") if name in given}
     stages: tuple[tuple[str, bool, Callable[[Progress], object]], ...] = (
         ("profile", _is_fresh(counted, "profile", model, asked), lambda p: profile(model.path, profiled, p)),
         ("train", _is_fresh(predictor, "predictor", model, {}, counted), lambda p: train(model.path, trained, p)),
         ("solve", _is_fresh(placement, "placement", model, placed, counted), lambda p: solve(model.path, solved, p)),
-        ("split", _is_split(cold, placement, model), lambda p: split(model.path, cut, p)),
+        ("split", _is_split(folder, model), lambda p: split(model.path, cut, p)),
     )
+    if model.places_experts:
+        stages = tuple(stage for stage in stages if stage[0] != "train")
     first = next((i for i, (_, fresh, _) in enumerate(stages) if options.force or not fresh), len(stages))
     return {name: work for name, _, work in stages[first:]}
 
@@ -164,9 +166,11 @@ def _is_fresh(path: Path, kind: str, model: Model, wanted: Mapping[str, Any], so
     return is_newer and same and not made.get("interrupted")
 
 
-def _is_split(cold: Path, placement: Path, model: Model) -> bool:
+def _is_split(folder: Path, model: Model) -> bool:
+    name, kind = (paths.HOT, "hot") if model.places_experts else (paths.COLD, "cold")
     try:
-        return ShardFile.read(cold, "cold", model).placement_id == PlacementFile.read(placement, model).id
+        shard = ShardFile.read(folder / name, kind, model)
+        return shard.placement_id == PlacementFile.read(folder / paths.PLACEMENT, model).id
     except PinferError:
         return False
 
@@ -175,13 +179,18 @@ def estimate(model: Model, options: PrepareOptions) -> Estimate:
     """Time from a measured product, disk from the shapes. Takes a second."""
     n_tokens = options.n_tokens or ProfileOptions().n_tokens
     ffn = _ffn_bytes(model)
-    shards = sum(cold_bytes(f, down_types(f, None)) for f in model.ffns)
-    n_samples = min(n_tokens, sample_count(model))
-    samples = n_samples * sample_bytes(model)
+    if model.places_experts:
+        given = (options.vram,) if isinstance(options.vram, int) else options.vram or (ffn,)
+        shards, samples = min(ffn, sum(given)), 0
+    else:
+        shards = sum(cold_bytes(f, down_types(f, None)) for f in model.ffns)
+        samples = min(n_tokens, sample_count(model)) * sample_bytes(model)
     flops = measure_throughput("CPU", options.n_threads or physical_cores())
     used = {t.name: model.n_expert_used / f.n_experts for f in model.ffns if f.is_stack for t in f.matrices}
     n_weights = sum(math.prod(t.shape) * used.get(t.name, 1) for t in model.tensors)
     profiling = 2 * n_weights * n_tokens / (flops * _PROFILE_SHARE)
+    if model.places_experts:
+        return Estimate(seconds=profiling + shards / _SPLIT_SPEED, disk=shards)
     training = 2 * sum(f.n_embd * f.n_neurons for f in model.ffns) * _TRAIN_PRODUCTS / flops
     return Estimate(
         seconds=profiling + training + (ffn + shards) / _SPLIT_SPEED,
@@ -218,15 +227,15 @@ def _announce(model: Model, expected: Estimate, stages: Iterable[str], folder: P
 
 def _report(model: Model, folder: Path, done: tuple[str, ...], seconds: float) -> PrepareReport:
     counted = ProfileFile.read(folder / paths.PROFILE, model)
-    predictor = PredictorFile.read(folder / paths.PREDICTOR, model)
+    predictor = None if model.places_experts else PredictorFile.read(folder / paths.PREDICTOR, model)
     placement = PlacementFile.read(folder / paths.PLACEMENT, model)
     return PrepareReport(
         model=model.path,
         folder=folder,
         done=done,
         active=counted.mean_active(),
-        recall=fmean(predictor.recall),
-        candidates=fmean(predictor.candidates),
+        recall=fmean(predictor.recall) if predictor else None,
+        candidates=fmean(predictor.candidates) if predictor else None,
         hot_share=placement.hot_share(model),
         device=placement.device,
         vram=placement.vram,

@@ -1,4 +1,7 @@
-"""`pinfer profile`: counts which neurons fire on a text and keeps FFN inputs to train the predictor on."""
+"""`pinfer profile`: counts which neurons fire on a text and keeps FFN inputs to train the predictor on.
+
+Of experts without exact zeros it counts how often tokens are routed to them.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,7 @@ from pinfer.llama import activation_check
 from pinfer.llama.devices import free_memory
 from pinfer.llama.engine import Engine, PluginConfig
 from pinfer.llama.plugin import PluginLibrary, load_plugin
+from pinfer.llama.routing import RoutingCounter
 from pinfer.model import FfnKind, Model, open_model
 from pinfer.progress import NULL_PROGRESS, Progress
 
@@ -58,7 +62,7 @@ class LayerProfile:
     most: float
     """share of its neurons that make 80 % of its activations"""
     never: float
-    """share of its neurons that never fired"""
+    """share of its neurons that never fired; of experts that are counted as a whole, all three are about experts"""
     routed: RoutingReport | None
     """of a stack of experts"""
 
@@ -92,6 +96,8 @@ class ProfileReport:
     most: float
     never: float
     layers: tuple[LayerProfile, ...]
+    whole_experts: bool
+    """nothing is zero in the experts: how often they are used was counted, and no neurons"""
 
     def to_json(self) -> dict[str, object]:
         """The report as plain JSON values."""
@@ -119,8 +125,10 @@ def profile(model_path: Path, options: ProfileOptions, progress: Progress = NULL
     """
     _check(options)
     model = open_model(model_path, options.activation)
-    model.require_sparse()
+    model.require_placeable()
     with paths.writing_to(model, progress) as folder:
+        if model.places_experts:
+            return _profile_routing(model, folder, options, progress)
         return _profile(model, folder, options, progress)
 
 
@@ -156,6 +164,49 @@ def _profile(model: Model, folder: Path, options: ProfileOptions, progress: Prog
             plugin.observer_stop(model.path)
             report = _write(plugin, model, folder, corpus, options, seconds, held.seen, progress)
         return replace(report, interrupted=held.seen)
+
+
+def _profile_routing(model: Model, folder: Path, options: ProfileOptions, progress: Progress) -> ProfileReport:
+    """Of a model whose experts are placed as a whole; stock libllama computes it."""
+    corpus = open_corpus(options.dataset, progress)
+    counter = RoutingCounter({f.layer: f.n_experts for f in model.ffns})
+    n_ctx = options.n_ctx or min(model.n_ctx_train or MAX_CONTEXT, MAX_CONTEXT)
+    with Engine(
+        model.path,
+        n_ctx=n_ctx,
+        n_batch=BATCH,
+        n_threads=options.n_threads,
+        n_gpu_layers=options.n_gpu_layers,
+        on_node=counter.callback,
+    ) as engine:
+        windows = _collect(engine, corpus, options.n_tokens, n_ctx, progress)
+        with hold_interrupt() as held:
+            seconds = _count(engine, windows, sum(map(len, windows)), held, progress)
+            interrupted = held.seen
+    tokens = min(counter.tokens.values())
+    if tokens == 0 and interrupted:
+        raise KeyboardInterrupt
+    if tokens == 0:
+        raise PinferError(f"libllama's graph of {model.name} does not show where tokens are routed to", "run it dense")
+    if interrupted:
+        progress.note(f"interrupted: keeping the {tokens:,} tokens that were counted")
+    routed = tuple(counter.routed[f.layer] for f in model.ffns)
+    result = ProfileFile.of_routing(tokens, corpus.name, corpus.sha256, routed)
+    result.write(folder / paths.PROFILE, model, _settings(options, interrupted))
+    (folder / paths.SAMPLES).unlink(missing_ok=True)
+    report = _report(model, result, folder, options, 0, seconds, interrupted)
+    _say_unseen(report, progress)
+    return report
+
+
+def _settings(options: ProfileOptions, interrupted: bool) -> dict[str, object]:
+    return {**asdict(options), "command": "profile", "interrupted": interrupted}
+
+
+def _say_unseen(report: ProfileReport, progress: Progress) -> None:
+    unseen = sum(layer.routed.never for layer in report.layers if layer.routed)
+    if unseen:
+        progress.note(f"{unseen:,} experts were never routed to; they are placed last. More text tells more: --tokens")
 
 
 def _check(options: ProfileOptions) -> None:
@@ -291,7 +342,7 @@ def _write(
         )
     if interrupted:
         progress.note(f"interrupted: keeping the {tokens:,} tokens that were counted")
-    settings = {**asdict(options), "command": "profile", "interrupted": interrupted}
+    settings = _settings(options, interrupted)
     result = ProfileFile(
         tokens=tokens,
         corpus=corpus.name,
@@ -313,9 +364,7 @@ def _write(
         for writer in writers:
             writer.discard()
     report = _report(model, result, folder, options, n_samples, seconds, interrupted)
-    unseen = sum(layer.routed.never for layer in report.layers if layer.routed)
-    if unseen:
-        progress.note(f"{unseen:,} experts were never routed to; they are placed last. More text tells more: --tokens")
+    _say_unseen(report, progress)
     return report
 
 
@@ -345,6 +394,7 @@ def _report(
             LayerProfile(f.layer, f.kind, result.active(i), share_of_most(c), float((c == 0).mean()), _routing(r))
             for i, (f, c, r) in enumerate(zip(model.ffns, result.count, result.routed, strict=True))
         ),
+        whole_experts=model.places_experts,
     )
 
 

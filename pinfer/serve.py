@@ -40,6 +40,8 @@ def describe(execution: Execution) -> str:
     """What of the model is sparse, and on which devices."""
     if execution.plugin is None:
         return f"serving {execution.model.path.name}: dense, by stock llama.cpp"
+    if execution.model.places_experts:
+        return f"serving {execution.model.path.name}: its most used experts on {execution.plugin.device or 'the GPU'}"
     neurons = "neurons" if execution.mode == "exact" else "predicted neurons"
     hot = f", the hot ones on {execution.plugin.device or 'the GPU'}" if execution.plugin.hot else ""
     return f"serving {execution.model.path.name}: {execution.plugin.activation} FFN by its active {neurons}{hot}"

@@ -216,18 +216,20 @@ def artefact_states(model: Model, folder: Path) -> tuple[ArtefactState, ...]:
         ("hot", paths.HOT, lambda path, model: _shard_facts(path, "hot", model)),
         ("cold", paths.COLD, lambda path, model: _shard_facts(path, "cold", model)),
     ]
+    if model.places_experts:
+        readers = [reader for reader in readers if reader[0] in ("profile", "placement", "hot")]
     return _checked_together({kind: _state(model, kind, folder / name, read) for kind, name, read in readers})
 
 
 def _checked_together(found: dict[str, ArtefactState]) -> tuple[ArtefactState, ...]:
     """The shards must belong together, and to the placement."""
-    placement, hot, cold = found["placement"], found["hot"], found["cold"]
-    if hot.state == FITS and cold.state == ABSENT:
+    placement, hot, cold = found["placement"], found["hot"], found.get("cold")
+    if cold and hot.state == FITS and cold.state == ABSENT:
         found["hot"] = replace(hot, state=UNUSABLE, problem=f"{hot.path} exists without {cold.path.name}")
-    halves = [shard for shard in (hot, cold) if shard.state == FITS]
+    halves = [shard for shard in (hot, cold) if shard and shard.state == FITS]
     ids = {shard.facts["placement_id"] for shard in halves}
     for shard in halves:
-        if len(ids) > 1:
+        if cold and len(ids) > 1:
             problem = f"{hot.path.name} and {cold.path.name} were split by different placements"
             found[shard.kind] = replace(shard, state=UNUSABLE, problem=problem)
         elif placement.state == FITS and placement.facts["id"] not in ids and found[shard.kind].state == FITS:
@@ -268,12 +270,11 @@ def _profile_facts(path: Path, model: Model) -> dict[str, Any]:
     file = ProfileFile.read(path, model)
     count = np.concatenate(file.count)
     routed = [r for r in file.routed if r is not None]
+    neurons = {"active": file.mean_active(), "most": share_of_most(count), "never": float((count == 0).mean())}
     return {
         "tokens": file.tokens,
         "corpus": file.corpus,
-        "active": file.mean_active(),
-        "most": share_of_most(count),
-        "never": float((count == 0).mean()),
+        **({} if model.places_experts else neurons),
         **({"experts_most": fmean(share_of_most(r) for r in routed)} if routed else {}),
     }
 
@@ -330,7 +331,9 @@ def _plan(model: Model, artefacts: Sequence[ArtefactState], options: ShowOptions
     if error or (options.verify and bad):
         again = " and ".join(bad) or error
         return "refused", f"run cannot use these artefacts: make them again ({again}), or pass --no-artefacts"
-    if mode == "dense" and model.activation not in ACTIVATIONS:
+    if model.places_experts:
+        return mode, _experts(model, {a.kind: a for a in artefacts}, mode)
+    if mode == "dense" and model.activation not in ACTIVATIONS and not (model.n_expert_used and model.obstacle):
         return mode, f"no exact zeros (SiLU, GELU or similar in {model.arch}): runs dense on stock libllama"
     if mode == "dense":
         return mode, f"{model.obstacle}: runs dense on stock libllama"
@@ -345,6 +348,15 @@ def _plan(model: Model, artefacts: Sequence[ArtefactState], options: ShowOptions
     if mode == "predicted":
         return mode, _predicted(model, by_kind["predictor"].facts["candidates"], is_split) + where
     return mode, _exact(model, by_kind["profile"].facts.get("active"), is_split) + where
+
+
+def _experts(model: Model, by_kind: Mapping[str, ArtefactState], mode: str) -> str:
+    what = f"experts without exact zeros (SiLU, GELU or similar in {model.arch})"
+    if mode == "dense":
+        return f"{what}: runs on stock libllama until `pinfer solve` and `pinfer split` place some on a device"
+    share = by_kind["hot"].facts.get("n_neurons", 0) / model.n_neurons
+    device = by_kind["placement"].facts.get("device") or "the device"
+    return f"{what}: {100 * share:.1f} % of them are on {device}, the CPU computes the others at the same time"
 
 
 def _predicted(model: Model, candidates: float, is_split: bool) -> str:
@@ -364,7 +376,7 @@ def _exact(model: Model, active: float | None, is_split: bool) -> str:
 
 def _next(model: Model, artefacts: Sequence[ArtefactState]) -> str:
     """The first stage whose result is missing or unusable; `run` if there is none."""
-    if not model.is_sparse:
+    if not model.is_sparse and not model.places_experts:
         return "run"
     # Samples are only needed for training and may be deleted afterwards.
     trained = any(a.kind == "predictor" and a.state == FITS for a in artefacts)

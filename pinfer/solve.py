@@ -75,11 +75,11 @@ class SolveReport:
     """units per FFN, on all devices"""
     devices: tuple[DeviceReport, ...]
     hot_activations: float
-    """share of all activations that fall on hot neurons"""
+    """share of all activations that fall on hot neurons; of the bytes that are used, where whole experts are placed"""
     n_bytes: Mapping[str, int]
     """memory of all devices by part"""
     objective: float
-    """activations per token on the devices"""
+    """activations per token on the devices; bytes where whole experts are placed"""
     bound: float
     gap: float
     greedy: float
@@ -95,6 +95,8 @@ class SolveReport:
     """predicted with hot neurons, placed greedily, instead of dense layers on the devices"""
     cache_types: CacheTypes
     machine: Machine
+    whole_experts: bool
+    """nothing is zero in the experts, so no neuron is placed by itself"""
 
     @property
     def hot_share(self) -> float:
@@ -129,7 +131,7 @@ class _Problem:
 def solve(model_path: Path, options: SolveOptions, progress: Progress = NULL_PROGRESS) -> SolveReport:
     """Writes placement.gguf. Raises PinferError for invalid devices or options and if the solver fails."""
     model = open_model(model_path, options.activation)
-    model.require_sparse()
+    model.require_placeable()
     for cache_type in options.cache_types:
         cache_type_bytes(cache_type)
     with paths.writing_to(model, progress) as folder:
@@ -186,21 +188,25 @@ def _ranked(
     """Units by falling impact, and how much each is used per token, in that order."""
     path = folder / paths.PROFILE
     if not path.exists() and vram == 0:
-        progress.note("no profile (run pinfer profile to make one): neurons keep the order of the model")
+        units = "experts" if model.places_experts else "neurons"
+        progress.note(f"no profile (run pinfer profile to make one): {units} keep the order of the model")
         order = tuple(np.arange(f.n_units, dtype=np.int32) for f in model.ffns)
         return order, tuple(_nothing_known(model, f) for f in model.ffns)
     profile = ProfileFile.read(path, model)
     order = profile.order()
-    return order, tuple(_use(profile, i, units) for i, units in enumerate(order))
+    return order, tuple(_use(model, profile, i, units) for i, units in enumerate(order))
 
 
 def _nothing_known(model: Model, ffn: Ffn) -> Use:
     routed = np.full(ffn.n_units, model.n_expert_used / ffn.n_experts) if ffn.is_stack else None
-    return Use(np.zeros(ffn.n_units), routed)
+    return Use(np.zeros(ffn.n_units), routed, model.places_experts)
 
 
-def _use(profile: ProfileFile, i: int, units: NDArray[np.int32]) -> Use:
+def _use(model: Model, profile: ProfileFile, i: int, units: NDArray[np.int32]) -> Use:
     count, routed = profile.count[i], profile.routed[i]
+    if model.places_experts and routed is not None:
+        used = routed[units] / profile.tokens
+        return Use(used * model.ffns[i].n_bytes / model.ffns[i].n_experts, used, True)
     active = count if routed is None else count.reshape(len(routed), -1).sum(axis=1)
     return Use(active[units] / profile.tokens, None if routed is None else routed[units] / profile.tokens)
 
@@ -208,7 +214,7 @@ def _use(profile: ProfileFile, i: int, units: NDArray[np.int32]) -> Use:
 def _predictors(model: Model, folder: Path) -> list[PredictorCost | None]:
     """Size and candidates of each FFN's predictor, None without one."""
     path = folder / paths.PREDICTOR
-    if not path.exists():
+    if model.places_experts or not path.exists():
         return [None] * len(model.ffns)
     file = PredictorFile.read(path, model)
     return [
@@ -307,6 +313,7 @@ def _report(problem: _Problem, path: Path, placed: Placed) -> SolveReport:
         tokens_per_s_hot_first=_hot_first(problem),
         cache_types=budget.cache_types,
         machine=budget.machine,
+        whole_experts=model.places_experts,
     )
 
 

@@ -1,5 +1,7 @@
 """`pinfer split`: writes the FFN of a model as hot shards, one per device, and cold.gguf (docs/formats.md).
 
+Experts without exact zeros are copied to the hot shards byte for byte; the CPU reads the others from the model itself.
+
 Gate and up rows are copied byte for byte. A neuron's part of down is a column of the model's matrix: its values are
 dequantised and quantised again along the other axis, or moved as they are where neither type has blocks.
 """
@@ -34,6 +36,7 @@ from pinfer.artefacts.shards import (
     weight_name,
 )
 from pinfer.artefacts.verify import verify_shards
+from pinfer.errors import PinferError
 from pinfer.gguf_io.reader import row_bytes, type_name, type_size
 from pinfer.gguf_io.writer import replace_together
 from pinfer.llama import ggml
@@ -71,6 +74,9 @@ class SplitReport:
     hot_shards: tuple[Path, ...]
     """of all devices"""
     cold: Path
+    """not written if ``in_place``"""
+    in_place: bool
+    """the CPU computes from the model itself"""
     hot_bytes: int
     cold_bytes: int
     n_hot: int
@@ -84,7 +90,8 @@ class SplitReport:
 
     def to_json(self) -> dict[str, Any]:
         shards = [str(path) for path in self.hot_shards]
-        return {**asdict(self), "hot": str(self.hot), "hot_shards": shards, "cold": str(self.cold)}
+        cold = None if self.in_place else str(self.cold)
+        return {**asdict(self), "hot": str(self.hot), "hot_shards": shards, "cold": cold}
 
 
 def split(model_path: Path, options: SplitOptions, progress: Progress = NULL_PROGRESS) -> SplitReport:
@@ -95,7 +102,9 @@ def split(model_path: Path, options: SplitOptions, progress: Progress = NULL_PRO
     """
     started = time.monotonic()
     model = open_model(model_path, options.activation)
-    model.require_sparse()
+    model.require_placeable()
+    if model.places_experts and options.down_type is not None:
+        raise PinferError(f"the experts of {model.name} keep their types", "leave out --down-type")
     with paths.writing_to(model, progress) as folder:
         return _split(model, folder, options, progress, started)
 
@@ -104,32 +113,33 @@ def _split(model: Model, folder: Path, options: SplitOptions, progress: Progress
     plan, source = _plan(model, folder, options, progress)
     settings = {"down_type": options.down_type, "order": source}
     hot_paths = tuple(folder / hot_name(device) for device in range(len(plan.hot)))
-    cold_path = folder / paths.COLD
+    cold_path, in_place = folder / paths.COLD, model.places_experts
     with ExitStack() as stack:
         hot = [
             stack.enter_context(hot_writer(path, model, plan, device, settings))
             for device, path in enumerate(hot_paths)
         ]
-        cold = stack.enter_context(cold_writer(cold_path, model, plan, settings))
+        cold = None if in_place else stack.enter_context(cold_writer(cold_path, model, plan, settings))
         _write_shards(model, plan, hot, cold, progress)
         if options.verify:
-            verify_shards(model, [shard.temporary for shard in hot], cold.temporary, progress)
-        replace_together((*hot, cold))
+            verify_shards(model, [shard.temporary for shard in hot], cold.temporary if cold else None, progress)
+        replace_together((*hot, *([cold] if cold else [])))
     for path in stale_hot_shards(folder, len(hot_paths)):
         path.unlink()
     return SplitReport(
         hot=hot_paths[0],
         hot_shards=hot_paths,
         cold=cold_path,
+        in_place=in_place,
         hot_bytes=sum(path.stat().st_size for path in hot_paths),
-        cold_bytes=cold_path.stat().st_size,
+        cold_bytes=0 if in_place else cold_path.stat().st_size,
         n_hot=sum(_n_neurons(model, units) for units in plan.hot),
         n_cold=_n_neurons(model, plan.cold),
         order=source,
         hot_down_types=_names(
             plan.hot_type(device, i) for device, units in enumerate(plan.hot) for i, n in enumerate(units) if len(n)
         ),
-        cold_down_types=_names(t.cold for t, n in zip(plan.types, plan.cold, strict=True) if len(n)),
+        cold_down_types=_names(t.cold for t, n in zip(plan.types, plan.cold, strict=True) if not in_place and len(n)),
         seconds=time.monotonic() - started,
         verified=options.verify,
     )
@@ -140,9 +150,9 @@ def _n_neurons(model: Model, units: Sequence[NDArray[np.int32]]) -> int:
 
 
 def _write_shards(
-    model: Model, plan: ShardPlan, hot: Sequence[ArtefactWriter], cold: ArtefactWriter, progress: Progress
+    model: Model, plan: ShardPlan, hot: Sequence[ArtefactWriter], cold: ArtefactWriter | None, progress: Progress
 ) -> None:
-    shards = (*hot, cold)
+    shards = (*hot, *([cold] if cold else []))
     n_bytes = sum(shard.n_bytes for shard in shards)
     if n_bytes >= _WORTH_SAYING:
         progress.note(f"the shards will take {n_bytes / (1 << 30):.1f} GiB")
@@ -152,7 +162,8 @@ def _write_shards(
         for i in range(len(model.ffns)):
             for device, shard in enumerate(hot):
                 _write_hot(model, plan, device, i, shard, advance)
-            _write_cold(model, plan, i, cold, threads, advance)
+            if cold:
+                _write_cold(model, plan, i, cold, threads, advance)
     for shard in shards:
         shard.finish()
 
@@ -178,6 +189,8 @@ def _plan(model: Model, folder: Path, options: SplitOptions, progress: Progress)
         placement = PlacementFile.read(folder / paths.PLACEMENT, model)
         hot = tuple(placement.hot(device) for device in range(placement.n_devices))
         return ShardPlan(placement.id, hot, placement.cold(), types), "placement"
+    if model.places_experts:
+        raise PinferError(f"no expert of {model.name} is placed on a device", f"run pinfer solve {model.path}")
     order, source = _order_without_placement(model, folder)
     where = "their profile" if source == "profile" else "the model"
     progress.note(f"no placement (run pinfer solve to make one): every neuron stays cold, in the order of {where}")

@@ -41,6 +41,7 @@ def test_everything_is_made_once(tiny_relu2: Path) -> None:
     assert first.done == STAGES
     assert first.mode == "predicted"
     assert 0 < first.active < 0.5
+    assert first.recall is not None
     assert first.recall > 0.98
     assert first.n_bytes == sum(file.stat().st_size for file in artefact_files(_folder(tiny_relu2)))
     before = {file: file.stat().st_mtime_ns for file in artefact_files(_folder(tiny_relu2))}

@@ -3,12 +3,14 @@
 #include "plan.h"
 
 #include "dense.h"
+#include "experts.h"
 #include "sparse.h"
 #include "trace.h"
 
 #include <algorithm>
 #include <cstring>
 #include <fcntl.h>
+#include <functional>
 #include <unistd.h>
 
 namespace {
@@ -95,7 +97,8 @@ void add_rest(const pinfer_team * team, pinfer_model * m, const pinfer_ffn & f, 
             dst[k] += y[k];
         }
     });
-    if (const float * bias = pinfer_dense_bias(m, f.down.bias)) {
+    const float * const bias = f.is_stack() ? nullptr : pinfer_dense_bias(m, f.down.bias); // experts have added their own
+    if (bias) {
         pinfer_dense_add(team, dst, bias, n_embd, n_tokens, dst);
     }
 }
@@ -133,24 +136,14 @@ void account(pinfer_model * m, const pinfer_span & cold, const pinfer_span & wai
     pinfer_trace_add(events, pinfer_ffn_layer(job.ffn), job.n_tokens);
 }
 
-// Neurons lie in shards: cold ones are computed here (those that fire as `sparse` says, null: all), hot ones on their devices
-// at the same time. The sums meet in a fixed order.
-ggml_status compute_shards(pinfer_team * team, pinfer_model * m, const pinfer_ffn & f, const pinfer_neurons & cold,
-                           const pinfer_hot_job & job, const pinfer_sparse_job * sparse) {
+// Neurons lie in shards: `cold` computes its own here, into the output, hot ones are computed on their devices at the same time.
+// The sums meet in a fixed order.
+ggml_status compute_shards(pinfer_team * team, pinfer_model * m, const pinfer_ffn & f, const pinfer_hot_job & job,
+                           const std::function<ggml_status()> & cold) {
     hot_part    hot(m, job);
     pinfer_span at_work, wait;
-    ggml_status status = GGML_STATUS_SUCCESS;
-    at_work.begin      = pinfer_clock();
-    if (cold.n == 0) {
-        memset(f.out()->data, 0, ggml_nbytes(f.out()));
-    } else if (sparse) {
-        const pinfer_sparse_counts counts = pinfer_sparse_compute(team, *sparse);
-        if (job.n_tokens < m->settings.n_batch_dense) {
-            count(m, counts);
-        }
-    } else {
-        status = pinfer_dense_neurons(team, f, cold, job.rule, job.x);
-    }
+    at_work.begin            = pinfer_clock();
+    const ggml_status status = cold();
     at_work.end = wait.begin = pinfer_clock();
     if (const pinfer_hot * failed = hot.end()) {
         pinfer_model_fail(m, "device " + failed->name + " failed in " + pinfer_ffn_title(job.ffn) + " (" + failed->failure + ")");
@@ -162,11 +155,28 @@ ggml_status compute_shards(pinfer_team * team, pinfer_model * m, const pinfer_ff
     return status;
 }
 
+ggml_status nothing_cold(const pinfer_ffn & f) {
+    memset(f.out()->data, 0, ggml_nbytes(f.out()));
+    return GGML_STATUS_SUCCESS;
+}
+
+// Of the cold neurons those that fire.
+ggml_status cold_sparsely(pinfer_team * team, pinfer_model * m, const pinfer_ffn & f, const pinfer_sparse_job & j) {
+    if (j.neurons->n == 0) {
+        return nothing_cold(f);
+    }
+    const pinfer_sparse_counts counts = pinfer_sparse_compute(team, j);
+    if (j.n_tokens < m->settings.n_batch_dense) {
+        count(m, counts);
+    }
+    return GGML_STATUS_SUCCESS;
+}
+
 ggml_status short_batch_of_shards(pinfer_team * team, pinfer_model * m, const pinfer_ffn & f, pinfer_sparse_job & j) {
     j.x = x_apart(team, f, f.down.out());
     j.y = (float *) f.down.out()->data;
     const pinfer_hot_job job    = {.ffn = f.index, .rule = j.rule, .x = j.x, .n_tokens = j.n_tokens};
-    const ggml_status    status = compute_shards(team, m, f, *j.neurons, job, &j);
+    const ggml_status    status = compute_shards(team, m, f, job, [&] { return cold_sparsely(team, m, f, j); });
     for (const auto & hot : m->hot) {
         m->stats.n_hot += (uint64_t) (hot->ffns[(size_t) f.index].n * j.n_tokens);
     }
@@ -184,7 +194,9 @@ ggml_status long_batch_of_shards(pinfer_team * team, pinfer_model * m, const pin
         .n_tokens = f.n_tokens(),
     };
     m->stats.n_tokens_dense += (uint64_t) job.n_tokens;
-    return compute_shards(team, m, f, cold, job, nullptr);
+    return compute_shards(team, m, f, job, [&] {
+        return cold.n == 0 ? nothing_cold(f) : pinfer_dense_neurons(team, f, cold, rule, job.x);
+    });
 }
 
 // Of a stack: cold experts are computed here, only what fires of them, whatever the length of the batch.
@@ -193,7 +205,7 @@ ggml_status batch_of_stack(pinfer_team * team, pinfer_model * m, const pinfer_ff
     const pinfer_hot_job job    = {.ffn = f.index, .rule = j.rule, .x = j.x, .n_tokens = j.n_tokens, .routes = &routes};
     j.routes                    = &routes;
     j.y                         = (float *) f.out()->data;
-    const ggml_status status    = compute_shards(team, m, f, *j.neurons, job, &j);
+    const ggml_status status    = compute_shards(team, m, f, job, [&] { return cold_sparsely(team, m, f, j); });
     if (j.n_tokens < m->settings.n_batch_dense) {
         uint64_t n_hot = 0;
         for (const int32_t e : routes.experts) {
@@ -205,6 +217,31 @@ ggml_status batch_of_stack(pinfer_team * team, pinfer_model * m, const pinfer_ff
     } else {
         m->stats.n_tokens_dense += (uint64_t) j.n_tokens;
     }
+    return status;
+}
+
+// Of a stack without exact zeros: whole experts, here by llama.cpp's own products.
+ggml_status batch_of_experts(pinfer_team * team, pinfer_model * m, const pinfer_ffn & f) {
+    const pinfer_routes routes = pinfer_routes_of(f);
+    const int64_t       n_tokens = f.n_tokens(), n_ff = f.h->ne[0];
+    const float * const x = (const float *) f.x->data;
+    team->x_copy.assign(x, x + ggml_nelements(f.x)); // the graph has given its memory to others while devices still read it
+    const pinfer_hot_job job = {.ffn = f.index, .rule = m->rule(), .x = team->x_copy.data(), .n_tokens = n_tokens, .routes = &routes,
+                                .glu = f.h, .down = f.down.mul_mat};
+    uint64_t             n_cold = 0;
+    const ggml_status    status = compute_shards(team, m, f, job, [&] {
+        return pinfer_experts_compute(team, *m, f, routes, job.x, &n_cold);
+    });
+    if (n_tokens >= m->settings.n_batch_dense) {
+        m->stats.n_tokens_dense += (uint64_t) n_tokens;
+        return status;
+    }
+    const uint64_t n = (uint64_t) (n_tokens * routes.n_used);
+    m->stats.n_tokens += (uint64_t) n_tokens;
+    m->stats.n_neurons += n * (uint64_t) n_ff;
+    m->stats.n_candidates += n_cold * (uint64_t) n_ff;
+    m->stats.n_active += n_cold * (uint64_t) n_ff;
+    m->stats.n_hot += (n - n_cold) * (uint64_t) n_ff;
     return status;
 }
 
@@ -220,8 +257,11 @@ ggml_status short_batch_of_model(pinfer_team * team, pinfer_model * m, const pin
 // --- the graph's FFN, the model's and the shards' must be the same -----------------------------------------------------
 
 bool same_matrix(const pinfer_product & p, const pinfer_matrix & header) {
-    return p.mul_mat ? header.is(p.weight) && (!p.bias || (ggml_nelements(p.bias) == p.weight->ne[1] && ggml_is_contiguous(p.bias)))
-                     : header.ne[1] == 0;
+    if (!p.mul_mat) {
+        return header.ne[1] == 0;
+    }
+    const int64_t n_rows = p.weight->ne[1] * p.weight->ne[2];
+    return header.is(p.weight) && (!p.bias || (ggml_nelements(p.bias) == n_rows && ggml_is_contiguous(p.bias)));
 }
 
 // Some rows of a shard against those of the matrix that they were taken from.
@@ -317,6 +357,23 @@ bool check_ffn(pinfer_model * m, const pinfer_ffn & f) {
     return true;
 }
 
+// The same for a stack that lies elsewhere. Its graph is that of another model where it differs, which is left to it.
+bool check_experts(pinfer_team * team, pinfer_model * m, const pinfer_ffn & f, bool * differs) {
+    const auto ffn = (size_t) f.index;
+    if (const pinfer_artefact * file = pinfer_model_damaged_file(m)) {
+        pinfer_model_fail(m, pinfer_artefact_damage(file));
+        return false;
+    }
+    if (m->ffns[ffn].proven == f.down.weight->data) {
+        pinfer_model_begin_check(m);
+        return true;
+    }
+    *differs = !same_matrix(f.gate, m->header.ffns[ffn].gate) || !same_matrix(f.up, m->header.ffns[ffn].up) ||
+               !same_matrix(f.down, m->header.ffns[ffn].down) || !pinfer_experts_are_of(team, *m, f);
+    m->ffns[ffn].proven = *differs ? nullptr : f.down.weight->data;
+    return true;
+}
+
 // The neurons that the CPU computes of an FFN: the shard's, with rows of the model's own where the shard has none.
 // Null: there is no kernel for the model's rows. own has to outlive the answer.
 const pinfer_neurons * neurons_here(pinfer_model * m, const pinfer_ffn & f, const pinfer_neurons * cold, pinfer_neurons * own) {
@@ -339,15 +396,38 @@ const pinfer_neurons * neurons_here(pinfer_model * m, const pinfer_ffn & f, cons
 
 } // namespace
 
+static void set_threads(const pinfer_team * team, pinfer_model * m) {
+    for (const auto & hot : m->hot) {
+        pinfer_hot_set_n_threads(hot.get(), team->n_threads);
+    }
+}
+
+static ggml_status compute_experts(pinfer_team * team, pinfer_model * m, const pinfer_ffn & f) {
+    bool differs = false;
+    if (!check_experts(team, m, f, &differs)) {
+        return GGML_STATUS_FAILED;
+    }
+    if (!differs) {
+        set_threads(team, m);
+        return batch_of_experts(team, m, f);
+    }
+    std::vector<ggml_tensor *> nodes = {f.up.mul_mat, f.up.add,       f.gate.mul_mat, f.gate.add,
+                                        f.h,          f.down.mul_mat, f.down.add,     f.weighted};
+    nodes.insert(nodes.end(), f.sums.begin(), f.sums.end());
+    m->stats.n_fallback += nodes.size() - (size_t) std::count(nodes.begin(), nodes.end(), nullptr);
+    return pinfer_team_nodes(team, nodes.data(), (int) nodes.size());
+}
+
 ggml_status pinfer_ffn_compute(pinfer_team * team, pinfer_model * m, const pinfer_ffn & f) {
+    if (m->rule().act == PINFER_ACT_OTHER) {
+        return compute_experts(team, m, f);
+    }
     if (!check_ffn(m, f)) {
         return GGML_STATUS_FAILED;
     }
     const pinfer_rule rule = m->rule().act == PINFER_ACT_GRAPH ? pinfer_rule{f.graph_act, 0.0f} : m->rule();
     const auto        ffn  = (size_t) f.index;
-    for (const auto & hot : m->hot) {
-        pinfer_hot_set_n_threads(hot.get(), team->n_threads);
-    }
+    set_threads(team, m);
 
     // where another node reads h, all of h has to be there
     const pinfer_neurons *         cold = m->cold && !f.h_is_read ? &m->cold->ffns[ffn] : nullptr;

@@ -121,16 +121,18 @@ static bool declare_ffn(pinfer_hot * hot, int ffn, const pinfer_origin & origin,
     if (!declare(hot, name + ".ffn_gate.weight", f.n_embd, n_ff, n, &f.gate, err) ||
         !declare(hot, name + ".ffn_up.weight", f.n_embd, n_ff, n, &f.up, err) ||
         !declare(hot, name + ".ffn_down.weight", n_ff, f.n_embd, n, &f.down, err) ||
-        (!is_stack && (!declare(hot, name + ".ffn_gate.bias", n_ff, 1, 1, &f.gate_bias, err) ||
-                       !declare(hot, name + ".ffn_up.bias", n_ff, 1, 1, &f.up_bias, err)))) {
+        !declare(hot, name + ".ffn_gate.bias", n_ff, n, 1, &f.gate_bias, err) ||
+        !declare(hot, name + ".ffn_up.bias", n_ff, n, 1, &f.up_bias, err) ||
+        (is_stack && !declare(hot, name + ".ffn_down.bias", f.n_embd, n, 1, &f.down_bias, err))) {
         return false;
     }
-    for (const ggml_tensor * bias : {f.gate_bias, f.up_bias}) {
+    for (const ggml_tensor * bias : {f.gate_bias, f.up_bias, f.down_bias}) {
         if (bias && bias->type != GGML_TYPE_F32) {
             return pinfer_artefact_damaged(&hot->file, std::string(bias->name) + " is not F32", err);
         }
     }
-    if (!f.up || !f.down || pinfer_is_gated(hot->file.rule.act) != (f.gate != nullptr)) {
+    const pinfer_activation act = hot->file.rule.act;
+    if (!f.up || !f.down || (act == PINFER_ACT_OTHER || pinfer_is_gated(act)) != (f.gate != nullptr)) {
         return pinfer_artefact_damaged(&hot->file, pinfer_ffn_title(ffn) + " lacks a matrix", err);
     }
     if (is_stack) {

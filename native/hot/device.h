@@ -57,8 +57,9 @@ struct pinfer_hot_ffn {
     ggml_tensor *   down = nullptr; // [n, n_embd]; of a stack [n_ff, n_embd, n]
     std::vector<int32_t> place;     // of a stack: of each expert of the model, -1: it is not here
     int64_t              n_used = 0; // of a stack: the most experts that a token has here
-    ggml_tensor *   gate_bias = nullptr;
+    ggml_tensor *   gate_bias = nullptr; // [n]; of a stack [n_ff, n]
     ggml_tensor *   up_bias = nullptr;
+    ggml_tensor *   down_bias = nullptr; // of a stack [n_embd, n]; any other is added by the CPU
 
     std::vector<std::unique_ptr<pinfer_hot_graph>> graphs; // the one used last comes first
 };
@@ -70,6 +71,9 @@ struct pinfer_hot_job {
     const float *         x = nullptr; // [n_tokens, n_embd]
     int64_t               n_tokens = 0;
     const pinfer_routes * routes = nullptr; // of a stack; stays until the end
+    // of a stack without exact zeros: libllama's own nodes, whose parameters count
+    const ggml_tensor *   glu = nullptr;
+    const ggml_tensor *   down = nullptr;
 };
 
 struct pinfer_hot {

@@ -8,7 +8,7 @@
 #include <cstring>
 #include <new>
 
-// A hot FFN has at most 14 nodes and 6 leafs, and a stack two nodes more for each expert of a token.
+// A hot FFN has at most 15 nodes and 9 leafs, and a stack two nodes more for each expert of a token.
 static const size_t GRAPH_NODES = 32;
 
 // Graphs kept of an FFN: decoding uses one over and over, and a device may have compiled it (CUDA does).
@@ -26,7 +26,10 @@ pinfer_hot_graph::~pinfer_hot_graph() {
 
 static ggml_tensor * product(const pinfer_hot_graph & g, ggml_tensor * w, ggml_tensor * bias, ggml_tensor * x) {
     ggml_tensor * y = g.experts ? ggml_mul_mat_id(g.ctx, w, x, g.experts) : ggml_mul_mat(g.ctx, w, x);
-    return bias ? ggml_add(g.ctx, y, bias) : y;
+    if (!bias) {
+        return y;
+    }
+    return g.experts ? ggml_add_id(g.ctx, y, bias, g.experts) : ggml_add(g.ctx, y, bias);
 }
 
 // The sum over the experts of each token, times their weights.
@@ -47,14 +50,43 @@ static ggml_tensor * relu(ggml_context * ctx, ggml_tensor * v, float threshold) 
     return threshold > 0.0f ? ggml_mul(ctx, v, ggml_step(ctx, ggml_scale_bias(ctx, v, 1.0f, -threshold))) : v;
 }
 
-// The graph, without memory for its tensors.
-static std::unique_ptr<pinfer_hot_graph> build(const pinfer_hot_ffn & layer, const pinfer_rule & rule, int64_t n_tokens,
+static void copy_params(const ggml_tensor * from, ggml_tensor * to) {
+    if (from) {
+        memcpy(to->op_params, from->op_params, sizeof(to->op_params));
+    }
+}
+
+// f(x) of the layer's neurons.
+static ggml_tensor * activation(const pinfer_hot_graph & g, const pinfer_hot_ffn & layer, const ggml_tensor * glu) {
+    ggml_context * const ctx  = g.ctx;
+    const pinfer_rule &  rule = g.rule;
+    ggml_tensor *        h    = product(g, layer.up, layer.up_bias, g.x);
+    if (rule.act == PINFER_ACT_OTHER) {
+        h = ggml_swiglu_split(ctx, product(g, layer.gate, layer.gate_bias, g.x), h);
+        copy_params(glu, h);
+        return h;
+    }
+    if (rule.act != PINFER_ACT_REGLU && rule.act != PINFER_ACT_REGLU2) {
+        h = relu(ctx, h, rule.threshold);
+    }
+    if (layer.gate) {
+        ggml_tensor * gate = product(g, layer.gate, layer.gate_bias, g.x);
+        if (rule.act == PINFER_ACT_REGLU2) {
+            return ggml_mul(ctx, ggml_sqr(ctx, relu(ctx, gate, rule.threshold)), h);
+        }
+        return rule.threshold > 0.0f ? ggml_mul(ctx, relu(ctx, gate, rule.threshold), h) : ggml_reglu_split(ctx, gate, h);
+    }
+    return rule.act == PINFER_ACT_RELU2 ? ggml_sqr(ctx, h) : h;
+}
+
+// The graph of a job's FFN, without memory for its tensors.
+static std::unique_ptr<pinfer_hot_graph> build(const pinfer_hot_ffn & layer, const pinfer_hot_job & job, int64_t n_tokens,
                                                int64_t n_used) {
     auto         g     = std::make_unique<pinfer_hot_graph>();
     const size_t nodes = GRAPH_NODES + 2 * (size_t) n_used;
     const size_t size  = ggml_tensor_overhead() * nodes + ggml_graph_overhead_custom(nodes, false);
     g->n_used          = n_used;
-    g->rule           = rule;
+    g->rule           = job.rule;
     g->n_tokens       = n_tokens;
     g->memory         = std::make_unique<uint8_t[]>(size); // ggml's own allocation would abort
     g->ctx            = ggml_init({.mem_size = size, .mem_buffer = g->memory.get(), .no_alloc = true});
@@ -69,22 +101,8 @@ static std::unique_ptr<pinfer_hot_graph> build(const pinfer_hot_ffn & layer, con
         g->x = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, layer.n_embd, n_tokens);
     }
     ggml_set_input(g->x);
-    ggml_tensor * h = product(*g, layer.up, layer.up_bias, g->x);
-    if (rule.act != PINFER_ACT_REGLU && rule.act != PINFER_ACT_REGLU2) {
-        h = relu(ctx, h, rule.threshold);
-    }
-    if (layer.gate) {
-        ggml_tensor * gate = product(*g, layer.gate, layer.gate_bias, g->x);
-        if (rule.act == PINFER_ACT_REGLU2) {
-            gate = ggml_sqr(ctx, relu(ctx, gate, rule.threshold));
-            h    = ggml_mul(ctx, gate, h);
-        } else {
-            h = rule.threshold > 0.0f ? ggml_mul(ctx, relu(ctx, gate, rule.threshold), h) : ggml_reglu_split(ctx, gate, h);
-        }
-    } else if (rule.act == PINFER_ACT_RELU2) {
-        h = ggml_sqr(ctx, h);
-    }
-    g->y = product(*g, layer.down, nullptr, h);
+    g->y = product(*g, layer.down, layer.down_bias, activation(*g, layer, job.glu));
+    copy_params(job.down, layer.down_bias ? g->y->src[0] : g->y);
     g->y = n_used ? weighted_sum(*g, g->y) : g->y;
     ggml_set_output(g->y);
     g->graph = ggml_new_graph_custom(ctx, nodes, false);
@@ -109,7 +127,7 @@ bool pinfer_hot_reserve(pinfer_hot * hot, const pinfer_rule & rule, std::string 
         if (layer.n == 0) {
             continue;
         }
-        const auto g = build(layer, rule, PINFER_HOT_TOKENS, layer.n_used);
+        const auto g = build(layer, {.rule = rule}, PINFER_HOT_TOKENS, layer.n_used);
         if (const ggml_tensor * node = unsupported(hot, g->graph)) {
             *err = "device " + hot->name + " cannot compute " + ggml_op_desc(node) + " of " + ggml_type_name(node->src[0]->type) +
                    "; choose another device with: pinfer solve --device, then pinfer split";
@@ -124,8 +142,8 @@ bool pinfer_hot_reserve(pinfer_hot * hot, const pinfer_rule & rule, std::string 
 }
 
 // The graph of an FFN for a number of tokens, new or kept; null when the device has no room.
-static pinfer_hot_graph * graph_get(pinfer_hot * hot, pinfer_hot_ffn & layer, const pinfer_rule & rule, int64_t n_tokens,
-                                    int64_t n_used) {
+static pinfer_hot_graph * graph_get(pinfer_hot * hot, pinfer_hot_ffn & layer, int64_t n_tokens, int64_t n_used) {
+    const pinfer_rule & rule = hot->job.rule;
     auto &     kept  = layer.graphs;
     const auto found = std::find_if(kept.begin(), kept.end(), [&](const auto & g) {
         return g->n_tokens == n_tokens && g->n_used == n_used && g->rule.act == rule.act && g->rule.threshold == rule.threshold;
@@ -134,7 +152,7 @@ static pinfer_hot_graph * graph_get(pinfer_hot * hot, pinfer_hot_ffn & layer, co
         std::rotate(kept.begin(), found, found + 1);
         return kept.front().get();
     }
-    auto g = build(layer, rule, n_tokens, n_used);
+    auto g = build(layer, hot->job, n_tokens, n_used);
     if (!ggml_gallocr_alloc_graph(hot->galloc, g->graph)) {
         return nullptr;
     }
@@ -235,7 +253,7 @@ static void compute(pinfer_hot * hot) try {
             std::fill(hot->y + t * layer.n_embd, hot->y + (t + n) * layer.n_embd, 0.0f);
             continue;
         }
-        const pinfer_hot_graph * g = graph_get(hot, layer, job.rule, n, n_used);
+        const pinfer_hot_graph * g = graph_get(hot, layer, n, n_used);
         if (!g) {
             fail(hot, "out of memory");
             return;

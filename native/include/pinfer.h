@@ -36,7 +36,8 @@ enum pinfer_activation {
     PINFER_ACT_REGLU = 3,
     PINFER_ACT_DRELU = 4,
     PINFER_ACT_REGLU2 = 6,
-    PINFER_ACT_OTHER = 5,  // SiLU, GELU, ...: no exact zeros, nothing for pinfer to do
+    PINFER_ACT_OTHER = 5,  // SiLU, GELU, ...: no exact zeros. With hot shards whole experts are computed on devices, without them
+                           // there is nothing for pinfer to do
 };
 
 // Zero-initialise, then set what is wanted: every zero is the default.
@@ -47,7 +48,7 @@ struct pinfer_params {
     const char * cold_path;       // cold.gguf, NULL: neurons are read from the model itself
     const char * const * devices; // ggml device of each hot shard, NULL at the end; NULL: the GPUs in order, an error
                                   // where there are too few
-    int32_t      activation;      // enum pinfer_activation; OTHER: the model is llama.cpp's alone
+    int32_t      activation;      // enum pinfer_activation; OTHER: the model is llama.cpp's, but for the experts of hot shards
     int32_t      n_batch_dense;   // from this many tokens a batch is computed densely; 0: default
     float        activation_threshold; // relu(v) is v where v exceeds this, else 0; finite, >= 0, and 0 with ACT_GRAPH
 };

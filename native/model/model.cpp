@@ -36,12 +36,13 @@ static bool shards_are_whole(const pinfer_model & m, std::string * err) {
             }
             return count;
         };
-        int64_t total = add(m.cold->ffns[i].ids, m.cold->ffns[i].n);
+        int64_t total = m.cold ? add(m.cold->ffns[i].ids, m.cold->ffns[i].n) : 0;
         for (const auto & device : m.hot) {
             total += add(device->ffns[i].ids, device->ffns[i].n);
         }
-        if (n != n_units || total != n_units) {
-            *err = m.cold->file.path + ": the shards do not hold every " + (is_stack ? "expert" : "neuron") + " of " +
+        if (n != total || (m.cold && n != n_units)) { // without a cold shard the others are read from the model
+            const pinfer_artefact & file = m.cold ? m.cold->file : m.hot[0]->file;
+            *err = file.path + ": the shards do not hold every " + (is_stack ? "expert" : "neuron") + " of " +
                    pinfer_ffn_title((int) i) + " exactly once; make them again: pinfer split " + m.settings.model;
             return false;
         }
@@ -64,8 +65,10 @@ static bool read_hot(pinfer_model * m, const pinfer_origin & origin, std::string
         if (!pinfer_hot_read(&h, path.c_str(), origin, err)) {
             return false;
         }
-        if (!m->cold || m->cold->placement_id != h.placement_id) {
-            *err = path + " and the cold shard are of different placements; make both again: pinfer split " + s.model;
+        const bool fits = m->places_experts() ? m->hot[0]->placement_id == h.placement_id
+                                              : m->cold && m->cold->placement_id == h.placement_id;
+        if (!fits) {
+            *err = path + " and the other shards are of different placements; make them again: pinfer split " + s.model;
             return false;
         }
     }
@@ -90,6 +93,14 @@ static bool read_files(pinfer_model * m, std::string * err) {
     if (!any) {
         return true;
     }
+    if (s.rule.act == PINFER_ACT_OTHER) {
+        if (!s.predictor.empty() || !s.cold.empty()) {
+            *err = s.model + " has no exact zeros, so it takes neither a predictor nor a cold shard; make its shards again: "
+                             "pinfer split " + s.model;
+            return false;
+        }
+        pinfer_header_keep_stacks(&m->header);
+    }
     pinfer_origin origin = {.model_path = s.model.c_str(), .fingerprint = "", .rule = s.rule, .header = m->header};
     if (!pinfer_fingerprint_files(m->header.files, &origin.fingerprint, err)) {
         return false;
@@ -106,7 +117,7 @@ static bool read_files(pinfer_model * m, std::string * err) {
             return false;
         }
     }
-    return read_hot(m, origin, err) && (!m->cold || shards_are_whole(*m, err));
+    return read_hot(m, origin, err) && ((!m->cold && !m->places_experts()) || shards_are_whole(*m, err));
 }
 
 static void open_trace(const pinfer_model & m) {

@@ -10,6 +10,7 @@
 #include "pinfer.h"
 #include "predictor.h"
 
+#include <algorithm>
 #include <atomic>
 #include <map>
 #include <memory>
@@ -74,11 +75,21 @@ struct pinfer_model {
     struct ffn_state {
         bool    checked = false; // the shards hold its rows
         uint8_t placed  = 0;     // parts (1 << pinfer_part) that lie in the plugin's buffers
+        const void * proven = nullptr; // down weights of a stack elsewhere whose products are those of the hot shards
     };
     std::vector<ffn_state> ffns;
     std::map<const void *, std::vector<float>> biases; // those that the file does not have in F32, by their data
 
     const pinfer_rule & rule() const { return settings.rule; }
+
+    // Experts without exact zeros: those of the hot shards are on devices, and ggml's CPU backend computes the others where
+    // llama.cpp has put them.
+    bool places_experts() const { return rule().act == PINFER_ACT_OTHER && !hot.empty(); }
+
+    // Whether units of the FFN are on a device.
+    bool is_hot(size_t ffn) const {
+        return std::any_of(hot.begin(), hot.end(), [ffn](const auto & h) { return h->ffns[ffn].n > 0; });
+    }
 
     // Whether the graph of llama.cpp, taken as it is, would compute something else.
     bool replaces_activation() const {

@@ -134,6 +134,12 @@ static bool device_supports_op(ggml_backend_dev_t, const ggml_tensor * op) try {
         m->asked = true;
     }
     const pinfer_activation act = m ? m->rule().act : PINFER_ACT_OTHER;
+    if (m && act == PINFER_ACT_OTHER) { // a stack with experts on a device; while it loads, llama.cpp chooses where it lies
+        return pinfer_weight_is_elsewhere(claim.weight) && !claim.adapted && op->op != GGML_OP_UNARY;
+    }
+    if (op->op == GGML_OP_ADD_ID) {
+        return false; // biases of experts with exact zeros
+    }
     // behind an adapter the products are not claimed, but the activation must still be the model's
     return act != PINFER_ACT_OTHER && (!claim.adapted || act != PINFER_ACT_GRAPH);
 } catch (const std::exception &) {
@@ -141,7 +147,9 @@ static bool device_supports_op(ggml_backend_dev_t, const ggml_tensor * op) try {
 }
 
 static bool device_supports_buft(ggml_backend_dev_t, ggml_backend_buffer_type_t buft) {
-    return ggml_backend_buft_is_host(buft);
+    // with those of the CPU whose layout is another: experts stay in them
+    static ggml_backend_dev_t const cpu = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
+    return ggml_backend_buft_is_host(buft) || (cpu && ggml_backend_dev_supports_buft(cpu, buft));
 }
 
 static const ggml_backend_device_i device_interface = {

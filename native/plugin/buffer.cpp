@@ -101,6 +101,19 @@ std::shared_ptr<pinfer_model> model_being_loaded(const ggml_tensor * weight) {
     return model;
 }
 
+// Of the models that place experts, one with such a stack and some of its experts on a device: that which was configured last.
+std::shared_ptr<pinfer_model> model_with_hot_experts(const ggml_tensor * weight) {
+    std::shared_ptr<pinfer_model> model;
+    for (const auto & m : pinfer_models()) {
+        int ffn = -1;
+        if (m->places_experts() && has_tensor(*m, weight) && pinfer_part_of(weight->name, false, &ffn) != PINFER_PART_NONE &&
+            m->is_hot((size_t) ffn) && (!model || m->order > model->order)) {
+            model = m;
+        }
+    }
+    return model;
+}
+
 // A mapping of a file, shared as those of models are.
 struct mapping {
     uintptr_t      begin = 0, end = 0;
@@ -298,7 +311,13 @@ std::shared_ptr<pinfer_model> pinfer_model_of_weight(const ggml_tensor * weight)
     }
     // ggml makes empty buffers by itself: for the probes of libllama's loader, and for a model that is loaded without weights
     const bool empty = !buffer || buffer->buft->iface.get_name == buft_get_name;
-    return empty ? model_being_loaded(weight) : nullptr;
+    return empty ? model_being_loaded(weight) : model_with_hot_experts(weight);
+}
+
+bool pinfer_weight_is_elsewhere(const ggml_tensor * weight) {
+    static ggml_backend_dev_t const cpu    = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
+    const ggml_backend_buffer_t     buffer = weight->view_src ? weight->view_src->buffer : weight->buffer;
+    return buffer && buffer->buft->iface.get_name != buft_get_name && cpu && ggml_backend_dev_supports_buft(cpu, buffer->buft);
 }
 
 std::shared_ptr<pinfer_model> pinfer_model_mapped_at(const void * data) {

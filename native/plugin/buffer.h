@@ -13,8 +13,12 @@ ggml_backend_buffer_type_t pinfer_buffer_type(ggml_backend_dev_t device);
 ggml_backend_buffer_t pinfer_buffer_from_host(ggml_backend_dev_t device, void * data, size_t size);
 
 // Model of a weight that lies in a buffer of the plugin. While a model loads, a weight has no buffer yet, or an empty one of the
-// type that is being tried: then it is the model whose file is open and has such a tensor. Null where neither is so.
+// type that is being tried: then it is the model whose file is open and has such a tensor. Experts without exact zeros lie
+// elsewhere: then it is a model that has some experts of such a stack on a device. Null where none of it is so.
 std::shared_ptr<pinfer_model> pinfer_model_of_weight(const ggml_tensor * weight);
+
+// Whether a weight lies in a buffer that is llama.cpp's own, and that the CPU computes from.
+bool pinfer_weight_is_elsewhere(const ggml_tensor * weight);
 
 // Model of which these bytes, outside the plugin's buffers, are a mapped part. Null where they are not.
 std::shared_ptr<pinfer_model> pinfer_model_mapped_at(const void * data);

@@ -144,7 +144,7 @@ static ggml_status compute_single(pinfer_engine * e, pinfer_model * m, ggml_tens
         pinfer_part_of(node->src[1]->name, true, &ffn) != PINFER_PART_NONE && ggml_is_contiguous(node->src[0])) {
         return compute_bias(e, m, node);
     }
-    if (m->rule().act == PINFER_ACT_GRAPH) {
+    if (m->rule().act == PINFER_ACT_GRAPH || m->rule().act == PINFER_ACT_OTHER) {
         return pinfer_team_nodes(&e->team, &node, 1);
     }
     ffn = replaced_activation(node, m->rule());
@@ -216,6 +216,12 @@ struct plan_entry {
 } // namespace
 
 static bool computes_whole(const pinfer_rule & rule, const pinfer_ffn & f) {
+    if (rule.act == PINFER_ACT_OTHER) { // whole experts
+        return f.is_stack() && f.gated() && f.h->op == GGML_OP_GLU;
+    }
+    if (f.is_stack() && (f.gate.add || f.up.add || f.down.add)) {
+        return false;
+    }
     // otherwise there are no exact zeros, and the CPU backend does it; or the rule is for other FFNs, which is refused there
     return rule.act == PINFER_ACT_GRAPH ? f.graph_act != PINFER_ACT_OTHER : pinfer_is_gated(rule.act) == f.gated();
 }

@@ -25,7 +25,7 @@ static pinfer_part product_part(const ggml_tensor * t, int * ffn) {
 static bool match_product(ggml_tensor * t, pinfer_part part, pinfer_product * out, int * ffn) {
     pinfer_product p;
     int            of_bias = -1;
-    if (t->op == GGML_OP_ADD) {
+    if (t->op == GGML_OP_ADD || t->op == GGML_OP_ADD_ID) {
         if (pinfer_part_of(t->src[1]->name, true, &of_bias) != part) {
             return false;
         }
@@ -33,7 +33,8 @@ static bool match_product(ggml_tensor * t, pinfer_part part, pinfer_product * ou
         p.bias = t->src[1];
         t      = t->src[0];
     }
-    if (product_part(t, ffn) != part || (of_bias >= 0 && of_bias != *ffn)) {
+    if (product_part(t, ffn) != part || (of_bias >= 0 && of_bias != *ffn) ||
+        (p.add && (p.add->op == GGML_OP_ADD_ID ? p.add->src[2] != t->src[2] : t->op == GGML_OP_MUL_MAT_ID))) {
         return false;
     }
     p.mul_mat = t;
@@ -141,7 +142,12 @@ static bool match_sum(const ggml_cgraph * graph, int i_down, pinfer_ffn * f) {
         ggml_tensor * const       node = graph->nodes[i];
         const ggml_tensor * const last = f->sums.empty() ? (f->views.empty() ? nullptr : f->views[0]) : f->sums.back();
         if (!f->weighted) {
-            if (node->op == GGML_OP_MUL && node->src[0] == f->down.mul_mat) {
+            pinfer_product biased;
+            int            ffn = -1;
+            if (node->op == GGML_OP_ADD_ID && node->src[0] == f->down.mul_mat &&
+                match_product(node, PINFER_PART_DOWN, &biased, &ffn) && ffn == f->index) {
+                f->down = biased;
+            } else if (node->op == GGML_OP_MUL && node->src[0] == f->down.out()) {
                 f->weighted = node;
                 f->weights  = node->src[1];
             }
@@ -159,7 +165,7 @@ static bool match_sum(const ggml_cgraph * graph, int i_down, pinfer_ffn * f) {
 
 // Whether nothing but the stack itself reads what lies between its input and its output.
 static bool is_closed(const ggml_cgraph * graph, const pinfer_ffn & f) {
-    bool closed = readers(graph, f.down.mul_mat) == 1 && readers(graph, f.h) == 1 &&
+    bool closed = readers(graph, f.down.mul_mat) == 1 && readers(graph, f.down.out()) == 1 && readers(graph, f.h) == 1 &&
                   readers(graph, f.weighted) == (int) f.views.size();
     for (const ggml_tensor * view : f.views) {
         closed = closed && readers(graph, view) == 1;
@@ -280,7 +286,8 @@ static const ggml_tensor * summed_weight(const ggml_tensor * t) {
         t = t->op == GGML_OP_ADD ? t->src[1] : t->src[0];
         t = t->op == GGML_OP_VIEW ? t->src[0] : nullptr;
     }
-    const ggml_tensor * const down = t && t->op == GGML_OP_MUL ? t->src[0] : nullptr;
+    const ggml_tensor * down = t && t->op == GGML_OP_MUL ? t->src[0] : nullptr;
+    down = down && down->op == GGML_OP_ADD_ID ? down->src[0] : down;
     const bool is_down = down && down->op == GGML_OP_MUL_MAT_ID && product_part(down, &ffn) == PINFER_PART_DOWN;
     return is_down ? down->src[0] : nullptr;
 }
@@ -299,6 +306,12 @@ static const ggml_tensor * claimed_weight(const ggml_tensor * op) {
             // while a model loads, src[0] is a stand-in without an op
             return pinfer_part_of(op->src[1]->name, true, &ffn) != PINFER_PART_NONE &&
                    (op->src[0]->op == GGML_OP_NONE || pinfer_match_claim(op->src[0]).weight) ? op->src[1] : summed_weight(op);
+        case GGML_OP_ADD_ID: {
+            pinfer_product p;
+            ggml_tensor *  t = const_cast<ggml_tensor *>(op);
+            return match_product(t, PINFER_PART_GATE, &p, &ffn) || match_product(t, PINFER_PART_UP, &p, &ffn) ||
+                   match_product(t, PINFER_PART_DOWN, &p, &ffn) ? p.weight : nullptr;
+        }
         case GGML_OP_CONT:
             return summed_weight(op);
         case GGML_OP_UNARY: {

@@ -136,10 +136,11 @@ bool pinfer_params_parse(int argc, char ** argv, common_params & params, llama_e
     if (run->options.models.empty()) {
         return true;
     }
-    // The FFN is computed where the file is mapped.
-    if (params.load_mode == LLAMA_LOAD_MODE_AUTO) {
+    // The FFN is computed where the file is mapped, whole experts where llama.cpp has put them.
+    const bool mapped = run->options.models[0].activation != PINFER_ACT_OTHER;
+    if (mapped && params.load_mode == LLAMA_LOAD_MODE_AUTO) {
         params.load_mode = LLAMA_LOAD_MODE_MMAP;
-    } else if (params.load_mode != LLAMA_LOAD_MODE_MMAP && params.load_mode != LLAMA_LOAD_MODE_MMAP_MLOCK) {
+    } else if (mapped && params.load_mode != LLAMA_LOAD_MODE_MMAP && params.load_mode != LLAMA_LOAD_MODE_MMAP_MLOCK) {
         pinfer_say_error("pinfer computes the FFN where the model is mapped: use --load-mode mmap or mmap+mlock, or --dense");
         exit(PINFER_EXIT_USAGE);
     }
@@ -151,21 +152,20 @@ bool pinfer_params_parse(int argc, char ** argv, common_params & params, llama_e
     }
     params.no_op_offload = true;  // copies of CPU layers' weights on a device are in no budget
     params.fit_params    = false; // the placement is the one that was decided
-    // The loader puts the FFN into the plugin's buffers. What the user placed with -ot comes first.
-    const llama_model_tensor_buft_override ffn = { pinfer_plugin_tensors, pinfer_plugin_buffer_type() };
-    const auto add = [&ffn](std::vector<llama_model_tensor_buft_override> & overrides) {
+    // The loader puts FFNs where the plugin computes them. What the user placed with -ot comes first.
+    const auto add = [](std::vector<llama_model_tensor_buft_override> & overrides, const pinfer_model_options & model) {
         size_t n = 0;
         while (n < overrides.size() && overrides[n].pattern) {
             n++;
         }
-        overrides.insert(overrides.begin() + (ptrdiff_t) n, ffn);
+        overrides.insert(overrides.begin() + (ptrdiff_t) n, pinfer_plugin_override(model));
         if (n + 1 == overrides.size()) {
             overrides.push_back({ nullptr, nullptr });
         }
     };
-    add(params.tensor_buft_overrides);
+    add(params.tensor_buft_overrides, run->options.models[0]);
     if (run->options.models.size() > 1) {
-        add(params.speculative.draft.tensor_buft_overrides);
+        add(params.speculative.draft.tensor_buft_overrides, run->options.models[1]);
     }
     // The dense layers lie on the devices that were named; beside hot neurons, on one device.
     const pinfer_model_options & model = run->options.models[0];

@@ -5,8 +5,6 @@
 
 extern "C" ggml_backend_reg_t ggml_backend_init(void);  // libggml-pinfer.so, which this program is linked with
 
-const char * const pinfer_plugin_tensors = "\\.(ffn_(up|gate|down)(_exps|_shexp)?|channel_mix_(key|value))\\.(weight|bias)";
-
 namespace {
 
 ggml_backend_reg_t plugin = nullptr;
@@ -94,6 +92,11 @@ bool pinfer_plugin_setup(const pinfer_options & options, std::string & err) {
     return true;
 }
 
-ggml_backend_buffer_type_t pinfer_plugin_buffer_type(void) {
-    return plugin ? ggml_backend_dev_buffer_type(ggml_backend_reg_dev_get(plugin, 0)) : nullptr;
+llama_model_tensor_buft_override pinfer_plugin_override(const pinfer_model_options & model) {
+    if (model.activation == PINFER_ACT_OTHER) {
+        ggml_backend_dev_t cpu = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
+        return { "\\.ffn_(up|gate|down)_exps\\.(weight|bias)", ggml_backend_dev_buffer_type(cpu) };
+    }
+    return { "\\.(ffn_(up|gate|down)(_exps|_shexp)?|channel_mix_(key|value))\\.(weight|bias)",
+             ggml_backend_dev_buffer_type(ggml_backend_reg_dev_get(plugin, 0)) };
 }

@@ -47,10 +47,13 @@ shares shares_get(const pinfer_model_options * model = nullptr) {
     }
     struct pinfer_stats stats = {};
     pinfer_get_stats(model ? model->path.c_str() : nullptr, &stats);
-    s.active     = share(stats.n_active, stats.n_neurons - stats.n_hot);
+    const pinfer_model_options & described = model ? *model : options->models[0];
+    if (described.activation != PINFER_ACT_OTHER) {  // nothing is zero in experts of other kinds
+        s.active = share(stats.n_active, stats.n_neurons - stats.n_hot);
+    }
     s.candidates = share(stats.n_candidates, stats.n_neurons - stats.n_hot);
     s.computed   = share(stats.n_candidates + stats.n_hot, stats.n_neurons);
-    if (!(model ? *model : options->models[0]).hot.empty()) {
+    if (!described.hot.empty()) {
         s.hot       = share(stats.n_hot, stats.n_neurons);
         s.on_device = share(stats.n_hot, stats.n_hot + stats.n_candidates);
     }

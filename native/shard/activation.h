@@ -6,7 +6,7 @@
 struct pinfer_rule {
     bool operator==(const pinfer_rule &) const = default;
 
-    pinfer_activation act = PINFER_ACT_OTHER; // OTHER: nothing is claimed
+    pinfer_activation act = PINFER_ACT_OTHER; // OTHER: nothing is claimed but stacks with experts on devices
     float threshold = 0.0f; // a product fires where it exceeds this (FATReLU); >= 0
 };
 

@@ -111,7 +111,9 @@ bool check_activation(pinfer_artefact * a, const pinfer_origin & origin, std::st
     a->rule.act = pinfer_activation_parse(name.c_str());
     pinfer_gguf_f32(a->gguf, "pinfer.activation_threshold", &a->rule.threshold); // 0 where the file does not have it
     const pinfer_rule & wanted = origin.rule;
-    if (a->rule.act != PINFER_ACT_GRAPH && a->rule.act != PINFER_ACT_OTHER && std::isfinite(a->rule.threshold) &&
+    // of a model without exact zeros there are shards of experts alone
+    const bool known = a->rule.act != PINFER_ACT_GRAPH && (a->rule.act != PINFER_ACT_OTHER || wanted.act == PINFER_ACT_OTHER);
+    if (known && std::isfinite(a->rule.threshold) &&
         (wanted.act == PINFER_ACT_GRAPH || (a->rule.act == wanted.act && a->rule.threshold == wanted.threshold))) {
         return true;
     }

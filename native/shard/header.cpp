@@ -159,7 +159,7 @@ static void read_tensors(const gguf_context * gguf, size_t file, pinfer_header *
         } else if (part_of(name, "scale", &ffn) != PINFER_PART_NONE && (size_t) ffn < why->size()) {
             (*why)[(size_t) ffn] = "has matrices with scales of their own";
         } else if (pinfer_part_of(name, true, &ffn) != PINFER_PART_NONE && (size_t) ffn < why->size() &&
-                   pinfer_ffn_kind_of(ffn) == PINFER_FFN_EXPERTS) {
+                   pinfer_ffn_kind_of(ffn) == PINFER_FFN_EXPERTS && h->activation != PINFER_ACT_OTHER) {
             (*why)[(size_t) ffn] = "has biases";
         }
     }
@@ -226,4 +226,12 @@ bool pinfer_header_read(const char * path, pinfer_header * out, std::string * er
         return refuse(path, "lacks general.architecture, so it is not a model", err);
     }
     return read_activation(files[0].get(), path, out, err) && read_ffns(files, path, out, err);
+}
+
+void pinfer_header_keep_stacks(pinfer_header * h) {
+    for (size_t i = 0; i < h->ffns.size(); i++) {
+        if (pinfer_ffn_kind_of((int) i) != PINFER_FFN_EXPERTS) {
+            h->ffns[i] = {};
+        }
+    }
 }

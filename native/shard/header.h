@@ -89,6 +89,9 @@ bool pinfer_parts_by_name(uint32_t n, std::vector<std::string> * files, std::str
 bool pinfer_model_files(const gguf_context * gguf, const char * path, const pinfer_parts_find & find,
                         std::vector<std::string> * files, std::string * err);
 
+// Forgets the FFNs that are no stacks of experts: where nothing is zero they are llama.cpp's.
+void pinfer_header_keep_stacks(pinfer_header * h);
+
 // False, with *err, where the file is not the GGUF of a model, or not the first of its parts, or contradicts itself.
 bool pinfer_header_read(const char * path, pinfer_header * out, std::string * err,
                         const pinfer_parts_find & find = pinfer_parts_by_name);

@@ -24,9 +24,9 @@ class ProfileFile:
     corpus: str
     corpus_sha256: str
     count: tuple[NDArray[np.int64], ...]
-    """per FFN ``[n_neurons]``: tokens in which the neuron fired"""
+    """per FFN ``[n_neurons]``: tokens in which the neuron fired; ``routed`` where nothing in the experts is zero"""
     mass: tuple[NDArray[np.float64], ...]
-    """per FFN ``[n_neurons]``: sum of its output over the tokens"""
+    """per FFN ``[n_neurons]``: sum of its output over the tokens; zeros where whole experts are counted"""
     routed: tuple[NDArray[np.int64] | None, ...]
     """per FFN ``[n_experts]``: tokens that were routed to the expert; None for an FFN that all tokens share"""
 
@@ -35,11 +35,13 @@ class ProfileFile:
         """Raises PinferError when the file is missing, damaged or of another model."""
         artefact = open_artefact(path, "profile", model)
         tokens = artefact.get_int("pinfer.profile.tokens")
-        count = tuple(artefact.array(f"{f.name}.count", (f.n_neurons,), "I64") for f in model.ffns)
-        mass = tuple(artefact.array(f"{f.name}.mass", (f.n_neurons,), "F64") for f in model.ffns)
         routed = tuple(
             artefact.array(f"{f.name}.routed", (f.n_experts,), "I64") if f.is_stack else None for f in model.ffns
         )
+        if model.places_experts:
+            return _checked_routing(artefact, model, tokens, tuple(r for r in routed if r is not None))
+        count = tuple(artefact.array(f"{f.name}.count", (f.n_neurons,), "I64") for f in model.ffns)
+        mass = tuple(artefact.array(f"{f.name}.mass", (f.n_neurons,), "F64") for f in model.ffns)
         for f, c, r in zip(model.ffns, count, routed, strict=True):
             most = tokens if r is None else np.repeat(r, f.n_ff)
             if (
@@ -57,6 +59,12 @@ class ProfileFile:
             mass,
             routed,
         )
+
+    @staticmethod
+    def of_routing(tokens: int, corpus: str, corpus_sha256: str, routed: tuple[NDArray[np.int64], ...]) -> ProfileFile:
+        """That of a model whose experts are placed as a whole, by how often tokens were routed to each."""
+        mass = tuple(np.zeros(len(r)) for r in routed)
+        return ProfileFile(tokens, corpus, corpus_sha256, routed, mass, routed)
 
     def pairs(self, i: int) -> int:
         """How often neurons of FFN ``i`` could have fired: each for every token, or those of experts when routed to."""
@@ -89,8 +97,9 @@ class ProfileFile:
         out.add_str("pinfer.profile.corpus", self.corpus)
         out.add_str("pinfer.profile.corpus_sha256", self.corpus_sha256)
         for f, count, mass, routed in zip(model.ffns, self.count, self.mass, self.routed, strict=True):
-            out.add_array(f"{f.name}.count", count)
-            out.add_array(f"{f.name}.mass", mass)
+            if not model.places_experts:
+                out.add_array(f"{f.name}.count", count)
+                out.add_array(f"{f.name}.mass", mass)
             if routed is not None:
                 out.add_array(f"{f.name}.routed", routed)
         return out
@@ -99,6 +108,19 @@ class ProfileFile:
         """Raises PinferError when the disk is full or cannot be written; the old file is whole then."""
         with self.writer(path, model, settings):
             pass
+
+
+def _checked_routing(
+    artefact: Artefact, model: Model, tokens: int, routed: tuple[NDArray[np.int64], ...]
+) -> ProfileFile:
+    """A token is routed to an expert at most once, and to so many of them."""
+    for f, r in zip(model.ffns, routed, strict=True):
+        if tokens <= 0 or not 0 <= r.min() <= r.max() <= tokens:
+            raise artefact.damaged(f"{f.title} has counts outside 0..{tokens}")
+        if r.sum() > tokens * model.n_expert_used:
+            raise artefact.damaged(f"{f.title} has more counts than {tokens} tokens with {model.n_expert_used} experts")
+    corpus = artefact.get_str("pinfer.profile.corpus"), artefact.get_str("pinfer.profile.corpus_sha256")
+    return ProfileFile.of_routing(tokens, *corpus, routed)
 
 
 @dataclass(frozen=True)

@@ -153,7 +153,7 @@ def cold_bytes(ffn: Ffn, types: DownTypes) -> int:
 def hot_unit_bytes(ffn: Ffn, types: DownTypes) -> int:
     """Bytes of one hot neuron (matrices and biases), or of one expert, on the device."""
     if ffn.is_stack:
-        return ffn.n_bytes // ffn.n_experts
+        return (ffn.n_bytes + sum(bias.n_bytes for bias in ffn.biases.values())) // ffn.n_experts
     block, size = type_size(types.hot)
     # A group's down columns fill whole blocks, so the share of one neuron is the same for any count of groups.
     down = ffn.n_embd * size / block
@@ -222,6 +222,11 @@ def weight_name(ffn: Ffn, part: str) -> str:
     return f"{ffn.name}.ffn_{part}.weight"
 
 
+def bias_name(ffn: Ffn, part: str) -> str:
+    """Name of the biases of a matrix in a shard."""
+    return f"{ffn.name}.ffn_{part}.bias"
+
+
 def units_name(ffn: Ffn) -> str:
     """Name of the list of an FFN's units in a shard."""
     return f"{ffn.name}.{ffn.units}"
@@ -235,9 +240,9 @@ def down_name(kind: str, ffn: Ffn) -> str:
 def _declare(out: ArtefactWriter, model: Model, ffn: Ffn, units: NDArray[np.int32]) -> None:
     """The numbers of the units and their biases, which are small enough to keep."""
     out.add_array(units_name(ffn), units)
-    for part, bias in (("gate", ffn.gate_bias), ("up", ffn.up_bias)):
-        if bias is not None:
-            out.add_array(f"{ffn.name}.ffn_{part}.bias", model.gguf.array(bias)[units])
+    for part, bias in ffn.biases.items():
+        if ffn.is_stack or part != "down":
+            out.add_array(bias_name(ffn, part), model.gguf.array(bias)[units])
 
 
 def _declare_rows(out: ArtefactWriter, ffn: Ffn, neurons: NDArray[np.int32]) -> None:
@@ -250,12 +255,12 @@ def _declare_rows(out: ArtefactWriter, ffn: Ffn, neurons: NDArray[np.int32]) -> 
 def _shapes(kind: str, ffn: Ffn, n: int) -> dict[str, tuple[int, ...]]:
     """Shapes of the tensors of an FFN with ``n`` units in a shard."""
     if ffn.is_stack and kind == "hot":
-        return {weight_name(ffn, part): (*tensor.shape[:2], n) for part, tensor in parts(ffn).items()}
+        stacks = {weight_name(ffn, part): (*tensor.shape[:2], n) for part, tensor in parts(ffn).items()}
+        return stacks | {bias_name(ffn, part): (bias.shape[0], n) for part, bias in ffn.biases.items()}
     if ffn.is_stack:
         return {down_name(kind, ffn): (ffn.n_embd, n * ffn.n_ff)}
     weights = {weight_name(ffn, part): (ffn.n_embd, n) for part in parts(ffn) if part != "down"}
-    biases = {"gate": ffn.gate_bias, "up": ffn.up_bias}
-    named = {f"{ffn.name}.ffn_{part}.bias": (n,) for part, bias in biases.items() if bias}
+    named = {bias_name(ffn, part): (n,) for part in ffn.biases if part != "down"}
     return {**weights, **named, down_name(kind, ffn): (n, ffn.n_embd) if kind == "hot" else (ffn.n_embd, n)}
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pinfer.artefacts.shards import DOWN_TYPES, ShardFile, down_name, parts, pieces, weight_name
+from pinfer.artefacts.shards import DOWN_TYPES, ShardFile, bias_name, down_name, parts, pieces, weight_name
 from pinfer.errors import PinferError
 from pinfer.gguf_io.reader import GgufError, type_name, type_size
 from pinfer.llama import ggml
@@ -20,19 +20,25 @@ _ROWS = 256
 """rows of down compared at once: every block length divides it"""
 
 
-def verify_shards(model: Model, hot_paths: Sequence[Path], cold_path: Path, progress: Progress = NULL_PROGRESS) -> None:
-    """Compares all shards with the model and with their checksums. Raises PinferError with the first difference."""
+def verify_shards(
+    model: Model, hot_paths: Sequence[Path], cold_path: Path | None, progress: Progress = NULL_PROGRESS
+) -> None:
+    """Compares all shards with the model and with their checksums. Raises PinferError with the first difference.
+
+    Without a cold shard the hot ones hold some of the model, and the CPU reads the rest from the model itself.
+    """
     hot = tuple(ShardFile.read(path, "hot", model) for path in hot_paths)
-    cold = ShardFile.read(cold_path, "cold", model)
-    if len({shard.placement_id for shard in (*hot, cold)}) > 1:
+    cold = ShardFile.read(cold_path, "cold", model) if cold_path else None
+    shards = (*hot, cold) if cold else hot
+    if len({shard.placement_id for shard in shards}) > 1:
         raise _failed(model, "the hot and the cold shards come from different placements")
-    with progress.task("verify", sum(shard.artefact.gguf.size for shard in (*hot, cold)), "bytes") as advance:
+    with progress.task("verify", sum(shard.artefact.gguf.size for shard in shards), "bytes") as advance:
         for i, ffn in enumerate(model.ffns):
             try:
                 _check_ffn(_Compared(model, ffn, i, hot, cold, advance))
             except (_Difference, GgufError) as difference:
                 raise _failed(model, f"{ffn.title}: {difference}") from None
-    for shard in (*hot, cold):
+    for shard in shards:
         shard.artefact.verify()
 
 
@@ -53,21 +59,23 @@ class _Compared:
     i: int
     hot: tuple[ShardFile, ...]
     """one per device"""
-    cold: ShardFile
+    cold: ShardFile | None
+    """None where the CPU computes from the model itself"""
     advance: Callable[[int], None]
 
     def release(self) -> None:
         self.model.gguf.release()
-        for shard in (*self.hot, self.cold):
+        for shard in (*self.hot, *([self.cold] if self.cold else [])):
             shard.artefact.gguf.release()
 
 
 def _check_ffn(at: _Compared) -> None:
-    cold = at.cold.units[at.i]
+    cold = at.cold.units[at.i] if at.cold else np.empty(0, np.int32)
     everywhere = np.concatenate([*(shard.units[at.i] for shard in at.hot), cold])
     times = np.bincount(everywhere, minlength=at.ffn.n_units)
-    if (times != 1).any():
-        unit = int(np.argmax(times != 1))
+    wrong = times != 1 if at.cold else times > 1
+    if wrong.any():
+        unit = int(np.argmax(wrong))
         raise _Difference(f"{at.ffn.units[:-1]} {unit} occurs {times[unit]} times")
     for shard in at.hot:
         units = shard.units[at.i]
@@ -80,13 +88,14 @@ def _check_ffn(at: _Compared) -> None:
         for place, expert in enumerate(cold):
             neurons = np.arange(at.ffn.n_ff, dtype=np.int32)
             _check_cold_down(at, neurons, int(expert), place * at.ffn.n_ff)
-    elif len(cold):
+    elif at.cold and len(cold):
         _check_rows(at, at.cold, cold)
         _check_cold_down(at, cold)
 
 
 def _check_hot_experts(at: _Compared, shard: ShardFile, experts: NDArray[np.int32]) -> None:
     """All matrices, byte for byte."""
+    _check_biases(at, shard, experts)
     for part, tensor in parts(at.ffn).items():
         name, n = weight_name(at.ffn, part), tensor.shape[1]
         if shard.artefact.tensor(name).type != tensor.type:
@@ -100,14 +109,14 @@ def _check_hot_experts(at: _Compared, shard: ShardFile, experts: NDArray[np.int3
             at.release()
 
 
-def _check_biases(at: _Compared, shard: ShardFile, neurons: NDArray[np.int32]) -> None:
+def _check_biases(at: _Compared, shard: ShardFile, units: NDArray[np.int32]) -> None:
     f = at.ffn
-    for kind, bias in (("gate", f.gate_bias), ("up", f.up_bias)):
-        if bias is None:
+    for kind, bias in f.biases.items():
+        if kind == "down" and not f.is_stack:
             continue
-        found = shard.artefact.array(f"{f.name}.ffn_{kind}.bias", (len(neurons),), "F32")
-        if (found != at.model.gguf.array(bias)[neurons]).any():
-            raise _Difference(f"the {kind} biases of the {shard.artefact.kind} neurons differ")
+        found = shard.artefact.array(bias_name(f, kind), (*bias.shape[:-1], len(units)), "F32")
+        if (found != at.model.gguf.array(bias)[units]).any():
+            raise _Difference(f"the {kind} biases of the {shard.artefact.kind} {f.units} differ")
 
 
 def _same_rows(found: NDArray[np.uint8], wanted: NDArray[np.uint8], neurons: NDArray[np.int32], what: str) -> None:
@@ -158,6 +167,7 @@ def _check_hot_down(at: _Compared, shard: ShardFile, neurons: NDArray[np.int32])
 
 def _check_cold_down(at: _Compared, neurons: NDArray[np.int32], expert: int = 0, first: int = 0) -> None:
     """The down rows of some neurons of an expert; that of the first is row ``first`` in the shard."""
+    assert at.cold is not None
     model, n_embd = at.model, at.ffn.n_embd
     down, entry = _down(at, at.cold)
     rows = at.cold.artefact.raw(entry.name)[first : first + len(neurons)]

@@ -39,7 +39,8 @@ class BenchEngine(Engine):
         """A context of ``n_ctx`` tokens for each of ``n_seq`` sequences."""
         n_batch = max(n_seq, min(n_batch, n_ctx))
         n_ubatch = min(n_batch, n_ubatch)
-        self._open_context(n_ctx * n_seq, n_batch, n_ubatch, n_seq, flash_attention=flash_attention, cb_eval=cb_eval)
+        self._on_node = self._llama.ggml_backend_sched_eval_callback(cb_eval) if cb_eval else None
+        self._open_context(n_ctx * n_seq, n_batch, n_ubatch, n_seq, flash_attention=flash_attention)
         self._texts: list[list[int]] = []
 
     def rewind(self, texts: Sequence[Sequence[int]]) -> None:

@@ -49,7 +49,8 @@ def prepare(
     force: Annotated[bool, typer.Option("--force", help="Make everything again.")] = False,
     as_json: JsonOpt = False,
 ) -> None:
-    """Profile, train, solve and split in one go. Fresh artefacts are kept; Ctrl-C and start again to resume."""
+    """Profile, train (where neurons can be skipped), solve and split in one go. Fresh artefacts are kept; Ctrl-C and
+    start again to resume."""
     from pinfer import preparation as stage
 
     sizes = parse_sizes(vram, "--vram") if vram is not None else None
@@ -65,10 +66,14 @@ def print_prepare(report: PrepareReport) -> None:
     """What was prepared, in four lines."""
     on = f"{percent(report.hot_share)} of them on {report.device}, the rest on the CPU" if report.hot_share else "CPU"
     stages = f"{', '.join(report.done)} in {format_seconds(report.seconds)}" if report.done else "everything was fresh"
+    if report.recall is None or report.candidates is None:
+        what = [("experts", on)]
+    else:
+        named = f"names {percent(report.candidates)}, keeps {percent(report.recall)} of the activation mass"
+        what = [("neurons", f"{percent(report.active)} active; {on}"), ("predictor", named)]
     ui.print_facts(
         [
-            ("neurons", f"{percent(report.active)} active; {on}"),
-            ("predictor", f"names {percent(report.candidates)}, keeps {percent(report.recall)} of the activation mass"),
+            *what,
             ("artefacts", f"{format_bytes(report.n_bytes)} in {report.folder}"),
             ("done", f"{stages}; pinfer run is {report.mode}"),
         ]

@@ -48,13 +48,14 @@ def profile(
     ] = False,
     as_json: JsonOpt = False,
 ) -> None:
-    """Count which neurons fire on a text, and keep samples for `train`. Ctrl-C keeps what has been counted."""
+    """Count which neurons fire on a text, or which experts are used, and keep samples for `train`. Ctrl-C keeps what
+    has been counted."""
     from pinfer import profile as stage
 
     path = choice.path()
     report = stage.profile(path, settings(stage.ProfileOptions, locals()), ui.stderr_progress())
     ui.print_json(report.to_json()) if as_json else print_profile(report)
-    choice.say_next("train")
+    choice.say_next("solve" if report.whole_experts else "train")
     if report.interrupted:
         raise typer.Exit(130)
 
@@ -69,12 +70,17 @@ def print_profile(report: ProfileReport) -> None:
     title = f"{report.tokens:,} tokens of {report.corpus}"
     if report.interrupted:
         title += f", stopped before {report.tokens_wanted:,}"
-    ui.print_table(title, ("layer", "active", "make 80 %", "never active"), rows)
+    if not report.whole_experts:
+        ui.print_table(title, ("layer", "active", "make 80 %", "never active"), rows)
     routed = [(layer.layer, layer.routed) for layer in report.layers if layer.routed]
     if routed:
         table = [
             (str(layer), f"{r.n_experts:,}", percent(r.most), f"{r.busiest:.1f}x", f"{r.never:,}")
             for layer, r in routed
         ]
-        ui.print_table("routing", ("layer", "experts", "take 80 %", "busiest", "never routed"), table)
+        ui.print_table(
+            title if report.whole_experts else "routing",
+            ("layer", "experts", "take 80 %", "busiest", "never routed"),
+            table,
+        )
     ui.print_paths(report.path, report.samples_path)

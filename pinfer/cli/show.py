@@ -143,8 +143,10 @@ def _about(artefact: ArtefactState) -> str:
     match artefact.kind:
         case "profile":
             counted = f"{f['tokens']:,} tokens of {f['corpus']}"
-            routing = f", {percent(f['experts_most'])} of the experts take 80 %" if "experts_most" in f else ""
-            return f"{percent(f['active'])} active, {percent(f['most'])} make 80 %{routing}, {counted}"
+            found = [f"{percent(f['active'])} active", f"{percent(f['most'])} make 80 %"] if "active" in f else []
+            if "experts_most" in f:
+                found.append(f"{percent(f['experts_most'])} of the experts take 80 %")
+            return ", ".join([*found, counted])
         case "samples":
             return f"{f['n_samples']:,} tokens"
         case "predictor":

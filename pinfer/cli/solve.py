@@ -51,7 +51,7 @@ def solve(
     activation: ActivationOpt = None,
     as_json: JsonOpt = False,
 ) -> None:
-    """Decide which neurons go to the GPU, from the profile and the free memory."""
+    """Decide which neurons or experts go to the GPU, from the profile and the free memory."""
     from pinfer import solve as stage
 
     sizes = parse_sizes(vram, "--vram") if vram is not None else None
@@ -69,22 +69,25 @@ def print_solve(report: SolveReport) -> None:
         (ffn_label(f.layer, f.kind), f"{f.n_hot:,}{' experts' * (f.kind == 'experts')}", percent(f.n_hot / f.n_units))
         for f in report.ffns
     ]
-    n_hot = sum(f.n_hot * f.n_neurons for f in report.ffns)
+    n_hot = sum(f.n_hot * (1 if report.whole_experts else f.n_neurons) for f in report.ffns)
     rows.append(("whole model", f"{n_hot:,}", percent(report.hot_share)))
-    ui.print_table("", ("layer", "hot neurons", "share"), rows)
+    ui.print_table("", ("layer", "hot experts" if report.whole_experts else "hot neurons", "share"), rows)
     if report.devices:
         _print_memory(report)
+    units = "experts" if report.whole_experts else "neurons"
     used = sum(report.n_bytes.values())
     first = report.devices[0].name if report.devices else "a device"
     quality = f"objective {report.objective:.4g}, bound {report.bound:.4g} (gap {percent(report.gap)}), greedy "
     facts = [
         ("device", f"{report.device}, {format_bytes(used)} of {format_bytes(report.vram)} used"),
         ("dense layers", f"{report.n_gpu_layers} on {first}, context {report.n_ctx:,}"),
-        ("activations", f"{percent(report.hot_activations)} are of hot neurons"),
+        ("used bytes", f"{percent(report.hot_activations)} of the experts' are on devices")
+        if report.whole_experts
+        else ("activations", f"{percent(report.hot_activations)} are of hot neurons"),
         ("solver", f"{report.status} in {report.solver_seconds:.2f} s: {quality}{report.greedy:.4g}"),
         (
             "expected",
-            f"{report.tokens_per_s:.1f} tokens/s; all neurons cold {report.tokens_per_s_cold:.1f}, "
+            f"{report.tokens_per_s:.1f} tokens/s; all {units} cold {report.tokens_per_s_cold:.1f}, "
             f"dense {report.tokens_per_s_dense:.1f}",
         ),
     ]

@@ -39,13 +39,15 @@ def split(
 def print_split(report: SplitReport) -> None:
     """Print the contents of the shards."""
     types = dict.fromkeys((*report.hot_down_types, *report.cold_down_types))
+    in_place = ", of experts in the model itself" if report.in_place else ""
+    proven = "the hot experts equal the model's" if report.in_place else "hot and cold together equal the model"
     facts = [
         ("hot neurons", f"{report.n_hot:,} ({format_bytes(report.hot_bytes)})"),
-        ("cold neurons", f"{report.n_cold:,} ({format_bytes(report.cold_bytes)})"),
+        ("cold neurons", f"{report.n_cold:,} ({format_bytes(report.cold_bytes)}{in_place})"),
         ("ordered by", report.order),
         ("down rows", ", ".join(types)),
         ("speed", f"{format_bytes((report.hot_bytes + report.cold_bytes) / max(report.seconds, 1e-9))}/s"),
-        ("verified", "hot and cold together equal the model" if report.verified else "no (use --verify)"),
+        ("verified", proven if report.verified else "no (use --verify)"),
     ]
     ui.print_facts(facts)
-    ui.print_paths(report.hot, report.cold)
+    ui.print_paths(report.hot, None if report.in_place else report.cold)

@@ -22,8 +22,10 @@ from pinfer.model import Model
 
 DEVICE_NAME = b"PINFER"
 
-# The loader gives the FFN of a layer offloaded to a GPU to that GPU, unless an override names the plugin.
+# The loader gives the FFN of a layer offloaded to a GPU to that GPU, unless an override names the plugin. Experts that
+# are placed as a whole stay where it puts those of the CPU.
 _FFN_TENSORS = rb"\.(ffn_(up|gate|down)(_exps|_shexp)?|channel_mix_(key|value))\.(weight|bias)"
+_EXPERT_TENSORS = rb"\.ffn_(up|gate|down)_exps\.(weight|bias)"
 
 _GPU_TYPES = (1, 2)  # of enum ggml_backend_dev_type: GPU and IGPU
 
@@ -46,6 +48,11 @@ class PluginConfig:
     cold: Path | None = None
     device: str | None = None  # of the hot part; of several, their names with commas between
     n_batch_dense: int = 0  # from this many tokens a batch is computed densely
+
+    @property
+    def places_experts(self) -> bool:
+        """Whether the plugin computes whole experts alone, those of the hot shards."""
+        return self.activation == "other"
 
     @property
     def hot_paths(self) -> tuple[Path, ...]:
@@ -77,11 +84,13 @@ class Engine:
         cache_types: CacheTypes = DEFAULT_CACHE,
         f32_attention: bool = False,
         repack: bool = True,
+        on_node: Any = None,
     ) -> None:
         """Load ``model_path``. ``n_ctx=0`` uses the model's training context.
 
         ``f32_attention`` keeps keys and values in F32 and turns off flash attention, which rounds them to F16.
-        ``repack=False`` uses the weights where the file is mapped, instead of copies in faster layouts.
+        ``repack=False`` uses the weights where the file is mapped, instead of copies in faster layouts. ``on_node`` is
+        a ``ggml_backend_sched_eval_callback`` that sees the nodes of the graph.
 
         Raises PinferError with libllama's last log lines if it cannot load the model or create the context.
         """
@@ -94,12 +103,13 @@ class Engine:
         self._hot_devices = plugin.device if plugin is not None and plugin.hot else None
         configure_plugin(model_path, plugin)
         self._configured: Path | None = model_path
+        self._on_node = on_node
         from llama_cpp import llama_cpp as llama
 
         self._llama = llama
         llama.llama_backend_init()
         try:
-            self._load(model_path, n_gpu_layers, repack, with_plugin=plugin is not None)
+            self._load(model_path, n_gpu_layers, repack, plugin)
             self._open_context(n_ctx, n_batch)
         except BaseException:
             self.close()
@@ -114,13 +124,13 @@ class Engine:
         )
         self.n_past = 0
 
-    def _load(self, model_path: Path, n_gpu_layers: int, repack: bool, *, with_plugin: bool) -> None:
+    def _load(self, model_path: Path, n_gpu_layers: int, repack: bool, plugin: PluginConfig | None) -> None:
         params = self._llama.llama_model_default_params()
         params.n_gpu_layers = n_gpu_layers
         params.use_extra_bufts = repack
         overrides = None
-        if with_plugin and n_gpu_layers != 0:
-            overrides = ffn_overrides()
+        if plugin is not None and n_gpu_layers != 0:
+            overrides = ffn_overrides(plugin)
             params.tensor_buft_overrides = ctypes.addressof(overrides)
         devices = None
         if self._hot_devices is not None:
@@ -141,12 +151,10 @@ class Engine:
         n_seq: int = 1,
         *,
         flash_attention: bool = True,
-        cb_eval: int = 0,
     ) -> None:
         """A context of ``n_ctx`` tokens, shared by ``n_seq`` sequences, in place of the open one.
 
-        ``flash_attention`` leaves the choice to libllama; False turns it off. ``cb_eval`` is the address of a
-        native function that the scheduler calls for every node; 0: none.
+        ``flash_attention`` leaves the choice to libllama; False turns it off.
         """
         self._close_context()
         llama = self._llama
@@ -157,8 +165,8 @@ class Engine:
         params.n_seq_max = n_seq
         params.n_threads = params.n_threads_batch = self._n_threads
         params.no_perf = True
-        if cb_eval:
-            params.cb_eval = llama.ggml_backend_sched_eval_callback(cb_eval)
+        if self._on_node is not None:
+            params.cb_eval = self._on_node
         arch = ctypes.create_string_buffer(64)
         llama.llama_model_meta_val_str(self._model, b"general.architecture", arch, len(arch))
         params.type_k, params.type_v = map(cache_type_number, self._cache_types)
@@ -377,13 +385,15 @@ class _BufferOverride(ctypes.Structure):
     _fields_ = (("pattern", ctypes.c_char_p), ("buffer_type", ctypes.c_void_p))
 
 
-def ffn_overrides() -> ctypes.Array[_BufferOverride]:
-    """Overrides that put the FFN tensors into the plugin's buffer type, terminated by a null entry."""
-    device = load_library("ggml").ggml_backend_dev_by_name(DEVICE_NAME)
+def ffn_overrides(plugin: PluginConfig) -> ctypes.Array[_BufferOverride]:
+    """Overrides that put the FFN tensors where the plugin computes them, terminated by a null entry."""
+    placed = plugin.places_experts
+    device = load_library("ggml").ggml_backend_dev_by_name(b"CPU" if placed else DEVICE_NAME)
     if not device:
         raise PinferError("the pinfer plugin is not registered with libggml", "build it again: make build")
     overrides = (_BufferOverride * 2)()
-    overrides[0] = _BufferOverride(_FFN_TENSORS, load_library("ggml-base").ggml_backend_dev_buffer_type(device))
+    pattern = _EXPERT_TENSORS if placed else _FFN_TENSORS
+    overrides[0] = _BufferOverride(pattern, load_library("ggml-base").ggml_backend_dev_buffer_type(device))
     return overrides
 
 

@@ -62,6 +62,8 @@ _SIGNATURES: dict[str, dict[str, tuple[Any, tuple[Any, ...]]]] = {
         "ggml_graph_overhead": (_size, ()),
         "ggml_new_tensor_2d": (_pointer, (_pointer, _int, _int64, _int64)),
         "ggml_mul_mat": (_pointer, (_pointer, _pointer, _pointer)),
+        "ggml_get_name": (_string, (_pointer,)),
+        "ggml_nbytes": (_size, (_pointer,)),
         "ggml_new_graph": (_pointer, (_pointer,)),
         "ggml_build_forward_expand": (None, (_pointer, _pointer)),
         "ggml_backend_alloc_ctx_tensors": (_pointer, (_pointer, _pointer)),

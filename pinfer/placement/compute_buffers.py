@@ -42,12 +42,13 @@ def count_compute_bytes(model: Model, device: str, layout: Layout) -> int:
     """
     from llama_cpp import llama_cpp as llama
 
-    configure_plugin(model.path, PluginConfig.of(model))
+    plugin = PluginConfig.of(model)
+    configure_plugin(model.path, plugin)
     llama.llama_backend_init()
     log.capture()
     handle = _device(device)
     devices = (ctypes.c_void_p * 2)(handle, None)
-    overrides = ffn_overrides()
+    overrides = ffn_overrides(plugin)
     params = llama.llama_model_default_params()
     params.no_alloc = True
     params.load_mode = llama.LLAMA_LOAD_MODE_NONE

@@ -2,6 +2,7 @@
 
 Decoding is bound by memory. Each side reads the dense part of the layers it holds. Of the FFN the device reads all of
 its hot neurons while the CPU reads the predictor and the rows of the cold neurons that fire; the slower side decides.
+Of experts without exact zeros both sides read whole ones.
 """
 
 from __future__ import annotations
@@ -71,9 +72,11 @@ class Use:
     """How often the units of an FFN are used for a token, in the order of placement, ``[n_units]`` each."""
 
     active: NDArray[np.float64]
-    """neurons of the unit that fire, falling"""
+    """neurons of the unit that fire, falling; where ``whole``, the bytes of it that are read"""
     routed: NDArray[np.float64] | None = None
     """how often a token is routed to the expert; None where every token uses all units"""
+    whole: bool = False
+    """nothing is zero in the experts: one that is used is read as a whole, in a stream"""
 
 
 def ffn_cost(ffn: Ffn, types: DownTypes, use: Use, predictor: PredictorCost | None, machine: Machine) -> LayerCost:
@@ -87,7 +90,10 @@ def ffn_cost(ffn: Ffn, types: DownTypes, use: Use, predictor: PredictorCost | No
         # Candidates are assumed to be distributed like the neurons that fire.
         share = predictor.candidates * float(named.sum()) / max(float(active.sum()), 1e-12)
         named = np.minimum(named, active * share)
-    read = (first * named + rest * active) / (machine.cpu_bandwidth * machine.scattered)
+    if use.whole:
+        read = routed * hot_unit_bytes(ffn, types) / machine.cpu_bandwidth
+    else:
+        read = (first * named + rest * active) / (machine.cpu_bandwidth * machine.scattered)
     starts = np.arange(0, len(active), group(ffn))
     cold = np.append(np.add.reduceat(read, starts)[::-1].cumsum()[::-1], 0.0)
     if predictor is not None:

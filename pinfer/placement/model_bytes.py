@@ -1,7 +1,8 @@
 """Device memory besides the hot neurons: dense weights, KV cache and buffers.
 
 llama.cpp's ``n_gpu_layers`` counts from the output: 1 is the output matrix, 2 adds the last layer, and so on. An
-offloaded layer goes to the device except for the matrices of its FFN, which belong to pinfer.
+offloaded layer goes to the device except for the matrices of its FFN, which belong to pinfer; where nothing in the FFN
+is exactly zero, except for its experts.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ _FLASH_WIDTHS = (64, 80, 96, 112, 128, 256)
 # Alignment of tensors and fragmentation.
 _SLACK = 1.05
 _FFN_MATRIX = re.compile(r"blk\.\d+\.(ffn_(up|gate|down)(_exps|_shexp)?|channel_mix_(key|value))\.(weight|bias)")
+_EXPERT_MATRIX = re.compile(r"blk\.\d+\.ffn_(up|gate|down)_exps\.(weight|bias)")
 
 
 @dataclass(frozen=True)
@@ -53,11 +55,10 @@ def output_bytes(model: Model) -> int:
 
 
 def layer_bytes(model: Model, layer: int) -> int:
-    """A layer without the matrices of its FFN."""
+    """A layer without the matrices that pinfer places: of its FFN, or of its experts alone."""
     prefix = f"blk.{layer}."
-    return sum(
-        _aligned(t.n_bytes) for t in model.tensors if t.name.startswith(prefix) and not _FFN_MATRIX.fullmatch(t.name)
-    )
+    placed = _EXPERT_MATRIX if model.places_experts else _FFN_MATRIX
+    return sum(_aligned(t.n_bytes) for t in model.tensors if t.name.startswith(prefix) and not placed.fullmatch(t.name))
 
 
 def kv_bytes(model: Model, layer: int, n_ctx: int, cache_types: CacheTypes) -> int:
@@ -89,7 +90,8 @@ def hot_buffers(model: Model, n_hot: int) -> int:
     """
     if n_hot == 0:
         return 0
-    activations = 4 * _HOT_TOKENS * (2 * model.n_embd + 3 * n_hot) + 16 * _ALIGNMENT
+    widths = (2 * model.n_embd + 3 * n_hot, 3 * model.n_embd + n_hot + model.n_expert_used * model.n_embd)
+    activations = 4 * _HOT_TOKENS * max(widths[: 1 + model.places_experts]) + 16 * _ALIGNMENT
     converted = 2 * _HOT_TOKENS * (model.n_embd + n_hot)
     ends = len(model.ffns) * (6 * _ALIGNMENT + 4 * model.n_embd)
     return _aligned(activations + converted + ends)

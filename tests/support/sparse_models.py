@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import gguf
 import numpy as np
@@ -79,7 +79,7 @@ class SparseModel:
 
 def write_sparse_model(path: Path, options: SparseModel) -> Path:
     """Writes the model and returns its path."""
-    out = _Writer(path, options)
+    out = Writer(path, options)
     _metadata(out.file, options)
     out.embedding()
     out.norm("output_norm")
@@ -93,7 +93,7 @@ def write_sparse_model(path: Path, options: SparseModel) -> Path:
         if kind == "M":
             _mamba(out, blk)
         elif kind in "*B":
-            _attention(out, blk)
+            write_attention(out, blk)
         if kind == "B":
             out.norm(f"{blk}.ffn_norm")
         if kind == "-":
@@ -108,8 +108,23 @@ def write_sparse_model(path: Path, options: SparseModel) -> Path:
     return path
 
 
-class _Writer:
-    def __init__(self, path: Path, options: SparseModel) -> None:
+class WrittenModel(Protocol):
+    """What a writer has to know."""
+
+    @property
+    def arch(self) -> str: ...
+    @property
+    def type(self) -> str: ...
+    @property
+    def n_embd(self) -> int: ...
+    @property
+    def seed(self) -> int: ...
+
+
+class Writer:
+    """Random tensors of a model."""
+
+    def __init__(self, path: Path, options: WrittenModel) -> None:
         self.options = options
         self.n_embd = options.n_embd
         self.file: Any = gguf.GGUFWriter(path, options.arch)
@@ -149,12 +164,19 @@ class _Writer:
 
     def first(self, name: str, *shape: int) -> None:
         """The first matrix of an FFN [..., n_ff, n_embd]: each neuron leans against u by its own threshold."""
+        assert isinstance(self.options, SparseModel)
         rows = self.normal(name, *shape, self.n_embd, deviation=(self.n_embd * (1 - COMMON**2)) ** -0.5)
         rows -= (rows @ self.u)[..., None] * self.u
         mean = self.options.threshold - (0.8 if self.options.activation == "drelu" else 0.0)  # both have to be positive
         threshold = self.normal(f"{name}.threshold", *shape, mean=mean, deviation=0.5)
         along = threshold / np.float32(COMMON * self.n_embd**0.5)
         self.add(f"{name}.weight", rows - along[..., None] * self.u, self.options.type)
+
+    def router(self, name: str, n_expert: int) -> None:
+        """It favours some experts."""
+        rows = self.normal(name, n_expert, self.n_embd, deviation=self.n_embd**-0.5)
+        favour = self.normal(f"{name}.favour", n_expert, deviation=0.7 / (COMMON * self.n_embd**0.5))
+        self.add(f"{name}.weight", rows + np.outer(favour, self.u))
 
     def embedding(self) -> None:
         rows = self.normal("token_embd", N_VOCAB, self.n_embd)
@@ -216,18 +238,17 @@ def _metadata(out: Any, options: SparseModel) -> None:
     write_vocabulary(out, N_VOCAB)
 
 
-def _attention(out: _Writer, blk: str) -> None:
+def write_attention(out: Writer, blk: str) -> None:
+    """Grouped queries without biases."""
     for part, n in (("q", out.n_embd), ("k", N_HEAD_KV * N_HEAD_DIM), ("v", N_HEAD_KV * N_HEAD_DIM)):
         out.matrix(f"{blk}.attn_{part}", n, out.n_embd)
     out.matrix(f"{blk}.attn_output", out.n_embd, out.n_embd, scale=OUTPUT)
 
 
-def _experts(out: _Writer, blk: str) -> None:
+def _experts(out: Writer, blk: str) -> None:
     o = out.options
-    router = f"{blk}.ffn_gate_inp"
-    rows = out.normal(router, o.n_expert, out.n_embd, deviation=out.n_embd**-0.5)
-    favour = out.normal(f"{router}.favour", o.n_expert, deviation=0.7 / (COMMON * out.n_embd**0.5))
-    out.add(f"{router}.weight", rows + np.outer(favour, out.u))
+    assert isinstance(o, SparseModel)
+    out.router(f"{blk}.ffn_gate_inp", o.n_expert)
     if o.gated:
         out.first(f"{blk}.ffn_gate_exps", o.n_expert, o.n_ff)
     if o.gated and o.activation != "drelu":
@@ -241,7 +262,7 @@ def _experts(out: _Writer, blk: str) -> None:
         out.matrix(f"{blk}.ffn_down_shexp", out.n_embd, o.n_ff_shared, scale=OUTPUT)
 
 
-def _mamba(out: _Writer, blk: str) -> None:
+def _mamba(out: Writer, blk: str) -> None:
     n_inner, n_head, n_group = 2 * out.n_embd, 2 * out.n_embd // N_HEAD_DIM, 2
     n_mixed = n_inner + 2 * n_group * N_STATE
     out.matrix(f"{blk}.ssm_in", n_inner + n_mixed + n_head, out.n_embd)
@@ -256,8 +277,9 @@ def _mamba(out: _Writer, blk: str) -> None:
     out.matrix(f"{blk}.ssm_out", out.n_embd, n_inner, scale=OUTPUT)
 
 
-def _rwkv(out: _Writer, number: int) -> None:
+def _rwkv(out: Writer, number: int) -> None:
     o = out.options
+    assert isinstance(o, SparseModel)
     blk = f"blk.{number}"
     if number == 0:
         out.norm("token_embd_norm")
