@@ -351,15 +351,15 @@ _RWKV_PARTS = {"up": "channel_mix_key", "down": "channel_mix_value"}
 def _ffns(gguf: GgufFile, n_layer: int, n_embd: int, n_expert: int) -> tuple[tuple[Ffn, ...], str]:
     """The FFNs of the layers, and why pinfer cannot compute one of them; empty if it can compute all."""
     found: list[Ffn] = []
-    obstacle = ""
+    problems: list[str] = []
     for layer in range(n_layer):
         for kind in FFN_KINDS:
             ffn, problem = _ffn(gguf, layer, kind, n_embd, n_expert)
             found += [ffn] if ffn else []
-            obstacle = obstacle or problem
-    if not found and not obstacle:
-        obstacle = "no FFN that pinfer knows"
-    return tuple(found), obstacle
+            problems += [problem] if problem else []
+    if problems:
+        return tuple(found), f"{problems[0]} ({len(problems)} of its {len(found) + len(problems)} FFNs)"
+    return tuple(found), "" if found else "no FFN that pinfer knows"
 
 
 def _ffn(gguf: GgufFile, layer: int, kind: FfnKind, n_embd: int, n_expert: int) -> tuple[Ffn | None, str]:

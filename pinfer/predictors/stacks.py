@@ -75,6 +75,7 @@ def fit_stack(
     def fit(expert: int, kinds: Iterable[str]) -> dict[str, _Expert]:
         data = LayerData.read(model, ffn, samples, expert)
         held = HeldBack.of(data, slice(-min(len(data.x), _MAX_HELD), None))
+        model.gguf.release()  # the stacks of a model may be larger than memory
         return {kind: _Expert(data, held, how, kind, options.recall) for kind in kinds}
 
     trained = [int(e) for e in np.argsort(-routed, kind="stable") if routed[e] >= MIN_SAMPLES]
