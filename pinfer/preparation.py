@@ -39,7 +39,7 @@ _COVARIANCES = 8
 # Copying and requantising the FFN, in bytes per second.
 _SPLIT_SPEED = 200e6
 # Profiling by default takes no longer than these seconds, unless the samples need more tokens.
-_PROFILE_SECONDS = 1800
+_PROFILE_SECONDS = 1500
 # Memory of a process without its model: libraries, compute buffers, logits.
 _OWN_MEMORY = 600 << 20
 # Smaller FFNs are decoded in a time that fixed costs decide; a predictor gains nothing there (docs/benchmarks.md).
@@ -201,7 +201,7 @@ def estimate(
 ) -> Estimate:
     """Time of these stages from measured products, disk and memory from the shapes. Takes a second.
 
-    Without a number of tokens in ``options``, as many as half an hour allows.
+    Without a number of tokens in ``options``, as many as 25 minutes allow.
     """
     n_threads = options.n_threads or physical_cores()
     flops = measure_throughput("CPU", n_threads)

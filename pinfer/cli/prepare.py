@@ -44,7 +44,7 @@ def prepare(
             "--tokens",
             parser=parse_count,
             metavar="N",
-            help="Tokens to count. [default: 128k, or as many as half an hour allows]",
+            help="Tokens to count. [default: 128k, or as many as 25 minutes allow]",
         ),
     ] = None,
     n_ctx: ReservedOpt = None,

@@ -25,9 +25,9 @@ from pinfer.predictors.thresholds import calibrate
 
 # Experts on which the kinds are compared.
 _COMPARED = 4
-# Of an expert's samples, the last of so many tests what the others calibrated.
-_TEST = 5
+# At most so many of an expert's samples are used, and the last of so many parts of them tests what the others calibrated.
 _MAX_HELD = 2560
+_TEST = 5
 # Neurons scored at once by the plugin; experts are padded to it.
 _TILE = 16
 _THRESHOLD_BYTES = 4
