@@ -21,6 +21,7 @@ from pinfer.artefacts.shards import ShardFile, cold_bytes, down_types
 from pinfer.errors import PinferError
 from pinfer.execution import Execution, ExecutionOptions, decide
 from pinfer.llama.devices import measure_throughput, physical_cores
+from pinfer.llama.ggml import F16, F32
 from pinfer.model import Model, open_model
 from pinfer.profile import MAX_SAMPLES, ProfileOptions, profile, sample_bytes, sample_count
 from pinfer.progress import NULL_PROGRESS, Progress
@@ -33,6 +34,9 @@ _PREDICTOR_SHARE = 0.15
 # Measured with 2 threads on models of four architectures. Experts are multiplied token by token, at this share of the
 # speed of a product of F16 matrices; what trains an FFN and its covariances, at that of the one below.
 _EXPERTS_SHARE = 0.3
+# Types that llama.cpp rearranges for its best kernels, and FFNs in pinfer's own, are faster by this factor.
+_QUICK = 2.5
+_QUICK_TYPES = ("Q4_0", "Q4_K", "Q2_K", "IQ4_NL")
 _TRAIN_SHARE = 0.5
 # Products of the size of a covariance that fitting a predictor takes, in all.
 _COVARIANCES = 8
@@ -227,16 +231,24 @@ def estimate(
 
 
 def _token_seconds(model: Model, n_threads: int, flops: float) -> float:
-    """Seconds to profile a token. Types differ in the speed of their products, so that of most weights is measured."""
+    """Seconds to profile a token, given the speed of products of F16 matrices; other slow types are measured."""
+    own = {t.name for f in model.ffns if not f.is_stack for t in f.matrices}
     stacks = {t.name: model.n_expert_used / f.n_experts for f in model.ffns if f.is_stack for t in f.matrices}
-    dense: dict[int, int] = {}
+    speeds = {F16: flops}
+    seconds = 0.0
     for t in model.tensors:
-        if t.name not in stacks and t.name.startswith("blk.") and len(t.shape) > 1:
-            dense[t.type] = dense.get(t.type, 0) + math.prod(t.shape)
-    experts = sum(math.prod(t.shape) * stacks[t.name] for t in model.tensors if t.name in stacks)
-    kind = max(dense, key=lambda kind: dense[kind])
-    speed = measure_throughput("CPU", n_threads, kind)
-    return 2 * sum(dense.values()) / speed + 2 * experts / (flops * _EXPERTS_SHARE)
+        work = 2 * math.prod(t.shape)
+        if t.name in stacks:
+            seconds += work * stacks[t.name] / (flops * _EXPERTS_SHARE)
+        elif not t.name.startswith("blk.") or len(t.shape) < 2:
+            continue  # looked up, or too small to matter
+        elif t.type_name in _QUICK_TYPES or (t.name in own and t.type not in (F32, F16)):
+            seconds += work / (flops * _QUICK)
+        else:
+            if t.type not in speeds:
+                speeds[t.type] = measure_throughput("CPU", n_threads, t.type)
+            seconds += work / speeds[t.type]
+    return seconds
 
 
 def default_tokens(token_seconds: float) -> int:

@@ -25,7 +25,7 @@ from pinfer.predictors.thresholds import calibrate
 
 # Experts on which the kinds are compared.
 _COMPARED = 4
-# At most so many of an expert's samples are used, and the last of so many parts of them tests what the others calibrated.
+# At most so many of the samples of an expert are used; the last of so many parts tests what the others calibrated.
 _MAX_HELD = 2560
 _TEST = 5
 # Neurons scored at once by the plugin; experts are padded to it.
