@@ -376,7 +376,8 @@ def test_ffns_that_are_left_out_are_counted_in_the_line(tmp_path: Path) -> None:
     plain = write_sparse_model(tmp_path / "plain.gguf", SparseModel("nemotron_h_moe"))
     stacks = [f for f in open_model(plain).ffns if f.is_stack][:2]
     scales = {f"blk.{f.layer}.ffn_up_exps.scale": np.ones(f.n_experts, np.float32) for f in stacks}
-    (line,) = said(complete(rewrite(plain, tmp_path / "m.gguf", add=scales)))
+    path = rewrite(plain, tmp_path / "m.gguf", add=scales)
+    (line,) = said(run("perplexity", "-m", path, "-f", TEXT, "-c", "128", "-b", "128", "--chunks", "1", "-t", "1"))
     assert line.startswith("m.gguf: computed by pinfer as relu2, exact"), line
     assert (
         f"(llama.cpp computes 2 of its FFNs: the experts of layer {stacks[0].layer} with scales of their own)" in line
