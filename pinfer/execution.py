@@ -150,9 +150,7 @@ def _why_dense(model: Model, options: ExecutionOptions) -> list[str]:
             f"running dense: the experts of {model.arch} models have no exact zeros, and none is placed on a device "
             f"(with a GPU: pinfer prepare {model.path})"
         ]
-    elif model.n_expert_used and model.obstacle:
-        why = [f"running dense: the model has {model.obstacle}"]
-    elif model.activation not in ACTIVATIONS:
+    elif model.activation not in ACTIVATIONS and not (model.n_expert_used and model.obstacle):
         why = [f"running dense: {model.arch} models have no exact zeros (if this one uses ReLU, pass its --activation)"]
     else:
         why = [f"running dense: the model has {model.obstacle}"]

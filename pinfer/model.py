@@ -209,9 +209,7 @@ class Model:
                 f"the experts of {self.name} ({self.arch}) have no exact zeros, so no neuron can be skipped",
                 f"place whole experts on a device: pinfer profile {self.path}, then pinfer solve and pinfer split",
             )
-        if self.n_expert_used and self.obstacle:
-            raise PinferError(f"{self.name} has {self.obstacle}", "run it dense: pinfer run --dense")
-        if self.activation in ACTIVATIONS:
+        if self.activation in ACTIVATIONS or (self.n_expert_used and self.obstacle):
             raise PinferError(f"{self.name} has {self.obstacle}", "run it dense: pinfer run --dense")
         raise PinferError(
             f"{self.name} (architecture {self.arch}) is not known to have a ReLU-family FFN",
@@ -391,15 +389,15 @@ def _ffns(
 ) -> tuple[tuple[Ffn, ...], str]:
     """The FFNs of these kinds in the layers, and why pinfer cannot compute one of them; empty if it can compute all."""
     found: list[Ffn] = []
-    obstacle = ""
+    problems: list[str] = []
     for layer in range(n_layer):
         for kind in kinds:
             ffn, problem = _ffn(gguf, layer, kind, n_embd, n_expert, whole=kinds != FFN_KINDS)
             found += [ffn] if ffn else []
-            obstacle = obstacle or problem
-    if not found and not obstacle:
-        obstacle = "no FFN that pinfer knows"
-    return tuple(found), obstacle
+            problems += [problem] if problem else []
+    if problems:
+        return tuple(found), f"{problems[0]} ({len(problems)} of its {len(found) + len(problems)} FFNs)"
+    return tuple(found), "" if found else "no FFN that pinfer knows"
 
 
 def _ffn(

@@ -6,8 +6,8 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any, TypeVar
@@ -21,8 +21,9 @@ from pinfer.artefacts.shards import ShardFile, cold_bytes, down_types
 from pinfer.errors import PinferError
 from pinfer.execution import Execution, ExecutionOptions, decide
 from pinfer.llama.devices import measure_throughput, physical_cores
+from pinfer.llama.ggml import F16, F32
 from pinfer.model import Model, open_model
-from pinfer.profile import ProfileOptions, profile, sample_bytes, sample_count
+from pinfer.profile import MAX_SAMPLES, ProfileOptions, profile, sample_bytes, sample_count
 from pinfer.progress import NULL_PROGRESS, Progress
 from pinfer.solve import SolveOptions, solve
 from pinfer.split import SplitOptions, split
@@ -30,12 +31,21 @@ from pinfer.train import TrainOptions, train
 
 # A predictor takes up to about this share of the FFN.
 _PREDICTOR_SHARE = 0.15
-# Rough, from the README's times for AFM-4.5B: profiling runs at this share of the speed of a plain product,
-# and training a layer costs as much as this many products of its first matrix with one token.
-_PROFILE_SHARE = 0.5
-_TRAIN_PRODUCTS = 60_000
-# Rough speed of copying and requantising the FFN, in bytes per second.
-_SPLIT_SPEED = 150e6
+# Measured with 2 threads on models of four architectures. Experts are multiplied token by token, at this share of the
+# speed of a product of F16 matrices; what trains an FFN and its covariances, at that of the one below.
+_EXPERTS_SHARE = 0.3
+# Types that llama.cpp rearranges for its best kernels, and FFNs in pinfer's own, are faster by this factor.
+_QUICK = 2.5
+_QUICK_TYPES = ("Q4_0", "Q4_K", "Q2_K", "IQ4_NL")
+_TRAIN_SHARE = 0.5
+# Products of the size of a covariance that fitting a predictor takes, in all.
+_COVARIANCES = 8
+# Copying and requantising the FFN, in bytes per second.
+_SPLIT_SPEED = 200e6
+# Profiling by default takes no longer than these seconds, unless the samples need more tokens.
+_PROFILE_SECONDS = 1500
+# Memory of a process without its model: libraries, compute buffers, logits.
+_OWN_MEMORY = 600 << 20
 # Smaller FFNs are decoded in a time that fixed costs decide; a predictor gains nothing there (docs/benchmarks.md).
 _SMALLEST_FFN = 64 << 20
 
@@ -69,12 +79,23 @@ class Estimate:
     seconds: float
     disk: int
     """bytes of the artefacts together"""
+    memory: int
+    """bytes of memory, besides the model's file"""
+    mapped: int
+    """bytes of the model's file; what does not fit into memory is read again"""
+    n_tokens: int
+    """tokens to profile"""
 
     def __str__(self) -> str:
-        return f"about {max(1, round(self.seconds / 60))} min and up to {_disk(self.disk)}"
+        return f"about {max(1, round(self.seconds / 60))} min and up to {_size(self.disk)} of disk"
+
+    @property
+    def needs(self) -> str:
+        """The same with the memory."""
+        return f"{self}, {_size(self.memory)} of memory besides the model's {_size(self.mapped)}"
 
 
-def _disk(n: int) -> str:
+def _size(n: int) -> str:
     return f"{n / (1 << 30):.1f} GiB" if n >= 1 << 30 else f"{max(1, n >> 20)} MiB"
 
 
@@ -121,21 +142,25 @@ def prepare(
     folder = paths.artefact_dir(model.path, model.fingerprint, for_writing=True)
     open_stages = _stages(model, folder, options)
     if open_stages:
-        _announce(model, estimate(model, options), open_stages, folder, progress)
-    for number, (name, stage) in enumerate(open_stages.items(), start=1):
-        progress.note(f"[{number}/{len(open_stages)}] {name}")
-        stage(progress)
+        expected = estimate(model, options, open_stages)
+        _announce(model, expected, open_stages, folder, progress)
+        for number, (name, stage) in enumerate(open_stages.items(), start=1):
+            progress.note(f"[{number}/{len(open_stages)}] {name}")
+            stage(expected.n_tokens, progress)
     return _report(model, folder, tuple(open_stages), time.monotonic() - begin)
 
 
-def _stages(model: Model, folder: Path, options: PrepareOptions) -> dict[str, Callable[[Progress], object]]:
-    """The stages that have to run, in order: the first that is not fresh and all after it."""
+def _stages(model: Model, folder: Path, options: PrepareOptions) -> dict[str, Callable[[int, Progress], object]]:
+    """The stages that have to run, in order: the first that is not fresh and all after it.
+
+    They take the number of tokens to profile.
+    """
     given = {name: value for name, value in asdict(options).items() if value is not None and name != "force"}
 
     def settings(kind: type[_Options], *names: str) -> _Options:
         return kind(**{name: given[name] for name in ("activation", *names) if name in given})
 
-    profiled = settings(ProfileOptions, "dataset", "n_tokens", "n_threads")
+    profiled = settings(ProfileOptions, "dataset", "n_threads")
     trained = settings(TrainOptions)
     solved = settings(SolveOptions, "vram", "n_ctx", "device")
     cut = settings(SplitOptions)
@@ -143,11 +168,15 @@ def _stages(model: Model, folder: Path, options: PrepareOptions) -> dict[str, Ca
     placement = folder / paths.PLACEMENT
     asked: dict[str, Any] = {name: given[name] for name in ("dataset", "n_tokens") if name in given}
     placed: dict[str, Any] = {name: given[name] for name in ("vram", "n_ctx", "device") if name in given}
-    stages: tuple[tuple[str, bool, Callable[[Progress], object]], ...] = (
-        ("profile", _is_fresh(counted, "profile", model, asked), lambda p: profile(model.path, profiled, p)),
-        ("train", _is_fresh(predictor, "predictor", model, {}, counted), lambda p: train(model.path, trained, p)),
-        ("solve", _is_fresh(placement, "placement", model, placed, counted), lambda p: solve(model.path, solved, p)),
-        ("split", _is_split(folder, model), lambda p: split(model.path, cut, p)),
+    stages: tuple[tuple[str, bool, Callable[[int, Progress], object]], ...] = (
+        (
+            "profile",
+            _is_fresh(counted, "profile", model, asked),
+            lambda n, p: profile(model.path, replace(profiled, n_tokens=n), p),
+        ),
+        ("train", _is_fresh(predictor, "predictor", model, {}, counted), lambda _, p: train(model.path, trained, p)),
+        ("solve", _is_fresh(placement, "placement", model, placed, counted), lambda _, p: solve(model.path, solved, p)),
+        ("split", _is_split(folder, model), lambda _, p: split(model.path, cut, p)),
     )
     if model.places_experts:
         stages = tuple(stage for stage in stages if stage[0] != "train")
@@ -175,27 +204,66 @@ def _is_split(folder: Path, model: Model) -> bool:
         return False
 
 
-def estimate(model: Model, options: PrepareOptions) -> Estimate:
-    """Time from a measured product, disk from the shapes. Takes a second."""
-    n_tokens = options.n_tokens or ProfileOptions().n_tokens
+def estimate(
+    model: Model, options: PrepareOptions, stages: Collection[str] = ("profile", "train", "split")
+) -> Estimate:
+    """Time of these stages from measured products, disk and memory from the shapes. Takes a second.
+
+    Without a number of tokens in ``options``, as many as 25 minutes allow.
+    """
+    n_threads = options.n_threads or physical_cores()
+    flops = measure_throughput("CPU", n_threads)
+    token = _token_seconds(model, n_threads, flops)
+    n_tokens = options.n_tokens or default_tokens(token)
     ffn = _ffn_bytes(model)
-    if model.places_experts:
+    if model.places_experts:  # no predictor, and no shard but those of the devices
         given = (options.vram,) if isinstance(options.vram, int) else options.vram or (ffn,)
-        shards, samples = min(ffn, sum(given)), 0
+        shards, samples, products, fitting, predictor = min(ffn, sum(given)), 0, 0, 0, 0
     else:
         shards = sum(cold_bytes(f, down_types(f, None)) for f in model.ffns)
         samples = min(n_tokens, sample_count(model)) * sample_bytes(model)
-    flops = measure_throughput("CPU", options.n_threads or physical_cores())
-    used = {t.name: model.n_expert_used / f.n_experts for f in model.ffns if f.is_stack for t in f.matrices}
-    n_weights = sum(math.prod(t.shape) * used.get(t.name, 1) for t in model.tensors)
-    profiling = 2 * n_weights * n_tokens / (flops * _PROFILE_SHARE)
-    if model.places_experts:
-        return Estimate(seconds=profiling + shards / _SPLIT_SPEED, disk=shards)
-    training = 2 * sum(f.n_embd * f.n_neurons for f in model.ffns) * _TRAIN_PRODUCTS / flops
+        products = sum(2 * f.n_embd**2 * (f.n_neurons + _COVARIANCES * f.n_embd) for f in model.ffns)
+        fitting = max(16 * (f.n_ff * f.n_embd + 2 * f.n_embd**2) + f.n_neurons * f.n_embd // 8 for f in model.ffns)
+        predictor = int(ffn * _PREDICTOR_SHARE)
+    seconds = {
+        "profile": token * n_tokens,
+        "train": products / (2 * _TRAIN_SHARE * flops),
+        "split": (ffn + shards) / _SPLIT_SPEED,
+    }
     return Estimate(
-        seconds=profiling + training + (ffn + shards) / _SPLIT_SPEED,
-        disk=int(shards + samples + ffn * _PREDICTOR_SHARE),
+        seconds=sum(seconds.get(name, 0) for name in stages),
+        disk=shards + samples + predictor,
+        memory=_OWN_MEMORY + max(samples, fitting),
+        mapped=sum(t.n_bytes for t in model.tensors),
+        n_tokens=n_tokens,
     )
+
+
+def _token_seconds(model: Model, n_threads: int, flops: float) -> float:
+    """Seconds to profile a token, given the speed of products of F16 matrices; other slow types are measured."""
+    own = {t.name for f in model.ffns if not f.is_stack for t in f.matrices}
+    stacks = {t.name: model.n_expert_used / f.n_experts for f in model.ffns if f.is_stack for t in f.matrices}
+    speeds = {F16: flops}
+    seconds = 0.0
+    for t in model.tensors:
+        work = 2 * math.prod(t.shape)
+        if t.name in stacks:
+            seconds += work * stacks[t.name] / (flops * _EXPERTS_SHARE)
+        elif not t.name.startswith("blk.") or len(t.shape) < 2:
+            continue  # looked up, or too small to matter
+        elif t.type_name in _QUICK_TYPES or (t.name in own and t.type not in (F32, F16)):
+            seconds += work / (flops * _QUICK)
+        else:
+            if t.type not in speeds:
+                speeds[t.type] = measure_throughput("CPU", n_threads, t.type)
+            seconds += work / speeds[t.type]
+    return seconds
+
+
+def default_tokens(token_seconds: float) -> int:
+    """Tokens to profile where nobody names a number, given the time of one."""
+    n_tokens = int(_PROFILE_SECONDS / token_seconds) // 1024 * 1024
+    return min(max(n_tokens, MAX_SAMPLES), ProfileOptions().n_tokens)
 
 
 def _ffn_bytes(model: Model) -> int:
@@ -213,14 +281,16 @@ def worth_preparing(execution: Execution, options: ExecutionOptions) -> Estimate
         return None
 
 
-def _announce(model: Model, expected: Estimate, stages: Iterable[str], folder: Path, progress: Progress) -> None:
+def _announce(model: Model, expected: Estimate, stages: Collection[str], folder: Path, progress: Progress) -> None:
     """One line before the work starts. Raises PinferError if the disk is too small."""
-    progress.note(f"preparing {model.name}: {', '.join(stages)}; {expected} in {folder}")
+    tokens = f" ({expected.n_tokens:,} tokens)" if "profile" in stages else ""
+    names = ", ".join(name + (tokens if name == "profile" else "") for name in stages)
+    progress.note(f"preparing {model.name}: {names}; {expected.needs}; in {folder}")
     existing = sum(file.stat().st_size for file in folder.rglob("*.gguf"))
     free = shutil.disk_usage(folder).free
     if expected.disk > free + existing:
         raise PinferError(
-            f"{folder} has {free / (1 << 30):.1f} GiB free, preparing takes up to {_disk(expected.disk)}",
+            f"{folder} has {free / (1 << 30):.1f} GiB free, preparing takes up to {_size(expected.disk)}",
             "free some space, or name another folder: export PINFER_HOME=FOLDER",
         )
 

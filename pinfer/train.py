@@ -51,6 +51,8 @@ def train(model_path: Path, options: TrainOptions, progress: Progress = NULL_PRO
                 advance(1)
             writer.add(predictor)
             reports.append(report)
+            model.gguf.release()
+            samples.artefact.gguf.release()
         settings = {**asdict(options), "command": "train", "n_samples": samples.n_samples}
         n_bytes = writer.finish(settings)
     return summary(folder / paths.PREDICTOR, samples.n_samples, n_bytes, reports)

@@ -349,6 +349,19 @@ def merged(path: Path, folder: Path, adapter: Path) -> Path:
     return rewrite(path, folder / path.name, add=add, drop=names)
 
 
+def test_ffns_that_are_left_out_are_counted_in_the_line(tmp_path: Path) -> None:
+    """Two stacks with scales of their own: llama.cpp computes them, and the plugin the rest."""
+    plain = write_sparse_model(tmp_path / "plain.gguf", SparseModel("nemotron_h_moe"))
+    stacks = [f for f in open_model(plain).ffns if f.is_stack][:2]
+    scales = {f"blk.{f.layer}.ffn_up_exps.scale": np.ones(f.n_experts, np.float32) for f in stacks}
+    path = rewrite(plain, tmp_path / "m.gguf", add=scales)
+    (line,) = said(run("perplexity", "-m", path, "-f", TEXT, "-c", "128", "-b", "128", "--chunks", "1", "-t", "1"))
+    assert line.startswith("m.gguf: computed by pinfer as relu2, exact"), line
+    assert (
+        f"(llama.cpp computes 2 of its FFNs: the experts of layer {stacks[0].layer} with scales of their own)" in line
+    )
+
+
 @pytest.mark.parametrize("parts", [("down",), ("up",), ("up", "down")])
 @pytest.mark.parametrize(("arch", "activation"), [("nemotron_h_moe", None), ("llama", "drelu")])
 def test_an_adapter_on_experts(arch: str, activation: str | None, parts: tuple[str, ...], tmp_path: Path) -> None:

@@ -610,23 +610,27 @@ def test_experts_that_pinfer_does_not_compute_are_named(cases: Callable[[SparseM
     ungated, gated = cases(MIXTURES[0]), cases(MIXTURES[1])
     fused = np.zeros((8, 2 * 96, 128), np.float32)
     scales, biases = np.ones(8, np.float32), np.zeros((8, 96), np.float32)
+    every_scale = {f"blk.{layer}.ffn_down_exps.scale": scales for layer in (1, 3, 4)}
     models = {
-        "experts with biases in layer 1": _changed(
+        ("experts with biases in layer 1", "1 of its 6"): _changed(
             ungated, tmp_path / "biases", add={"blk.1.ffn_up_exps.bias": biases}
         ),
-        "FFN matrices with scales of their own in layer 3": _changed(
+        ("FFN matrices with scales of their own in layer 1", "3 of its 6"): _changed(
+            ungated, tmp_path / "every", add=every_scale
+        ),
+        ("FFN matrices with scales of their own in layer 3", "1 of its 6"): _changed(
             ungated, tmp_path / "scales", add={"blk.3.ffn_down_exps.scale": scales}
         ),
-        "gate and up as one matrix in layer 2": _changed(
+        ("gate and up as one matrix in layer 2", f"1 of its {len(gated.model.ffns)}"): _changed(
             gated,
             tmp_path / "fused",
             add={"blk.2.ffn_gate_up_exps.weight": fused},
             drop=("blk.2.ffn_gate_exps.weight", "blk.2.ffn_up_exps.weight"),
         ),
     }
-    for why, path in models.items():
+    for (why, n), path in models.items():
         model = open_model(path)
-        assert (model.is_sparse, model.obstacle) == (False, f"{why}, which pinfer does not compute")
+        assert (model.is_sparse, model.obstacle) == (False, f"{why}, which pinfer does not compute ({n} FFNs)")
         execution = decide(model, ExecutionOptions())
         assert execution.mode == "dense"
         assert execution.notes == (f"running dense: the model has {model.obstacle}",)

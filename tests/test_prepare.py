@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from support.command_line import ROOT, CommandLine
+from support.sparse_models import SparseModel, write_sparse_model
 
 from models.synth import SynthOptions, write_model
 from pinfer import Model, PrepareOptions, generate, prepare
@@ -19,7 +22,8 @@ from pinfer.execution import ExecutionOptions, decide
 from pinfer.library import artefact_files, prepared_models, remove_artefacts
 from pinfer.llama.engine import Engine
 from pinfer.model import open_model
-from pinfer.preparation import estimate, worth_preparing
+from pinfer.preparation import default_tokens, estimate, worth_preparing
+from pinfer.profile import MAX_SAMPLES, ProfileOptions
 
 TEXT = str(ROOT / "tests" / "data" / "profile.txt")
 QUICK = PrepareOptions(dataset=TEXT, n_tokens=2048, n_threads=1)
@@ -69,7 +73,8 @@ def test_the_command_in_four_lines(tiny_relu2: Path, pinfer: CommandLine) -> Non
     assert done.code == 0, done.err
     assert len(done.out.splitlines()) == 4
     assert "pinfer run is predicted" in done.out
-    assert "profile, train, solve, split; about" in done.err
+    needs = r"about \d+ min and up to \d+ MiB of disk, \d+ MiB of memory besides the model's \d+ MiB"
+    assert re.search(rf"profile \(2,048 tokens\), train, solve, split; {needs}; in ", done.err)
     assert done.err.splitlines()[-1].startswith("next: pinfer run ")
     report = json.loads(pinfer("prepare", str(tiny_relu2), "--json").out)
     assert report["done"] == []
@@ -96,6 +101,31 @@ def test_the_estimate_covers_what_is_written(tiny_relu2: Path) -> None:
     report = prepare(tiny_relu2, QUICK)
     assert report.n_bytes < 1.2 * expected.disk
     assert expected.seconds > 0
+    assert expected.n_tokens == QUICK.n_tokens
+    alone = [estimate(open_model(tiny_relu2), QUICK, [name]).seconds for name in ("profile", "train", "split")]
+    assert all(0 < seconds < 2 * expected.seconds for seconds in alone)
+    assert estimate(open_model(tiny_relu2), QUICK, ["solve"]).seconds == 0
+
+
+@pytest.mark.parametrize("name", ["tiny_relu2", "mixture"])
+def test_the_estimate_covers_the_memory_it_takes(name: str, tiny_relu2: Path, tmp_path: Path) -> None:
+    """Measured as the peak of a process, its mapped model and libraries included."""
+    path = (
+        tiny_relu2 if name == "tiny_relu2" else write_sparse_model(tmp_path / "m.gguf", SparseModel("nemotron_h_moe"))
+    )
+    expected = estimate(open_model(path), QUICK)
+    code = "import resource, sys; from pinfer import PrepareOptions, prepare; "
+    code += f"prepare({str(path)!r}, PrepareOptions(dataset={TEXT!r}, n_tokens=2048, n_threads=1)); "
+    code += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=240)
+    assert int(done.stdout) << 10 < expected.memory + expected.mapped
+
+
+def test_as_much_text_as_25_minutes_allow() -> None:
+    """At least what the samples need, at most what `pinfer profile` counts by default."""
+    assert default_tokens(1e-6) == ProfileOptions().n_tokens
+    assert default_tokens(0.09) == 16 * 1024
+    assert default_tokens(10.0) == MAX_SAMPLES
 
 
 def test_run_and_serve_say_once_what_preparing_would_bring(tmp_path: Path, pinfer: CommandLine) -> None:

@@ -234,7 +234,7 @@ std::string described(const pinfer_model & m) {
     }
     text += s.predictor.empty() ? ", exact" : ", predicted";
     if (!m.header.obstacle.empty()) {
-        text += " (not all of it: " + m.header.obstacle + ")";
+        text += " (llama.cpp computes " + std::to_string(m.header.n_unclaimed) + " of its FFNs: " + m.header.obstacle + ")";
     }
     const std::string & any = s.predictor.empty() ? s.cold : s.predictor;
     if (any.empty()) {

@@ -137,10 +137,10 @@ static bool is_whole(const pinfer_ffn_header & f, int ffn, int64_t n_embd, std::
         return m.ne[0] == ne0 && m.ne[1] == ne1 && m.ne[2] == n;
     };
     if (n_ff == 0 || f.down.ne[1] == 0) {
-        *why = "lacks its up or down matrix";
+        *why = "no up or down matrix of its own";
     } else if ((f.gate.ne[1] > 0 && !is(f.gate, width, n_ff)) || !is(f.down, n_ff, width) ||
                (!is_stack && (n != 1 || width != n_embd))) {
-        *why = "has matrices of different shapes";
+        *why = "matrices of different shapes";
     }
     return why->empty();
 }
@@ -157,10 +157,10 @@ static void read_tensors(const gguf_context * gguf, size_t file, pinfer_header *
         } else if (layer_of_norm(name) >= 0 && (size_t) layer_of_norm(name) < h->ffns.size() / PINFER_FFN_KINDS) {
             h->ffns[(size_t) pinfer_ffn_index(layer_of_norm(name), PINFER_FFN_DENSE)].normed = true;
         } else if (part_of(name, "scale", &ffn) != PINFER_PART_NONE && (size_t) ffn < why->size()) {
-            (*why)[(size_t) ffn] = "has matrices with scales of their own";
+            (*why)[(size_t) ffn] = "scales of their own";
         } else if (pinfer_part_of(name, true, &ffn) != PINFER_PART_NONE && (size_t) ffn < why->size() &&
                    pinfer_ffn_kind_of(ffn) == PINFER_FFN_EXPERTS && h->activation != PINFER_ACT_OTHER) {
-            (*why)[(size_t) ffn] = "has biases";
+            (*why)[(size_t) ffn] = "biases";
         }
     }
 }
@@ -200,7 +200,8 @@ static bool read_ffns(const std::vector<pinfer_gguf_ptr> & files, const char * p
         const bool          none = f.gate.ne[1] == 0 && f.up.ne[1] == 0 && f.down.ne[1] == 0;
         if (!none && (!why[i].empty() || !is_whole(f, (int) i, n_embd, &why[i]))) {
             f           = {}; // of another kind, which the plugin does not claim
-            h->obstacle = h->obstacle.empty() ? pinfer_ffn_title((int) i) + " " + why[i] : h->obstacle;
+            h->obstacle = h->obstacle.empty() ? pinfer_ffn_title((int) i) + " with " + why[i] : h->obstacle;
+            h->n_unclaimed++;
         }
     }
     return true;

@@ -72,7 +72,8 @@ struct pinfer_header {
     int64_t                          n_embd = 0;
     std::vector<pinfer_ffn_header>   ffns; // by their number
     int64_t                          n_expert_used = 0; // the most in a layer; 0: not known
-    std::string                      obstacle; // why an FFN of the model is not among them; empty: all are
+    std::string                      obstacle; // the first FFN of the model that is not among them, and why; empty: all are
+    int64_t                          n_unclaimed = 0; // FFNs that are not
     pinfer_matrix                    token_embd;
     pinfer_activation                graph_activation = PINFER_ACT_OTHER; // what llama.cpp computes for the architecture
     pinfer_activation                activation = PINFER_ACT_OTHER;       // what the model means: its own key, else the same

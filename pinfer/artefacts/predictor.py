@@ -211,8 +211,13 @@ def quantised(rows: NDArray[np.float32], factor_type: str) -> NDArray[np.float32
 
 def packed(levels: NDArray[np.float32], bits: int) -> NDArray[np.uint8]:
     """Odd levels ``[n, length]`` as codes, the first value of a byte in its lowest bits: ``[n, length * bits / 8]``."""
-    codes = ((levels + (2**bits - 1)) / 2).astype(np.uint8).reshape(len(levels), -1, 8 // bits)
-    result: NDArray[np.uint8] = (codes << (np.arange(8 // bits, dtype=np.uint8) * bits)).sum(axis=2, dtype=np.uint8)
+    if bits == 1:
+        return np.packbits(levels > 0, axis=1, bitorder="little")
+    codes = ((levels + (2**bits - 1)) / 2).astype(np.uint8)
+    each = 8 // bits
+    result = codes[:, ::each].copy()
+    for at in range(1, each):
+        result |= codes[:, at::each] << np.uint8(at * bits)
     return result
 
 

@@ -39,7 +39,13 @@ def prepare(
         ),
     ] = None,
     n_tokens: Annotated[
-        int | None, typer.Option("--tokens", parser=parse_count, metavar="N", help="Tokens to count. [default: 128k]")
+        int | None,
+        typer.Option(
+            "--tokens",
+            parser=parse_count,
+            metavar="N",
+            help="Tokens to count. [default: 128k, or as many as 25 minutes allow]",
+        ),
     ] = None,
     n_ctx: ReservedOpt = None,
     device: PlacedOnOpt = None,

@@ -206,7 +206,7 @@ def _suggest_preparing(choice: Choice, execution: Execution, options: ExecutionO
 
     if (expected := worth_preparing(execution, options)) is not None:
         command = choice.command("prepare", f"--activation {options.activation}" if options.activation else "")
-        ui.say(f"note: decoding is typically 1.5 to 2 times as fast after: {command} ({expected} of disk)")
+        ui.say(f"note: decoding is typically 1.5 to 2 times as fast after: {command} ({expected})")
 
 
 def register(app: typer.Typer) -> None:

@@ -103,9 +103,11 @@ def list_devices() -> tuple[Device, ...]:
 
 
 class _Product:
-    """An F16 matrix ``[n_rows, n_columns]`` times F32 tokens on a device, allocated and ready to run."""
+    """A matrix ``[n_rows, n_columns]`` times F32 tokens on a device, allocated and ready to run."""
 
-    def __init__(self, device: str, n_threads: int, n_columns: int, n_rows: int, n_tokens: int = 1) -> None:
+    def __init__(
+        self, device: str, n_threads: int, n_columns: int, n_rows: int, n_tokens: int = 1, ggml_type: int = F16
+    ) -> None:
         ggml = self._ggml = load_library("ggml-base")
         handle = _handles()[device]
         self._context = self._buffer = None
@@ -115,7 +117,7 @@ class _Product:
         _set_n_threads(handle, self._backend, n_threads)
         room = 8 * ggml.ggml_tensor_overhead() + ggml.ggml_graph_overhead()
         self._context = ggml.ggml_init(InitParams(room, None, True))
-        weights = ggml.ggml_new_tensor_2d(self._context, F16, n_columns, n_rows)
+        weights = ggml.ggml_new_tensor_2d(self._context, ggml_type, n_columns, n_rows)
         self._x = ggml.ggml_new_tensor_2d(self._context, F32, n_columns, n_tokens)
         self._y = ggml.ggml_mul_mat(self._context, weights, self._x)
         self._graph = ggml.ggml_new_graph(self._context)
@@ -206,9 +208,9 @@ def measure_bandwidth(device: str, n_threads: int, n_bytes: int, sync_seconds: f
     return 2 * n_columns * n_rows / max(best - sync_seconds, best / 2)
 
 
-def measure_throughput(device: str, n_threads: int) -> float:
+def measure_throughput(device: str, n_threads: int, ggml_type: int = F16) -> float:
     """Floating-point operations per second of a product with a whole batch, as prompts and profiling do them."""
     n, n_tokens = 4096, 256
-    with closing(_Product(device, n_threads, n, n, n_tokens)) as product:
+    with closing(_Product(device, n_threads, n, n, n_tokens, ggml_type)) as product:
         best = min(product.run() for _ in range(3))
     return 2.0 * n * n * n_tokens / best

@@ -133,6 +133,10 @@ class HeldBack:
         mass *= data.down_norm
         return HeldBack(x, z, mass)
 
+    def part(self, samples: slice) -> HeldBack:
+        """These samples alone, not copied."""
+        return HeldBack(self.x[samples], self.z[samples], self.mass[samples])
+
     def some(self, step: int, neurons: slice) -> HeldBack:
         """Every ``step``-th sample, reduced to these neurons."""
         return HeldBack(self.x[::step], *(m[::step, neurons].copy() for m in (self.z, self.mass)))

@@ -24,9 +24,13 @@ _HALF_STEP = {1: 0.798, 2: 0.498}
 # Added to the variance of every input, in units of the mean variance, because the covariance is only an estimate.
 _DAMPING = 0.03
 
-# Within a block of this many inputs, errors are passed on one input at a time. Inputs after the block receive its
-# errors in one matrix product.
-_BLOCK = 64
+# Inputs rounded between two products with all errors so far, and between two products with those of the block. Within a
+# group the errors are passed on one input at a time.
+_BLOCK = 128
+_GROUP = 8
+
+# Neurons rounded at a time: what they need stays in the caches.
+_NEURONS = 4096
 
 
 @dataclass(frozen=True)
@@ -35,13 +39,14 @@ class Compensation:
 
     order: NDArray[np.intp]
     share: Matrix
-    """``[n_embd, n_embd]``: row i, divided by its diagonal, is how much of an error at input ``order[i]`` to subtract
-    from the weights of later inputs"""
+    """``[n_embd, n_embd]``, lower triangular: row i holds how much of the errors at the inputs before ``order[i]`` to
+    subtract from the weight there"""
 
 
 def compensation(covariance: NDArray[np.float64]) -> Compensation:
     """The best compensation for inputs with this covariance ``[n_embd, n_embd]``."""
-    from scipy.linalg import cholesky, solve_triangular
+    from scipy.linalg import cholesky
+    from scipy.linalg.lapack import dtrtri
 
     n_embd = len(covariance)
     order = np.argsort(-np.diag(covariance), kind="stable")
@@ -50,8 +55,9 @@ def compensation(covariance: NDArray[np.float64]) -> Compensation:
     damped = covariance[np.ix_(reverse, reverse)]
     damped[np.diag_indices(n_embd)] += _DAMPING * float(np.trace(covariance)) / n_embd
     root = cholesky(damped, lower=True, overwrite_a=True, check_finite=False)[::-1, ::-1]
-    share = solve_triangular(root, np.eye(n_embd), overwrite_b=True, check_finite=False).astype(np.float32)
-    return Compensation(order, share)
+    inverse, _ = dtrtri(root, lower=0, overwrite_c=True)
+    inverse /= np.diag(inverse)[:, None]
+    return Compensation(order, np.ascontiguousarray(inverse.T, dtype=np.float32))
 
 
 def few_bits(weight: Matrix, how: Compensation, bits: int) -> Matrix:
@@ -59,20 +65,37 @@ def few_bits(weight: Matrix, how: Compensation, bits: int) -> Matrix:
 
     Neurons are rounded independently of one another.
     """
+    levels = np.empty(weight.shape, dtype=np.float32)
+    where = np.argsort(how.order)
+    for begin in range(0, len(weight), _NEURONS):
+        some = slice(begin, begin + _NEURONS)
+        levels[some] = _rounded(weight[some], how, bits)[where].T
+    return levels
+
+
+def _rounded(weight: Matrix, how: Compensation, bits: int) -> NDArray[np.int8]:
+    """Levels ``[n_embd, n_ff]`` of the inputs in the order of ``how``."""
     n_ff, n_embd = weight.shape
-    order, share = how.order, how.share
+    share = how.share
     half = _HALF_STEP[bits] * np.sqrt(np.einsum("ij,ij->i", weight, weight) / n_embd) + np.float32(1e-20)
-    top = np.float32(2**bits - 1)
-    rest = weight.T[order]
-    levels = np.empty((n_embd, n_ff), dtype=np.float32)
+    levels = np.empty((n_embd, n_ff), dtype=np.int8)
+    # Weights that are not rounded yet, then their errors.
+    rest = np.ascontiguousarray(weight.take(how.order, axis=1).T)
     for begin in range(0, n_embd, _BLOCK):
-        end = min(begin + _BLOCK, n_embd)
-        errors = np.empty((end - begin, n_ff), dtype=np.float32)
-        for i in range(begin, end):
-            level = np.clip(2 * np.floor(rest[i] / (2 * half)) + 1, -top, top)
-            levels[order[i]] = level
-            error = (rest[i] - level * half) / share[i, i]
-            rest[i + 1 : end] -= share[i, i + 1 : end, None] * error
-            errors[i - begin] = error
-        rest[end:] -= share[begin:end, end:].T @ errors
-    return np.ascontiguousarray(levels.T)
+        block = slice(begin, min(begin + _BLOCK, n_embd))
+        if begin:
+            rest[block] -= share[block, :begin] @ rest[:begin]
+        rounded = np.empty_like(rest[block])
+        for first in range(block.start, block.stop, _GROUP):
+            group = slice(first, min(first + _GROUP, block.stop))
+            if first > begin:
+                rest[group] -= share[group, begin:first] @ rest[begin:first]
+            for i in range(group.start, group.stop):
+                value = rest[i]
+                if i > first:
+                    value -= share[i, first:i] @ rest[first:i]
+                step = half if bits == 1 else np.where(np.abs(value) < 2 * half, half, 3 * half)
+                value -= np.copysign(step, value, out=rounded[i - begin])
+        rounded /= half
+        levels[block] = np.rint(rounded, out=rounded)
+    return levels

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -123,7 +124,9 @@ def fit_layer(
     fit, calibration, test = parts(len(data.x))
     inputs = covariance(data.x[fit].astype("float32"))
     held = HeldBack.of(data, calibration)
-    sources: list[_Source] = [_FewBits(data, inputs, kind) for kind in kinds if kind in FEW_BITS]
+    # Few bits share it, and need it only where they are tried.
+    how = cache(lambda: compensation(inputs))
+    sources: list[_Source] = [_FewBits(data, how, kind) for kind in kinds if kind in FEW_BITS]
     if "low_rank" in kinds:
         sources.append(_LowRank(data, inputs, options))
     chosen = _cheapest(data, sources, held, options)
@@ -217,20 +220,18 @@ class _LowRank:
 class _FewBits:
     """A copy of the matrix with one or two bits per weight."""
 
-    def __init__(self, data: LayerData, inputs: NDArray[np.float64], kind: str) -> None:
+    def __init__(self, data: LayerData, how: Callable[[], Compensation], kind: str) -> None:
         n_embd = data.weight.shape[1]
         self.kind = kind
         self.ready = 0
         # The plugin's kernels process 32 weights at a time.
         self.ranks = range(n_embd, n_embd + 1) if n_embd % BLOCK == 0 else range(0)
         self._data = data
-        self._inputs = inputs
-        self._how: Compensation | None = None
+        self._how = how
 
     def parts(self, rank: int, neurons: slice) -> tuple[None, Matrix]:
         """B holds the levels; there is no A. Neurons are rounded independently, so a subset is cheap."""
-        self._how = self._how or compensation(self._inputs)
-        return None, few_bits(self._data.weight[neurons], self._how, FEW_BITS[self.kind])
+        return None, few_bits(self._data.weight[neurons], self._how(), FEW_BITS[self.kind])
 
     def n_bytes(self, rank: int) -> int:
         """Bytes of the codes and the thresholds."""

@@ -8,7 +8,7 @@ few. An expert with too few tokens gets no thresholds: all its neurons stay cand
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import numpy as np
@@ -25,9 +25,9 @@ from pinfer.predictors.thresholds import calibrate
 
 # Experts on which the kinds are compared.
 _COMPARED = 4
-# Of an expert's samples, the last of so many tests what the others calibrated.
+# At most so many of the samples of an expert are used; the last of so many parts tests what the others calibrated.
+_MAX_HELD = 2560
 _TEST = 5
-_MAX_CALIBRATION = 2048
 # Neurons scored at once by the plugin; experts are padded to it.
 _TILE = 16
 _THRESHOLD_BYTES = 4
@@ -35,29 +35,29 @@ _EVERY_NEURON = np.float32(-3e38)
 
 
 class _Expert:
-    """One expert with its samples, and the predictor of one kind."""
+    """One expert with a predictor of one kind, calibrated and tested on the samples ``held`` that were routed to it."""
 
-    def __init__(self, data: LayerData, how: Compensation, kind: str, recall: float) -> None:
+    def __init__(self, data: LayerData, held: HeldBack, how: Compensation, kind: str, recall: float) -> None:
         bits = FEW_BITS[kind]
         levels = few_bits(data.weight, how, bits)
         self.codes = packed(levels, bits)
         self.n_bytes = self.codes.nbytes + _THRESHOLD_BYTES * len(levels)
-        cut = len(data.x) - len(data.x) // _TEST
-        held = HeldBack.of(data, slice(max(0, cut - _MAX_CALIBRATION), cut))
-        self.t = calibrate(held.x @ levels.T, held, data, recall)
-        test = HeldBack.of(data, slice(cut, len(data.x)))
-        named = test.x @ levels.T > self.t
-        self.n = len(test.x)
+        scores = held.x @ levels.T
+        cut = len(scores) - len(scores) // _TEST
+        self.t = calibrate(scores[:cut], held.part(slice(cut)), data, recall)
+        test = held.part(slice(cut, None))
+        named = scores[cut:] > self.t
+        self.n = len(named)
         self.named = int(np.count_nonzero(named))
         self.active = int(np.count_nonzero(test.mass))
         self.mass = float(test.mass.sum(dtype=np.float64))
         self.kept = float(test.mass.sum(where=named, dtype=np.float64))
         hits = int(np.count_nonzero(named & (test.mass > 0)))
-        rows = (self.named * data.first_bytes + hits * data.rest_bytes) / max(1, self.n)
+        rows = (self.named * data.first_bytes + hits * data.rest_bytes) / self.n
         self.expected_bytes = self.n_bytes + rows
         self.cost = self.n_bytes + SCATTERED_COST * rows
         self.exact_cost = exact_cost(data, test)
-        self.exact_bytes = len(levels) * data.first_bytes + self.active / max(1, self.n) * data.rest_bytes
+        self.exact_bytes = len(levels) * data.first_bytes + self.active / self.n * data.rest_bytes
 
 
 def fit_stack(
@@ -72,26 +72,29 @@ def fit_stack(
         return none, report
     how = compensation(covariance(samples.x(ffn).astype(np.float32)))
 
-    def fit(expert: int, kind: str) -> _Expert:
-        return _Expert(LayerData.read(model, ffn, samples, expert), how, kind, options.recall)
+    def fit(expert: int, kinds: Iterable[str]) -> dict[str, _Expert]:
+        data = LayerData.read(model, ffn, samples, expert)
+        held = HeldBack.of(data, slice(-min(len(data.x), _MAX_HELD), None))
+        model.gguf.release()  # the stacks of a model may be larger than memory
+        return {kind: _Expert(data, held, how, kind, options.recall) for kind in kinds}
 
-    busiest = np.argsort(-routed, kind="stable")[:_COMPARED]
-    compared = {kind: [fit(int(e), kind) for e in busiest if routed[e] >= MIN_SAMPLES] for kind in FEW_BITS}
-    kind, tried = min(compared.items(), key=lambda item: math.fsum(e.cost for e in item[1]))
-    pays = math.fsum(e.cost for e in tried) < math.fsum(e.exact_cost for e in tried)
-    known: list[_Expert] = []
+    trained = [int(e) for e in np.argsort(-routed, kind="stable") if routed[e] >= MIN_SAMPLES]
+    compared = {expert: fit(expert, FEW_BITS) for expert in trained[:_COMPARED]}
+    kind = min(FEW_BITS, key=lambda kind: math.fsum(of[kind].cost for of in compared.values()))
+    known = {expert: of[kind] for expert, of in compared.items()}
+    pays = math.fsum(e.cost for e in known.values()) < math.fsum(e.exact_cost for e in known.values())
     n_bytes = ffn.n_embd * FEW_BITS[kind] // 8
     codes = np.zeros((ffn.n_neurons, n_bytes), dtype=np.uint8)
     thresholds = np.full(ffn.n_neurons, _EVERY_NEURON, dtype=np.float32)
-    for expert in range(ffn.n_experts):
-        if pays and routed[expert] >= MIN_SAMPLES:
-            fitted = fit(expert, kind)
-            own = slice(expert * ffn.n_ff, (expert + 1) * ffn.n_ff)
-            codes[own], thresholds[own] = fitted.codes, fitted.t
-            fitted.codes = codes[own]  # the experts together are large enough
-            known.append(fitted)
+    for expert in trained if pays else ():
+        fitted = known[expert] if expert in known else fit(expert, (kind,))[kind]
+        own = slice(expert * ffn.n_ff, (expert + 1) * ffn.n_ff)
+        codes[own], thresholds[own] = fitted.codes, fitted.t
+        fitted.codes = codes[own]  # the experts together are large enough
+        known[expert] = fitted
         advance(1)
-    report = _report(model, ffn, report, known or tried, routed)
+    advance(ffn.n_experts - (len(trained) if pays else 0))
+    report = _report(model, ffn, report, list(known.values()), routed)
     if not pays:
         exact = report.exact_bytes
         return none, replace(report, recall=1.0, candidates=1.0, predictor_bytes=0, expected_bytes=exact)
