@@ -158,15 +158,9 @@ public:
 
     // The rows of A that are this thread's.
     void hidden() const {
-        const pinfer_predictor_ffn & p = *s.predictor;
-        for (int64_t r = p.rank * ith / nth; r < p.rank * (ith + 1) / nth; r++) {
-            float z[SLAB];
-            pinfer_kernel_dot_many(p.a_kernel, s.job.n_embd, p.a + (size_t) r * p.a_row, s.x_predictor.data, s.x_predictor.row,
-                                   s.n_tokens, z);
-            for (int64_t t = 0; t < s.n_tokens; t++) {
-                s.hidden[t * p.rank + r] = p.relu && z[t] < 0.0f ? 0.0f : z[t];
-            }
-        }
+        const int64_t rank = s.predictor->rank;
+        pinfer_predictor_hidden(*s.predictor, share_begin(rank, ith, nth), share_begin(rank, ith + 1, nth), s.x_predictor.data,
+                                s.x_predictor.row, s.n_tokens, s.hidden);
     }
 
     // The candidates among the neurons that are this thread's, of every segment.

@@ -546,17 +546,19 @@ void prepare_x_q8(const float * x, void * dst, int64_t n) {
 #    include "tiles.h"
 #    define TILES(B) tile_pack<B>, tile_multiply<B>, nullptr, nullptr
 #    define BOTH_TILES(B) tile_pack<B>, tile_multiply<B>, tile_pack_small<B>, tile_multiply_small<B>
+#    define FLOAT_TILES(load, size) nullptr, nullptr, tile_pack_float<size>, tile_multiply_float<load, size>
 #else
 #    define TILES(B) nullptr, nullptr, nullptr, nullptr
 #    define BOTH_TILES TILES
+#    define FLOAT_TILES(load, size) TILES(load)
 #endif
 
 namespace {
 
-#define FLOATS(load, load_one, size)                                                                  \
-    GGML_TYPE_F32, dot_float<load, load_one, size>, axpy_float<load, load_one, size>,                 \
-        accumulate_float<load, load_one, size>, dot_many_float<load, load_one, size>, nullptr, nullptr, \
-        nullptr, nullptr
+#define FLOATS(load, load_one, size)                                                  \
+    GGML_TYPE_F32, dot_float<load, load_one, size>, axpy_float<load, load_one, size>, \
+        accumulate_float<load, load_one, size>, dot_many_float<load, load_one, size>, \
+        FLOAT_TILES(load, size)
 
 const struct pinfer_kernel kernels[] = {
     { GGML_TYPE_F32, FLOATS(load_vec_f32, load_f32, 4) },

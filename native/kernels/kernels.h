@@ -50,7 +50,7 @@ struct pinfer_kernel {
     pinfer_dot_many_fn   dot_many;
     pinfer_pack_fn       pack; // together with multiply
     pinfer_multiply_fn   multiply;
-    pinfer_pack_fn       pack_small; // tiles that are kept in memory: as small as the rows (types of 4 bits only)
+    pinfer_pack_fn       pack_small; // tiles that are kept in memory: as small as the rows (floats and 4 bits)
     pinfer_multiply_fn   multiply_small;
 };
 
@@ -66,9 +66,8 @@ void  pinfer_kernel_dot_many(const struct pinfer_kernel * k, int64_t n, const vo
 void  pinfer_kernel_accumulate(const struct pinfer_kernel * k, int64_t n, int64_t n_rows, const void * const * rows,
                                const float * a, int64_t n_tokens, float * y, float * scratch);
 
-// Bytes of a tile of n columns (n a multiple of 32).
+// Bytes of a tile of n columns (n a multiple of 32). A small one takes as many as its rows.
 size_t pinfer_tile_size(int64_t n);
-size_t pinfer_small_tile_size(int64_t n);
 
 // Rows of n numbers of 1 bit (-1, 1) or 2 bits (-3, -1, 1, 3), as predictor.gguf holds them: number j is
 // 2*q - (2^bits - 1) with q at bit j*bits of the row. Tiles of them are multiplied by x in PINFER_X_Q8; n is a multiple

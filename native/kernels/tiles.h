@@ -338,6 +338,75 @@ void tile_multiply_small(int64_t n, int64_t begin, int64_t end, const void * til
     multiply_blocks<B, TILE_TOKENS>(n, begin, end, g, (const char *) x, x_row, n_tokens, out, out_row);
 }
 
+// ---- rows of floats ----------------------------------------------------------------------------------------------
+//
+// The tile is the transposed matrix: value j of every row, then value j + 1 of every row.
+
+template <int size> void tile_pack_float(int64_t begin, int64_t end, const void * const * rows, void * tile) {
+    char * to = (char *) tile;
+    for (int64_t j = begin; j < end; j++) {
+        for (int r = 0; r < PINFER_TILE_ROWS; r++, to += size) {
+            memcpy(to, (const char *) rows[r] + size * j, size);
+        }
+    }
+}
+
+// Several columns are summed apart, as far as registers go, to hide the latency of the fused multiply-add.
+template <int T, vec (*load)(const void *), int size>
+void multiply_float_tokens(int64_t n, const char * tile, const char * x, size_t x_row, float * out, int64_t out_row) {
+    constexpr int apart = T * TILE_VECS >= 8 ? 1 : 8 / (T * TILE_VECS);
+    constexpr int column = PINFER_TILE_ROWS * size;
+    vec           sum[apart][T][TILE_VECS];
+    for (int t = 0; t < T; t++) {
+        for (int v = 0; v < TILE_VECS; v++) {
+            sum[0][t][v] = vec_load(out + t * out_row + v * VEC_LANES);
+            for (int k = 1; k < apart; k++) {
+                sum[k][t][v] = vec_zero();
+            }
+        }
+    }
+    const auto add = [&](int64_t j, int k) __attribute__((always_inline)) {
+        for (int v = 0; v < TILE_VECS; v++) {
+            const vec w = load(tile + column * j + v * VEC_LANES * size);
+            for (int t = 0; t < T; t++) {
+                sum[k][t][v] = vec_fma(w, vec_set1(load_f32(x + (size_t) t * x_row + sizeof(float) * (size_t) j)), sum[k][t][v]);
+            }
+        }
+    };
+    int64_t j = 0;
+    for (; j + apart <= n; j += apart) {
+        for (int k = 0; k < apart; k++) {
+            add(j + k, k);
+        }
+    }
+    for (; j < n; j++) {
+        add(j, 0);
+    }
+    for (int t = 0; t < T; t++) {
+        for (int v = 0; v < TILE_VECS; v++) {
+            for (int k = 1; k < apart; k++) {
+                sum[0][t][v] = vec_add(sum[0][t][v], sum[k][t][v]);
+            }
+            vec_store(out + t * out_row + v * VEC_LANES, sum[0][t][v]);
+        }
+    }
+}
+
+template <vec (*load)(const void *), int size>
+void tile_multiply_float(int64_t, int64_t begin, int64_t end, const void * tile, const void * x, size_t x_row,
+                         int64_t n_tokens, float * out, int64_t out_row) {
+    const int64_t n = end - begin;
+    const char *  v = (const char *) x + sizeof(float) * (size_t) begin;
+    for (; n_tokens >= 4; n_tokens -= 4, v += 4 * x_row, out += 4 * out_row) {
+        multiply_float_tokens<4, load, size>(n, (const char *) tile, v, x_row, out, out_row);
+    }
+    for (; n_tokens > 0; n_tokens--, v += x_row, out += out_row) {
+        multiply_float_tokens<1, load, size>(n, (const char *) tile, v, x_row, out, out_row);
+    }
+}
+
+// ---- a few bits --------------------------------------------------------------------------------------------------
+
 template <int bits>
 void tile_multiply_bits(int64_t n, int64_t begin, int64_t end, const void * tile, const void * x, size_t x_row,
                         int64_t n_tokens, float * out, int64_t out_row) {
