@@ -176,7 +176,7 @@ class _Program:
         scale = max(budget, 1e-30)
         found = milp(
             cost / max(float(cost.max()), 1e-30),
-            integrality=np.ones(len(cost)),
+            integrality=np.ones(len(cost), dtype=np.int64),
             bounds=Bounds(0, 1),
             constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint((harm / scale)[None], -np.inf, 1)],
         )

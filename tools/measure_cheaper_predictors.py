@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from measure_predictors import Kind, Layer, Matrix, factor_bytes, of_factors
 from numpy.typing import NDArray
 
 from pinfer.artefacts import paths
@@ -26,6 +26,10 @@ from pinfer.predictors.few_bits import Compensation, compensation, few_bits
 from pinfer.predictors.fitting import SCATTERED_COST
 from pinfer.predictors.low_rank import Spectrum, covariance
 from pinfer.predictors.thresholds import calibrate
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tools.measure_predictors import Kind, Layer, Matrix, factor_bytes, of_factors
 
 RECALL = 0.995
 
@@ -122,7 +126,7 @@ def copies(layer: Layer) -> Iterator[Kind]:
     how = compensation(inputs)
 
     def bits_bytes(bits: float) -> int:
-        return round(n_ff * (bits * n_embd / 8 + 4))
+        return int(n_ff * (bits * n_embd / 8 + 4))
 
     for bits, name in ((1, "one_bit"), (2, "two_bit")):
         levels = few_bits(weight, how, bits)
@@ -171,11 +175,11 @@ def with_past(case: Case, kind: Kind) -> Measured:
 
 
 def of_earlier(case: Case) -> Measured:
-    """The whole first matrix times the input of the layer before: all that layer could tell, at no bytes."""
+    """The whole first matrix times the input of the layer before: the most that layer could tell."""
     assert case.earlier is not None
     held, tested = (x @ case.layer.data.weight.T for x in case.earlier)
     t = calibrate(held, case.layer.held, case.layer.data, RECALL)
-    return measured(case, 4 * len(case.layer.data.weight), tested > t)
+    return measured(case, len(t) * (case.layer.data.first_bytes + 4), tested > t)
 
 
 # -- early exit --------------------------------------------------------------------------------------------------------
@@ -236,7 +240,8 @@ def read_case(model: Model, ffn: Ffn, samples: SamplesFile, before: Ffn | None) 
 def stay(data: LayerData) -> tuple[float, float]:
     """Share of the neurons that fire, and of those that fired for the token before."""
     fired = data.x[:4096].astype(np.float32) @ data.weight.T + data.bias > 0
-    return float(fired.mean()), float(np.count_nonzero(fired[1:] & fired[:-1]) / max(1, np.count_nonzero(fired[1:])))
+    n, n_again = int(np.count_nonzero(fired[1:])), int(np.count_nonzero(fired[1:] & fired[:-1]))
+    return float(fired.mean()), n_again / max(1, n)
 
 
 def results(case: Case) -> Iterator[tuple[str, Measured]]:

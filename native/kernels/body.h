@@ -546,26 +546,24 @@ void prepare_x_q8(const float * x, void * dst, int64_t n) {
 #    include "tiles.h"
 #    define TILES(B) tile_pack<B>, tile_multiply<B>, nullptr, nullptr
 #    define BOTH_TILES(B) tile_pack<B>, tile_multiply<B>, tile_pack_small<B>, tile_multiply_small<B>
-#    define FLOAT_TILES(load, size) nullptr, nullptr, tile_pack_float<size>, tile_multiply_float<load, size>
 #else
 #    define TILES(B) nullptr, nullptr, nullptr, nullptr
 #    define BOTH_TILES TILES
-#    define FLOAT_TILES(load, size) TILES(load)
 #endif
 
 namespace {
 
-#define FLOATS(load, load_one, size)                                                  \
-    GGML_TYPE_F32, dot_float<load, load_one, size>, axpy_float<load, load_one, size>, \
-        accumulate_float<load, load_one, size>, dot_many_float<load, load_one, size>, \
-        FLOAT_TILES(load, size)
+#define FLOATS(load, load_one, size)                                                                  \
+    GGML_TYPE_F32, dot_float<load, load_one, size>, axpy_float<load, load_one, size>,                 \
+        accumulate_float<load, load_one, size>, dot_many_float<load, load_one, size>, nullptr, nullptr, \
+        nullptr, nullptr
 
 const struct pinfer_kernel kernels[] = {
     { GGML_TYPE_F32, FLOATS(load_vec_f32, load_f32, 4) },
     { GGML_TYPE_F16, FLOATS(vec_load_f16, load_f16, 2) },
     { GGML_TYPE_BF16, FLOATS(vec_load_bf16, load_bf16, 2) },
     { GGML_TYPE_Q8_0, PINFER_X_Q8, dot_blocks<block_q8_0, false>, axpy_q8_0, accumulate_pieces<q8_0_piece>, nullptr,
-      TILES(block_q8_0) },
+      BOTH_TILES(block_q8_0) },
     { GGML_TYPE_Q4_0, PINFER_X_Q8, dot_blocks<block_q4_0, false>, axpy_q4_0, nullptr, nullptr,
       BOTH_TILES(block_q4_0) },
     { GGML_TYPE_Q4_1, PINFER_X_Q8, dot_blocks<block_q4_1, true>, axpy_q4_1, nullptr, nullptr,

@@ -50,7 +50,7 @@ struct pinfer_kernel {
     pinfer_dot_many_fn   dot_many;
     pinfer_pack_fn       pack; // together with multiply
     pinfer_multiply_fn   multiply;
-    pinfer_pack_fn       pack_small; // tiles that are kept in memory: as small as the rows (floats and 4 bits)
+    pinfer_pack_fn       pack_small; // tiles that are kept in memory: as small as the rows (Q4_0, Q8_0)
     pinfer_multiply_fn   multiply_small;
 };
 

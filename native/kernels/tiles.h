@@ -152,16 +152,29 @@ template <typename B> void tile_pack(int64_t begin, int64_t end, const void * co
     }
 }
 
+template <typename B> struct small_group { using type = tile_group_4; };
+template <> struct small_group<block_q8_0> { using type = tile_group_8; };
+
+void copy_columns(const tile_group & whole, tile_group_4 * to) {
+    for (int r = 0; r < PINFER_TILE_ROWS; r++) {
+        for (int i = 0; i < 16; i++) {
+            to->q[i / 4][r][i % 4] = (uint8_t) (whole.q[i / 4][r][i % 4] | whole.q[4 + i / 4][r][i % 4] << 4);
+        }
+    }
+}
+
+void copy_columns(const tile_group & whole, tile_group_8 * to) {
+    memcpy(to->q, whole.q, sizeof(to->q));
+}
+
 // Through a tile of bytes, since it is done once.
 template <typename B> void tile_pack_small(int64_t begin, int64_t end, const void * const * rows, void * tile) {
-    tile_group_4 * to = (tile_group_4 *) tile;
+    auto * to = (typename small_group<B>::type *) tile;
     for (int64_t g = begin / 32; g < end / 32; g++, to++) {
         tile_group whole;
         tile_pack<B>(32 * g, 32 * g + 32, rows, &whole);
+        copy_columns(whole, to);
         for (int r = 0; r < PINFER_TILE_ROWS; r++) {
-            for (int i = 0; i < 16; i++) {
-                to->q[i / 4][r][i % 4] = (uint8_t) (whole.q[i / 4][r][i % 4] | whole.q[4 + i / 4][r][i % 4] << 4);
-            }
             memcpy(to->a[r], ((const B *) rows[r] + g)->d, sizeof(to->a[r]));
         }
     }
@@ -179,6 +192,10 @@ ivec group_column(const tile_group_4 * g, int c, int v) {
     return ivec_bits<4>(both, c / 4 * 4);
 }
 
+ivec group_column(const tile_group_8 * g, int c, int v) {
+    return tile_load(g->q[c][v * VEC_LANES]);
+}
+
 template <int bits> ivec group_column(const tile_group_bits<bits> * g, int c, int v) {
     return ivec_bits<bits>(tile_load(g->q[c % bits][v * VEC_LANES]), c / bits * bits);
 }
@@ -188,6 +205,10 @@ vec group_scale(const tile_group * g, int part, int v) {
 }
 
 vec group_scale(const tile_group_4 * g, int, int v) {
+    return vec_load_f16(g->a[v * VEC_LANES]);
+}
+
+vec group_scale(const tile_group_8 * g, int, int v) {
     return vec_load_f16(g->a[v * VEC_LANES]);
 }
 
@@ -334,78 +355,9 @@ void tile_multiply(int64_t n, int64_t begin, int64_t end, const void * tile, con
 template <typename B>
 void tile_multiply_small(int64_t n, int64_t begin, int64_t end, const void * tile, const void * x, size_t x_row,
                          int64_t n_tokens, float * out, int64_t out_row) {
-    const tile_group_4 * g = (const tile_group_4 *) tile;
+    const auto * g = (const typename small_group<B>::type *) tile;
     multiply_blocks<B, TILE_TOKENS>(n, begin, end, g, (const char *) x, x_row, n_tokens, out, out_row);
 }
-
-// ---- rows of floats ----------------------------------------------------------------------------------------------
-//
-// The tile is the transposed matrix: value j of every row, then value j + 1 of every row.
-
-template <int size> void tile_pack_float(int64_t begin, int64_t end, const void * const * rows, void * tile) {
-    char * to = (char *) tile;
-    for (int64_t j = begin; j < end; j++) {
-        for (int r = 0; r < PINFER_TILE_ROWS; r++, to += size) {
-            memcpy(to, (const char *) rows[r] + size * j, size);
-        }
-    }
-}
-
-// Several columns are summed apart, as far as registers go, to hide the latency of the fused multiply-add.
-template <int T, vec (*load)(const void *), int size>
-void multiply_float_tokens(int64_t n, const char * tile, const char * x, size_t x_row, float * out, int64_t out_row) {
-    constexpr int apart = T * TILE_VECS >= 8 ? 1 : 8 / (T * TILE_VECS);
-    constexpr int column = PINFER_TILE_ROWS * size;
-    vec           sum[apart][T][TILE_VECS];
-    for (int t = 0; t < T; t++) {
-        for (int v = 0; v < TILE_VECS; v++) {
-            sum[0][t][v] = vec_load(out + t * out_row + v * VEC_LANES);
-            for (int k = 1; k < apart; k++) {
-                sum[k][t][v] = vec_zero();
-            }
-        }
-    }
-    const auto add = [&](int64_t j, int k) __attribute__((always_inline)) {
-        for (int v = 0; v < TILE_VECS; v++) {
-            const vec w = load(tile + column * j + v * VEC_LANES * size);
-            for (int t = 0; t < T; t++) {
-                sum[k][t][v] = vec_fma(w, vec_set1(load_f32(x + (size_t) t * x_row + sizeof(float) * (size_t) j)), sum[k][t][v]);
-            }
-        }
-    };
-    int64_t j = 0;
-    for (; j + apart <= n; j += apart) {
-        for (int k = 0; k < apart; k++) {
-            add(j + k, k);
-        }
-    }
-    for (; j < n; j++) {
-        add(j, 0);
-    }
-    for (int t = 0; t < T; t++) {
-        for (int v = 0; v < TILE_VECS; v++) {
-            for (int k = 1; k < apart; k++) {
-                sum[0][t][v] = vec_add(sum[0][t][v], sum[k][t][v]);
-            }
-            vec_store(out + t * out_row + v * VEC_LANES, sum[0][t][v]);
-        }
-    }
-}
-
-template <vec (*load)(const void *), int size>
-void tile_multiply_float(int64_t, int64_t begin, int64_t end, const void * tile, const void * x, size_t x_row,
-                         int64_t n_tokens, float * out, int64_t out_row) {
-    const int64_t n = end - begin;
-    const char *  v = (const char *) x + sizeof(float) * (size_t) begin;
-    for (; n_tokens >= 4; n_tokens -= 4, v += 4 * x_row, out += 4 * out_row) {
-        multiply_float_tokens<4, load, size>(n, (const char *) tile, v, x_row, out, out_row);
-    }
-    for (; n_tokens > 0; n_tokens--, v += x_row, out += out_row) {
-        multiply_float_tokens<1, load, size>(n, (const char *) tile, v, x_row, out, out_row);
-    }
-}
-
-// ---- a few bits --------------------------------------------------------------------------------------------------
 
 template <int bits>
 void tile_multiply_bits(int64_t n, int64_t begin, int64_t end, const void * tile, const void * x, size_t x_row,

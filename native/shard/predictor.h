@@ -23,8 +23,8 @@ struct pinfer_buffer {
     void allocate(size_t n_bytes); // throws std::bad_alloc
 };
 
-// A matrix of a predictor, cut into tiles of PINFER_TILE_ROWS rows: they stream from memory faster than rows one by one.
-// Empty where its type has none.
+// A matrix of a predictor, cut into tiles of PINFER_TILE_ROWS rows. Rows of 4 bits come at 9 GB/s one by one, at 35 to 50 in
+// tiles. Empty where the type has none: rows of F16 come as fast as memory goes, 33 to 52 GB/s.
 struct pinfer_tiles {
     pinfer_buffer      buffer;
     pinfer_multiply_fn multiply = nullptr;

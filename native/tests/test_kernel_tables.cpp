@@ -221,8 +221,7 @@ static void test_tile(const batch & b, pinfer_pack_fn pack, pinfer_multiply_fn m
     random_source      r   = { 11 };
     const auto         before = r.normals(b.n_tokens * out_row);
     std::vector<float> out    = before;
-    const size_t       floats = PINFER_TILE_ROWS * sizeof(float) * (size_t) b.n; // at least as large as any tile
-    void *             tile   = aligned_alloc(64, floats);
+    void *             tile   = aligned_alloc(64, (size_t) b.n / 32 * sizeof(tile_group));
     for (int64_t begin = 0, end = cut > 0 ? cut : b.n; begin < b.n; begin = end, end = b.n) {
         pack(begin, end, b.row.data(), tile);
         multiply(b.n, begin, end, tile, b.x.data(), b.x_row, b.n_tokens, out.data(), out_row);
@@ -310,14 +309,14 @@ static void test_extremes(const struct pinfer_kernel_table * table, const type_s
 static void test_presence(const struct pinfer_kernel_table * table, const type_shape & t, report * rep) {
     const struct pinfer_kernel * k        = pinfer_kernel_table_find(table, t.type);
     const bool                   is_float = t.block == 1, sums_rows = is_float || t.type == GGML_TYPE_Q8_0;
-    const bool                   has_tiles = strcmp(table->isa, "neon") != 0;
+    const bool                   has_tiles = !is_float && strcmp(table->isa, "neon") != 0;
     const std::string            name      = std::string(table->isa) + " " + t.name;
     rep->check(name + " dot_many where it must be", !is_float || (k != nullptr && k->dot_many != nullptr));
     rep->check(name + " accumulate where it must be", !sums_rows || (k != nullptr && k->accumulate != nullptr));
     rep->check(name + " tiles where they must be",
-               !has_tiles || is_float || (k != nullptr && k->pack != nullptr && k->multiply != nullptr));
+               !has_tiles || (k != nullptr && k->pack != nullptr && k->multiply != nullptr));
     rep->check(name + " small tiles where they must be",
-               !has_tiles || (!is_float && t.type != GGML_TYPE_Q4_0) ||
+               !has_tiles || (t.type != GGML_TYPE_Q4_0 && t.type != GGML_TYPE_Q8_0) ||
                    (k != nullptr && k->pack_small != nullptr && k->multiply_small != nullptr));
 }
 

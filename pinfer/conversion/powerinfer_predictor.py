@@ -340,7 +340,8 @@ class _Imported:
 
     def __init__(self, data: LayerData, factors: ImportedFactors, types: tuple[str, str], *, whole: bool) -> None:
         rank = len(factors.a)
-        self.types = types
+        self.types: tuple[str, str] | None = types
+        self._types = types
         self.ranks = range(rank if whole else BLOCK, rank + 1, BLOCK)
         self.ready = len(self.ranks) - 1
         self._data = data
@@ -355,4 +356,4 @@ class _Imported:
     def n_bytes(self, rank: int) -> int:
         """Bytes of both factors, the constants and the thresholds."""
         constants = 0 if self._c is None else self._c[:rank].nbytes
-        return factor_bytes(self._data, self.types, rank) + constants
+        return factor_bytes(self._data, self._types, rank) + constants

@@ -182,7 +182,7 @@ class _LowRank:
     """Low-rank factors, computed up to the highest rank requested so far."""
 
     kind = "low_rank"
-    types = None
+    types: tuple[str, str] | None = None
 
     def __init__(self, data: LayerData, inputs: NDArray[np.float64], options: TrainOptions) -> None:
         n_ff, n_embd = data.weight.shape
@@ -218,14 +218,14 @@ class _LowRank:
 
 def factor_bytes(data: LayerData, types: tuple[str, str], rank: int) -> int:
     """Bytes of A and B of these types, and of the thresholds."""
-    n_ff, n_embd = data.weight.shape
-    return rank * row_bytes(types[0], n_embd) + n_ff * (row_bytes(types[1], rank) + _THRESHOLD_BYTES)
+    n_embd: int = data.weight.shape[1]
+    return rank * row_bytes(types[0], n_embd) + len(data.weight) * (row_bytes(types[1], rank) + _THRESHOLD_BYTES)
 
 
 class _FewBits:
     """A copy of the matrix with one or two bits per weight."""
 
-    types = None
+    types: tuple[str, str] | None = None
 
     def __init__(self, data: LayerData, inputs: NDArray[np.float64], kind: str) -> None:
         n_embd = data.weight.shape[1]
