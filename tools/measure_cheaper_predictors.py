@@ -110,13 +110,37 @@ def hadamard(n: int) -> Matrix:
     h = np.ones((1, 1), np.float32)
     while len(h) < n and n % (2 * len(h)) == 0:
         h = np.block([[h, h], [h, -h]])
-    return np.kron(np.eye(n // len(h), dtype=np.float32), h) / np.float32(np.sqrt(len(h)))
+    turn: Matrix = np.kron(np.eye(n // len(h), dtype=np.float32), h) / np.float32(np.sqrt(len(h)))
+    return turn
 
 
 def with_signs(n: int) -> Matrix:
     """Random signs, then the Hadamard transform: no weight stays large."""
     signs = np.random.default_rng(0).choice(np.array([-1, 1], np.float32), n)
-    return hadamard(n) * signs
+    turn: Matrix = hadamard(n) * signs
+    return turn
+
+
+def of_levels(name: str, n_bytes: int, levels: Matrix) -> Kind:
+    """Scores levels·x."""
+    return Kind(name, 0, n_bytes, lambda x: x @ levels.T)
+
+
+def of_sum(layer: Layer, rank: int, a: Matrix, b: Matrix, how: Compensation) -> Kind:
+    """Factors in Q4_0 and a copy of what they leave in one bit; 4 bytes a row are for its scale."""
+    n_ff, n_embd = layer.shape
+    types = ("q4_0", "q4_0")
+    low = of_factors(layer, "", a, b, types)
+    rest = layer.data.weight - b @ a
+    levels = few_bits(rest, how, 1)
+    scale = (rest * levels).sum(axis=1) / n_embd
+
+    def score(x: Matrix) -> Matrix:
+        total: Matrix = low.score(x) + (x @ levels.T) * scale
+        return total
+
+    n_bytes = factor_bytes(layer, rank, types) + n_ff * (n_embd // 8 + 4)
+    return Kind(f"rank {rank} Q4_0 + one_bit of the rest", rank, n_bytes, score)
 
 
 def copies(layer: Layer) -> Iterator[Kind]:
@@ -129,28 +153,16 @@ def copies(layer: Layer) -> Iterator[Kind]:
         return int(n_ff * (bits * n_embd / 8 + 4))
 
     for bits, name in ((1, "one_bit"), (2, "two_bit")):
-        levels = few_bits(weight, how, bits)
-        yield Kind(name, 0, bits_bytes(bits), lambda x, levels=levels: x @ levels.T)
-    three = ternary(weight, how)
-    yield Kind("1.6 bits (-1, 0, 1)", 0, bits_bytes(TERNARY_BITS), lambda x: x @ three.T)
+        yield of_levels(name, bits_bytes(bits), few_bits(weight, how, bits))
+    yield of_levels("1.6 bits (-1, 0, 1)", bits_bytes(TERNARY_BITS), ternary(weight, how))
     turn = with_signs(n_embd)
     turned = compensation(turn @ inputs @ turn.T)
     for bits, name in ((1, "one_bit, rotated"), (2, "two_bit, rotated")):
         levels = few_bits(np.ascontiguousarray(weight @ turn.T), turned, bits) @ turn
-        yield Kind(name, 0, bits_bytes(bits), lambda x, levels=levels: x @ levels.T)
+        yield of_levels(name, bits_bytes(bits), levels)
     a, b = Spectrum.of(weight, inputs).factors(64)
     for rank in (32, 64):
-        low = of_factors(layer, "", a[:rank], b[:, :rank], ("q4_0", "q4_0"))
-        rest = weight - b[:, :rank] @ a[:rank]
-        levels = few_bits(rest, how, 1)
-        scale = (rest * levels).sum(axis=1) / n_embd
-        n_bytes = factor_bytes(layer, rank, ("q4_0", "q4_0")) + bits_bytes(1)  # 4 bytes a row are for the scale
-        yield Kind(
-            f"rank {rank} Q4_0 + one_bit of the rest",
-            rank,
-            n_bytes,
-            lambda x, low=low, levels=levels, scale=scale: low.score(x) + (x @ levels.T) * scale,
-        )
+        yield of_sum(layer, rank, a[:rank], b[:, :rank], how)
 
 
 # -- the tokens and the layer before -----------------------------------------------------------------------------------
@@ -203,8 +215,9 @@ def cascades(case: Case, one: Kind, two: Kind) -> Iterator[tuple[str, Measured]]
     levels = two.score(np.eye(n_embd, dtype=np.float32)).T
     by_variance = np.argsort(-layer.fit.var(axis=0))
     for share in (4, 2):
-        kept = by_variance[: n_embd // share]
-        part = Kind("", 0, round(n_ff * (n_embd / share / 4 + 4)), lambda x, kept=kept: x[:, kept] @ levels[:, kept].T)
+        kept = np.zeros(n_embd, np.float32)
+        kept[by_variance[: n_embd // share]] = 1
+        part = of_levels("", round(n_ff * (n_embd / share / 4 + 4)), levels * kept)
         name = f"two_bit, 1/{share} of the columns, then the rest"
         yield name, cascade(case, part, two, n_embd / 4 * (1 - 1 / share))
 
