@@ -125,7 +125,8 @@ bool pinfer_predictor_open(pinfer_predictor * p, const char * path, const pinfer
 }
 
 // The tiles of n rows of `length` values, whose addresses row(j) gives; none where the type has no tiles.
-template <typename F> static void cut(pinfer_tiles * tiles, const pinfer_kernel * kernel, int bits, int64_t length, int64_t n, F row) {
+template <typename F>
+static void cut(pinfer_tiles * tiles, const pinfer_kernel * kernel, int bits, int64_t length, int64_t n, F row) {
     pinfer_pack_fn pack = nullptr;
     if (bits) {
         tiles->multiply = pinfer_bits_multiply(bits);
@@ -197,13 +198,18 @@ void pinfer_predictor_hidden(const pinfer_predictor_ffn & p, int64_t begin, int6
     }
     for (int64_t r = begin; r < end; r += PINFER_TILE_ROWS) {
         if (p.a_tiles.buffer.data) {
-            p.a_tiles.multiply(p.n_embd, 0, p.n_embd, p.a_tiles.buffer.data + (size_t) (r / PINFER_TILE_ROWS) * p.a_tiles.size, x,
-                               x_row, n_tokens, hidden + r, p.rank);
+            const uint8_t * const tile = p.a_tiles.buffer.data + (size_t) (r / PINFER_TILE_ROWS) * p.a_tiles.size;
+            p.a_tiles.multiply(p.n_embd, 0, p.n_embd, tile, x, x_row, n_tokens, hidden + r, p.rank);
             continue;
         }
         for (int64_t k = r; k < std::min(end, r + PINFER_TILE_ROWS); k++) {
-            for (int64_t t = 0; t < n_tokens; t++) {
-                hidden[t * p.rank + k] += pinfer_kernel_dot(p.a_kernel, p.n_embd, p.a + (size_t) k * p.a_row, x + (size_t) t * x_row);
+            float z[PINFER_TILE_ROWS];
+            for (int64_t t = 0; t < n_tokens; t += PINFER_TILE_ROWS) {
+                const int64_t some = std::min<int64_t>(n_tokens - t, PINFER_TILE_ROWS);
+                pinfer_kernel_dot_many(p.a_kernel, p.n_embd, p.a + (size_t) k * p.a_row, x + (size_t) t * x_row, x_row, some, z);
+                for (int64_t i = 0; i < some; i++) {
+                    hidden[(t + i) * p.rank + k] += z[i];
+                }
             }
         }
     }
@@ -218,8 +224,8 @@ void pinfer_predictor_scores(const pinfer_predictor_ffn & p, const int32_t * ids
                              size_t z_row, int64_t n_tokens, float * score) {
     std::fill(score, score + n_tokens * PINFER_TILE_ROWS, 0.0f);
     if (p.b_tiles.buffer.data) {
-        p.b_tiles.multiply(p.rank, 0, p.rank, p.b_tiles.buffer.data + (size_t) (j / PINFER_TILE_ROWS) * p.b_tiles.size, z, z_row,
-                           n_tokens, score, PINFER_TILE_ROWS);
+        const uint8_t * const tile = p.b_tiles.buffer.data + (size_t) (j / PINFER_TILE_ROWS) * p.b_tiles.size;
+        p.b_tiles.multiply(p.rank, 0, p.rank, tile, z, z_row, n_tokens, score, PINFER_TILE_ROWS);
         return;
     }
     for (int64_t r = 0; r < n; r++) {

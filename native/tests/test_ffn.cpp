@@ -97,7 +97,9 @@ void test_mlp_predictor(const shard_paths & p) {
     const model    m = make_model(c);
     std::string    fp = write_model(m, p), err;
     const std::vector<float> b = mlp_factor(m, false);
-    for (const auto & [type, error] : {std::pair{GGML_TYPE_F32, 1e-5}, {GGML_TYPE_F16, 1e-3}, {GGML_TYPE_Q8_0, 0.02}, {GGML_TYPE_Q4_0, 0.15}}) {
+    const std::pair<ggml_type, double> errors[] = {
+        {GGML_TYPE_F32, 1e-5}, {GGML_TYPE_F16, 1e-3}, {GGML_TYPE_Q8_0, 0.02}, {GGML_TYPE_Q4_0, 0.15}};
+    for (const auto & [type, error] : errors) {
         write_mlp_predictor(m, type, fp, p.predictor);
         check(configure(p, c, false, true, &err), "configure: " + err);
         for (int64_t n_tokens : {1, 5, 7}) {
@@ -112,7 +114,8 @@ void test_mlp_predictor(const shard_paths & p) {
                     double score = 0.0, rows = 0.0, hidden = 0.0;
                     for (int64_t j = 0; j < MLP_RANK; j++) {
                         const double v = x[(size_t) (t * N_EMBD + j % N_EMBD)];
-                        const double h = std::max(0.0, (j < N_EMBD ? v : -v) + MLP_SHIFT), w = b[(size_t) (i * MLP_RANK + j)];
+                        const double h = std::max(0.0, (j < N_EMBD ? v : -v) + MLP_SHIFT);
+                        const double w = b[(size_t) (i * MLP_RANK + j)];
                         score += w * h;
                         rows += w * w;
                         hidden += h * h;

@@ -318,13 +318,12 @@ class ImportedFactors:
         z = held.x @ self.a.T
         if self.c is not None:
             z += self.c
-        size = np.sqrt(np.mean(np.maximum(z, 0) ** 2, axis=0))
-        # A value that never shows gets a scale that suits half floats, and is the last.
-        unseen = size == 0
-        size = np.where(unseen, np.maximum(np.abs(self.a).max(axis=1), np.float32(1e-30)), size)
+        # Values that hardly ever show are the last; their rows of A stay within the range of half floats.
+        least = np.maximum(1e-4 * np.abs(self.a).max(axis=1), 1e-30)
+        size = np.maximum(np.sqrt(np.mean(np.maximum(z, 0) ** 2, axis=0)), least).astype(np.float32)
         b = self.b * size
-        b /= max(float(np.abs(b).max()), 1e-30)  # within the range of half floats
-        order = np.argsort(-np.where(unseen, -1, np.einsum("ij,ij->j", b, b)), kind="stable")
+        b /= max(float(np.abs(b).max()), 1e-30)  # likewise
+        order = np.argsort(-np.einsum("ij,ij->j", b, b), kind="stable")
         spare = (0, -len(order) % BLOCK)
         a = np.pad((self.a / size[:, None])[order], (spare, (0, 0)))
         c = None if self.c is None else np.pad((self.c / size)[order], spare)
