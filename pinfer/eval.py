@@ -90,7 +90,7 @@ def evaluate(model_path: Path, options: EvalOptions, progress: Progress = NULL_P
         )
 
     with open_engine(dense) as engine:
-        windows = _windows(engine, options, n_ctx)
+        windows = _windows(engine, options.text, options.n_tokens, n_ctx)
         row_bytes = 4 * engine.n_vocab
     n_targets = sum(len(window) - 1 for window in windows)
     if n_targets < options.n_tokens:
@@ -107,17 +107,39 @@ def evaluate(model_path: Path, options: EvalOptions, progress: Progress = NULL_P
     return totals.report(execution.mode, reference, options.n_tokens)
 
 
+class DenseReference:
+    """What dense computation says about a text, to measure how far other ways to compute the model are from it."""
+
+    def __init__(self, model: Model, text: Path, n_tokens: int) -> None:
+        self._path = model.path
+        self._n_ctx = min(model.n_ctx_train or MAX_CONTEXT, MAX_CONTEXT)
+        with Engine(model.path, plugin=_dense_config(model)[0], n_ctx=self._n_ctx) as engine:
+            self._windows = _windows(engine, text, n_tokens, self._n_ctx)
+            self._expected = [self._of(engine, window) for window in self._windows]
+
+    @staticmethod
+    def _of(engine: Engine, window: list[int]) -> NDArray[np.float32]:
+        return _log_probabilities(_whole(engine, window, lambda _: None))
+
+    def divergence(self, config: PluginConfig) -> float:
+        """Mean KL(dense‖other) in nats, computed in batches: use it for what gives a token the same in any batch."""
+        with Engine(self._path, plugin=config, n_ctx=self._n_ctx) as engine:
+            found = (self._of(engine, window) for window in self._windows)
+            each = [_divergence(wanted, other) for wanted, other in zip(self._expected, found, strict=True)]
+        return float(np.concatenate(each).mean())
+
+
 def _dense_config(model: Model) -> tuple[PluginConfig | None, str]:
     if model.stock_computes_it:
         return None, "libllama"
     return replace(PluginConfig.of(model), n_batch_dense=ALWAYS_DENSE), "pinfer"
 
 
-def _windows(engine: Engine, options: EvalOptions, n_ctx: int) -> list[list[int]]:
-    """Windows with ``options.n_tokens`` tokens to predict, or fewer if the text is short."""
-    corpus = open_corpus(str(options.text))
+def _windows(engine: Engine, text: Path, n_tokens: int, n_ctx: int) -> list[list[int]]:
+    """Windows with ``n_tokens`` tokens to predict, or fewer if the text is short."""
+    corpus = open_corpus(str(text))
     windows: list[list[int]] = []
-    left = options.n_tokens
+    left = n_tokens
     for window in windows_of(engine, corpus.documents(), n_ctx):
         if len(window) > 1:
             windows.append(window[: left + 1])
@@ -125,7 +147,7 @@ def _windows(engine: Engine, options: EvalOptions, n_ctx: int) -> list[list[int]
         if left == 0:
             break
     if not windows:
-        raise PinferError(f"{options.text} has no text to predict", "use a longer text")
+        raise PinferError(f"{text} has no text to predict", "use a longer text")
     return windows
 
 

@@ -8,11 +8,12 @@ dequantised and quantised again along the other axis, or moved as they are where
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from pinfer.artefacts.shards import (
     weight_name,
 )
 from pinfer.artefacts.verify import verify_shards
+from pinfer.down_rows import DownChoice, choose
 from pinfer.errors import PinferError
 from pinfer.gguf_io.reader import row_bytes, type_name, type_size
 from pinfer.gguf_io.writer import replace_together
@@ -61,6 +63,13 @@ class SplitOptions:
     """Options of ``pinfer split``."""
 
     down_type: str | None = None
+    down_kl: str | None = None
+    """choose the type for each FFN, with the model's divergence from dense up to this many nats; ``auto``: twice what
+    Q8_0 costs"""
+    text: Path | None = None
+    """for ``down_kl``"""
+    n_tokens: int = 2048
+    """of ``text``"""
     verify: bool = False
     activation: str | None = None
 
@@ -85,6 +94,8 @@ class SplitReport:
     """source of the order of the neurons: ``placement``, ``profile`` or ``model``"""
     hot_down_types: tuple[str, ...]
     cold_down_types: tuple[str, ...]
+    down_choice: DownChoice | None
+    """with ``down_kl``: the types by FFN, and the divergence"""
     seconds: float
     verified: bool
 
@@ -101,17 +112,58 @@ def split(model_path: Path, options: SplitOptions, progress: Progress = NULL_PRO
     ``options.verify`` the new files are read back and compared with the model before they replace the old ones.
     """
     started = time.monotonic()
+    bound = _bound(options)
     model = open_model(model_path, options.activation)
     model.require_placeable()
     if model.places_experts and options.down_type is not None:
         raise PinferError(f"the experts of {model.name} keep their types", "leave out --down-type")
     with paths.writing_to(model, progress) as folder:
-        return _split(model, folder, options, progress, started)
+        choice = None
+        if options.text is not None:
+            choice = _choose_types(model, folder, options.text, options.n_tokens, bound, progress)
+        return _split(model, folder, options, choice, progress, started)
 
 
-def _split(model: Model, folder: Path, options: SplitOptions, progress: Progress, started: float) -> SplitReport:
-    plan, source = _plan(model, folder, options, progress)
-    settings = {"down_type": options.down_type, "order": source}
+def _bound(options: SplitOptions) -> float | None:
+    """The divergence allowed; None: by the model's own."""
+    if (options.down_kl is None) != (options.text is None):
+        raise PinferError("down types are chosen on a text", "use --down-kl together with --text FILE")
+    if options.down_kl is not None and options.down_type is not None:
+        raise PinferError("--down-type and --down-kl exclude each other", "use one of them")
+    if options.down_kl in (None, "auto"):
+        return None
+    try:
+        bound = float(options.down_kl or "")
+    except ValueError:
+        bound = 0.0
+    if not 0 < bound < math.inf or options.n_tokens < 1:
+        raise PinferError(f"{options.down_kl!r} is not a valid divergence", "use --down-kl auto, or one above 0")
+    return bound
+
+
+def _choose_types(
+    model: Model, folder: Path, text: Path, n_tokens: int, bound: float | None, progress: Progress
+) -> DownChoice:
+    """Types of the cold down rows, by trial shards in which every neuron is cold."""
+    order = tuple(np.arange(f.n_units, dtype=np.int32) for f in model.ffns)
+    none = tuple(neurons[:0] for neurons in order)
+
+    def write(path: Path, kinds: Sequence[str]) -> None:
+        types = tuple(down_types(ffn, kind) for ffn, kind in zip(model.ffns, kinds, strict=True))
+        plan = ShardPlan(new_placement_id(), (none,), order, types)
+        with cold_writer(path, model, plan, {}) as cold:
+            _write_shards(model, plan, (), cold, NULL_PROGRESS)
+
+    path = folder / paths.PROFILE
+    profile = ProfileFile.read(path, model) if path.exists() else None
+    return choose(model, profile, text, n_tokens, bound, write, folder / f".trial-{paths.COLD}", progress)
+
+
+def _split(
+    model: Model, folder: Path, options: SplitOptions, choice: DownChoice | None, progress: Progress, started: float
+) -> SplitReport:
+    plan, source = _plan(model, folder, options, choice, progress)
+    settings = {"down_type": options.down_type, "down_kl": options.down_kl, "order": source}
     hot_paths = tuple(folder / hot_name(device) for device in range(len(plan.hot)))
     cold_path, in_place = folder / paths.COLD, model.places_experts
     with ExitStack() as stack:
@@ -140,6 +192,7 @@ def _split(model: Model, folder: Path, options: SplitOptions, progress: Progress
             plan.hot_type(device, i) for device, units in enumerate(plan.hot) for i, n in enumerate(units) if len(n)
         ),
         cold_down_types=_names(t.cold for t, n in zip(plan.types, plan.cold, strict=True) if not in_place and len(n)),
+        down_choice=choice,
         seconds=time.monotonic() - started,
         verified=options.verify,
     )
@@ -177,9 +230,14 @@ def _names(types: Iterator[int]) -> tuple[str, ...]:
     return tuple(sorted({type_name(t) for t in types}))
 
 
-def _plan(model: Model, folder: Path, options: SplitOptions, progress: Progress) -> tuple[ShardPlan, str]:
+def _plan(
+    model: Model, folder: Path, options: SplitOptions, choice: DownChoice | None, progress: Progress
+) -> tuple[ShardPlan, str]:
     """The neurons of each shard, their order and types, and the source of that order."""
     types = tuple(down_types(ffn, options.down_type) for ffn in model.ffns)
+    if choice:  # devices keep the finer default
+        chosen = (down_types(ffn, kind) for ffn, kind in zip(model.ffns, choice.types, strict=True))
+        types = tuple(replace(t, cold=c.cold) for t, c in zip(types, chosen, strict=True))
     if options.down_type is not None:
         got = {type_name(t.cold) for t in types}
         got |= {type_name(t.hot) for t in types if not t.is_whole}

@@ -40,7 +40,7 @@ def test_the_newest_record_of_the_same_case_is_taken(tiny_relu2: Path, tmp_path:
 
 def test_the_command_says_it_on_stderr(tiny_relu2: Path, tmp_path: Path) -> None:
     pinfer = CommandLine(tmp_path / "work", tmp_path / "home")
-    words: list[str | Path] = ["bench", tiny_relu2, *"-p 0 -n 4 -np 1 -r 2".split()]
+    words: list[str | Path] = ["bench", tiny_relu2, "-p", "0", "-n", "4", "-np", "1", "-r", "2"]
     file = tmp_path / "records.jsonl"
     first = pinfer(*words, "-o", "jsonl")
     assert first.code == 0, first.err

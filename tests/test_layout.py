@@ -37,7 +37,7 @@ LAYERS = (
     ("pinfer.artefacts",),
     ("pinfer.predictors", "pinfer.placement", "pinfer.benchmark", "pinfer.conversion"),
     ("pinfer.execution", "pinfer.plotting"),
-    (*(f"pinfer.{verb}" for verb in VERBS), "pinfer.preparation", "pinfer.generation"),
+    (*(f"pinfer.{verb}" for verb in VERBS), "pinfer.preparation", "pinfer.generation", "pinfer.down_rows"),
     ("pinfer",),  # the Python API
     ("pinfer.cli",),
     ("pinfer.__main__",),

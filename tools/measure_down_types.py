@@ -18,8 +18,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 from pinfer.artefacts.shards import cold_neuron_bytes, down_types
+from pinfer.errors import PinferError
 from pinfer.eval import EvalOptions, evaluate
 from pinfer.model import open_model
+from pinfer.profile import ProfileOptions, profile
 from pinfer.split import SplitOptions, split
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
@@ -28,6 +30,34 @@ from support.quantised import quantise
 
 MODEL_TYPES = ("F16", "Q8_0", "Q4_K", "Q4_0")
 DOWN_TYPES = ("F16", "Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q4_0")
+
+
+BOUNDS = ("auto", "1e-3", "2e-3", "4e-3")
+
+
+def measure_bounds(model_path: Path, text: Path, n_tokens: int) -> None:
+    """Prints one line per model type and bound: the down types chosen by layer, and what they save."""
+    print("| model type | bound | KL mean | bytes of the down rows of a token, with Q8_0 | with these types | types |")
+    print("|---|---:|---:|---:|---:|---|")
+    for model_type in MODEL_TYPES:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, model_path.name)
+            if model_type == "F16":
+                shutil.copy(model_path, path)
+            else:
+                quantise(model_path, model_type, path)
+            profile(path, ProfileOptions(str(text), n_tokens))
+            for bound in BOUNDS:
+                try:
+                    found = split(path, SplitOptions(down_kl=bound, text=text, n_tokens=n_tokens)).down_choice
+                except PinferError:
+                    continue  # Q8_0 costs more
+                assert found is not None, "asked for"
+                print(
+                    f"| {model_type} | {found.bound:.1e} | {found.divergence:.1e} | {found.row_bytes_q8:.0f} "
+                    f"| {found.row_bytes / found.row_bytes_q8:.0%} | {' '.join(found.types)} |",
+                    flush=True,
+                )
 
 
 def measure(model_path: Path, text: Path, n_tokens: int, n_threads: int) -> None:
@@ -61,5 +91,9 @@ if __name__ == "__main__":
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--by-layer", action="store_true", help="measure what `pinfer split --down-kl` chooses instead")
     arguments = parser.parse_args()
-    measure(arguments.model, arguments.text, arguments.tokens, arguments.threads)
+    if arguments.by_layer:
+        measure_bounds(arguments.model, arguments.text, arguments.tokens)
+    else:
+        measure(arguments.model, arguments.text, arguments.tokens, arguments.threads)

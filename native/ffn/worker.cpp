@@ -39,15 +39,9 @@ void worker::prepare_x() {
 }
 
 void worker::hidden() {
-    const pinfer_predictor_ffn & p = *s.predictor;
-    const x_view                 x = mine(s.x_predictor);
-    for (int64_t r = p.rank * ith / nth; r < p.rank * (ith + 1) / nth; r++) {
-        float z[SLAB];
-        pinfer_kernel_dot_many(p.a_kernel, s.job.n_embd, p.a + (size_t) r * p.a_row, x.data, x.row, s.n_tokens, z);
-        for (int64_t t = 0; t < s.n_tokens; t++) {
-            s.hidden[t * p.rank + r] = p.relu && z[t] < 0.0f ? 0.0f : z[t];
-        }
-    }
+    const int64_t rank = s.predictor->rank;
+    const x_view  x    = mine(s.x_predictor);
+    pinfer_predictor_hidden(*s.predictor, share_begin(rank, ith, nth), share_begin(rank, ith + 1, nth), x.data, x.row, s.n_tokens, s.hidden);
     lap(PINFER_STEP_SCORE);
 }
 

@@ -76,9 +76,14 @@ struct alignas(64) tile_group {
     float   b[PINFER_TILE_ROWS];
 };
 
-// The same for Q4_0 at less than half the size: column c of the first four has the low nibbles, c + 4 the high ones.
+// The same as small as the rows. Of Q4_0, column c of the first four has the low nibbles, c + 4 the high ones.
 struct tile_group_4 {
     uint8_t q[4][PINFER_TILE_ROWS][4];
+    uint8_t a[PINFER_TILE_ROWS][2]; // F16
+};
+
+struct tile_group_8 {
+    uint8_t q[8][PINFER_TILE_ROWS][4];
     uint8_t a[PINFER_TILE_ROWS][2]; // F16
 };
 
@@ -136,7 +141,7 @@ static inline void x_q8_fill_lanes(const pinfer_x_q8 * x, int64_t n) {
 static_assert(sizeof(block_q8_0) == 34 && sizeof(block_q4_0) == 18 && sizeof(block_q5_0) == 22, "ggml block sizes");
 static_assert(sizeof(block_q4_1) == 20 && sizeof(block_q5_1) == 24, "ggml block sizes");
 static_assert(sizeof(block_q4_k) == 144 && sizeof(block_q5_k) == 176 && sizeof(block_q6_k) == 210, "ggml block sizes");
-static_assert(sizeof(tile_group) == 640 && sizeof(tile_group_4) == 288, "no padding");
+static_assert(sizeof(tile_group) == 640 && sizeof(tile_group_4) == 288 && sizeof(tile_group_8) == 544, "no padding");
 
 static inline uint16_t load_u16(const void * p) {
     uint16_t v;

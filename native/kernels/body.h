@@ -635,7 +635,7 @@ const struct pinfer_kernel kernels[] = {
     { GGML_TYPE_F16, FLOATS(vec_load_f16, load_f16, 2) },
     { GGML_TYPE_BF16, FLOATS(vec_load_bf16, load_bf16, 2) },
     { GGML_TYPE_Q8_0, PINFER_X_Q8, dot_blocks<block_q8_0, false>, axpy_q8_0, accumulate_pieces<q8_0_piece>, nullptr,
-      TILES(block_q8_0) },
+      BOTH_TILES(block_q8_0) },
     { GGML_TYPE_Q4_0, PINFER_X_Q8, dot_blocks<block_q4_0, false>, axpy_q4_0, nullptr, nullptr,
       BOTH_TILES(block_q4_0) },
     { GGML_TYPE_Q4_1, PINFER_X_Q8, dot_blocks<block_q4_1, true>, axpy_q4_1, nullptr, nullptr,

@@ -152,10 +152,6 @@ size_t pinfer_tile_size(int64_t n) {
     return (size_t) n / 32 * sizeof(tile_group);
 }
 
-size_t pinfer_small_tile_size(int64_t n) {
-    return (size_t) n / 32 * sizeof(tile_group_4);
-}
-
 size_t pinfer_bits_tile_size(int bits, int64_t n) {
     return (size_t) n / 32 * (bits == 1 ? sizeof(tile_group_bits<1>) : sizeof(tile_group_bits<2>));
 }

@@ -57,7 +57,7 @@ struct pinfer_kernel {
     pinfer_dot_many_fn   dot_many;
     pinfer_pack_fn       pack; // together with multiply
     pinfer_multiply_fn   multiply;
-    pinfer_pack_fn       pack_small; // tiles that are kept in memory: as small as the rows (types of 4 bits only)
+    pinfer_pack_fn       pack_small; // tiles that are kept in memory: as small as the rows (Q4_0, Q8_0)
     pinfer_multiply_fn   multiply_small;
 };
 
@@ -80,9 +80,8 @@ void pinfer_kernel_nonzero(int64_t n, const float * a, uint64_t * bits);
 void pinfer_kernel_add_rows(int64_t n, const float * w, const uint64_t * rows, const float * const * a, int64_t n_tokens,
                             float * y, int64_t y_row);
 
-// Bytes of a tile of n columns (n a multiple of 32).
+// Bytes of a tile of n columns (n a multiple of 32). A small one takes as many as its rows.
 size_t pinfer_tile_size(int64_t n);
-size_t pinfer_small_tile_size(int64_t n);
 
 // Rows of n numbers of 1 bit (-1, 1) or 2 bits (-3, -1, 1, 3), as predictor.gguf holds them: number j is
 // 2*q - (2^bits - 1) with q at bit j*bits of the row. Tiles of them are multiplied by x in PINFER_X_Q8; n is a multiple

@@ -152,16 +152,29 @@ template <typename B> void tile_pack(int64_t begin, int64_t end, const void * co
     }
 }
 
+template <typename B> struct small_group { using type = tile_group_4; };
+template <> struct small_group<block_q8_0> { using type = tile_group_8; };
+
+void copy_columns(const tile_group & whole, tile_group_4 * to) {
+    for (int r = 0; r < PINFER_TILE_ROWS; r++) {
+        for (int i = 0; i < 16; i++) {
+            to->q[i / 4][r][i % 4] = (uint8_t) (whole.q[i / 4][r][i % 4] | whole.q[4 + i / 4][r][i % 4] << 4);
+        }
+    }
+}
+
+void copy_columns(const tile_group & whole, tile_group_8 * to) {
+    memcpy(to->q, whole.q, sizeof(to->q));
+}
+
 // Through a tile of bytes, since it is done once.
 template <typename B> void tile_pack_small(int64_t begin, int64_t end, const void * const * rows, void * tile) {
-    tile_group_4 * to = (tile_group_4 *) tile;
+    auto * to = (typename small_group<B>::type *) tile;
     for (int64_t g = begin / 32; g < end / 32; g++, to++) {
         tile_group whole;
         tile_pack<B>(32 * g, 32 * g + 32, rows, &whole);
+        copy_columns(whole, to);
         for (int r = 0; r < PINFER_TILE_ROWS; r++) {
-            for (int i = 0; i < 16; i++) {
-                to->q[i / 4][r][i % 4] = (uint8_t) (whole.q[i / 4][r][i % 4] | whole.q[4 + i / 4][r][i % 4] << 4);
-            }
             memcpy(to->a[r], ((const B *) rows[r] + g)->d, sizeof(to->a[r]));
         }
     }
@@ -179,6 +192,10 @@ ivec group_column(const tile_group_4 * g, int c, int v) {
     return ivec_bits<4>(both, c / 4 * 4);
 }
 
+ivec group_column(const tile_group_8 * g, int c, int v) {
+    return tile_load(g->q[c][v * VEC_LANES]);
+}
+
 template <int bits> ivec group_column(const tile_group_bits<bits> * g, int c, int v) {
     return ivec_bits<bits>(tile_load(g->q[c % bits][v * VEC_LANES]), c / bits * bits);
 }
@@ -188,6 +205,10 @@ vec group_scale(const tile_group * g, int part, int v) {
 }
 
 vec group_scale(const tile_group_4 * g, int, int v) {
+    return vec_load_f16(g->a[v * VEC_LANES]);
+}
+
+vec group_scale(const tile_group_8 * g, int, int v) {
     return vec_load_f16(g->a[v * VEC_LANES]);
 }
 
@@ -334,7 +355,7 @@ void tile_multiply(int64_t n, int64_t begin, int64_t end, const void * tile, con
 template <typename B>
 void tile_multiply_small(int64_t n, int64_t begin, int64_t end, const void * tile, const void * x, size_t x_row,
                          int64_t n_tokens, float * out, int64_t out_row) {
-    const tile_group_4 * g = (const tile_group_4 *) tile;
+    const auto * g = (const typename small_group<B>::type *) tile;
     multiply_blocks<B, TILE_TOKENS>(n, begin, end, g, (const char *) x, x_row, n_tokens, out, out_row);
 }
 

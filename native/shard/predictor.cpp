@@ -1,5 +1,5 @@
-// predictor.cpp: reads predictor.gguf, arranges B so that it streams, and scores 16 neurons at a time. The rest of its
-// arithmetic runs inside the FFN executor, which knows the threads.
+// predictor.cpp: reads predictor.gguf, arranges A and B so that they stream, and multiplies 16 rows at a time. The FFN
+// executor calls it, which knows the threads.
 #include "predictor.h"
 
 #include <algorithm>
@@ -79,9 +79,10 @@ static bool read_ffn(pinfer_predictor * p, int ffn, const std::string & kind, in
         return damaged(p, ffn, "has a rank that its kind does not allow", err);
     }
     const std::string name = pinfer_ffn_name(ffn);
-    pinfer_blob       a, b, t;
+    pinfer_blob       a, b, c, t;
     if (!pinfer_artefact_tensor(&p->file, name + ".pred_a", GGML_TYPE_COUNT, n_embd, rank, &a, err) ||
         !pinfer_artefact_tensor(&p->file, name + ".pred_b", GGML_TYPE_COUNT, rank, n_ff, &b, err) ||
+        !pinfer_artefact_tensor(&p->file, name + ".pred_c", GGML_TYPE_F32, rank, 1, &c, err) ||
         !pinfer_artefact_tensor(&p->file, name + ".pred_t", GGML_TYPE_F32, n_ff, 1, &t, err)) {
         return false;
     }
@@ -93,7 +94,9 @@ static bool read_ffn(pinfer_predictor * p, int ffn, const std::string & kind, in
     f.rank  = rank;
     f.n     = n_ff;
     f.relu  = kind == "mlp";
+    f.n_embd = n_embd;
     f.a     = a.data;
+    f.c     = (const float *) c.data;
     f.b     = b.data;
     f.t     = (const float *) t.data;
     f.a_row = ggml_row_size(a.type, n_embd);
@@ -121,26 +124,39 @@ bool pinfer_predictor_open(pinfer_predictor * p, const char * path, const pinfer
     return true;
 }
 
-// False where B has no tiles: its rows are used as they are.
-static bool choose_tiles(pinfer_predictor_ffn * p) {
-    if (p->bits) {
-        p->multiply = pinfer_bits_multiply(p->bits);
-        p->tile     = pinfer_bits_tile_size(p->bits, p->rank);
-    } else if (p->b_kernel->pack_small) {
-        p->multiply = p->b_kernel->multiply_small;
-        p->tile     = pinfer_small_tile_size(p->rank);
+// The tiles of n rows of `length` values, whose addresses row(j) gives; none where the type has no tiles.
+template <typename F>
+static void cut(pinfer_tiles * tiles, const pinfer_kernel * kernel, int bits, int64_t length, int64_t n, F row) {
+    pinfer_pack_fn pack = nullptr;
+    if (bits) {
+        tiles->multiply = pinfer_bits_multiply(bits);
+        tiles->size     = pinfer_bits_tile_size(bits, length);
+    } else if (kernel->pack_small) {
+        pack            = kernel->pack_small;
+        tiles->multiply = kernel->multiply_small;
+        tiles->size     = PINFER_TILE_ROWS * ggml_row_size(kernel->type, length);
     } else {
-        p->multiply = p->b_kernel->multiply;
-        p->tile     = pinfer_tile_size(p->rank);
+        pack            = kernel->pack;
+        tiles->multiply = kernel->multiply;
+        tiles->size     = pinfer_tile_size(length);
     }
-    return p->multiply;
-}
-
-static void pack_tile(const pinfer_predictor_ffn & p, const void * const * rows, void * tile) {
-    if (p.bits) {
-        pinfer_bits_pack(p.bits, p.rank, rows, tile);
-    } else {
-        (p.b_kernel->pack_small ? p.b_kernel->pack_small : p.b_kernel->pack)(0, p.rank, rows, tile);
+    if (!tiles->multiply) {
+        return;
+    }
+    const int64_t groups = (n + PINFER_TILE_ROWS - 1) / PINFER_TILE_ROWS;
+    tiles->buffer.allocate((size_t) groups * tiles->size);
+#pragma omp parallel for
+    for (int64_t g = 0; g < groups; g++) {
+        const void * rows[PINFER_TILE_ROWS];
+        for (int64_t r = 0; r < PINFER_TILE_ROWS; r++) {
+            rows[r] = row(std::min(g * PINFER_TILE_ROWS + r, n - 1));
+        }
+        uint8_t * const to = tiles->buffer.data + (size_t) g * tiles->size;
+        if (bits) {
+            pinfer_bits_pack(bits, length, rows, to);
+        } else {
+            pack(0, length, rows, to);
+        }
     }
 }
 
@@ -153,34 +169,63 @@ void pinfer_predictor_arrange(pinfer_predictor * p, const std::vector<pinfer_neu
         if (layer.rank == 0 || n == 0) {
             continue;
         }
-        const int64_t groups = (n + PINFER_TILE_ROWS - 1) / PINFER_TILE_ROWS;
-        layer.thresholds.assign((size_t) (groups * PINFER_TILE_ROWS), std::numeric_limits<float>::infinity());
+        layer.thresholds.assign((size_t) ((n + PINFER_TILE_ROWS - 1) / PINFER_TILE_ROWS * PINFER_TILE_ROWS),
+                                std::numeric_limits<float>::infinity());
         for (int64_t j = 0; j < n; j++) {
             layer.thresholds[(size_t) j] = layer.t[ids ? ids[j] : j];
         }
-        if (!choose_tiles(&layer)) {
+        cut(&layer.b_tiles, layer.b_kernel, layer.bits, layer.rank, n,
+            [&](int64_t j) { return layer.b + (size_t) (ids ? ids[j] : j) * layer.b_row; });
+        if (layer.b_tiles.buffer.data) {
+            pinfer_artefact_release(layer.b, (size_t) layer.n * layer.b_row);
+        }
+        if (!layer.bits) {
+            cut(&layer.a_tiles, layer.a_kernel, 0, layer.n_embd, layer.rank,
+                [&](int64_t j) { return layer.a + (size_t) j * layer.a_row; });
+        }
+        if (layer.a_tiles.buffer.data) {
+            pinfer_artefact_release(layer.a, (size_t) layer.rank * layer.a_row);
+        }
+    }
+}
+
+void pinfer_predictor_hidden(const pinfer_predictor_ffn & p, int64_t begin, int64_t end, const uint8_t * x, size_t x_row,
+                             int64_t n_tokens, float * hidden) {
+    for (int64_t t = 0; t < n_tokens; t++) {
+        for (int64_t r = begin; r < end; r++) {
+            hidden[t * p.rank + r] = p.c ? p.c[r] : 0.0f;
+        }
+    }
+    for (int64_t r = begin; r < end; r += PINFER_TILE_ROWS) {
+        if (p.a_tiles.buffer.data) {
+            const uint8_t * const tile = p.a_tiles.buffer.data + (size_t) (r / PINFER_TILE_ROWS) * p.a_tiles.size;
+            p.a_tiles.multiply(p.n_embd, 0, p.n_embd, tile, x, x_row, n_tokens, hidden + r, p.rank);
             continue;
         }
-        layer.tiles.allocate((size_t) groups * layer.tile);
-#pragma omp parallel for
-        for (int64_t g = 0; g < groups; g++) {
-            const void * rows[PINFER_TILE_ROWS];
-            for (int64_t r = 0; r < PINFER_TILE_ROWS; r++) {
-                const int64_t j = std::min(g * PINFER_TILE_ROWS + r, n - 1);
-                rows[r]         = layer.b + (size_t) (ids ? ids[j] : j) * layer.b_row;
+        for (int64_t k = r; k < std::min(end, r + PINFER_TILE_ROWS); k++) {
+            float z[PINFER_TILE_ROWS];
+            for (int64_t t = 0; t < n_tokens; t += PINFER_TILE_ROWS) {
+                const int64_t some = std::min<int64_t>(n_tokens - t, PINFER_TILE_ROWS);
+                pinfer_kernel_dot_many(p.a_kernel, p.n_embd, p.a + (size_t) k * p.a_row, x + (size_t) t * x_row, x_row, some, z);
+                for (int64_t i = 0; i < some; i++) {
+                    hidden[(t + i) * p.rank + k] += z[i];
+                }
             }
-            pack_tile(layer, rows, layer.tiles.data + (size_t) g * layer.tile);
         }
-        pinfer_artefact_release(layer.b, (size_t) layer.n * layer.b_row);
+    }
+    for (int64_t t = 0; p.relu && t < n_tokens; t++) {
+        for (int64_t r = begin; r < end; r++) {
+            hidden[t * p.rank + r] = std::max(hidden[t * p.rank + r], 0.0f);
+        }
     }
 }
 
 void pinfer_predictor_scores(const pinfer_predictor_ffn & p, const int32_t * ids, int64_t j, int64_t n, const uint8_t * z,
                              size_t z_row, int64_t n_tokens, float * score) {
     std::fill(score, score + n_tokens * PINFER_TILE_ROWS, 0.0f);
-    if (p.tiles.data) {
-        p.multiply(p.rank, 0, p.rank, p.tiles.data + (size_t) (j / PINFER_TILE_ROWS) * p.tile, z, z_row, n_tokens, score,
-                   PINFER_TILE_ROWS);
+    if (p.b_tiles.buffer.data) {
+        const uint8_t * const tile = p.b_tiles.buffer.data + (size_t) (j / PINFER_TILE_ROWS) * p.b_tiles.size;
+        p.b_tiles.multiply(p.rank, 0, p.rank, tile, z, z_row, n_tokens, score, PINFER_TILE_ROWS);
         return;
     }
     for (int64_t r = 0; r < n; r++) {

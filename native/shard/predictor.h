@@ -23,27 +23,34 @@ struct pinfer_buffer {
     void allocate(size_t n_bytes); // throws std::bad_alloc
 };
 
-// One FFN: hidden z = A·x (mlp: relu of it), score_i = B_i·z, neuron i is a candidate when score_i > t_i. Where B is of a
-// few bits, z is x itself.
+// A matrix of a predictor, cut into tiles of PINFER_TILE_ROWS rows. Rows of 4 bits come at 9 GB/s one by one, at 35 to 50 in
+// tiles. Empty where the type has none: rows of F16 come as fast as memory goes, 33 to 52 GB/s.
+struct pinfer_tiles {
+    pinfer_buffer      buffer;
+    pinfer_multiply_fn multiply = nullptr;
+    size_t             size = 0; // bytes of one
+};
+
+// One FFN: hidden z = A·x + c (mlp: relu of it), score_i = B_i·z, neuron i is a candidate when score_i > t_i. Where B is of
+// a few bits, z is x itself.
 struct pinfer_predictor_ffn {
     int64_t               rank = 0; // 0: no predictor, every neuron is a candidate
     int64_t               n = 0; // neurons, of all experts of a stack
+    int64_t               n_embd = 0; // columns of A
     int                   bits = 0; // of the numbers of B, 0: b_kernel's type
     bool                  relu = false;
     const pinfer_kernel * a_kernel = nullptr;
     const pinfer_kernel * b_kernel = nullptr;
     const uint8_t *       a = nullptr; // [rank] rows of n_embd
+    const float *         c = nullptr; // [rank]; null: 0
     const uint8_t *       b = nullptr; // [n_ff] rows of rank
     const float *         t = nullptr; // [n_ff]
     size_t                a_row = 0;   // bytes
     size_t                b_row = 0;
 
-    // t in the order of the neurons that are scored, infinite up to a multiple of PINFER_TILE_ROWS; and B in tiles, empty
-    // where its type has none.
+    // t in the order of the neurons that are scored, infinite up to a multiple of PINFER_TILE_ROWS; B in the same order.
     std::vector<float> thresholds;
-    pinfer_buffer      tiles;
-    pinfer_multiply_fn multiply = nullptr;
-    size_t             tile = 0; // bytes
+    pinfer_tiles       a_tiles, b_tiles;
 };
 
 struct pinfer_predictor {
@@ -51,9 +58,13 @@ struct pinfer_predictor {
     std::vector<pinfer_predictor_ffn> ffns;
 };
 
-// Arranges B for the given neurons of each FFN (null, and in stacks: all of them in the model's order), so that scores stream
+// Arranges A, and B for the given neurons of each FFN (null, and in stacks: all of them in the model's order), so that scores stream
 // from memory.
 void pinfer_predictor_arrange(pinfer_predictor * p, const std::vector<pinfer_neurons> * neurons);
+
+// hidden[t*rank + r] of the rows [begin, end) of A, multiples of PINFER_TILE_ROWS, for n_tokens prepared inputs x.
+void pinfer_predictor_hidden(const pinfer_predictor_ffn & p, int64_t begin, int64_t end, const uint8_t * x, size_t x_row,
+                             int64_t n_tokens, float * hidden);
 
 // score[t*PINFER_TILE_ROWS + r] of the neurons at places j to j + n - 1 (j a multiple of PINFER_TILE_ROWS, n at most that
 // many, any finite number beyond them) for the n_tokens prepared hidden vectors z.

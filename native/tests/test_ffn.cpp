@@ -50,6 +50,89 @@ void check_sign_predictor(const model & m, const std::vector<float> & x, int64_t
               std::to_string(sure + unsure));
 }
 
+// relu(A·x + c) holds every input as it is and negated, shifted and cut off; B counts the negated ones for less.
+constexpr int64_t MLP_RANK  = 2 * N_EMBD;
+constexpr float   MLP_SHIFT = 0.4f, MLP_LESS = 0.75f;
+
+std::vector<float> mlp_factor(const model & m, bool first) {
+    const matrix &     w = m.c.gated() ? m.gate : m.up;
+    std::vector<float> f((size_t) (first ? MLP_RANK * N_EMBD : N_FF * MLP_RANK), 0.0f);
+    for (int64_t i = 0; first && i < N_EMBD; i++) {
+        f[(size_t) (i * N_EMBD + i)]            = 1.0f;
+        f[(size_t) ((N_EMBD + i) * N_EMBD + i)] = -1.0f;
+    }
+    for (int64_t i = 0; !first && i < N_FF; i++) {
+        for (int64_t j = 0; j < N_EMBD; j++) {
+            f[(size_t) (i * MLP_RANK + j)]          = w.value[(size_t) (i * N_EMBD + j)];
+            f[(size_t) (i * MLP_RANK + N_EMBD + j)] = -MLP_LESS * w.value[(size_t) (i * N_EMBD + j)];
+        }
+    }
+    return f;
+}
+
+std::vector<uint8_t> in_type(const std::vector<float> & values, ggml_type type, int64_t row) {
+    std::vector<uint8_t> out(ggml_row_size(type, row) * values.size() / (size_t) row);
+    ggml_quantize_chunk(type, values.data(), out.data(), 0, (int64_t) values.size() / row, row, nullptr);
+    return out;
+}
+
+void write_mlp_predictor(const model & m, ggml_type type, const std::string & fp, const std::string & path) {
+    writer w;
+    add_common(w.gguf, "predictor", m.c, fp);
+    const char *   kind = "mlp";
+    const uint32_t rank = MLP_RANK;
+    gguf_set_arr_str(w.gguf, "pinfer.predictor.kind", &kind, 1);
+    gguf_set_arr_data(w.gguf, "pinfer.predictor.rank", GGUF_TYPE_UINT32, &rank, 1);
+    const std::vector<float> c((size_t) MLP_RANK, MLP_SHIFT), t((size_t) N_FF, 0.0f);
+    w.add("blk.0.pred_a", type, N_EMBD, MLP_RANK, in_type(mlp_factor(m, true), type, N_EMBD).data());
+    w.add("blk.0.pred_b", type, MLP_RANK, N_FF, in_type(mlp_factor(m, false), type, MLP_RANK).data());
+    w.add("blk.0.pred_c", GGML_TYPE_F32, MLP_RANK, 1, c.data());
+    w.add("blk.0.pred_t", GGML_TYPE_F32, N_FF, 1, t.data());
+    w.write(path);
+}
+
+// Factors of every type name the neurons whose score, computed here in double, is not too near zero for the type to tell.
+void test_mlp_predictor(const shard_paths & p) {
+    const ffn_case c = {.act = PINFER_ACT_RELU2, .biases = false, .type = GGML_TYPE_F16};
+    const model    m = make_model(c);
+    std::string    fp = write_model(m, p), err;
+    const std::vector<float> b = mlp_factor(m, false);
+    const std::pair<ggml_type, double> errors[] = {
+        {GGML_TYPE_F32, 1e-5}, {GGML_TYPE_F16, 1e-3}, {GGML_TYPE_Q8_0, 0.02}, {GGML_TYPE_Q4_0, 0.15}};
+    for (const auto & [type, error] : errors) {
+        write_mlp_predictor(m, type, fp, p.predictor);
+        check(configure(p, c, false, true, &err), "configure: " + err);
+        for (int64_t n_tokens : {1, 5, 7}) {
+            const std::vector<float> x = noise(N_EMBD * n_tokens, 1.0f);
+            pinfer_stats_reset(nullptr);
+            run_graph(m, x, n_tokens, 2);
+            pinfer_stats st;
+            pinfer_get_stats(nullptr, &st);
+            uint64_t sure = 0, unsure = 0;
+            for (int64_t t = 0; t < n_tokens; t++) {
+                for (int64_t i = 0; i < N_FF; i++) {
+                    double score = 0.0, rows = 0.0, hidden = 0.0;
+                    for (int64_t j = 0; j < MLP_RANK; j++) {
+                        const double v = x[(size_t) (t * N_EMBD + j % N_EMBD)];
+                        const double h = std::max(0.0, (j < N_EMBD ? v : -v) + MLP_SHIFT);
+                        const double w = b[(size_t) (i * MLP_RANK + j)];
+                        score += w * h;
+                        rows += w * w;
+                        hidden += h * h;
+                    }
+                    const double slack = error * std::sqrt(rows * hidden);
+                    sure += score > slack;
+                    unsure += std::fabs(score) <= slack;
+                }
+            }
+            check(st.n_candidates >= sure && st.n_candidates <= sure + unsure && sure > 0,
+                  std::string("mlp of ") + ggml_type_name(type) + ", " + std::to_string(n_tokens) + " tokens: " +
+                      std::to_string(st.n_candidates) + " named, expected " + std::to_string(sure) + " to " +
+                      std::to_string(sure + unsure));
+        }
+    }
+}
+
 void run_case(const ffn_case & c, const shard_paths & p) {
     const model       m  = make_model(c);
     const std::string fp = write_model(m, p);
@@ -335,6 +418,7 @@ int main() {
     }
     test_threshold_is_exact(p);
     test_sign_predictor(p);
+    test_mlp_predictor(p);
     test_node_by_node(p);
     test_refusals(p);
     std::filesystem::remove_all(folder);

@@ -316,7 +316,7 @@ static void test_presence(const struct pinfer_kernel_table * table, const type_s
     rep->check(name + " tiles where they must be",
                !has_tiles || (k != nullptr && k->pack != nullptr && k->multiply != nullptr));
     rep->check(name + " small tiles where they must be",
-               !has_tiles || t.type != GGML_TYPE_Q4_0 ||
+               !has_tiles || (t.type != GGML_TYPE_Q4_0 && t.type != GGML_TYPE_Q8_0) ||
                    (k != nullptr && k->pack_small != nullptr && k->multiply_small != nullptr));
 }
 

@@ -32,7 +32,7 @@ STACK_KINDS = (*FEW_BITS, "none")
 
 @dataclass(frozen=True)
 class LayerPredictor:
-    """One FFN: neuron i is a candidate if ``(B (A x))_i > t_i``; with rank 0 every neuron is one."""
+    """One FFN: neuron i is a candidate if ``(B (A x + c))_i > t_i``; with rank 0 every neuron is one."""
 
     rank: int
     recall: float
@@ -49,6 +49,8 @@ class LayerPredictor:
     """its name in the file; ``none`` if the rank is 0"""
     types: tuple[str, str] | None = None
     """of A and B, if they differ from the other layers'"""
+    c: NDArray[np.float32] | None = None
+    """``[rank]``; None: 0"""
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class PredictorFile:
             if k not in (STACK_KINDS if f.is_stack else KINDS) or (k == "none") != (r == 0):
                 raise artefact.damaged(f"{f.title} has a predictor of kind {k!r} and rank {r}")
             if r:
-                for name, shape in _shapes(k, r, f).items():
+                for name, shape in _shapes(k, r, f, constant=artefact.has(f"{f.name}.pred_c")).items():
                     found = artefact.tensor(f"{f.name}.pred_{name}").shape
                     if found != shape:
                         raise artefact.damaged(f"{f.name}.pred_{name} has shape {list(found)} instead of {list(shape)}")
@@ -88,7 +90,7 @@ class PredictorFile:
 
     def n_bytes(self, i: int) -> int:
         """Bytes of the tensors of FFN ``i``; 0 without a predictor."""
-        names = (f"{self.names[i]}.pred_{part}" for part in "abt")
+        names = (f"{self.names[i]}.pred_{part}" for part in "abct")
         return sum(self.artefact.tensor(name).n_bytes for name in names if self.artefact.has(name))
 
     def layer(self, i: int) -> LayerPredictor:
@@ -108,7 +110,9 @@ class PredictorFile:
             tensor = self.artefact.tensor(f"{name}.pred_{which}")
             return ggml.dequantise(self.artefact.raw(tensor.name), tensor.type, tensor.row_length)
 
-        return LayerPredictor(rank, self.recall[i], self.candidates[i], factor("a"), factor("b"), t, kind)
+        has_c = self.artefact.has(f"{name}.pred_c")
+        c = self.artefact.array(f"{name}.pred_c", type_name="F32") if has_c else None
+        return LayerPredictor(rank, self.recall[i], self.candidates[i], factor("a"), factor("b"), t, kind, c=c)
 
 
 def _shares(artefact: Artefact, key: str, n: int) -> tuple[float, ...]:
@@ -118,12 +122,12 @@ def _shares(artefact: Artefact, key: str, n: int) -> tuple[float, ...]:
     return tuple(values)
 
 
-def _shapes(kind: str, rank: int, ffn: Ffn) -> dict[str, tuple[int, ...]]:
+def _shapes(kind: str, rank: int, ffn: Ffn, *, constant: bool) -> dict[str, tuple[int, ...]]:
     """Shapes of the tensors of an FFN, by the end of their names."""
     n = ffn.n_neurons
     if kind in FEW_BITS:
         return {"b": (ffn.n_embd * FEW_BITS[kind] // 8, n), "t": (n,)}
-    return {"a": (ffn.n_embd, rank), "b": (rank, n), "t": (n,)}
+    return {"a": (ffn.n_embd, rank), "b": (rank, n), **({"c": (rank,)} if constant else {}), "t": (n,)}
 
 
 class PredictorWriter:
@@ -136,7 +140,7 @@ class PredictorWriter:
         self._path = path
         self._model = model
         self._file_types = FACTOR_TYPES[factor_type]
-        self._layers: list[LayerPredictor] = []
+        self._layers: list[LayerPredictor] = []  # without their factors, but for c
         self._pieces: list[tuple[str, int]] = []  # tensor name, bytes, in the spool's order
         self._spool: IO[bytes] = tempfile.TemporaryFile(dir=path.parent)  # noqa: SIM115 (closed by __exit__)
 
@@ -155,7 +159,9 @@ class PredictorWriter:
         ffn = self._model.ffns[len(self._layers)]
         kind = layer.kind if layer.rank else "none"
         types = self._types(layer)
-        self._layers.append(LayerPredictor(layer.rank, layer.recall, layer.candidates, kind=kind, types=types))
+        self._layers.append(
+            LayerPredictor(layer.rank, layer.recall, layer.candidates, kind=kind, types=types, c=layer.c)
+        )
         if not layer.rank:
             return
         if layer.b is None or layer.t is None or (layer.a is None) != (layer.kind in FEW_BITS):
@@ -165,7 +171,8 @@ class PredictorWriter:
             codes = layer.b if layer.b.dtype == np.uint8 else packed(layer.b, FEW_BITS[layer.kind])
             data_of = {"b": codes, "t": layer.t}
         else:
-            data_of = {"a": quantise(layer.a, types[0]), "b": quantise(layer.b, types[1]), "t": layer.t}
+            constant = {} if layer.c is None else {"c": layer.c}
+            data_of = {"a": quantise(layer.a, types[0]), "b": quantise(layer.b, types[1]), **constant, "t": layer.t}
         for name, data in data_of.items():
             self._pieces.append((f"{ffn.name}.pred_{name}", data.nbytes))
             self._spool.write(data.tobytes())
@@ -185,8 +192,9 @@ class PredictorWriter:
             for ffn, layer in zip(self._model.ffns, self._layers, strict=True):
                 few = layer.kind in FEW_BITS
                 a, b = self._types(layer)
-                types = {"a": a, "b": "I8" if few else b, "t": "F32"}
-                for name, shape in _shapes(layer.kind, layer.rank, ffn).items() if layer.rank else ():
+                types = {"a": a, "b": "I8" if few else b, "c": "F32", "t": "F32"}
+                shapes = _shapes(layer.kind, layer.rank, ffn, constant=layer.c is not None) if layer.rank else {}
+                for name, shape in shapes.items():
                     out.declare(f"{ffn.name}.pred_{name}", shape, types[name])
             self._spool.seek(0)
             for name, n_bytes in self._pieces:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -21,6 +22,19 @@ def split(
         str | None,
         typer.Option("--down-type", metavar="TYPE", help="Type of the transposed down rows. [default: by the model]"),
     ] = None,
+    down_kl: Annotated[
+        str | None,
+        typer.Option(
+            "--down-kl",
+            metavar="KL|auto",
+            help="Choose a type for each layer's down rows, as small as the model's divergence from dense allows: up "
+            "to so many nats, or twice what Q8_0 costs. Needs --text.",
+        ),
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option("--text", metavar="FILE", help="Text to measure the divergence on.")
+    ] = None,
+    n_tokens: Annotated[int, typer.Option("--tokens", metavar="N", help="Tokens of the text to use.")] = 2048,
     verify: Annotated[
         bool, typer.Option("--verify", help="Check that hot and cold together hold the whole model.")
     ] = False,
@@ -41,6 +55,7 @@ def print_split(report: SplitReport) -> None:
     types = dict.fromkeys((*report.hot_down_types, *report.cold_down_types))
     in_place = ", of experts in the model itself" if report.in_place else ""
     proven = "the hot experts equal the model's" if report.in_place else "hot and cold together equal the model"
+    choice = report.down_choice
     facts = [
         ("hot neurons", f"{report.n_hot:,} ({format_bytes(report.hot_bytes)})"),
         ("cold neurons", f"{report.n_cold:,} ({format_bytes(report.cold_bytes)}{in_place})"),
@@ -49,5 +64,13 @@ def print_split(report: SplitReport) -> None:
         ("speed", f"{format_bytes((report.hot_bytes + report.cold_bytes) / max(report.seconds, 1e-9))}/s"),
         ("verified", proven if report.verified else "no (use --verify)"),
     ]
+    if choice:
+        facts[4:4] = [
+            (
+                "divergence",
+                f"{choice.divergence:.1e} of {choice.bound:.1e} allowed, {choice.divergence_q8:.1e} with Q8_0",
+            ),
+            ("a token reads", f"{choice.row_bytes / choice.row_bytes_q8:.0%} of the down rows' bytes with Q8_0"),
+        ]
     ui.print_facts(facts)
     ui.print_paths(report.hot, None if report.in_place else report.cold)

@@ -7,17 +7,17 @@ sign of a score. So it is enough to express fc1·x in terms of y up to such a fa
 - RMS norm, y = w x / rms(x): fc1·x is rms(x) times fc1·diag(1/w)·y. This is exact.
 - Layer norm, y = w (x - mean) / deviation + b: fc1·x is the deviation times
   (fc1·diag(1/w)·(y - b) + (mean / deviation) fc1·1). Everything in it except y and mean / deviation is constant. That
-  ratio cannot be recovered from y, so one value per layer is fitted. Constants need no separate bias: (y - b) / w sums
-  to 0, so the sum of y / w is the same for every token, and constants are expressed through it.
+  ratio cannot be recovered from y, so one value per layer is fitted.
 
-Thresholds are then found on samples of the converted model, as in `pinfer train`. If a layer's predictor costs more
-than it saves at the requested recall, the layer gets the predictor that `pinfer train` would make.
+Both matrices are then rounded to the types, and cut to the rank, that cost least per token; thresholds are found on
+samples of the converted model, as in `pinfer train`. If a layer's predictor costs more than it saves at the requested
+recall, the layer gets the predictor that `pinfer train` would make.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,29 +30,27 @@ from pinfer.artefacts.predictor import LayerPredictor, PredictorWriter, quantise
 from pinfer.artefacts.profile import SamplesFile
 from pinfer.conversion.powerinfer_file import PowerInferFile, open_powerinfer
 from pinfer.errors import PinferError
-from pinfer.gguf_io.reader import row_bytes
 from pinfer.interrupt import interruptible
 from pinfer.model import Model, dequantize
 from pinfer.predictors.data import HeldBack, LayerData, parts
 from pinfer.predictors.fitting import (
-    Fitted,
+    BLOCK,
     LayerReport,
     TrainOptions,
     TrainReport,
-    exact_cost,
+    cheapest,
+    factor_bytes,
     fit_layer,
     scores,
     summary,
     tested,
 )
-from pinfer.predictors.thresholds import calibrate, one_threshold
+from pinfer.predictors.thresholds import one_threshold
 from pinfer.progress import NULL_PROGRESS, Progress
 
 if TYPE_CHECKING:
     from pinfer.predictors.data import Matrix
-
-# Values in a block of quantised factors; ranks are padded to multiples of it.
-_BLOCK = 32
+    from pinfer.predictors.fitting import Source
 
 # Number of samples for finding thresholds, and of samples and neurons for comparing candidates in _MEANS.
 _CALIBRATION_SAMPLES = 2048
@@ -65,11 +63,8 @@ _ENOUGH_TOKENS = 500
 # Candidates for mean / deviation of a layer norm's input.
 _MEANS = (0.0, 0.02, -0.02, 0.05, -0.05, 0.1, -0.1, 0.2, -0.2, 0.4, -0.4)
 
-# Relative rounding error of the types A is stored in. It limits how accurately a constant can be expressed through y.
-_ROUNDING = {"f16": 2.0**-12, "q8_0": 2.0**-8}
-
-# One float32 per neuron.
-_THRESHOLD_BYTES = 4
+# Types of A and B to choose from.
+_TYPES = (("f16", "f16"), ("q8_0", "q8_0"), ("q8_0", "q4_0"), ("q4_0", "q4_0"))
 
 
 @dataclass(frozen=True)
@@ -81,7 +76,7 @@ class ImportOptions:
     n_tokens: int = 8192
     recall: float = 0.995
     n_threads: int | None = None
-    keep: bool = False  # keep the file's predictor even if it costs more than it saves
+    keep: bool = False  # keep the file's predictor whole, even if it costs more than it saves
 
 
 @dataclass(frozen=True)
@@ -157,7 +152,7 @@ def import_layers(
     progress: Progress = NULL_PROGRESS,
 ) -> ImportReport:
     """Writes predictor.gguf of a model converted from ``file``, and reports how well it predicts ``samples``."""
-    train = TrainOptions(recall=options.recall, type="f16" if model.n_embd % _BLOCK else "q4_0")
+    train = TrainOptions(recall=options.recall, type="f16" if model.n_embd % BLOCK else "q4_0")
     layers: list[ImportedLayer] = []
     with (
         paths.writing_to(model, progress) as folder,
@@ -201,20 +196,19 @@ def _import_layer(
     ffn = model.ffns[layer]
     data = LayerData.read(model, ffn, samples)
     _, calibration, test = parts(len(data.x))
-    fitted = None
-    pays = False
+    factors = fitted = None
     if file.predictor_rank(layer):
-        # Only the thresholds are fitted, so samples of the fit can be used for them as well.
+        # Nothing is learnt but thresholds and order, so samples of the fit can be used for them as well.
         held = HeldBack.of(data, slice(max(0, calibration.stop - _CALIBRATION_SAMPLES), calibration.stop))
-        fitted = _fit(ImportedFactors.of(file, model, layer), data, held, options.recall)
-        pays = keep or fitted.cost(data, held) < exact_cost(data, held)
+        factors = ImportedFactors.of(file, model, layer).calibrated(data, held, options.recall)
+        fitted = cheapest(data, factors.sources(data, held, whole=keep), held, options, keep=keep)
         del held  # wide layers do not fit into memory twice
     held = HeldBack.of(data, test)
-    predictor, report = tested(data, ffn, fitted, held) if fitted and pays else fit_layer(data, ffn, options)
-    by_sign = scores(fitted.a, fitted.b, held.x, "mlp") > 0 if fitted else None
+    predictor, report = tested(data, ffn, fitted, held) if fitted else fit_layer(data, ffn, options)
+    by_sign = factors.scores(held.x) > 0 if factors else None
     return predictor, ImportedLayer(
         **vars(report),
-        imported=pays,
+        imported=fitted is not None,
         recall_active=_recall_active(held, _named(predictor, held)),
         sign_recall=None if by_sign is None else held.recall(by_sign),
         sign_recall_active=None if by_sign is None else _recall_active(held, by_sign),
@@ -226,7 +220,7 @@ def _named(predictor: LayerPredictor, held: HeldBack) -> NDArray[np.bool_]:
     """The candidates ``[n, n_ff]``; all neurons if the layer has no predictor."""
     if predictor.b is None or predictor.t is None:
         return np.ones(held.mass.shape, dtype=bool)
-    return scores(predictor.a, predictor.b, held.x, predictor.kind) > predictor.t
+    return scores(predictor.a, predictor.b, held.x, predictor.kind, predictor.c) > predictor.t
 
 
 def _recall_active(held: HeldBack, named: NDArray[np.bool_]) -> float:
@@ -266,38 +260,18 @@ def without_scale(fc1: Matrix, weight: Matrix) -> Matrix:
     return np.where(kept, fc1 / np.where(kept, weight, np.float32(1)), np.float32(0)).astype(np.float32)
 
 
-def constant(weight: Matrix, bias: Matrix, rounding: float) -> Matrix:
-    """v ``[n_embd]`` with v·y = 1 for every output y of the layer norm with ``weight`` and ``bias`` ``[n_embd]``.
-
-    v is a multiple of 1/w, because the sum of y / w always equals that of b / w. If that sum is small compared with the
-    error from rounding v, v is shrunk, and if it is zero, so is v.
-    """
-    kept = weight != 0
-    inverse = np.where(kept, 1 / np.where(kept, weight, np.float32(1)), np.float32(0)).astype(np.float64)
-    offset = bias * inverse
-    total = float(offset.sum())
-    noise = rounding**2 * float((kept + offset**2).sum())
-    if total == 0:
-        return np.zeros_like(weight)
-    return (inverse * (total / (total**2 + noise))).astype(np.float32)
-
-
 @dataclass(frozen=True)
 class ImportedFactors:
-    """Factors of a layer's predictor, re-expressed for the norm's output y as a function of mean / deviation."""
+    """Factors of a layer's predictor, re-expressed for the norm's output y: scores are B·relu(A·y + c)."""
 
     a: Matrix
     """fc1·diag(1/w) ``[rank, n_embd]``"""
     b: Matrix
-    """fc2 ``[n_ff, rank]``, rounded as it is stored"""
-    types: tuple[str, str]
-    """types of A and B"""
-    fixed: Matrix | None
-    """``[rank]``, to be added to A·y; None for an RMS norm"""
-    ones: Matrix
-    """``[rank]``, to be added to A·y once per unit of mean / deviation"""
-    constant: Matrix
-    """``[n_embd]``, the vector whose product with y is 1"""
+    """fc2 ``[n_ff, rank]``"""
+    c: Matrix | None
+    """``[rank]``; None for an RMS norm"""
+    ones: Matrix | None
+    """``[rank]``, to be added to c once per unit of mean / deviation"""
 
     @staticmethod
     def of(file: PowerInferFile, model: Model, layer: int) -> ImportedFactors:
@@ -305,54 +279,80 @@ class ImportedFactors:
         fc1, fc2 = file.predictor(layer)
         name = f"blk.{layer}.attn_norm" if model.arch == "falcon" else f"blk.{layer}.ffn_norm"
         tensors = model.gguf.tensors
-        weight = dequantize(model, tensors[f"{name}.weight"]).reshape(-1)
-        is_quantised = file.gguf.tensors[f"blk.{layer}.fc1.weight"].type_name not in ("F32", "F16")
-        has_bias = f"{name}.bias" in tensors
-        # The constant is a difference of large sums, so 8 bits are too coarse for it.
-        a_type = "q8_0" if is_quantised and not has_bias and model.n_embd % _BLOCK == 0 else "f16"
-        types = a_type, "q4_0" if is_quantised else "f16"
-        spare = -len(fc1) % _BLOCK
-        a = np.pad(without_scale(fc1, weight), ((0, spare), (0, 0)))
-        b = quantised(np.pad(fc2, ((0, 0), (0, spare))), types[1])
-        if not has_bias:
-            nothing = np.zeros(len(a), np.float32)
-            return ImportedFactors(a, b, types, None, nothing, np.zeros_like(weight))
+        a = without_scale(fc1, dequantize(model, tensors[f"{name}.weight"]).reshape(-1))
+        if f"{name}.bias" not in tensors:
+            return ImportedFactors(a, fc2, None, None)
         bias = dequantize(model, tensors[f"{name}.bias"]).reshape(-1)
-        v = constant(weight, bias, _ROUNDING[a_type])
-        return ImportedFactors(a, b, types, -(a @ bias), np.pad(fc1.sum(axis=1), (0, spare)), v)
+        return ImportedFactors(a, fc2, -(a @ bias), fc1.sum(axis=1))
 
-    def first(self, mean: float) -> Matrix:
-        """A ``[rank, n_embd]`` for this mean / deviation, rounded as it is stored.
+    def scores(self, x: Matrix, neurons: slice = slice(None)) -> Matrix:
+        """Scores ``[n, neurons]`` of the norm's outputs ``x`` ``[n, n_embd]``, without rounding."""
+        return scores(self.a, self.b[neurons], x, "mlp", self.c)
 
-        It is scaled into the range of half floats, which does not change the sign of a score.
+    def at(self, mean: float) -> ImportedFactors:
+        """The factors for this mean / deviation."""
+        if self.c is None or self.ones is None:
+            return self
+        return replace(self, c=self.c + np.float32(mean) * self.ones, ones=None)
+
+    def calibrated(self, data: LayerData, held: HeldBack, recall: float) -> ImportedFactors:
+        """The factors for the mean / deviation with the fewest candidates at ``recall``."""
+        if self.ones is None:
+            return self
+        neurons = slice(None, None, -(-len(data.weight) // _SEARCH_NEURONS))
+        some = held.some(-(-len(held.x) // _SEARCH_SAMPLES), neurons)
+
+        def n_candidates(mean: float) -> int:
+            found = self.at(mean).scores(some.x, neurons)
+            return int(np.count_nonzero(found > one_threshold(found, some, recall)))
+
+        return self.at(min(_MEANS, key=n_candidates))
+
+    def sources(self, data: LayerData, held: HeldBack, *, whole: bool) -> list[Source]:
+        """The factors in all types that suit the width; of lower ranks too, unless they are to stay ``whole``.
+
+        relu(v z) = v relu(z) for every v > 0. So hidden values can be scaled to have the same size; then the columns of
+        B show how much each one matters. Sorted by that, neighbouring ones suit a block with one scale, and lower ranks
+        are prefixes that leave out what matters least.
         """
-        a = self.a
-        if self.fixed is not None:
-            a = a + np.outer(self.fixed + np.float32(mean) * self.ones, self.constant)
-        return quantised(a / max(float(np.abs(a).max()), 1e-30), self.types[0])
+        z = held.x @ self.a.T
+        if self.c is not None:
+            z += self.c
+        # Values that hardly ever show are the last; their rows of A stay within the range of half floats.
+        least = np.maximum(1e-4 * np.abs(self.a).max(axis=1), 1e-30)
+        size = np.maximum(np.sqrt(np.mean(np.maximum(z, 0) ** 2, axis=0)), least).astype(np.float32)
+        b = self.b * size
+        b /= max(float(np.abs(b).max()), 1e-30)  # likewise
+        order = np.argsort(-np.einsum("ij,ij->j", b, b), kind="stable")
+        spare = (0, -len(order) % BLOCK)
+        a = np.pad((self.a / size[:, None])[order], (spare, (0, 0)))
+        c = None if self.c is None else np.pad((self.c / size)[order], spare)
+        ordered = ImportedFactors(a, np.pad(b[:, order], ((0, 0), spare)), c, None)
+        fits = data.weight.shape[1] % BLOCK == 0
+        return [_Imported(data, ordered, types, whole=whole) for types in _TYPES if fits or types[0] == "f16"]
 
 
-def _fit(factors: ImportedFactors, data: LayerData, held: HeldBack, recall: float) -> Fitted:
-    """The predictor with the thresholds that keep ``recall`` on ``held``, and with the best mean / deviation."""
-    n_ff, n_embd = data.weight.shape
-    rank = len(factors.a)
-    n_bytes = rank * row_bytes(factors.types[0], n_embd)
-    n_bytes += n_ff * (row_bytes(factors.types[1], rank) + _THRESHOLD_BYTES)
+class _Imported:
+    """Imported factors in one pair of types, of any rank."""
 
-    def fit(mean: float, b: Matrix, part: LayerData, on: HeldBack) -> Fitted:
-        a = factors.first(mean)
-        t = _thresholds(scores(a, b, on.x, "mlp"), on, part, recall)
-        return Fitted("mlp", a, b, t, n_bytes, factors.types)
+    kind = "mlp"
 
-    mean = 0.0
-    if factors.constant.any():
-        neurons = slice(None, None, -(-n_ff // _SEARCH_NEURONS))
-        some, part = held.some(-(-len(held.x) // _SEARCH_SAMPLES), neurons), data.some(neurons)
-        mean = min(_MEANS, key=lambda m: int(fit(m, factors.b[neurons], part, some).named(some).sum()))
-    return fit(mean, factors.b, data, held)
+    def __init__(self, data: LayerData, factors: ImportedFactors, types: tuple[str, str], *, whole: bool) -> None:
+        rank = len(factors.a)
+        self.types: tuple[str, str] | None = types
+        self._types = types
+        self.ranks = range(rank if whole else BLOCK, rank + 1, BLOCK)
+        self.ready = len(self.ranks) - 1
+        self._data = data
+        self._c = factors.c
+        self._a = quantised(factors.a, types[0])
+        self._b = quantised(factors.b, types[1])
 
+    def parts(self, rank: int, neurons: slice) -> tuple[Matrix, Matrix, Matrix | None]:
+        """Prefixes of the factors, which works because quantised blocks of B run along the rank."""
+        return self._a[:rank], self._b[neurons, :rank], None if self._c is None else self._c[:rank]
 
-def _thresholds(found: Matrix, held: HeldBack, data: LayerData, recall: float) -> Matrix:
-    """Calibrated thresholds per neuron, or a single one for all neurons, whichever gives fewer candidates."""
-    single = np.full(found.shape[1], one_threshold(found, held, recall), np.float32)
-    return min((calibrate(found, held, data, recall), single), key=lambda t: int(np.count_nonzero(found > t)))
+    def n_bytes(self, rank: int) -> int:
+        """Bytes of both factors, the constants and the thresholds."""
+        constants = 0 if self._c is None else self._c[:rank].nbytes
+        return factor_bytes(self._data, self._types, rank) + constants

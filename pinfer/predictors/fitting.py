@@ -22,7 +22,7 @@ from pinfer.gguf_io.reader import row_bytes
 from pinfer.predictors.data import HeldBack, LayerData, parts
 from pinfer.predictors.few_bits import Compensation, compensation, few_bits
 from pinfer.predictors.low_rank import Spectrum, covariance
-from pinfer.predictors.thresholds import calibrate
+from pinfer.predictors.thresholds import calibrate, one_threshold
 
 if TYPE_CHECKING:
     from pinfer.model import Ffn, FfnKind
@@ -126,13 +126,10 @@ def fit_layer(
     held = HeldBack.of(data, calibration)
     # Few bits share it, and need it only where they are tried.
     how = cache(lambda: compensation(inputs))
-    sources: list[_Source] = [_FewBits(data, how, kind) for kind in kinds if kind in FEW_BITS]
+    sources: list[Source] = [_FewBits(data, how, kind) for kind in kinds if kind in FEW_BITS]
     if "low_rank" in kinds:
         sources.append(_LowRank(data, inputs, options))
-    chosen = _cheapest(data, sources, held, options)
-    fitted = Fitted.of(data, chosen[0], chosen[1], held, options) if chosen else None
-    if fitted is not None and fitted.cost(data, held) >= exact_cost(data, held):
-        fitted = None
+    fitted = cheapest(data, sources, held, options)
     del held  # wide layers do not fit into memory twice
     return tested(data, ffn, fitted, HeldBack.of(data, test))
 
@@ -150,7 +147,7 @@ def tested(data: LayerData, ffn: Ffn, fitted: Fitted | None, held: HeldBack) -> 
     named = fitted.named(held)
     recall, candidates = held.recall(named), float(named.mean())
     rank = fitted.b.shape[1]
-    result = LayerPredictor(rank, recall, candidates, fitted.a, fitted.b, fitted.t, fitted.kind, fitted.types)
+    result = LayerPredictor(rank, recall, candidates, fitted.a, fitted.b, fitted.t, fitted.kind, fitted.types, fitted.c)
     expected = fitted.n_bytes + fitted.row_bytes(data, held, named)
     report = LayerReport(
         ffn.layer, ffn.kind, fitted.kind, rank, recall, candidates, active, fitted.n_bytes, expected, exact_bytes
@@ -158,10 +155,12 @@ def tested(data: LayerData, ffn: Ffn, fitted: Fitted | None, held: HeldBack) -> 
     return result, report
 
 
-class _Source(Protocol):
+class Source(Protocol):
     """Makes predictors of one kind for one layer."""
 
     kind: str
+    types: tuple[str, str] | None
+    """of A and B, if they differ from the predictor file's"""
     ranks: range
     """ranks to choose from; few-bit kinds have only one, the width"""
 
@@ -170,8 +169,11 @@ class _Source(Protocol):
         """Index of the highest of ``ranks`` that is already computed."""
         ...
 
-    def parts(self, rank: int, neurons: slice) -> tuple[Matrix | None, Matrix]:
-        """A ``[rank, n_embd]`` (None if the kind has none) and B ``[neurons, rank]``, rounded as they are stored."""
+    def parts(self, rank: int, neurons: slice) -> tuple[Matrix | None, Matrix, Matrix | None]:
+        """A ``[rank, n_embd]``, B ``[neurons, rank]`` and c ``[rank]``, rounded as they are stored.
+
+        Kinds without factors have no A; most have no c.
+        """
         ...
 
     def n_bytes(self, rank: int) -> int:
@@ -183,6 +185,7 @@ class _LowRank:
     """Low-rank factors, computed up to the highest rank requested so far."""
 
     kind = "low_rank"
+    types: tuple[str, str] | None = None
 
     def __init__(self, data: LayerData, inputs: NDArray[np.float64], options: TrainOptions) -> None:
         n_ff, n_embd = data.weight.shape
@@ -200,7 +203,7 @@ class _LowRank:
         """Index of the highest computed rank; higher ones need more eigenvectors."""
         return 0 if self._a is None else len(self._a) // BLOCK - 1
 
-    def parts(self, rank: int, neurons: slice) -> tuple[Matrix, Matrix]:
+    def parts(self, rank: int, neurons: slice) -> tuple[Matrix, Matrix, None]:
         """A and B as prefixes of the computed factors, which works because quantised blocks of B run along the rank."""
         if self._a is None or self._b is None or rank > len(self._a):
             self._spectrum = self._spectrum or Spectrum.of(self._data.weight, self._inputs)
@@ -209,16 +212,23 @@ class _LowRank:
             wanted = max(rank, first if self._a is None else 2 * len(self._a))
             a, b = self._spectrum.factors(min(wanted, self.ranks[-1]) // BLOCK * BLOCK)
             self._a, self._b = quantised(a, self._types[0]), quantised(b, self._types[1])
-        return self._a[:rank], self._b[neurons, :rank]
+        return self._a[:rank], self._b[neurons, :rank], None
 
     def n_bytes(self, rank: int) -> int:
         """Bytes of both factors and the thresholds."""
-        n_ff, n_embd = len(self._data.weight), self._data.x.shape[1]
-        return rank * row_bytes(self._types[0], n_embd) + n_ff * (row_bytes(self._types[1], rank) + _THRESHOLD_BYTES)
+        return factor_bytes(self._data, self._types, rank)
+
+
+def factor_bytes(data: LayerData, types: tuple[str, str], rank: int) -> int:
+    """Bytes of A and B of these types, and of the thresholds."""
+    n_embd: int = data.weight.shape[1]
+    return rank * row_bytes(types[0], n_embd) + len(data.weight) * (row_bytes(types[1], rank) + _THRESHOLD_BYTES)
 
 
 class _FewBits:
     """A copy of the matrix with one or two bits per weight."""
+
+    types: tuple[str, str] | None = None
 
     def __init__(self, data: LayerData, how: Callable[[], Compensation], kind: str) -> None:
         n_embd = data.weight.shape[1]
@@ -229,9 +239,9 @@ class _FewBits:
         self._data = data
         self._how = how
 
-    def parts(self, rank: int, neurons: slice) -> tuple[None, Matrix]:
+    def parts(self, rank: int, neurons: slice) -> tuple[None, Matrix, None]:
         """B holds the levels; there is no A. Neurons are rounded independently, so a subset is cheap."""
-        return None, few_bits(self._data.weight[neurons], self._how(), FEW_BITS[self.kind])
+        return None, few_bits(self._data.weight[neurons], self._how(), FEW_BITS[self.kind]), None
 
     def n_bytes(self, rank: int) -> int:
         """Bytes of the codes and the thresholds."""
@@ -249,19 +259,25 @@ class Fitted:
     n_bytes: int
     types: tuple[str, str] | None = None
     """types of A and B, if they differ from the predictor file's"""
+    c: Matrix | None = None
 
     @staticmethod
     def of(
-        data: LayerData, source: _Source, rank: int, held: HeldBack, options: TrainOptions, neurons: slice = slice(None)
+        data: LayerData, source: Source, rank: int, held: HeldBack, options: TrainOptions, neurons: slice = slice(None)
     ) -> Fitted:
         """Calibrates a predictor of ``source`` on ``held``; ``data`` and ``held`` contain only ``neurons``."""
-        a, b = source.parts(rank, neurons)
-        t = calibrate(scores(a, b, held.x), held, data, options.recall)
-        return Fitted(source.kind, a, b, t, source.n_bytes(rank))
+        a, b, c = source.parts(rank, neurons)
+        found = scores(a, b, held.x, source.kind, c)
+        t = calibrate(found, held, data, options.recall)
+        if source.kind == "mlp":
+            # It was trained to tell by one threshold, which fits some layers better than the regression does.
+            single = np.full_like(t, one_threshold(found, held, options.recall))
+            t = min(t, single, key=lambda each: int(np.count_nonzero(found > each)))
+        return Fitted(source.kind, a, b, t, source.n_bytes(rank), source.types, c)
 
     def named(self, held: HeldBack) -> NDArray[np.bool_]:
         """Which neurons are candidates for each sample, ``[n, n_ff]``."""
-        return scores(self.a, self.b, held.x, self.kind) > self.t
+        return scores(self.a, self.b, held.x, self.kind, self.c) > self.t
 
     def row_bytes(self, data: LayerData, held: HeldBack, named: NDArray[np.bool_]) -> float:
         """Bytes of rows per token: the first row of each candidate, and the other rows of those that fire."""
@@ -273,9 +289,11 @@ class Fitted:
         return self.n_bytes + times * SCATTERED_COST * self.row_bytes(data, held, self.named(held))
 
 
-def scores(a: Matrix | None, b: Matrix, x: Matrix, kind: str = "low_rank") -> Matrix:
+def scores(a: Matrix | None, b: Matrix, x: Matrix, kind: str = "low_rank", c: Matrix | None = None) -> Matrix:
     """Scores ``[n, n_ff]`` of a predictor of this kind for the inputs ``x`` ``[n, n_embd]``."""
     hidden: Matrix = x if a is None else x @ a.T
+    if c is not None:
+        hidden = hidden + c
     return (np.maximum(hidden, 0) if kind == "mlp" else hidden) @ b.T
 
 
@@ -285,18 +303,29 @@ def exact_cost(data: LayerData, held: HeldBack) -> float:
     return len(data.weight) * data.first_bytes + SCATTERED_COST * n_active * data.rest_bytes
 
 
-def _cheapest(
-    data: LayerData, sources: Sequence[_Source], held: HeldBack, options: TrainOptions
-) -> tuple[_Source, int] | None:
-    """Kind and rank with the lowest cost on a subset of neurons and samples; None if no predictor pays off."""
+def cheapest(
+    data: LayerData, sources: Sequence[Source], held: HeldBack, options: TrainOptions, *, keep: bool = False
+) -> Fitted | None:
+    """The predictor with the lowest cost, calibrated on ``held``; None if none pays off, unless ``keep`` is set."""
+    chosen = _search(data, sources, held, options, keep=keep)
+    if chosen is None:
+        return None
+    fitted = Fitted.of(data, chosen[0], chosen[1], held, options)
+    return fitted if keep or fitted.cost(data, held) < exact_cost(data, held) else None
+
+
+def _search(
+    data: LayerData, sources: Sequence[Source], held: HeldBack, options: TrainOptions, *, keep: bool
+) -> tuple[Source, int] | None:
+    """Kind and rank with the lowest cost on a subset of neurons and samples."""
     neurons = slice(None, None, -(-len(data.weight) // _SEARCH_NEURONS))
     some = held.some(-(-len(held.x) // _SEARCH_SAMPLES), neurons)
     part = data.some(neurons)
     times = len(data.weight) / len(part.weight)
-    lowest, best = times * exact_cost(part, some), None
+    lowest, best = math.inf if keep else times * exact_cost(part, some), None
     for source in sources:
 
-        def cost(rank: int, source: _Source = source) -> float:
+        def cost(rank: int, source: Source = source) -> float:
             return Fitted.of(part, source, rank, some, options, neurons).cost(part, some, times)
 
         found = _lowest(cost, source, lowest)
@@ -305,7 +334,7 @@ def _cheapest(
     return best
 
 
-def _lowest(cost: Callable[[int], float], source: _Source, bound: float) -> tuple[float, int] | None:
+def _lowest(cost: Callable[[int], float], source: Source, bound: float) -> tuple[float, int] | None:
     """Lowest cost and its rank; None if no rank has a predictor that by itself costs less than ``bound``.
 
     Each additional rank costs the same but saves fewer candidates than the one before, so the cost falls and then
