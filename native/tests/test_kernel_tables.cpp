@@ -109,6 +109,7 @@ static std::vector<uint8_t> prepared_x(enum ggml_type x_type, int64_t n, bool ex
             v.s16[2 * b + 1] = v.d[b] * (float) sum[1];
             v.s32[b]         = v.d[b] * (float) (sum[0] + sum[1]);
         }
+        x_q8_fill_lanes(&v, n);
     }
     return x;
 }
