@@ -31,13 +31,15 @@ from pinfer.train import TrainOptions, train
 
 # A predictor takes up to about this share of the FFN.
 _PREDICTOR_SHARE = 0.15
-# Measured with 2 threads on models of four architectures. Experts are multiplied token by token, at this share of the
-# speed of a product of F16 matrices; what trains an FFN and its covariances, at that of the one below.
-_EXPERTS_SHARE = 0.3
-# Types that llama.cpp rearranges for its best kernels, and FFNs in pinfer's own, are faster by this factor.
-_QUICK = 2.5
+# Measured with 2 threads on a quiet machine, on models of five architectures: shares of the speed of a product of F16
+# matrices. Experts are multiplied token by token. Types that llama.cpp rearranges for its best kernels, and FFNs in
+# pinfer's own, are quick. Training is of products in float32.
+_EXPERTS_SHARE = 0.16
+_QUICK_SHARE = 1.2
 _QUICK_TYPES = ("Q4_0", "Q4_K", "Q2_K", "IQ4_NL")
-_TRAIN_SHARE = 0.5
+_TRAIN_SHARE = 0.26
+# Of the speed of a product of their own type, for all other matrices and what is computed between them.
+_OTHERS_SHARE = 0.5
 # Products of the size of a covariance that fitting a predictor takes, in all.
 _COVARIANCES = 8
 # Copying and requantising the FFN, in bytes per second.
@@ -252,11 +254,11 @@ def _token_seconds(model: Model, n_threads: int, flops: float) -> float:
         elif not t.name.startswith("blk.") or len(t.shape) < 2:
             continue  # looked up, or too small to matter
         elif t.type_name in _QUICK_TYPES or (t.name in own and t.type not in (F32, F16)):
-            seconds += work / (flops * _QUICK)
+            seconds += work / (flops * _QUICK_SHARE)
         else:
             if t.type not in speeds:
                 speeds[t.type] = measure_throughput("CPU", n_threads, t.type)
-            seconds += work / speeds[t.type]
+            seconds += work / (speeds[t.type] * _OTHERS_SHARE)
     return seconds
 
 

@@ -223,7 +223,7 @@ def packed(levels: NDArray[np.float32], bits: int) -> NDArray[np.uint8]:
         return np.packbits(levels > 0, axis=1, bitorder="little")
     codes = ((levels + (2**bits - 1)) / 2).astype(np.uint8)
     each = 8 // bits
-    result = codes[:, ::each].copy()
+    result: NDArray[np.uint8] = codes[:, ::each].copy()
     for at in range(1, each):
         result |= codes[:, at::each] << np.uint8(at * bits)
     return result
