@@ -667,7 +667,7 @@ def test_a_predictor_that_cannot_be_had_alone_is_one_line(command: CommandLine) 
     ("patch", "marker"),
     [
         ("p.ImportOptions.__init__.__defaults__ = (None, 10**7, 0.995, None, False); ", "converting: "),
-        ("p._fit = lambda *_: (print('fitting', file=sys.stderr, flush=True), time.sleep(60)); ", "fitting"),
+        ("p.cheapest = lambda *_, **__: (print('fitting', file=sys.stderr, flush=True), time.sleep(60)); ", "fitting"),
     ],
     ids=["profile", "fit"],
 )
