@@ -22,7 +22,8 @@ def measure(
 
     def run(by_node: bool) -> dict[str, Any]:
         worker.ask("open", **size, by_node=by_node)
-        return [worker.ask("steps", streams=each, texts=texts) for each in streams][-1]
+        answers: list[dict[str, Any]] = [worker.ask("steps", streams=each, texts=texts) for each in streams]
+        return answers[-1]
 
     whole, nodes = run(by_node=False), run(by_node=True)
     scale = 1e3 / test.n_gen
