@@ -14,7 +14,7 @@ constexpr int64_t WAITING = GROUP;
 constexpr int64_t FEW     = 8;
 
 // Columns of down rows that a single token adds before other rows are asked for, a multiple of every block size. Requests for
-// all of them at once would hold up the arithmetic: a quarter of the time in exact mode.
+// all of them at once would hold up the arithmetic.
 constexpr int64_t SPAN = 256;
 
 // Asks the system for the pages of a row, to be read while others are computed.
