@@ -488,7 +488,7 @@ def test_every_flag_of_the_other_commands_arrives(monkeypatch: pytest.MonkeyPatc
         "profile": "--dataset c4 --tokens 1k -c 3 --samples 4 -t 5 -ngl 6 --activation relu --force",
         "train": f"--recall 0.9 --max-rank 7 --type {other_type} --activation relu",
         "solve": "--vram 1G --ctx 2 -ub 3 --device d --machine m --time-limit 4 -ctk q8_0 -ctv q4_0 --activation relu",
-        "split": "--down-type Q8_0 --verify --activation relu",
+        "split": "--down-type Q8_0 --down-kl auto --text a.txt --tokens 1k --verify --activation relu",
     }
     for name, flags in words.items():
         assert _left_at_default(_options_of(monkeypatch, name, *flags.split())) == [], name

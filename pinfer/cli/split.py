@@ -9,7 +9,7 @@ import typer
 
 from pinfer.cli import ui
 from pinfer.cli.formats import format_bytes
-from pinfer.cli.options import ActivationOpt, Choice, JsonOpt, settings, with_model
+from pinfer.cli.options import ActivationOpt, Choice, JsonOpt, parse_count, settings, with_model
 
 if TYPE_CHECKING:
     from pinfer.split import SplitReport
@@ -34,7 +34,12 @@ def split(
     text: Annotated[
         Path | None, typer.Option("--text", metavar="FILE", help="Text to measure the divergence on.")
     ] = None,
-    n_tokens: Annotated[int, typer.Option("--tokens", metavar="N", help="Tokens of the text to use.")] = 2048,
+    n_tokens: Annotated[
+        int,
+        typer.Option(
+            "--tokens", parser=parse_count, metavar="N", help="Tokens of the text. [default: 2k]", show_default=False
+        ),
+    ] = 2048,
     verify: Annotated[
         bool, typer.Option("--verify", help="Check that hot and cold together hold the whole model.")
     ] = False,
