@@ -11,6 +11,8 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 # libgomp reads this when it is loaded. Threads that spin while waiting make a busy machine ten times slower.
@@ -30,9 +32,19 @@ from support.quantised import quantise
 
 MODEL_TYPES = ("F16", "Q8_0", "Q4_K", "Q4_0")
 DOWN_TYPES = ("F16", "Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q4_0")
-
-
 BOUNDS = ("auto", "1e-3", "2e-3", "4e-3")
+
+
+@contextmanager
+def as_type(model_path: Path, model_type: str) -> Iterator[Path]:
+    """A copy of an F16 model in this type, in a folder of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, model_path.name)
+        if model_type == "F16":
+            shutil.copy(model_path, path)
+        else:
+            quantise(model_path, model_type, path)
+        yield path
 
 
 def measure_bounds(model_path: Path, text: Path, n_tokens: int) -> None:
@@ -40,12 +52,7 @@ def measure_bounds(model_path: Path, text: Path, n_tokens: int) -> None:
     print("| model type | bound | KL mean | bytes of the down rows of a token, with Q8_0 | with these types | types |")
     print("|---|---:|---:|---:|---:|---|")
     for model_type in MODEL_TYPES:
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder, model_path.name)
-            if model_type == "F16":
-                shutil.copy(model_path, path)
-            else:
-                quantise(model_path, model_type, path)
+        with as_type(model_path, model_type) as path:
             profile(path, ProfileOptions(str(text), n_tokens))
             for bound in BOUNDS:
                 try:
@@ -65,12 +72,7 @@ def measure(model_path: Path, text: Path, n_tokens: int, n_threads: int) -> None
     print("| model type | down type | bytes of a neuron | perplexity dense | sparse | KL mean | KL p99 | top-1 |")
     print("|---|---|---:|---:|---:|---:|---:|---:|")
     for model_type in MODEL_TYPES:
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder, model_path.name)
-            if model_type == "F16":
-                shutil.copy(model_path, path)
-            else:
-                quantise(model_path, model_type, path)
+        with as_type(model_path, model_type) as path:
             model = open_model(path)
             for down_type in DOWN_TYPES:
                 split(path, SplitOptions(down_type=down_type))
