@@ -56,6 +56,7 @@ OWN_LEFT_OUT = (
     "models/record_vectors.py",
     "models/tiny_*.py",
     "models/train_tiny.py",
+    "native/fuzz/*",
     "pinfer/plot.py",
     "pinfer/plotting/*",
     "tests/support/checkpoint_*",
