@@ -89,7 +89,7 @@ def test_archive_is_small_and_complete(
         with tarfile.open(fileobj=io.BytesIO(lzma.decompress(packed.read()))) as sources:
             names = set(sources.getnames())
     expected = {
-        *_tracked("pinfer/*.py", ":!pinfer/plot.py", ":!pinfer/plotting", "native", "kit"),
+        *_tracked("pinfer/*.py", ":!pinfer/plot.py", ":!pinfer/plotting", "native", ":!native/fuzz", "kit"),
         *re.findall(r"tests/test_\w+\.py", (KIT / "gpu.sh").read_text()),
         "models/synth.py",
         "tests/conftest.py",
