@@ -74,8 +74,8 @@ def complete(model: Path, *arguments: str | Path, **settings: str | bool) -> sub
 
 
 def perplexity(model: Path, *arguments: str | Path, **settings: str | bool) -> float:
-    options = ("-f", TEXT, "-c", "128", "-b", "128", "--chunks", "4", "-t", "1", "--no-warmup")
-    for _ in range(5):  # llama.cpp logs from a thread of its own, which may end before it has written the last line
+    options = ("-f", TEXT, "-c", "128", "-b", "128", "--chunks", "5", "-t", "1", "--no-warmup")
+    for _ in range(5):  # llama.cpp logs from a thread of its own, which may end before it has written the last lines
         done = run("perplexity", "-m", model, *options, *arguments, **settings)
         assert done.returncode == 0, done.stderr[-2000:]
         if found := re.search(r"\[4\]([0-9.]+)", done.stdout):

@@ -441,7 +441,8 @@ def test_experts_that_cannot_be_placed_are_named(cases: Callable[[SiluMixture], 
     for number, (why, change) in enumerate(changes.items()):
         path = rewrite(case.path, tmp_path / f"{number}.gguf", **change)
         model = open_model(path)
-        assert (model.places_experts, model.obstacle) == (False, f"{why}, which pinfer does not compute")
+        assert not model.places_experts
+        assert model.obstacle.startswith(f"{why}, which pinfer does not compute")
         execution = decide(model, ExecutionOptions())
         assert (execution.plugin, execution.notes) == (None, (f"running dense: the model has {model.obstacle}",))
         assert show(path, ShowOptions()).plan.startswith(model.obstacle)
