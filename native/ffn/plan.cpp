@@ -9,7 +9,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <fcntl.h>
 #include <functional>
 #include <unistd.h>
 
@@ -311,14 +310,13 @@ bool is_of(const pinfer_hot & hot, const pinfer_ffn & f) {
 // Whether a row of the weight in memory is that of the model's file. Models of one shape that are read into memory at the same
 // time, and not mapped, could be taken for each other.
 bool is_of_file(const pinfer_model & m, const pinfer_product & p, const pinfer_matrix & header) {
-    const int fd = open(m.header.files[header.file].c_str(), O_RDONLY | O_CLOEXEC);
-    if (fd < 0) {
+    const pinfer_own_file file(m.header.files[header.file].c_str());
+    if (file.fd < 0) {
         return true; // moved away since
     }
     const size_t         row = ggml_row_size(p.weight->type, p.weight->ne[0]), at = (size_t) (p.weight->ne[1] / 2) * row;
     std::vector<uint8_t> of_file(row);
-    const ssize_t        got = pread(fd, of_file.data(), row, (off_t) (header.offset + at));
-    close(fd);
+    const ssize_t        got = pread(file.fd, of_file.data(), row, (off_t) (header.offset + at));
     return got == (ssize_t) row && memcmp(of_file.data(), (const uint8_t *) p.weight->data + at, row) == 0;
 }
 

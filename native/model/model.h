@@ -30,6 +30,20 @@ struct pinfer_file_id {
 // False where there is no such regular file.
 bool pinfer_file_id_of(const char * path, pinfer_file_id * out);
 
+// A file of a model that the plugin reads by itself; fd < 0: it cannot be opened.
+class pinfer_own_file {
+public:
+    explicit pinfer_own_file(const char * path);
+    pinfer_own_file(const pinfer_own_file &) = delete;
+    pinfer_own_file & operator=(const pinfer_own_file &) = delete;
+    ~pinfer_own_file();
+
+    int fd = -1;
+};
+
+// The regular file that a loader has open as fd. False for those above: what a loader has open tells which model it loads.
+bool pinfer_loaders_file(int fd, pinfer_file_id * out);
+
 // The parameters of pinfer_configure(), kept.
 struct pinfer_settings {
     std::string              model, predictor, cold; // empty: none

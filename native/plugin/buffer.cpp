@@ -51,8 +51,8 @@ thread_local load_in_progress last_load;
 
 // Whether a file of the model is open as fd.
 bool is_open_as(int fd, const std::shared_ptr<pinfer_model> & m) {
-    struct stat st = {};
-    return fstat(fd, &st) == 0 && S_ISREG(st.st_mode) && pinfer_model_of(pinfer_file_id{st.st_dev, st.st_ino}) == m;
+    pinfer_file_id id;
+    return pinfer_loaders_file(fd, &id) && pinfer_model_of(id) == m;
 }
 
 bool has_tensor(const pinfer_model & m, const ggml_tensor * t) {
@@ -74,13 +74,12 @@ std::shared_ptr<pinfer_model> model_being_loaded(const ggml_tensor * weight) {
     bool                          known  = false; // also where the model is left to llama.cpp
     DIR * const                   folder = opendir("/proc/self/fd");
     for (const dirent * entry = folder ? readdir(folder) : nullptr; entry; entry = readdir(folder)) {
-        const int   fd = atoi(entry->d_name);
-        struct stat st = {};
-        if (entry->d_name[0] == '.' || fstat(fd, &st) != 0 || !S_ISREG(st.st_mode)) {
+        const int      fd = atoi(entry->d_name);
+        pinfer_file_id id;
+        if (entry->d_name[0] == '.' || !pinfer_loaders_file(fd, &id)) {
             continue;
         }
-        const pinfer_file_id id{st.st_dev, st.st_ino};
-        const auto           m = pinfer_automatic_on() ? pinfer_automatic_recognise(fd, id) : pinfer_model_of(id);
+        const auto m = pinfer_automatic_on() ? pinfer_automatic_recognise(fd, id) : pinfer_model_of(id);
         known |= m != nullptr;
         if (m && (!model || m->order > model->order) && has_tensor(*m, weight)) {
             found = {m, fd};

@@ -354,7 +354,9 @@ inline std::vector<float> run_graph(const model & m, const std::vector<float> & 
     ggml_backend_sched_alloc_graph(sched, graph);
     ggml_backend_tensor_set(in, x.data(), 0, ggml_nbytes(in));
     const ggml_status status = ggml_backend_sched_graph_compute(sched, graph);
-    check(status == expected, std::string("graph compute: ") + ggml_status_to_string(status));
+    char cause[512] = "";
+    pinfer_last_failure(path, cause, sizeof(cause));
+    check(status == expected, std::string("graph compute: ") + ggml_status_to_string(status) + " " + cause);
     std::vector<float> out((size_t) ggml_nelements(y));
     ggml_backend_tensor_get(y, out.data(), 0, ggml_nbytes(y));
 
